@@ -1,0 +1,106 @@
+"""Weight files: safetensors written whole or not at all, torchvision-style .pth read safely.
+
+Our files hold torchvision's keys and nothing else; how to feed the net stands in the header's strings (see `Recipe`), so that
+a file moved elsewhere can still be evaluated.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+import os
+import zlib
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How a net was made and is fed.
+
+    arch: its name in ARCHS. classes: their names in label order. image_size: the crop's side, pixels. eval_short: the short side
+    in evaluation, pixels. mean: float32 (3,) or (H, W, 3) and std: float32 (3,), in units of 0..255.
+    """
+
+    arch: str
+    classes: list[str]
+    image_size: int
+    eval_short: int
+    mean: npt.NDArray[np.float32]
+    std: npt.NDArray[np.float32]
+
+    def header(self) -> dict[str, str]:
+        return {
+            "arch": self.arch,
+            "classes": json.dumps(self.classes),
+            "image_size": str(self.image_size),
+            "eval_short": str(self.eval_short),
+            "mean": _pack(self.mean),
+            "std": _pack(self.std),
+        }
+
+    @staticmethod
+    def from_header(header: dict[str, str]) -> Recipe | None:
+        """The recipe in a file's header, None where there is none. Raises ValueError for a damaged one."""
+        if "arch" not in header:
+            return None
+        try:
+            return Recipe(
+                header["arch"],
+                json.loads(header["classes"]),
+                int(header["image_size"]),
+                int(header["eval_short"]),
+                _unpack(header["mean"]),
+                _unpack(header["std"]),
+            )
+        except (KeyError, ValueError, zlib.error) as error:
+            raise ValueError(f"has a damaged header ({error})") from error
+
+
+def _pack(array: npt.NDArray[np.float32]) -> str:
+    data = zlib.compress(np.ascontiguousarray(array, "<f4").tobytes())
+    return json.dumps([list(array.shape), base64.b64encode(data).decode()])
+
+
+def _unpack(text: str) -> npt.NDArray[np.float32]:
+    shape, data = json.loads(text)
+    return np.frombuffer(zlib.decompress(base64.b64decode(data)), "<f4").reshape(shape).copy()
+
+
+def save_weights(path: Path, state: dict[str, torch.Tensor], metadata: dict[str, str]) -> None:
+    """Write `state` to `path` under a temporary name, then rename. metadata: strings kept in the file's header."""
+    temporary = path.with_name(path.name + ".partial")
+    save_file({name: tensor.contiguous() for name, tensor in state.items()}, temporary, metadata)
+    with temporary.open("rb") as stream:
+        os.fsync(stream.fileno())
+    os.replace(temporary, path)
+
+
+def load_weights(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+    """Tensors by torchvision's key names, on the CPU, and the header's strings (none in a .pth).
+
+    A .pth may hold the state dict itself or {"state_dict": ...} or {"model": ...}, with or without DDP's "module." before its
+    keys. Raises ValueError, in one line, for a file that cannot be read.
+    """
+    try:
+        if path.suffix == ".safetensors":
+            with safe_open(path, framework="pt") as file:
+                metadata = file.metadata() or {}
+            return load_file(path), metadata
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except (OSError, SafetensorError, RuntimeError, EOFError, ValueError) as error:
+        raise ValueError(f"cannot be read ({str(error).splitlines()[0]})") from error
+    except Exception as error:  # pickle.UnpicklingError and its kin
+        raise ValueError(f"holds more than tensors, or is damaged ({str(error).splitlines()[0]})") from error
+    for wrapper in ("state_dict", "model"):
+        if isinstance(content, dict) and isinstance(content.get(wrapper), dict):
+            content = content[wrapper]
+    if not isinstance(content, dict) or not all(isinstance(value, torch.Tensor) for value in content.values()):
+        raise ValueError("holds no state dict")
+    return {name.removeprefix("module."): tensor for name, tensor in content.items()}, {}

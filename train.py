@@ -1,0 +1,309 @@
+"""Train a ResNet from shards: accelerate launch train.py --arch resnet50 --data /data/shards
+
+One GPU, many GPUs or the CPU, as `accelerate` is told. Two processes on the CPU: ACCELERATE_USE_CPU=true torchrun
+--nproc_per_node 2 train.py ... Batch size and learning rate are global: the run is the same for any number of processes.
+--output gets metrics.csv, tensorboard/, checkpoints/{last,best} and, at the end, model.safetensors. A run that was stopped
+anywhere goes on with --resume, at the exact step, with the same samples and the same draws.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import sys
+import time
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+import torch.nn.functional as F
+from accelerate import Accelerator
+from accelerate.utils import ProjectConfiguration
+from torch import nn
+from tqdm import tqdm
+
+from model import ARCHS
+from model.testing import score
+from model.weights import Recipe, load_weights, save_weights
+from pipeline import ENGINES, open_loader
+from pipeline.errors import Parser, UserError, run_cli
+from pipeline.loader import Loader, LoaderSpec
+from training.checkpoint import load_checkpoint, save_checkpoint
+from training.metrics import MetricsFile
+from training.schedule import SCHEDULES, learning_rate
+
+MOMENTUM = 0.9  # He et al. 2015, section 3.4
+PRECISIONS = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+
+
+@dataclass
+class Progress:
+    """Where a run stands; saved as JSON. errors: validation error after each validation. seconds: of training so far."""
+
+    step: int = 0
+    seconds: float = 0.0
+    errors: list[float] = field(default_factory=list)
+
+
+def parser() -> Parser:
+    parse = Parser(__doc__)
+    parse.add_argument("--data", type=Path, required=True, help="folder of shards, from tools/make_shards.py")
+    parse.add_argument("--output", type=Path, help="folder of this run (default: runs/ARCH)")
+    parse.add_argument("--resume", action="store_true", help="go on from the last checkpoint in --output")
+    parse.add_argument("--arch", default="resnet50", help=", ".join(ARCHS))
+    parse.add_argument("--epochs", type=int, default=90)
+    parse.add_argument("--batch-size", type=int, default=256, help="global, over all processes")
+    parse.add_argument("--accumulate", type=int, default=1, help="parts that each batch is computed in, for less memory")
+    parse.add_argument("--lr", type=float, default=0.1, help="for the global batch")
+    parse.add_argument("--schedule", default="step", choices=SCHEDULES)
+    parse.add_argument("--warmup", type=float, default=0.0, help="epochs of linear warm-up")
+    parse.add_argument("--weight-decay", type=float, default=1e-4)
+    parse.add_argument("--image-size", type=int, default=224)
+    parse.add_argument("--scale", type=int, nargs=2, metavar=("LO", "HI"), help="the short side's range (256 480 at size 224)")
+    parse.add_argument("--mean", default="pixel", choices=("pixel", "channel"), help="what is subtracted")
+    parse.add_argument("--seed", type=int, default=0)
+    parse.add_argument("--mixed-precision", choices=PRECISIONS, help="default: what accelerate was told")
+    parse.add_argument("--compile", action="store_true", help="torch.compile the model")
+    parse.add_argument("--engine", default="auto", help=", ".join(("auto", *ENGINES)))
+    parse.add_argument("--threads", type=int, help="decoding threads per process (default: its share of the cores)")
+    parse.add_argument("--eval-every", type=int, default=1, help="epochs between validations; the last epoch always has one")
+    parse.add_argument("--log-every", type=int, default=20, help="steps between rows of metrics.csv")
+    parse.add_argument("--checkpoint-every", type=int, default=500, help="steps between checkpoints within an epoch")
+    return parse
+
+
+def check_launch(accelerator: Accelerator) -> None:
+    """Refuse the two launches that look like several processes training together and are not."""
+    environment = os.environ
+    if int(environment.get("WORLD_SIZE", 1)) > 1 and accelerator.num_processes == 1:
+        raise UserError(
+            f"torchrun started {environment['WORLD_SIZE']} processes, but each would train alone; "
+            "on a CPU set ACCELERATE_USE_CPU=true before torchrun"
+        )
+    # `accelerate launch --cpu --num_processes 2` sets an address for its processes to meet at, then starts a single one.
+    meant_several = "ACCELERATE_USE_CPU" in environment and "MASTER_ADDR" in environment and "WORLD_SIZE" not in environment
+    launcher = psutil.Process().parent()
+    if meant_several and launcher is not None and "MASTER_ADDR" not in launcher.environ():
+        raise UserError(
+            "accelerate launch was asked for several CPU processes but started one; "
+            "use: ACCELERATE_USE_CPU=true torchrun --nproc_per_node N train.py ..."
+        )
+
+
+def check_arguments(args: Any, output: Path) -> None:
+    if args.arch not in ARCHS:
+        raise UserError(f"unknown --arch {args.arch!r}; choose from {', '.join(ARCHS)}")
+    counts = (args.epochs, args.batch_size, args.accumulate, args.image_size, args.eval_every, args.log_every, args.checkpoint_every)
+    if min(counts) < 1 or args.lr <= 0 or not 0 <= args.warmup < args.epochs:
+        raise UserError("epochs, sizes, intervals and --lr must be positive, and --warmup shorter than --epochs")
+    last = output / "checkpoints" / "last"
+    if args.resume and not last.exists():
+        raise UserError(f"{last}: no checkpoint to resume from; start without --resume")
+    if not args.resume and output.exists() and any(output.iterdir()):
+        raise UserError(f"{output}: exists already; continue it with --resume, or give another --output")
+
+
+def open_loaders(args: Any, accelerator: Accelerator) -> tuple[Loader, Loader | None]:
+    """The training loader, and the validation loader where the data has that split."""
+    size = args.image_size
+    share = len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    spec = LoaderSpec(
+        args.data,
+        batch_size=args.batch_size,
+        image_size=size,
+        scale=tuple(args.scale or (round(256 * size / 224), round(480 * size / 224))),
+        eval_short=round(256 * size / 224),
+        seed=args.seed,
+        normalization=args.mean,
+        dtype=PRECISIONS.get(accelerator.mixed_precision, torch.float32),
+        device=str(accelerator.device),
+        rank=accelerator.process_index,
+        world_size=accelerator.num_processes,
+        engine=args.engine,
+        threads=args.threads or max(share, 1),
+    )
+    if args.batch_size % (accelerator.num_processes * args.accumulate):
+        raise UserError(f"--batch-size {args.batch_size} must be a multiple of processes x --accumulate")
+    train_loader = open_loader(spec)
+    has_val = "val" in train_loader.shards.manifest.splits
+    return train_loader, open_loader(spec.evaluation()) if has_val else None
+
+
+class Run:
+    """One training run: what it is made of, and its steps."""
+
+    def __init__(self, args: Any, accelerator: Accelerator, output: Path) -> None:
+        self.args, self.accelerator, self.output = args, accelerator, output
+        self.loader, self.val_loader = open_loaders(args, accelerator)
+        spec, normalization = self.loader.spec, self.loader.normalization
+        self.recipe = Recipe(
+            args.arch, self.loader.classes, spec.image_size, spec.eval_short, normalization.mean, normalization.std
+        )
+        self.progress = Progress()
+        torch.manual_seed(args.seed)
+        self.net = ARCHS[args.arch](num_classes=len(self.loader.classes)).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        optimizer = torch.optim.SGD(self.net.parameters(), args.lr, MOMENTUM, weight_decay=args.weight_decay)
+        saved = self.restore() if args.resume else None  # before anything is written: it may refuse
+        self.model, self.optimizer = accelerator.prepare(torch.compile(self.net) if args.compile else self.net, optimizer)
+        if saved:
+            self.optimizer.load_state_dict(saved["optimizer"])
+            if accelerator.scaler is not None and saved["scaler"]:
+                accelerator.scaler.load_state_dict(saved["scaler"])
+        self.total_steps = args.epochs * len(self.loader)
+        self.started = time.perf_counter() - self.progress.seconds
+        if accelerator.is_main_process:
+            output.mkdir(parents=True, exist_ok=True)
+            self.metrics = MetricsFile(output / "metrics.csv", self.progress.step)
+        accelerator.wait_for_everyone()
+        accelerator.init_trackers("tensorboard")
+
+    def restore(self) -> dict[str, Any]:
+        """Weights, place and progress of the last checkpoint; returns the optimizer's part. Refuses another net or other data."""
+        path = self.output / "checkpoints" / "last"
+        weights, header = load_weights(path / "model.safetensors")
+        recipe = Recipe.from_header(header)
+        if recipe is None or recipe.arch != self.args.arch:
+            raise UserError(f"{path}: is a checkpoint of {recipe.arch if recipe else '?'}, not of --arch {self.args.arch}")
+        if recipe.classes != self.loader.classes:
+            raise UserError(
+                f"{path}: was trained on {len(recipe.classes)} classes, {self.args.data} has {len(self.loader.classes)} "
+                "(or others); resume with the same data"
+            )
+        saved, state = load_checkpoint(path)
+        self.loader.load_state_dict(state["loader"])
+        self.net.load_state_dict(weights)
+        self.progress = Progress(**state["progress"])
+        return saved
+
+    def save(self, best: bool = False) -> None:
+        self.progress.seconds = time.perf_counter() - self.started
+        if self.accelerator.is_main_process:
+            scaler = self.accelerator.scaler
+            save_checkpoint(
+                self.output / "checkpoints",
+                self.progress.step,
+                self.write_weights,
+                {"optimizer": self.optimizer.state_dict(), "scaler": scaler.state_dict() if scaler else None},
+                {"loader": self.loader.state_dict(), "progress": asdict(self.progress)},
+                best,
+            )
+
+    def write_weights(self, path: Path) -> None:
+        save_weights(path, self.net.state_dict(), self.recipe.header())
+
+    def log(self, values: dict[str, float]) -> None:
+        row = {"step": self.progress.step, "epoch": self.progress.step / len(self.loader), "seconds": time.perf_counter() - self.started}
+        if self.accelerator.is_main_process:
+            self.metrics.write(row | values)
+        self.accelerator.log(values, step=self.progress.step)
+
+    def train(self) -> None:
+        bar = tqdm(total=self.total_steps, initial=self.progress.step, unit=" steps", disable=not self.accelerator.is_main_process)
+        while self.loader.epoch < self.args.epochs:
+            self.train_epoch(bar)
+            best = False
+            epoch = self.loader.epoch  # already the next one's number: how many are done
+            if self.val_loader is not None and (epoch % self.args.eval_every == 0 or epoch == self.args.epochs):
+                best = self.validate(bar)
+            self.save(best)
+        bar.close()
+        if self.accelerator.is_main_process:
+            self.write_weights(self.output / "model.safetensors")
+        self.accelerator.end_training()
+
+    def train_epoch(self, bar: Any) -> None:
+        """The rest of the loader's epoch, with a row every --log-every steps and a checkpoint every --checkpoint-every."""
+        args, progress = self.args, self.progress
+        losses = torch.zeros((), device=self.accelerator.device)
+        steps, waited, began = 0, 0.0, time.perf_counter()
+        batches = iter(self.loader)
+        while True:
+            asked = time.perf_counter()
+            batch = next(batches, None)
+            waited += time.perf_counter() - asked
+            if batch is None:
+                return
+            rate = self.rate()
+            losses += self.train_step(batch.images, batch.labels, rate)
+            progress.step += 1
+            steps += 1
+            bar.update()
+            if progress.step % args.log_every == 0:
+                loss = float(self.accelerator.reduce(losses, "mean")) / steps
+                elapsed = time.perf_counter() - began
+                speed, share = args.batch_size * steps / elapsed, waited / elapsed
+                self.log({"lr": rate, "train_loss": loss, "images_per_s": speed, "wait_share": share})
+                bar.set_postfix_str(f"loss {loss:.3f}, {speed:.0f} images/s, waiting for data {share:.1%}")
+                losses.zero_()
+                steps, waited, began = 0, 0.0, time.perf_counter()
+            # The epoch's end has a checkpoint of its own, after validation.
+            if progress.step % args.checkpoint_every == 0 and progress.step % len(self.loader):
+                self.save()
+
+    def rate(self) -> float:
+        """The learning rate of the next step, taken at the step's middle so that neither end of a schedule is wasted."""
+        args, progress = self.args, self.progress
+        return learning_rate(
+            args.schedule, args.lr, (progress.step + 0.5) / self.total_steps, args.warmup / args.epochs, progress.errors
+        )
+
+    def train_step(self, images: torch.Tensor, labels: torch.Tensor, rate: float) -> torch.Tensor:
+        """One update from this process's part of a global batch; its mean loss, still on the device."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        parts = self.args.accumulate
+        mean = torch.zeros((), device=images.device)
+        for part, targets in zip(images.chunk(parts), labels.chunk(parts), strict=True):
+            with self.accelerator.accumulate(self.model):
+                loss = F.cross_entropy(self.model(part), targets)
+                self.accelerator.backward(loss)  # divides by the number of parts
+                self.optimizer.step()
+                self.optimizer.zero_grad()
+            mean += loss.detach() / parts
+        return mean
+
+    def validate(self, bar: Any) -> bool:
+        """Score the validation split; returns whether this is the lowest error so far."""
+        assert self.val_loader is not None
+        result = score(
+            self.net,
+            ((batch.images, batch.labels) for batch in self.val_loader),
+            len(self.loader.classes),
+            self.accelerator.device,
+            self.accelerator.autocast,
+            lambda counts: self.accelerator.reduce(counts, "sum"),
+        )
+        self.log({"val_top1": result.top1_rate, "val_top5": result.top5_rate})
+        if self.accelerator.is_main_process:
+            bar.write(f"epoch {self.loader.epoch}: top-1 {result.top1_rate:.2%}, top-5 {result.top5_rate:.2%} of {result.images} images")
+        errors = self.progress.errors
+        errors.append(1 - result.top1_rate)
+        return errors[-1] <= min(errors)
+
+
+def main() -> None:
+    args = parser().parse_args()
+    output = (args.output or Path("runs") / args.arch).absolute()
+    check_arguments(args, output)
+    accelerator = Accelerator(
+        mixed_precision=args.mixed_precision,
+        gradient_accumulation_steps=args.accumulate,
+        log_with="tensorboard",
+        project_config=ProjectConfiguration(str(output), str(output)),
+        step_scheduler_with_optimizer=False,
+    )
+    check_launch(accelerator)
+    if accelerator.device.type == "cuda":
+        torch.backends.cudnn.benchmark = True
+    run = Run(args, accelerator, output)
+    if accelerator.is_main_process and output.parent.name == "runs":
+        latest = output.parent / "latest"
+        latest.unlink(missing_ok=True)
+        latest.symlink_to(output.name)
+    run.train()
+
+
+if __name__ == "__main__":
+    run_cli(main)

@@ -1,0 +1,62 @@
+"""Checkpoints that are whole or absent, whenever the process dies.
+
+RUN/checkpoints/step-00001200/ holds model.safetensors, optimizer.pt and state.json. It is written under a temporary name and
+renamed; then the symbolic links `last` and `best` are replaced, also by renaming; then what neither names is removed.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+
+def save_checkpoint(
+    folder: Path,
+    step: int,
+    write_weights: Callable[[Path], None],
+    optimizer: dict[str, Any],
+    state: dict[str, Any],
+    best: bool,
+) -> None:
+    """Save one checkpoint into `folder` (RUN/checkpoints) and point `last`, and `best` if it is, to it.
+
+    write_weights: writes model.safetensors to the path it is given. optimizer: tensors and plain values. state: JSON values.
+    """
+    name = f"step-{step:08d}"
+    while (folder / name).exists():  # saved at this step before; replacing that folder could not be done in one move
+        name += "+"
+    temporary = folder / f".{name}.partial"
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    write_weights(temporary / "model.safetensors")
+    torch.save(optimizer, temporary / "optimizer.pt")
+    (temporary / "state.json").write_text(json.dumps(state))
+    for file in temporary.iterdir():
+        with file.open("rb") as stream:
+            os.fsync(stream.fileno())
+    temporary.rename(folder / name)
+    for link in ("last", "best") if best else ("last",):
+        _point(folder / link, name)
+    keep = {os.readlink(folder / link) for link in ("last", "best") if (folder / link).is_symlink()}
+    for entry in folder.iterdir():
+        if not entry.is_symlink() and entry.name not in keep:
+            shutil.rmtree(entry, ignore_errors=True)
+
+
+def load_checkpoint(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The optimizer's part (tensors on the CPU) and the state of the checkpoint folder `path`."""
+    optimizer = torch.load(path / "optimizer.pt", map_location="cpu", weights_only=True)
+    return optimizer, json.loads((path / "state.json").read_text())
+
+
+def _point(link: Path, target: str) -> None:
+    temporary = link.with_name(f".{link.name}.partial")
+    temporary.unlink(missing_ok=True)
+    temporary.symlink_to(target)
+    os.replace(temporary, link)
