@@ -8,7 +8,7 @@ anywhere goes on with --resume, at the exact step, with the same samples and the
 
 from __future__ import annotations
 
-import math
+import json
 import os
 import sys
 import time
@@ -16,22 +16,21 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
 from accelerate.utils import ProjectConfiguration
-from torch import nn
 from tqdm import tqdm
 
 from model import ARCHS
 from model.testing import score
 from model.weights import Recipe, load_weights, save_weights
 from pipeline import ENGINES, open_loader
-from pipeline.errors import Parser, UserError, run_cli
+from pipeline.errors import Parser, UserError, positive, run_cli
 from pipeline.loader import Loader, LoaderSpec
 from training.checkpoint import load_checkpoint, save_checkpoint
-from training.metrics import MetricsFile
+from training.launch import check_launch
+from training.metrics import Meter, MetricsFile
 from training.schedule import SCHEDULES, learning_rate
 
 MOMENTUM = 0.9  # He et al. 2015, section 3.4
@@ -53,51 +52,32 @@ def parser() -> Parser:
     parse.add_argument("--output", type=Path, help="folder of this run (default: runs/ARCH)")
     parse.add_argument("--resume", action="store_true", help="go on from the last checkpoint in --output")
     parse.add_argument("--arch", default="resnet50", help=", ".join(ARCHS))
-    parse.add_argument("--epochs", type=int, default=90)
-    parse.add_argument("--batch-size", type=int, default=256, help="global, over all processes")
-    parse.add_argument("--accumulate", type=int, default=1, help="parts that each batch is computed in, for less memory")
+    parse.add_argument("--epochs", type=positive, default=90)
+    parse.add_argument("--batch-size", type=positive, default=256, help="global, over all processes")
+    parse.add_argument("--accumulate", type=positive, default=1, help="parts that each batch is computed in, for less memory")
     parse.add_argument("--lr", type=float, default=0.1, help="for the global batch")
     parse.add_argument("--schedule", default="step", choices=SCHEDULES)
     parse.add_argument("--warmup", type=float, default=0.0, help="epochs of linear warm-up")
     parse.add_argument("--weight-decay", type=float, default=1e-4)
-    parse.add_argument("--image-size", type=int, default=224)
+    parse.add_argument("--image-size", type=positive, default=224)
     parse.add_argument("--scale", type=int, nargs=2, metavar=("LO", "HI"), help="the short side's range (256 480 at size 224)")
     parse.add_argument("--mean", default="pixel", choices=("pixel", "channel"), help="what is subtracted")
     parse.add_argument("--seed", type=int, default=0)
     parse.add_argument("--mixed-precision", choices=PRECISIONS, help="default: what accelerate was told")
     parse.add_argument("--compile", action="store_true", help="torch.compile the model")
     parse.add_argument("--engine", default="auto", help=", ".join(("auto", *ENGINES)))
-    parse.add_argument("--threads", type=int, help="decoding threads per process (default: its share of the cores)")
-    parse.add_argument("--eval-every", type=int, default=1, help="epochs between validations; the last epoch always has one")
-    parse.add_argument("--log-every", type=int, default=20, help="steps between rows of metrics.csv")
-    parse.add_argument("--checkpoint-every", type=int, default=500, help="steps between checkpoints within an epoch")
+    parse.add_argument("--threads", type=positive, help="decoding threads per process (default: its share of the cores)")
+    parse.add_argument("--eval-every", type=positive, default=1, help="epochs between validations; the last epoch always has one")
+    parse.add_argument("--log-every", type=positive, default=20, help="steps between rows of metrics.csv")
+    parse.add_argument("--checkpoint-every", type=positive, default=500, help="steps between checkpoints within an epoch")
     return parse
-
-
-def check_launch(accelerator: Accelerator) -> None:
-    """Refuse the two launches that look like several processes training together and are not."""
-    environment = os.environ
-    if int(environment.get("WORLD_SIZE", 1)) > 1 and accelerator.num_processes == 1:
-        raise UserError(
-            f"torchrun started {environment['WORLD_SIZE']} processes, but each would train alone; "
-            "on a CPU set ACCELERATE_USE_CPU=true before torchrun"
-        )
-    # `accelerate launch --cpu --num_processes 2` sets an address for its processes to meet at, then starts a single one.
-    meant_several = "ACCELERATE_USE_CPU" in environment and "MASTER_ADDR" in environment and "WORLD_SIZE" not in environment
-    launcher = psutil.Process().parent()
-    if meant_several and launcher is not None and "MASTER_ADDR" not in launcher.environ():
-        raise UserError(
-            "accelerate launch was asked for several CPU processes but started one; "
-            "use: ACCELERATE_USE_CPU=true torchrun --nproc_per_node N train.py ..."
-        )
 
 
 def check_arguments(args: Any, output: Path) -> None:
     if args.arch not in ARCHS:
         raise UserError(f"unknown --arch {args.arch!r}; choose from {', '.join(ARCHS)}")
-    counts = (args.epochs, args.batch_size, args.accumulate, args.image_size, args.eval_every, args.log_every, args.checkpoint_every)
-    if min(counts) < 1 or args.lr <= 0 or not 0 <= args.warmup < args.epochs:
-        raise UserError("epochs, sizes, intervals and --lr must be positive, and --warmup shorter than --epochs")
+    if args.lr <= 0 or args.weight_decay < 0 or not 0 <= args.warmup < args.epochs:
+        raise UserError("--lr must be positive, --weight-decay not negative, and --warmup shorter than --epochs")
     last = output / "checkpoints" / "last"
     if args.resume and not last.exists():
         raise UserError(f"{last}: no checkpoint to resume from; start without --resume")
@@ -156,6 +136,14 @@ class Run:
         if accelerator.is_main_process:
             output.mkdir(parents=True, exist_ok=True)
             self.metrics = MetricsFile(output / "metrics.csv", self.progress.step)
+            config = {
+                "command": sys.argv,
+                "arguments": vars(args) | {"scale": spec.scale},
+                "precision": accelerator.mixed_precision,
+                "processes": accelerator.num_processes,
+                "engine": self.loader.engine,
+            }
+            (output / "config.json").write_text(json.dumps(config, indent=1, default=str))
         accelerator.wait_for_everyone()
         accelerator.init_trackers("tensorboard")
 
@@ -194,13 +182,19 @@ class Run:
         save_weights(path, self.net.state_dict(), self.recipe.header())
 
     def log(self, values: dict[str, float]) -> None:
-        row = {"step": self.progress.step, "epoch": self.progress.step / len(self.loader), "seconds": time.perf_counter() - self.started}
+        row = {
+            "step": self.progress.step,
+            "epoch": self.progress.step / len(self.loader),
+            "seconds": time.perf_counter() - self.started,
+        }
         if self.accelerator.is_main_process:
             self.metrics.write(row | values)
         self.accelerator.log(values, step=self.progress.step)
 
     def train(self) -> None:
-        bar = tqdm(total=self.total_steps, initial=self.progress.step, unit=" steps", disable=not self.accelerator.is_main_process)
+        bar = tqdm(
+            total=self.total_steps, initial=self.progress.step, unit=" steps", disable=not self.accelerator.is_main_process
+        )
         while self.loader.epoch < self.args.epochs:
             self.train_epoch(bar)
             best = False
@@ -216,28 +210,18 @@ class Run:
     def train_epoch(self, bar: Any) -> None:
         """The rest of the loader's epoch, with a row every --log-every steps and a checkpoint every --checkpoint-every."""
         args, progress = self.args, self.progress
-        losses = torch.zeros((), device=self.accelerator.device)
-        steps, waited, began = 0, 0.0, time.perf_counter()
-        batches = iter(self.loader)
-        while True:
-            asked = time.perf_counter()
-            batch = next(batches, None)
-            waited += time.perf_counter() - asked
-            if batch is None:
-                return
+        meter = Meter(self.accelerator.device)
+        for batch in meter.timed(self.loader):
             rate = self.rate()
-            losses += self.train_step(batch.images, batch.labels, rate)
+            meter.add(self.train_step(batch.images, batch.labels, rate))
             progress.step += 1
-            steps += 1
             bar.update()
             if progress.step % args.log_every == 0:
-                loss = float(self.accelerator.reduce(losses, "mean")) / steps
-                elapsed = time.perf_counter() - began
-                speed, share = args.batch_size * steps / elapsed, waited / elapsed
-                self.log({"lr": rate, "train_loss": loss, "images_per_s": speed, "wait_share": share})
-                bar.set_postfix_str(f"loss {loss:.3f}, {speed:.0f} images/s, waiting for data {share:.1%}")
-                losses.zero_()
-                steps, waited, began = 0, 0.0, time.perf_counter()
+                row = meter.read(args.batch_size, lambda loss: self.accelerator.reduce(loss, "mean"))
+                self.log({"lr": rate} | row)
+                bar.set_postfix_str(
+                    f"loss {row['train_loss']:.3f}, {row['images_per_s']:.0f} images/s, waiting for data {row['wait_share']:.1%}"
+                )
             # The epoch's end has a checkpoint of its own, after validation.
             if progress.step % args.checkpoint_every == 0 and progress.step % len(self.loader):
                 self.save()
@@ -277,7 +261,9 @@ class Run:
         )
         self.log({"val_top1": result.top1_rate, "val_top5": result.top5_rate})
         if self.accelerator.is_main_process:
-            bar.write(f"epoch {self.loader.epoch}: top-1 {result.top1_rate:.2%}, top-5 {result.top5_rate:.2%} of {result.images} images")
+            bar.write(
+                f"epoch {self.loader.epoch}: top-1 {result.top1_rate:.2%}, top-5 {result.top5_rate:.2%} of {result.images} images"
+            )
         errors = self.progress.errors
         errors.append(1 - result.top1_rate)
         return errors[-1] <= min(errors)
@@ -292,9 +278,8 @@ def main() -> None:
         gradient_accumulation_steps=args.accumulate,
         log_with="tensorboard",
         project_config=ProjectConfiguration(str(output), str(output)),
-        step_scheduler_with_optimizer=False,
     )
-    check_launch(accelerator)
+    check_launch(accelerator.num_processes)
     if accelerator.device.type == "cuda":
         torch.backends.cudnn.benchmark = True
     run = Run(args, accelerator, output)

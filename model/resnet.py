@@ -73,20 +73,24 @@ class ResNet(nn.Module):
     N(0, 2 / fan_out) for convolutions (equation 14), N(0, 1 / fan_in) for the classifier, BN at scale 1.
     """
 
-    def __init__(self, block: type[BasicBlock] | type[Bottleneck], depths: tuple[int, int, int, int], num_classes: int = 1000) -> None:
+    def __init__(
+        self, block: type[BasicBlock] | type[Bottleneck], depths: tuple[int, int, int, int], num_classes: int = 1000
+    ) -> None:
         super().__init__()
         self.conv1 = nn.Conv2d(3, 64, 7, 2, 3, bias=False)
         self.bn1 = nn.BatchNorm2d(64)
         self.relu = nn.ReLU(inplace=True)
         self.maxpool = nn.MaxPool2d(3, 2, 1)
         channels_in = 64
+        stages = []
         for stage, depth in enumerate(depths):
             channels = 64 << stage
             blocks = []
             for index in range(depth):
                 blocks.append(block(channels_in, channels, 2 if stage > 0 and index == 0 else 1))
                 channels_in = channels * block.expansion
-            setattr(self, f"layer{stage + 1}", nn.Sequential(*blocks))
+            stages.append(nn.Sequential(*blocks))
+        self.layer1, self.layer2, self.layer3, self.layer4 = stages
         self.avgpool = nn.AdaptiveAvgPool2d(1)
         self.fc = nn.Linear(channels_in, num_classes)
         self.apply(initialise)

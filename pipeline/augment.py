@@ -48,7 +48,8 @@ class Normalization:
         if self.mean.ndim == 1 or self.mean.shape[:2] == (size, size):
             return self
         planes = [
-            np.asarray(Image.fromarray(plane).resize((size, size), Image.Resampling.BILINEAR)) for plane in self.mean.transpose(2, 0, 1)
+            np.asarray(Image.fromarray(plane).resize((size, size), Image.Resampling.BILINEAR))
+            for plane in self.mean.transpose(2, 0, 1)
         ]
         return Normalization(np.ascontiguousarray(np.stack(planes, axis=-1)), self.std)
 
@@ -100,7 +101,9 @@ def apply(image: Image.Image, draw: Draws, crop: int, basis: Floats, normalizati
     return np.asarray((pixels + lighting(draw, basis) - normalization.mean) / normalization.std, np.float32)
 
 
-def colour_tail(pixels: torch.Tensor, shift: torch.Tensor, mean: torch.Tensor, std: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+def colour_tail(
+    pixels: torch.Tensor, shift: torch.Tensor, mean: torch.Tensor, std: torch.Tensor, dtype: torch.dtype
+) -> torch.Tensor:
     """Steps 3 and 4 on a batch: uint8 (N, H, W, 3) to `dtype` (N, 3, H, W) in channels-last memory, on the tensors' device.
 
     shift: float32 (N, 3). mean: float32 (3,) or (H, W, 3). std: float32 (3,). Computed in float32, rounded once.

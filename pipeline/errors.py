@@ -22,6 +22,14 @@ class Parser(argparse.ArgumentParser):
         raise UserError(f"{message}; see --help")
 
 
+def positive(text: str) -> int:
+    """An option's whole number of at least 1."""
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, not {value}")
+    return value
+
+
 def run_cli(main: Callable[[], None]) -> NoReturn:
     """Run a command-line program: exit 0 when done, 2 with one line on a UserError, 130 on Ctrl-C."""
     try:

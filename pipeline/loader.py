@@ -106,6 +106,8 @@ class Loader(ABC):
     once it is yielded. Iterating again after a `break` goes on where it stopped; `seek` goes anywhere.
     """
 
+    engine: str  # its name in `pipeline.ENGINES`
+
     def __init__(self, spec: LoaderSpec) -> None:
         check(spec)
         self.spec = spec

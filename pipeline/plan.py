@@ -56,7 +56,8 @@ class Draws(NamedTuple):
 
     def one(self, index: int) -> Draws:
         """The draws of a single sample, kept as arrays of length one."""
-        return Draws(*(field[index : index + 1] for field in self))
+        at = slice(index, index + 1)
+        return Draws(self.short[at], self.top[at], self.left[at], self.flip[at], self.alphas[at])
 
 
 @njit(cache=True, nogil=True)

@@ -34,9 +34,7 @@ FORMAT = "cropfeed-shards"
 VERSION = 1
 
 # offset and bytes are of the encoded image inside its tar; height and width in pixels, as stored (orientation tags ignored).
-SAMPLE = np.dtype(
-    [("shard", "<u4"), ("offset", "<u8"), ("bytes", "<u4"), ("height", "<u4"), ("width", "<u4"), ("label", "<i4")]
-)
+SAMPLE = np.dtype([("shard", "<u4"), ("offset", "<u8"), ("bytes", "<u4"), ("height", "<u4"), ("width", "<u4"), ("label", "<i4")])
 Samples = npt.NDArray[Any]
 
 
@@ -186,6 +184,8 @@ class ShardSet:
             except (OSError, ValueError) as error:
                 raise UserError(f"{path}: cannot be read ({error}); make the shards again") from error
             if len(mapped) != self._sizes[shard]:
-                raise UserError(f"{path}: has {len(mapped)} bytes, manifest.json says {self._sizes[shard]}; make the shards again")
+                raise UserError(
+                    f"{path}: has {len(mapped)} bytes, manifest.json says {self._sizes[shard]}; make the shards again"
+                )
             self._maps[shard] = mapped
         return mapped

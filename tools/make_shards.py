@@ -27,9 +27,10 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 from tqdm import tqdm
+from workers import end_with_parent
 
 from pipeline import augment, plan, shards
-from pipeline.errors import Parser, UserError, run_cli
+from pipeline.errors import Parser, UserError, positive, run_cli
 
 # What every engine decodes; MPO is what Pillow calls a JPEG with more pictures behind it, of which the first counts.
 FORMATS = ("JPEG", "MPO", "PNG", "BMP", "WEBP")
@@ -160,6 +161,7 @@ _done: Synchronized[int]  # images finished by all workers, for the progress bar
 def _start_worker(done: Synchronized[int]) -> None:
     global _done
     _done = done
+    end_with_parent()
 
 
 def write_task(task: Task) -> tuple[shards.Samples, Statistics, str]:
@@ -276,11 +278,9 @@ def main() -> None:
     parser = Parser(__doc__)
     parser.add_argument("src", type=Path, metavar="SRC", help="the folder of images")
     parser.add_argument("--out", type=Path, required=True, help="the folder to make")
-    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes (default: one a core)")
-    parser.add_argument("--shard-size", type=int, default=1000, help="images in a shard (default: 1000)")
+    parser.add_argument("--workers", type=positive, default=os.cpu_count() or 1, help="processes (default: one a core)")
+    parser.add_argument("--shard-size", type=positive, default=1000, help="images in a shard (default: 1000)")
     args = parser.parse_args()
-    if args.workers < 1 or args.shard_size < 1:
-        raise UserError("--workers and --shard-size must be at least 1")
     make_shards(args.src, args.out.absolute(), args.workers, args.shard_size)
 
 

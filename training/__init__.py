@@ -1,1 +1,1 @@
-"""What `train.py` is made of: schedules, checkpoints, the metrics file. It imports neither `pipeline` nor `model`."""
+"""What `train.py` is made of: launch checks, schedules, checkpoints, the metrics file."""

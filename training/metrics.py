@@ -1,18 +1,67 @@
-"""RUN/metrics.csv: one row per log interval and per validation; cells that a row has no figure for stay empty."""
+"""Figures of a run: measured between log intervals, written to RUN/metrics.csv."""
 
 from __future__ import annotations
 
 import csv
 import os
+import time
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from typing import TypeVar
+
+import torch
+
+T = TypeVar("T")
 
 COLUMNS = (
     "step", "epoch", "seconds", "lr", "train_loss", "images_per_s", "wait_share", "val_top1", "val_top5",
 )  # fmt: skip
 
 
+class Meter:
+    """Mean loss, speed and waiting of the steps since it was made or last read. Adding a loss does not wait for the device."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._losses = torch.zeros((), device=device)
+        self._start()
+
+    def _start(self) -> None:
+        self._losses.zero_()
+        self._steps, self._waited, self._began = 0, 0.0, time.perf_counter()
+
+    def timed(self, batches: Iterable[T]) -> Iterator[T]:
+        """The same batches, with the time spent waiting for each."""
+        iterator = iter(batches)
+        while True:
+            asked = time.perf_counter()
+            batch = next(iterator, None)
+            self._waited += time.perf_counter() - asked
+            if batch is None:
+                return
+            yield batch
+
+    def add(self, loss: torch.Tensor) -> None:
+        self._losses += loss
+        self._steps += 1
+
+    def read(self, batch_size: int, mean: Callable[[torch.Tensor], torch.Tensor]) -> dict[str, float]:
+        """train_loss, images_per_s and wait_share (0..1), and start anew. batch_size: global; mean: over processes."""
+        loss = float(mean(self._losses)) / self._steps
+        elapsed = time.perf_counter() - self._began
+        figures = {
+            "train_loss": loss,
+            "images_per_s": batch_size * self._steps / elapsed,
+            "wait_share": self._waited / elapsed,
+        }
+        self._start()
+        return figures
+
+
 class MetricsFile:
-    """Appends rows. Opened at step n it first drops rows after n, which a killed run wrote beyond its last checkpoint."""
+    """RUN/metrics.csv: a row per log interval and per validation; cells that a row has no figure for stay empty.
+
+    Opened at step n it first drops rows after n, which a killed run wrote beyond its last checkpoint.
+    """
 
     def __init__(self, path: Path, step: int) -> None:
         self.path = path

@@ -1,0 +1,39 @@
+# make demo   from nothing to a trained, evaluated net and pictures of it (CPU or GPU)
+# make test   all tests
+# make lint   ruff and mypy
+# Each builds .venv first, with every package pinned in constraints.txt.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+DEMO := demo
+LAUNCH := $(BIN)/accelerate launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no
+
+.PHONY: demo test lint clean
+
+$(INSTALLED): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dali,dev]'
+	touch $@
+
+demo: $(INSTALLED)
+	rm -rf $(DEMO)
+	mkdir $(DEMO)
+	$(BIN)/python tools/make_demo_data.py $(DEMO)/images
+	$(BIN)/python tools/make_shards.py $(DEMO)/images --out $(DEMO)/shards --shard-size 250
+	$(LAUNCH) train.py --data $(DEMO)/shards --output $(DEMO)/run --arch resnet18 --image-size 64 --batch-size 64 \
+		--epochs 8 --lr 0.05 --schedule cosine --warmup 1 --log-every 10 --eval-every 2
+	$(BIN)/python tools/plot_run.py $(DEMO)/run --data $(DEMO)/shards
+	$(BIN)/python tools/evaluate.py $(DEMO)/run --data $(DEMO)/shards --json $(DEMO)/figures.json --per-class $(DEMO)/classes.csv
+
+test: $(INSTALLED)
+	$(BIN)/python -m pytest
+
+lint: $(INSTALLED)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+clean:
+	rm -rf $(VENV) $(DEMO)

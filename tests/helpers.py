@@ -1,0 +1,95 @@
+"""What several test files need: images with structure, JPEGs of every subsampling, running our scripts as a user does."""
+
+from __future__ import annotations
+
+import io
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import simplejpeg
+from PIL import Image
+
+ROOT = Path(__file__).resolve().parents[1]
+SHARED = ROOT.parent / "shared" / "data"  # real images, on the project's own machines only
+
+SUBSAMPLINGS = ("444", "422", "440", "420", "411", "Gray")
+
+
+def picture(height: int, width: int, seed: int = 0) -> npt.NDArray[np.uint8]:
+    """uint8 (height, width, 3) with smooth colour, edges and some noise, as photographs have."""
+    rng = np.random.default_rng(seed)
+    coarse = Image.fromarray(rng.integers(0, 256, (4, 5, 3), np.uint8)).resize((width, height), Image.Resampling.BICUBIC)
+    pixels = np.asarray(coarse).astype(np.float32)
+    y, x = np.mgrid[:height, :width]
+    pixels += 40 * (np.sin(x / 17.0 + seed) * np.cos(y / 11.0) > 0)[..., None]
+    pixels += rng.normal(0, 4, pixels.shape)
+    return pixels.clip(0, 255).astype(np.uint8)
+
+
+def jpeg(pixels: npt.NDArray[np.uint8], subsampling: str = "420", quality: int = 90) -> bytes:
+    """A baseline JPEG by libjpeg-turbo. subsampling: one of SUBSAMPLINGS."""
+    if subsampling == "Gray":
+        grey = np.ascontiguousarray(pixels[..., :1])
+        return bytes(simplejpeg.encode_jpeg(grey, quality, "GRAY", "Gray"))
+    return bytes(simplejpeg.encode_jpeg(np.ascontiguousarray(pixels), quality, "RGB", subsampling))
+
+
+def open_image(data: bytes) -> Image.Image:
+    return Image.open(io.BytesIO(data))
+
+
+def write_image_folder(root: Path, classes: int, train: int, val: int, sides: tuple[int, int] = (40, 90)) -> None:
+    """An ImageFolder whose images differ in size and subsampling, and whose classes differ in colour and pattern.
+
+    train, val: images per class. sides: range of heights and widths.
+    """
+    rng = np.random.default_rng(1)
+    for split, count in (("train", train), ("val", val)):
+        for label in range(classes):
+            folder = root / split / f"n{label:08d}"
+            folder.mkdir(parents=True)
+            for index in range(count):
+                height, width = rng.integers(sides[0], sides[1] + 1, 2)
+                pixels = picture(int(height), int(width), int(rng.integers(1 << 30)))
+                pixels[..., label % 3] //= 2
+                data = jpeg(pixels, SUBSAMPLINGS[index % len(SUBSAMPLINGS)])
+                (folder / f"{split}_{label}_{index}.JPEG").write_bytes(data)
+
+
+def run_script(*command: Any, launcher: tuple[str, ...] = (), **environment: str) -> subprocess.CompletedProcess[str]:
+    """Run one of our scripts as a user would, from another folder and without PYTHONPATH. command: script, arguments."""
+    script, *arguments = [str(part) for part in command]
+    prefix = [sys.executable, *launcher] if launcher else [sys.executable]
+    return subprocess.run(
+        [*prefix, str(ROOT / script), *arguments],
+        cwd="/tmp",
+        env=clean_environment() | environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+
+
+def clean_environment() -> dict[str, str]:
+    """This process's environment without what would change how scripts find modules or launch."""
+    return {
+        name: value
+        for name, value in os.environ.items()
+        if name != "PYTHONPATH" and not name.startswith(("ACCELERATE_", "MASTER_", "WORLD_SIZE", "RANK", "LOCAL_"))
+    }
+
+
+def assert_refused(result: subprocess.CompletedProcess[str], *words: str) -> None:
+    """The script ended with exit code 2 and one line that holds all `words`."""
+    assert result.returncode == 2, result.stderr
+    lines = [line for line in result.stderr.splitlines() if not line.startswith("dlopen libcuda")]
+    assert len(lines) == 1, result.stderr
+    assert lines[0].startswith("error: ")
+    for word in words:
+        assert word in lines[0], lines[0]

@@ -1,0 +1,67 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from model import ARCHS
+from model.weights import Recipe, load_weights, save_weights
+
+RECIPE = Recipe(
+    "resnet18",
+    ["a", "b"],
+    112,
+    128,
+    np.random.default_rng(0).uniform(0, 255, (112, 112, 3)).astype(np.float32),
+    np.ones(3, np.float32),
+)
+
+
+def test_weights_and_recipe_come_back(tmp_path: Path) -> None:
+    net = ARCHS["resnet18"](num_classes=2).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    save_weights(tmp_path / "net.safetensors", net.state_dict(), RECIPE.header())
+    weights, header = load_weights(tmp_path / "net.safetensors")
+    assert weights.keys() == net.state_dict().keys()
+    assert all(torch.equal(weights[name], tensor) for name, tensor in net.state_dict().items())
+    recipe = Recipe.from_header(header)
+    assert recipe is not None
+    assert (recipe.arch, recipe.classes, recipe.image_size, recipe.eval_short) == ("resnet18", ["a", "b"], 112, 128)
+    assert np.array_equal(recipe.mean, RECIPE.mean)
+    assert np.array_equal(recipe.std, RECIPE.std)
+    assert [path.name for path in tmp_path.iterdir()] == ["net.safetensors"]
+    assert load_file(tmp_path / "net.safetensors").keys() == net.state_dict().keys()  # no keys but the net's
+
+
+def test_pth_files_of_every_habit_load(tmp_path: Path) -> None:
+    state = ARCHS["resnet18"](num_classes=2).state_dict()
+    wrapped = {f"module.{name}": tensor for name, tensor in state.items()}
+    for index, content in enumerate((state, {"state_dict": wrapped, "epoch": 3}, {"model": state})):
+        torch.save(content, tmp_path / f"{index}.pth")
+        weights, header = load_weights(tmp_path / f"{index}.pth")
+        assert header == {}
+        assert weights.keys() == state.keys()
+        assert torch.equal(weights["conv1.weight"], state["conv1.weight"])
+
+
+class Harmful:
+    def __reduce__(self) -> tuple[object, tuple[str]]:
+        import os
+
+        return os.system, ("touch /tmp/cropfeed-was-here",)
+
+
+def test_unreadable_files_are_one_line_errors(tmp_path: Path) -> None:
+    torch.save({"state_dict": Harmful()}, tmp_path / "harmful.pth")
+    torch.save([1, 2], tmp_path / "list.pth")
+    (tmp_path / "junk.pth").write_bytes(b"junk")
+    (tmp_path / "junk.safetensors").write_bytes(b"junk")
+    for name in ("harmful.pth", "list.pth", "junk.pth", "junk.safetensors", "absent.pth", "absent.safetensors"):
+        with pytest.raises(ValueError, match=r"^[^\n]+$"):
+            load_weights(tmp_path / name)
+    assert not Path("/tmp/cropfeed-was-here").exists()
+    assert Recipe.from_header({}) is None
+    with pytest.raises(ValueError, match="damaged header"):
+        Recipe.from_header(RECIPE.header() | {"mean": '[[3], "AAAA"]'})

@@ -1,0 +1,134 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from pipeline import augment, plan
+from tests.helpers import picture
+
+# Covariance of ImageNet's RGB in 0..1, from the eigenbasis that fb.resnet.torch published and everyone since has copied.
+PUBLISHED_VALUES = np.array([0.2175, 0.0188, 0.0045])
+PUBLISHED_VECTORS = np.array([[-0.5675, 0.7192, 0.4009], [-0.5808, -0.0045, -0.8140], [-0.5836, -0.6948, 0.4203]])
+COVARIANCE = PUBLISHED_VECTORS @ np.diag(PUBLISHED_VALUES) @ PUBLISHED_VECTORS.T
+
+ZERO = augment.Normalization.of([0, 0, 0])
+NO_LIGHT = np.zeros((3, 3), np.float32)
+
+
+def draw(short: int, top: int, left: int, flip: bool = False, alphas: tuple[float, float, float] = (0, 0, 0)) -> plan.Draws:
+    return plan.Draws(np.array([short]), np.array([top]), np.array([left]), np.array([flip]), np.array([alphas], np.float32))
+
+
+@pytest.mark.parametrize(
+    ("size", "short", "corner"),
+    [
+        ((300, 400), 150, (20, 60)),
+        ((300, 400), 150, (0, 0)),
+        ((300, 400), 150, (50, 100)),
+        ((120, 90), 180, (70, 3)),
+        ((200, 200), 200, (9, 31)),
+    ],
+)
+def test_reference_is_resize_then_crop(size: tuple[int, int], short: int, corner: tuple[int, int]) -> None:
+    """Down, up and not at all, at sizes that resize exactly, against Pillow's own resize of the whole image, then a slice."""
+    height, width = size
+    image = Image.fromarray(picture(height, width, 3))
+    whole = np.asarray(image.resize((width * short // min(size), height * short // min(size)), Image.Resampling.BILINEAR))
+    top, left = corner
+    expected = whole[top : top + 100, left : left + 100].astype(int)
+    found = augment.resample(image, draw(short, top, left), 100)
+    assert np.abs(found - expected).max() <= 1
+
+
+def test_flip_mirrors_left_to_right() -> None:
+    image = Image.fromarray(picture(300, 400))
+    plain, flipped = (augment.resample(image, draw(150, 3, 40, flip), 100) for flip in (False, True))
+    assert np.array_equal(flipped, np.fliplr(plain))
+    assert not np.array_equal(flipped, plain)
+
+
+def test_grey_palette_and_cmyk_become_rgb() -> None:
+    for mode in ("L", "P", "CMYK", "RGBA"):
+        assert augment.resample(Image.fromarray(picture(120, 130)).convert(mode), draw(110, 1, 2), 100).shape == (100, 100, 3)
+
+
+def test_orientation_tags_are_ignored() -> None:
+    import io
+
+    stream = io.BytesIO()
+    exif = Image.Exif()
+    exif[0x0112] = 6  # rotate by 90 degrees
+    Image.fromarray(picture(120, 200)).save(stream, "JPEG", exif=exif)
+    image = Image.open(stream)
+    assert image.size == (200, 120)
+    assert np.array_equal(
+        augment.resample(image, draw(100, 0, 66), 100), augment.resample(image.convert("RGB"), draw(100, 0, 66), 100)
+    )
+
+
+def test_lighting_is_alexnets_formula() -> None:
+    """[p1, p2, p3] [a1 l1, a2 l2, a3 l3]^T, written out; a component's sign is arbitrary, so each may come negated."""
+    basis = augment.lighting_basis(COVARIANCE)
+    for component in range(3):
+        alphas = (0.1 * (component == 0), 0.1 * (component == 1), 0.1 * (component == 2))
+        expected = PUBLISHED_VECTORS[:, component] * 0.1 * PUBLISHED_VALUES[component] * 255
+        found = augment.lighting(draw(256, 0, 0, alphas=alphas), basis)[0]
+        assert min(np.abs(found - expected).max(), np.abs(found + expected).max()) < 0.01
+
+
+def test_lighting_varies_as_its_law_says() -> None:
+    basis = augment.lighting_basis(COVARIANCE)
+    count = 100_000
+    drawn = plan.draw(0, 0, np.arange(count), np.full(count, 300), np.full(count, 300))
+    shifts = augment.lighting(drawn, basis)
+    expected = 0.01 * 255**2 * PUBLISHED_VECTORS @ np.diag(PUBLISHED_VALUES**2) @ PUBLISHED_VECTORS.T
+    assert np.allclose(np.cov(shifts.T), expected, atol=0.03 * expected.max())
+    assert np.abs(shifts.mean(axis=0)).max() < 0.1
+
+
+def test_eigenbasis_rebuilds_the_covariance() -> None:
+    values, vectors = augment.eigenbasis(COVARIANCE)
+    assert np.allclose(vectors @ np.diag(values) @ vectors.T, COVARIANCE)
+    assert list(values) == sorted(values, reverse=True)
+    assert (vectors[np.abs(vectors).argmax(axis=0), range(3)] > 0).all()
+
+
+@pytest.mark.parametrize("per_pixel", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_colour_tail_on_tensors_is_the_references(per_pixel: bool, dtype: torch.dtype) -> None:
+    rng = np.random.default_rng(0)
+    mean = rng.uniform(90, 130, (100, 100, 3) if per_pixel else 3)
+    normalization = augment.Normalization.of(mean, (58.0, 57.0, 57.5))
+    basis = augment.lighting_basis(COVARIANCE)
+    image = Image.fromarray(picture(300, 400))
+    draws = [draw(150, 7, 30, True, (0.1, -0.2, 0.3)), draw(140, 0, 12, False, (-0.1, 0.0, 0.05))]
+    expected = np.stack([augment.apply(image, each, 100, basis, normalization) for each in draws])
+    pixels = torch.from_numpy(np.stack([augment.resample(image, each, 100) for each in draws]))
+    shift = torch.from_numpy(np.concatenate([augment.lighting(each, basis) for each in draws]))
+    found = augment.colour_tail(pixels, shift, torch.from_numpy(normalization.mean), torch.from_numpy(normalization.std), dtype)
+    assert found.shape == (2, 3, 100, 100)
+    assert found.dtype == dtype
+    assert found.is_contiguous(memory_format=torch.channels_last)
+    tolerance = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}[dtype]
+    assert np.abs(found.float().permute(0, 2, 3, 1).numpy() - expected).max() < tolerance
+
+
+def test_mean_is_subtracted_at_the_pixel_that_comes_out() -> None:
+    """A flipped picture keeps the mean where it is: the mean belongs to places in the crop, not to the source."""
+    mean = np.zeros((100, 100, 3), np.float32)
+    mean[:, 0] = 50
+    image = Image.fromarray(picture(200, 200))
+    for flip in (False, True):
+        with_mean = augment.apply(image, draw(100, 0, 0, flip), 100, NO_LIGHT, augment.Normalization.of(mean))
+        without = augment.apply(image, draw(100, 0, 0, flip), 100, NO_LIGHT, ZERO)
+        assert np.allclose(without - with_mean, mean)
+
+
+def test_a_mean_image_is_resized_with_the_crop() -> None:
+    ramp = np.broadcast_to(np.linspace(0, 200, 224)[:, None, None], (224, 224, 3))
+    half = augment.Normalization.of(ramp).at(112).mean
+    assert half.shape == (112, 112, 3)
+    assert np.allclose(half, ramp.reshape(112, 2, 224, 3)[:, :, ::2].mean(axis=1), atol=0.5)
+    assert augment.Normalization.of([1, 2, 3]).at(112).mean.tolist() == [1, 2, 3]

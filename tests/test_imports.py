@@ -1,0 +1,65 @@
+"""Imports run one way: train.py, tools -> training, pipeline, model; inside pipeline towards the plan; engines never meet."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import pytest
+
+from tests.helpers import ROOT
+
+# Module -> what of our own it may import. A name stands for itself and everything below it.
+ALLOWED: dict[str, tuple[str, ...]] = {
+    "pipeline/errors.py": (),
+    "pipeline/plan.py": (),
+    "pipeline/augment.py": ("pipeline.plan",),
+    "pipeline/shards.py": ("pipeline.plan", "pipeline.augment", "pipeline.errors"),
+    "pipeline/loader.py": ("pipeline.plan", "pipeline.augment", "pipeline.shards", "pipeline.errors"),
+    "pipeline/engines/": ("pipeline.plan", "pipeline.augment", "pipeline.shards", "pipeline.loader", "pipeline.errors"),
+    "pipeline/__init__.py": ("pipeline.loader", "pipeline.errors"),
+    "model/": ("model",),
+    "training/": ("training", "pipeline.errors"),
+    "tools/": ("pipeline", "model", "training", "tools"),
+    "train.py": ("pipeline", "model", "training"),
+}
+OURS = ("pipeline", "model", "training", "tools", "tests", "train")
+
+
+def sources() -> list[Path]:
+    return [
+        path.relative_to(ROOT)
+        for path in sorted([*ROOT.glob("*.py"), *ROOT.glob("*/**/*.py")])
+        if path.parts[len(ROOT.parts)] in (*OURS, "train.py")
+    ]
+
+
+def imported(path: Path) -> set[str]:
+    """Our own modules that a file imports; `from pipeline import plan` counts as pipeline.plan."""
+    names: set[str] = set()
+    for node in ast.walk(ast.parse((ROOT / path).read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            for alias in node.names:
+                below = f"{node.module}.{alias.name}"
+                is_module = (ROOT / (below.replace(".", "/") + ".py")).exists()
+                names.add(below if is_module else node.module)
+    return {name for name in names if name.split(".")[0] in OURS}
+
+
+@pytest.mark.parametrize("path", [path for path in sources() if path.parts[0] != "tests"], ids=str)
+def test_imports_run_one_way(path: Path) -> None:
+    rules = [
+        allowed
+        for place, allowed in ALLOWED.items()
+        if str(path) == place or (place.endswith("/") and str(path).startswith(place))
+    ]
+    assert len(rules) == 1, f"{path} has no place in the house, or two"
+    for name in imported(path):
+        assert any(name == allowed or name.startswith(allowed + ".") for allowed in rules[0]), f"{path} imports {name}"
+
+
+def test_the_rule_sees_imports() -> None:
+    assert "pipeline.plan" in imported(Path("pipeline/loader.py"))
+    assert "pipeline.engines.dali" not in imported(Path("pipeline/__init__.py"))

@@ -1,0 +1,230 @@
+from __future__ import annotations
+
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from model import ARCHS
+from model.weights import Recipe, load_weights
+from pipeline import plan
+from tests.helpers import ROOT, assert_refused, clean_environment, run_script
+from training.metrics import read_metrics
+
+EPOCHS, STEPS = 5, 7  # 60 images in batches of 8
+TORCHRUN = ("-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29611")
+
+
+def arguments(data: Path, output: Path, *more: Any) -> list[str]:
+    options = [
+        "--data", data, "--output", output, "--arch", "resnet18", "--epochs", EPOCHS, "--batch-size", 8, "--image-size", 32,
+        "--scale", 36, 68, "--lr", 0.02, "--threads", 1, "--log-every", 1, "--checkpoint-every", 3, *more,
+    ]  # fmt: skip
+    return [str(option) for option in options]
+
+
+@pytest.fixture(scope="module")
+def finished(small_shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run in fp32 on one process, never stopped, with its trace beside it."""
+    folder = tmp_path_factory.mktemp("finished")
+    result = run_script("tests/traced_train.py", *arguments(small_shards, folder / "run"), TRACE=str(folder / "trace"))
+    assert result.returncode == 0, result.stderr
+    return folder / "run"
+
+
+def steps_logged(run: Path) -> int:
+    path = run / "metrics.csv"
+    return sum(bool(row["train_loss"]) for row in read_metrics(path)) if path.exists() else 0
+
+
+def run_until_killed(command: list[str], run: Path, rows: int, trace: Path, **environment: str) -> None:
+    """Start `command`, SIGKILL it and all its children once metrics.csv has `rows` more training rows than now."""
+    process = subprocess.Popen(
+        command,
+        env=clean_environment() | environment | {"TRACE": str(trace)},
+        start_new_session=True,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd="/tmp",
+    )
+    deadline = time.monotonic() + 120
+    target = None
+    while target is None or steps_logged(run) < target:
+        if process.poll() is not None or time.monotonic() > deadline:
+            os.killpg(process.pid, signal.SIGKILL)
+            raise AssertionError(process.communicate()[1])
+        # A resumed run first cuts metrics.csv back to its checkpoint: count from there, once it has started over.
+        if target is None and "tfevents" in str(list(run.glob("tensorboard/*"))) and steps_logged(run) >= 0:
+            target = min(steps_logged(run) + rows, EPOCHS * STEPS - 1)
+        time.sleep(0.005)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.communicate()
+
+
+def traces(stem: Path) -> dict[tuple[int, int], dict[str, Any]]:
+    """Global batches by place: ids and draws, ranks put together in order. Batches done twice must be the same."""
+    parts: dict[tuple[int, int], dict[str, dict[int, dict[str, Any]]]] = {}
+    for path in stem.parent.glob(stem.name + ".*"):
+        for line in path.read_text().splitlines():
+            row = json.loads(line)
+            process = path.name.split(".")[-2] if row["rank"] == 0 else "other"
+            parts.setdefault((row["epoch"], row["consumed"]), {}).setdefault(process, {})[row["rank"]] = row
+    found = {}
+    for place, processes in parts.items():
+        whole = []
+        others = processes.pop("other", {})
+        for ranks in processes.values():
+            together = [ranks[0]] if len(ranks[0]["ids"]) == 8 else [ranks[0], others[1]]
+            ids = [index for row in together for index in row["ids"]]
+            draws = [[value for row in together for value in row["draws"][field]] for field in range(5)]
+            whole.append({"ids": ids, "draws": draws})
+        assert all(each == whole[0] for each in whole), place
+        found[place] = whole[0]
+    return found
+
+
+def test_a_run_learns_and_leaves_everything_behind(small_shards: Path, finished: Path) -> None:
+    rows = read_metrics(finished / "metrics.csv")
+    losses = [float(row["train_loss"]) for row in rows if row["train_loss"]]
+    assert len(losses) == EPOCHS * STEPS
+    assert sum(losses[-STEPS:]) < 0.7 * sum(losses[:STEPS])
+    tops = [float(row["val_top1"]) for row in rows if row["val_top1"]]
+    assert len(tops) == EPOCHS
+    assert all(0 <= float(row["wait_share"]) <= 1 and float(row["images_per_s"]) > 0 for row in rows if row["train_loss"])
+    weights, header = load_weights(finished / "model.safetensors")
+    assert weights.keys() == ARCHS["resnet18"](num_classes=3).state_dict().keys()
+    recipe = Recipe.from_header(header)
+    assert recipe is not None
+    assert (recipe.arch, recipe.image_size, recipe.eval_short, recipe.mean.shape) == ("resnet18", 32, 37, (32, 32, 3))
+    assert {path.name for path in (finished / "checkpoints").iterdir()} >= {"last", "best", "step-00000035"}
+    assert json.loads((finished / "config.json").read_text())["arguments"]["batch_size"] == 8
+    assert list(finished.glob("tensorboard/*tfevents*"))
+    trained = traces(finished.parent / "trace")
+    assert sorted(trained) == [(epoch, 8 * step) for epoch in range(EPOCHS) for step in range(1, STEPS + 1)]
+    for epoch in range(EPOCHS):
+        ids = [index for step in range(1, STEPS + 1) for index in trained[(epoch, 8 * step)]["ids"]]
+        assert ids == plan.order(0, epoch, range(56), 60).tolist()
+
+
+def test_killed_at_random_steps_it_ends_in_the_same_bits(small_shards: Path, finished: Path, tmp_path: Path) -> None:
+    rng = random.Random(4)
+    run = tmp_path / "run"
+    command = [sys.executable, str(ROOT / "tests" / "traced_train.py"), *arguments(small_shards, run)]
+    for attempt in range(3):
+        resume = ["--resume"] if (run / "checkpoints" / "last").exists() else []
+        if attempt and not resume:
+            shutil.rmtree(run)
+        shutil.rmtree(run / "tensorboard", ignore_errors=True)
+        run_until_killed([*command, *resume], run, rng.randint(4, 11), tmp_path / "trace")
+        assert not (run / "model.safetensors").exists()
+    result = run_script("tests/traced_train.py", *arguments(small_shards, run, "--resume"), TRACE=str(tmp_path / "trace"))
+    assert result.returncode == 0, result.stderr
+    ours, theirs = load_file(run / "model.safetensors"), load_file(finished / "model.safetensors")
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    assert traces(tmp_path / "trace") == traces(finished.parent / "trace")
+
+    def figures(path: Path) -> list[tuple[str, ...]]:
+        return [(row["step"], row["lr"], row["train_loss"], row["val_top1"]) for row in read_metrics(path / "metrics.csv")]
+
+    assert figures(run) == figures(finished)
+
+
+def test_one_process_then_two_then_one_see_the_same_global_batches(small_shards: Path, finished: Path, tmp_path: Path) -> None:
+    run, trace = tmp_path / "run", tmp_path / "trace"
+    script = str(ROOT / "tests" / "traced_train.py")
+    run_until_killed([sys.executable, script, *arguments(small_shards, run)], run, 8, trace)
+    shutil.rmtree(run / "tensorboard")
+    two = [sys.executable, *TORCHRUN, script, *arguments(small_shards, run, "--resume")]
+    run_until_killed(two, run, 9, trace, ACCELERATE_USE_CPU="true")
+    result = run_script("tests/traced_train.py", *arguments(small_shards, run, "--resume"), TRACE=str(trace))
+    assert result.returncode == 0, result.stderr
+    ranks = {path.name.rsplit(".", 1)[1] for path in tmp_path.glob("trace.*")}
+    assert ranks == {"0", "1"}
+    assert traces(trace) == traces(finished.parent / "trace")
+
+
+def test_two_processes_share_the_epoch(small_shards: Path, tmp_path: Path) -> None:
+    options = arguments(small_shards, tmp_path / "run", "--epochs", 2, "--accumulate", 2, "--mixed-precision", "bf16")
+    result = run_script(
+        "tests/traced_train.py", *options, launcher=TORCHRUN, ACCELERATE_USE_CPU="true", TRACE=str(tmp_path / "trace")
+    )
+    assert result.returncode == 0, result.stderr
+    seen: dict[str, list[int]] = {}
+    for path in tmp_path.glob("trace.*"):
+        rows = [json.loads(line) for line in path.read_text().splitlines()]
+        seen[path.suffix] = [index for row in rows if row["epoch"] == 0 for index in row["ids"]]
+    assert len(seen[".0"]) == len(seen[".1"]) == 28
+    assert not set(seen[".0"]) & set(seen[".1"])
+    assert set(seen[".0"]) | set(seen[".1"]) == set(plan.order(0, 0, range(56), 60).tolist())
+    counted = [
+        line for line in result.stderr.replace("\r", "\n").splitlines() + result.stdout.splitlines() if "of 21 images" in line
+    ]
+    assert len(counted) == 2  # each validation saw every image once, over both processes
+    assert steps_logged(tmp_path / "run") == 2 * STEPS
+    assert (tmp_path / "run" / "model.safetensors").exists()
+
+
+def test_launches_that_only_look_parallel_are_refused(small_shards: Path, tmp_path: Path) -> None:
+    if torch.cuda.is_available():
+        pytest.skip("on a GPU machine these launches are right")
+    run = tmp_path / "run"
+    launched = run_script(
+        "train.py", *arguments(small_shards, run), launcher=("-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2")
+    )
+    assert launched.returncode != 0
+    assert (
+        "error: accelerate launch was asked for several CPU processes but started one; use: ACCELERATE_USE_CPU=true"
+        in launched.stderr
+    )
+    torchrun = run_script("train.py", *arguments(small_shards, run), launcher=TORCHRUN)
+    assert torchrun.returncode != 0
+    assert (
+        "error: torchrun started 2 processes, but each would train alone; on a CPU set ACCELERATE_USE_CPU=true" in torchrun.stderr
+    )
+    assert not run.exists()
+
+
+def test_bad_input_is_refused_and_leaves_nothing(small_shards: Path, finished: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+
+    def refused(*options: Any, words: str, data: Path = small_shards) -> None:
+        assert_refused(run_script("train.py", *arguments(data, run, *options)), words)
+        assert not run.exists()
+
+    refused("--arch", "resnet19", words="unknown --arch 'resnet19'; choose from resnet18, resnet34")
+    refused("--arch", "resnet18", words="no such folder", data=tmp_path / "nowhere")
+    refused("--resume", words="no checkpoint to resume from")
+    refused("--batch-size", 61, words="fewer than one batch")
+    refused("--accumulate", 3, words="multiple of processes")
+    refused("--epochs", 0, words="must be at least 1")
+    refused("--epochs", "many", words="--epochs")
+    refused("--scale", 20, 30, words="image size")
+    before = {path: path.stat().st_mtime_ns for path in finished.rglob("*")}
+    assert_refused(run_script("train.py", *arguments(small_shards, finished)), "exists already")
+    assert_refused(
+        run_script("train.py", *arguments(small_shards, finished, "--resume", "--arch", "resnet34")), "not of --arch resnet34"
+    )
+    assert_refused(run_script("train.py", *arguments(small_shards, finished, "--resume", "--seed", 1)), "other data, seed")
+    assert {path: path.stat().st_mtime_ns for path in finished.rglob("*")} == before
+
+
+def test_resuming_on_data_with_other_classes_is_refused(image_folder: Path, finished: Path, tmp_path: Path) -> None:
+    for split in ("train", "val"):
+        for name in ("n00000000", "n00000001"):
+            shutil.copytree(image_folder / split / name, tmp_path / "images" / split / name)
+    assert run_script("tools/make_shards.py", tmp_path / "images", "--out", tmp_path / "shards").returncode == 0
+    before = {path: path.stat().st_mtime_ns for path in finished.rglob("*")}
+    result = run_script("train.py", *arguments(tmp_path / "shards", finished, "--resume"))
+    assert_refused(result, "was trained on 3 classes", "has 2")
+    assert {path: path.stat().st_mtime_ns for path in finished.rglob("*")} == before

@@ -1,0 +1,47 @@
+"""train.py, with every training batch's place, ids and draws written to $TRACE.<process>.<rank> as it is handed out.
+
+What is written are the draws that the engine was given, not a second evaluation of the plan.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import train
+from pipeline.errors import run_cli
+from pipeline.loader import Batch, Loader, Part, Work
+
+given: dict[tuple[int, ...], Work] = {}
+original_plan, original_iter = Loader.plan, Loader.__iter__
+
+
+def plan(self: Loader, part: Part) -> Work:
+    work = original_plan(self, part)
+    if self.spec.training:
+        given[(part.epoch, *work.ids.tolist())] = work
+    return work
+
+
+def iterate(self: Loader) -> Iterator[Batch]:
+    name = f"{os.environ['TRACE']}.{os.getpid()}.{self.spec.rank}"
+    for batch in original_iter(self):
+        if self.spec.training:
+            draws = given.pop((self.epoch, *batch.ids.tolist())).draws
+            row = {"epoch": self.epoch, "consumed": self.consumed, "rank": self.spec.rank, "ids": batch.ids.tolist()}
+            row["draws"] = [[repr(value) for value in field.tolist()] for field in draws]
+            with Path(name).open("a") as stream:
+                stream.write(json.dumps(row) + "\n")
+        yield batch
+
+
+Loader.plan = plan  # type: ignore[method-assign]
+Loader.__iter__ = iterate  # type: ignore[method-assign]
+
+if __name__ == "__main__":
+    run_cli(train.main)

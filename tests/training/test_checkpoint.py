@@ -1,0 +1,97 @@
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+
+from tests.helpers import ROOT
+from training.checkpoint import load_checkpoint, save_checkpoint
+from training.metrics import COLUMNS, MetricsFile, read_metrics
+
+
+def save(folder: Path, step: int, best: bool = False) -> None:
+    def write_weights(path: Path) -> None:
+        path.write_text(f"weights {step}")
+
+    save_checkpoint(
+        folder,
+        step,
+        write_weights,
+        {"momentum": torch.full((2,), step)},
+        {"step": step},
+        best,
+    )
+
+
+def test_last_and_best_are_kept_and_the_rest_removed(tmp_path: Path) -> None:
+    save(tmp_path, 10)
+    save(tmp_path, 20, best=True)
+    save(tmp_path, 30)
+    save(tmp_path, 40)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["best", "last", "step-00000020", "step-00000040"]
+    optimizer, state = load_checkpoint(tmp_path / "last")
+    assert state == {"step": 40}
+    assert optimizer["momentum"].tolist() == [40, 40]
+    assert load_checkpoint(tmp_path / "best")[1] == {"step": 20}
+    assert (tmp_path / "last" / "model.safetensors").read_text() == "weights 40"
+
+
+def test_saving_a_step_again_replaces_it(tmp_path: Path) -> None:
+    save(tmp_path, 10, best=True)
+    save(tmp_path, 10, best=True)
+    assert len(list(tmp_path.iterdir())) == 3
+    assert load_checkpoint(tmp_path / "last")[1] == {"step": 10}
+
+
+SAVER = """
+import sys
+from pathlib import Path
+sys.path.insert(0, sys.argv[2])
+import torch
+from safetensors.torch import save_file
+from training.checkpoint import save_checkpoint
+for step in range(1, 100000):
+    data = {"tensor": torch.full((50000,), step)}
+    save_checkpoint(Path(sys.argv[1]), step, lambda path: save_file(data, path), data, {"step": step}, step % 3 == 0)
+    print(step, flush=True)
+"""
+
+
+def test_killed_anywhere_the_last_checkpoint_is_whole(tmp_path: Path) -> None:
+    reached = 0
+    for trial in range(8):
+        process = subprocess.Popen([sys.executable, "-c", SAVER, str(tmp_path), str(ROOT)], stdout=subprocess.PIPE, text=True)
+        assert process.stdout is not None
+        process.stdout.readline()
+        time.sleep(0.03 + 0.017 * trial)
+        os.kill(process.pid, signal.SIGKILL)
+        printed = process.stdout.read().split()
+        process.wait()
+        optimizer, state = load_checkpoint(tmp_path / "last")
+        weights = load_file(tmp_path / "last" / "model.safetensors")
+        assert state["step"] >= int(printed[-1] if printed else 1)
+        assert bool((optimizer["tensor"] == state["step"]).all())
+        assert bool((weights["tensor"] == state["step"]).all())
+        reached = max(reached, state["step"])
+    assert reached > 1
+
+
+def test_metrics_after_the_resumed_step_are_dropped(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.csv"
+    file = MetricsFile(path, 0)
+    for step in (10, 20, 30):
+        file.write({"step": step, "train_loss": step / 10})
+    with path.open("a") as stream:
+        stream.write("40,1.0,2")  # a kill in the middle of a line
+    MetricsFile(path, 20).write({"step": 30, "val_top1": 0.5})
+    rows = read_metrics(path)
+    assert [row["step"] for row in rows] == ["10", "20", "30"]
+    assert rows[2]["train_loss"] == ""
+    assert rows[2]["val_top1"] == "0.5"
+    assert path.read_text().splitlines()[0] == ",".join(COLUMNS)

@@ -1,0 +1,144 @@
+"""Top-1 and top-5 of a net on a split: python tools/evaluate.py runs/latest --data /data/shards
+
+WEIGHTS_OR_RUN is a run's folder (its model.safetensors, or its last checkpoint while it still trains), a .safetensors or a .pth
+file. A file of ours knows its architecture and preprocessing. Any other is taken for torchvision's: give --arch; images get
+short side 256, centre crop 224 and ImageNet's channel mean and deviation.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import _path  # noqa: F401
+import torch
+from tqdm import tqdm
+
+from model import ARCHS, ResNet
+from model.testing import Score, score
+from model.weights import Recipe, load_weights
+from pipeline import open_loader
+from pipeline.augment import TORCHVISION, Normalization
+from pipeline.errors import Parser, UserError, positive, run_cli
+from pipeline.loader import LoaderSpec
+from pipeline.shards import Manifest
+
+PRECISIONS = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+
+
+def weights_file(path: Path) -> Path:
+    """The weights of a run's folder, or the file itself."""
+    if path.is_file():
+        return path
+    for candidate in (path / "model.safetensors", path / "checkpoints" / "last" / "model.safetensors"):
+        if candidate.is_file():
+            return candidate
+    raise UserError(f"{path}: no weights there; give a run's folder, a .safetensors or a .pth file")
+
+
+def load_net(path: Path, arch: str | None, classes: list[str]) -> tuple[ResNet, Recipe]:
+    """The net in a weight file and how to feed it, checked against the data's classes."""
+    try:
+        weights, header = load_weights(path)
+        recipe = Recipe.from_header(header)
+    except ValueError as error:
+        raise UserError(f"{path}: {error}; give a .safetensors or .pth file of weights") from error
+    if recipe is None:
+        if arch is None:
+            raise UserError(f"{path}: does not say which net it holds; give --arch")
+        recipe = Recipe(arch, classes, 224, 256, TORCHVISION.mean, TORCHVISION.std)
+    elif arch not in (None, recipe.arch):
+        raise UserError(f"{path}: holds a {recipe.arch}, not --arch {arch}")
+    if recipe.arch not in ARCHS:
+        raise UserError(f"unknown --arch {recipe.arch!r}; choose from {', '.join(ARCHS)}")
+    if "fc.weight" not in weights:
+        raise UserError(f"{path}: holds no {recipe.arch} (no fc.weight)")
+    outputs = len(weights["fc.weight"])
+    if outputs != len(classes) or recipe.classes != classes:
+        raise UserError(
+            f"{path}: was trained on {outputs} classes, the data has {len(classes)} (or others); give the data it belongs to"
+        )
+    net = ARCHS[recipe.arch](num_classes=outputs)
+    try:
+        net.load_state_dict(weights)
+    except RuntimeError as error:
+        raise UserError(
+            f"{path}: holds no {recipe.arch} ({str(error).splitlines()[1].strip()}); give the right --arch"
+        ) from error
+    return net, recipe
+
+
+def evaluate(net: ResNet, recipe: Recipe, args: Any) -> Score:
+    spec = LoaderSpec(
+        args.data,
+        split=args.split,
+        training=False,
+        batch_size=args.batch_size,
+        image_size=recipe.image_size,
+        eval_short=recipe.eval_short,
+        normalization=Normalization.of(recipe.mean, recipe.std),
+        dtype=PRECISIONS[args.precision],
+        device=args.device,
+        engine=args.engine,
+        threads=args.threads,
+    )
+    loader = open_loader(spec)
+    device = torch.device(args.device)
+    net = net.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    batches = ((batch.images, batch.labels) for batch in tqdm(loader, unit=" batches"))
+
+    def autocast() -> Any:
+        return nullcontext() if spec.dtype == torch.float32 else torch.autocast(device.type, spec.dtype)
+
+    return score(net, batches, len(loader.classes), device, autocast)
+
+
+def write_tables(result: Score, classes: list[str], per_class: Path | None, confusion: Path | None) -> None:
+    """per_class: a row a class: name, images, its top-1 and top-5 shares. confusion: rows are labels, columns predictions."""
+    counts = result.confusion
+    if per_class:
+        with per_class.open("w", newline="") as stream:
+            writer = csv.writer(stream)
+            writer.writerow(["class", "images", "top1", "top5"])
+            for index, name in enumerate(classes):
+                images = int(counts[index].sum())
+                shares = [int(hits) / images if images else "" for hits in (counts[index, index], result.top5[index])]
+                writer.writerow([name, images, *shares])
+    if confusion:
+        with confusion.open("w", newline="") as stream:
+            writer = csv.writer(stream)
+            writer.writerow(["label \\ prediction", *classes])
+            writer.writerows([name, *row] for name, row in zip(classes, counts.tolist(), strict=True))
+
+
+def main() -> None:
+    parser = Parser(__doc__)
+    parser.add_argument("weights", type=Path, metavar="WEIGHTS_OR_RUN")
+    parser.add_argument("--data", type=Path, required=True, help="folder of shards")
+    parser.add_argument("--split", default="val")
+    parser.add_argument("--json", type=Path, help="write top1, top5 and images there")
+    parser.add_argument("--per-class", type=Path, help="write a CSV with a row a class there")
+    parser.add_argument("--confusion", type=Path, help="write the confusion matrix as CSV there")
+    parser.add_argument("--arch", help="for weights that do not name it: " + ", ".join(ARCHS))
+    parser.add_argument("--batch-size", type=positive, default=256)
+    parser.add_argument("--precision", default="no", choices=PRECISIONS)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--engine", default="auto")
+    parser.add_argument("--threads", type=positive, default=len(os.sched_getaffinity(0)))
+    args = parser.parse_args()
+    classes = Manifest(args.data).classes
+    net, recipe = load_net(weights_file(args.weights), args.arch, classes)
+    result = evaluate(net, recipe, args)
+    figures = {"top1": result.top1_rate, "top5": result.top5_rate, "images": result.images}
+    write_tables(result, classes, args.per_class, args.confusion)
+    if args.json:
+        args.json.write_text(json.dumps(figures) + "\n")
+    print(f"{args.weights}: top-1 {figures['top1']:.2%}, top-5 {figures['top5']:.2%} of {figures['images']} {args.split} images")
+
+
+if __name__ == "__main__":
+    run_cli(main)

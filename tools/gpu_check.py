@@ -1,0 +1,203 @@
+"""Every check and benchmark that needs a GPU: python tools/gpu_check.py
+
+Most important first, each printing its rows as it ends and appending them to tools/results/gpu.csv; under 8 minutes in all on
+one data-centre GPU. Exit code 1 if a check failed. It draws its own images. Needs what train.py needs, and DALI.
+`--device cpu` with small sizes runs the same code without a GPU, to see that it is whole; its figures mean nothing.
+
+1. pixels: the GPU graph against the Pillow reference (mean difference <= 1, 99.9th percentile <= 4, of 255).
+2. feed: images/s of the DALI feed alone, into GPU memory.
+3. train: images/s of a bf16 training step from shards, against the same step on one synthetic batch, alternating.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import _path
+import numpy as np
+import torch
+import torch.nn.functional as F
+from make_demo_data import make_demo_data
+from make_shards import make_shards
+from PIL import Image
+from recording import Figure, record
+
+from model import ARCHS
+from pipeline import open_loader
+from pipeline.augment import apply
+from pipeline.errors import Parser, UserError, positive, run_cli
+from pipeline.loader import Batch, Loader, LoaderSpec, Part
+
+MEAN_LIMIT, PERCENTILE_LIMIT = 1.0, 4.0  # of 255; JPEG decoders differ in their inverse DCT
+REPEATS = 5
+
+
+def pixel_differences(loader: Loader) -> list[tuple[float, float]]:
+    """Mean and 99.9th percentile of the absolute difference from the reference, of each sample of one epoch, in 0..255 units."""
+    found = []
+    low = loader.consumed
+    epoch = loader.epoch
+    for batch in loader:
+        images = batch.images.float().permute(0, 2, 3, 1).cpu().numpy()
+        draws = loader.plan(Part(epoch, low, low + len(batch.ids), 0)).draws
+        low += len(batch.ids)
+        for place, index in enumerate(batch.ids):
+            picture = Image.open(io.BytesIO(loader.shards.read(int(index)).tobytes()))
+            expected = apply(picture, draws.one(place), loader.spec.image_size, loader.basis, loader.normalization)
+            difference = np.abs(images[place] - expected)
+            found.append((float(difference.mean()), float(np.percentile(difference, 99.9))))
+    return found
+
+
+def check_pixels(spec: LoaderSpec, results: Path) -> bool:
+    """The graph on the device against Pillow, in training and in evaluation, as float32. True if within the limits."""
+    good = True
+    for training in (True, False):
+        loader = open_loader(replace(spec, training=training, dtype=torch.float32, batch_size=min(64, spec.batch_size)))
+        found = pixel_differences(loader)
+        loader.close()
+        means, percentiles = ([row[i] for row in found] for i in (0, 1))
+        name = "pixels, training" if training else "pixels, evaluation"
+        record(results, name, Figure("mean_difference", means), engine="dali", spec=describe(spec), cache="warm")
+        record(results, name, Figure("percentile_99.9_difference", percentiles), engine="dali", spec=describe(spec), cache="warm")
+        good &= max(means) <= MEAN_LIMIT and max(percentiles) <= PERCENTILE_LIMIT
+    print(f"pixels: {'ok' if good else 'FAILED'}", flush=True)
+    return good
+
+
+def describe(spec: LoaderSpec) -> str:
+    low, high = spec.scale
+    dtype = str(spec.dtype).removeprefix("torch.")
+    crop = f"{spec.image_size} crop, S {low}..{high}"
+    return f"demo images, {crop}, batch {spec.batch_size}, {dtype}, {spec.device}, {spec.threads} threads"
+
+
+def endless(loader: Loader) -> Iterator[Batch]:
+    while True:
+        yield from loader
+
+
+def images_per_second(step: Callable[[], Any], batch_size: int, seconds: float, device: torch.device) -> float:
+    """Images/s of `step`, called for about `seconds`, the device's queue empty at both ends."""
+    synchronise(device)
+    began, count = time.perf_counter(), 0
+    while time.perf_counter() - began < seconds:
+        step()
+        count += 1
+    synchronise(device)
+    return count * batch_size / (time.perf_counter() - began)
+
+
+def synchronise(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def measure_feed(spec: LoaderSpec, results: Path, seconds: float) -> list[float]:
+    """Images/s of the loader alone."""
+    loader = open_loader(spec)
+    batches = endless(loader)
+    device = torch.device(spec.device)
+    images_per_second(lambda: next(batches), spec.batch_size, seconds, device)  # warm-up
+    rates = [images_per_second(lambda: next(batches), spec.batch_size, seconds, device) for _ in range(REPEATS)]
+    record(results, "feed", Figure("images_per_s", rates), engine="dali", spec=describe(spec), cache="warm")
+    loader.close()
+    return rates
+
+
+def measure_training(spec: LoaderSpec, arch: str, results: Path, seconds: float) -> list[float]:
+    """Images/s of training from shards over training on one batch that stays on the device; returns the ratios."""
+    device = torch.device(spec.device)
+    loader = open_loader(spec)
+    net = ARCHS[arch](num_classes=len(loader.classes)).to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    optimizer = torch.optim.SGD(net.parameters(), 0.01, 0.9, weight_decay=1e-4)
+    batches = endless(loader)
+    synthetic = next(batches)
+    waited = 0.0
+
+    def update(batch: Batch) -> None:
+        with torch.autocast(device.type, torch.bfloat16):
+            loss = F.cross_entropy(net(batch.images), batch.labels)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    def from_shards() -> None:
+        nonlocal waited
+        asked = time.perf_counter()
+        batch = next(batches)
+        waited += time.perf_counter() - asked
+        update(batch)
+
+    rates: dict[str, list[float]] = {"shards": [], "synthetic": []}
+    shares = []
+    for repeat in range(REPEATS + 1):  # the first is warm-up
+        synthetic_rate = images_per_second(lambda: update(synthetic), spec.batch_size, seconds, device)
+        waited, began = 0.0, time.perf_counter()
+        shards_rate = images_per_second(from_shards, spec.batch_size, seconds, device)
+        if repeat:
+            rates["synthetic"].append(synthetic_rate)
+            rates["shards"].append(shards_rate)
+            shares.append(waited / (time.perf_counter() - began))
+    loader.close()
+    ratios = [ours / ideal for ours, ideal in zip(rates["shards"], rates["synthetic"], strict=True)]
+    for metric, values in (
+        ("images_per_s_synthetic", rates["synthetic"]),
+        ("images_per_s_shards", rates["shards"]),
+        ("ratio", ratios),
+        ("wait_share", shares),
+    ):
+        record(results, f"train {arch} bf16", Figure(metric, values), engine="dali", spec=describe(spec), cache="warm")
+    return ratios
+
+
+def make_data(folder: Path, per_class: int) -> Path:
+    """Shards of drawn images: 4:4:4, 4:2:0, 4:2:2 and grey."""
+    make_demo_data(folder / "images", per_class, 8, 0, os.cpu_count() or 1)
+    make_shards(folder / "images", folder / "shards", os.cpu_count() or 1, 250)
+    return folder / "shards"
+
+
+def main() -> None:
+    parser = Parser(__doc__)
+    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--arch", default="resnet50")
+    parser.add_argument("--batch-size", type=positive, default=256)
+    parser.add_argument("--image-size", type=positive, default=224)
+    parser.add_argument("--images", type=positive, default=250, help="per class, of 8 (default: 250)")
+    parser.add_argument("--seconds", type=float, default=5, help="per repeat (default: 5)")
+    parser.add_argument("--results", type=Path, default=_path.ROOT / "tools" / "results" / "gpu.csv")
+    args = parser.parse_args()
+    if args.device.startswith("cuda") and not torch.cuda.is_available():
+        raise UserError("torch sees no CUDA GPU; run this on a machine that has one")
+    if args.device == "cpu" and args.results == parser.get_default("results"):
+        raise UserError("--device cpu measures no GPU; give another --results file")
+    with tempfile.TemporaryDirectory() as folder:
+        data = make_data(Path(folder), args.images)
+        size = args.image_size
+        spec = LoaderSpec(
+            data,
+            batch_size=args.batch_size,
+            image_size=size,
+            scale=(round(256 * size / 224), round(480 * size / 224)),
+            eval_short=round(256 * size / 224),
+            dtype=torch.bfloat16,
+            device=args.device,
+            threads=len(os.sched_getaffinity(0)),
+        )
+        good = check_pixels(spec, args.results)
+        measure_feed(spec, args.results, args.seconds)
+        measure_training(spec, args.arch, args.results, args.seconds)
+    sys.exit(0 if good else 1)
+
+
+if __name__ == "__main__":
+    run_cli(main)

@@ -1,0 +1,28 @@
+"""Two launches that look like several processes training together and are not."""
+
+from __future__ import annotations
+
+import os
+
+import psutil
+
+from pipeline.errors import UserError
+
+
+def check_launch(processes: int) -> None:
+    """Raise UserError in the two known traps. processes: how many Accelerate says there are."""
+    environment = os.environ
+    started = int(environment.get("WORLD_SIZE", 1))
+    if started > 1 and processes == 1:
+        raise UserError(
+            f"torchrun started {started} processes, but each would train alone; "
+            "on a CPU set ACCELERATE_USE_CPU=true before torchrun"
+        )
+    # `accelerate launch --cpu --num_processes 2` sets an address for its processes to meet at, then starts a single one.
+    if "ACCELERATE_USE_CPU" in environment and "MASTER_ADDR" in environment and "WORLD_SIZE" not in environment:
+        launcher = psutil.Process().parent()
+        if launcher is not None and "MASTER_ADDR" not in launcher.environ():
+            raise UserError(
+                "accelerate launch was asked for several CPU processes but started one; "
+                "use: ACCELERATE_USE_CPU=true torchrun --nproc_per_node N train.py ..."
+            )
