@@ -8,7 +8,9 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 DEMO := demo
-LAUNCH := $(BIN)/accelerate launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no
+# bfloat16 where the processor computes in it (or a GPU stands beside one that does), float32 elsewhere
+PRECISION := $(shell grep -q -E 'avx512_bf16|amx_bf16' /proc/cpuinfo 2>/dev/null && echo bf16 || echo no)
+LAUNCH := $(BIN)/accelerate launch --num_processes 1 --num_machines 1 --mixed_precision $(PRECISION) --dynamo_backend no
 
 .PHONY: demo test lint clean
 
@@ -22,8 +24,8 @@ demo: $(INSTALLED)
 	mkdir $(DEMO)
 	$(BIN)/python tools/make_demo_data.py $(DEMO)/images
 	$(BIN)/python tools/make_shards.py $(DEMO)/images --out $(DEMO)/shards --shard-size 250
-	$(LAUNCH) train.py --data $(DEMO)/shards --output $(DEMO)/run --arch resnet18 --image-size 64 --batch-size 64 \
-		--epochs 8 --lr 0.05 --schedule cosine --warmup 1 --log-every 10 --eval-every 2
+	$(LAUNCH) train.py --data $(DEMO)/shards --output $(DEMO)/run --arch resnet18 --image-size 64 --scale 64 96 --batch-size 32 \
+		--epochs 10 --lr 0.006 --weight-decay 5e-4 --schedule cosine --warmup 1 --eval-every 2
 	$(BIN)/python tools/plot_run.py $(DEMO)/run --data $(DEMO)/shards
 	$(BIN)/python tools/evaluate.py $(DEMO)/run --data $(DEMO)/shards --json $(DEMO)/figures.json --per-class $(DEMO)/classes.csv
 

@@ -160,6 +160,8 @@ class Run:
                 "(or others); resume with the same data"
             )
         saved, state = load_checkpoint(path)
+        if state["batch_size"] != self.args.batch_size:
+            raise UserError(f"{path}: was made with --batch-size {state['batch_size']}; resume with the same")
         self.loader.load_state_dict(state["loader"])
         self.net.load_state_dict(weights)
         self.progress = Progress(**state["progress"])
@@ -174,7 +176,11 @@ class Run:
                 self.progress.step,
                 self.write_weights,
                 {"optimizer": self.optimizer.state_dict(), "scaler": scaler.state_dict() if scaler else None},
-                {"loader": self.loader.state_dict(), "progress": asdict(self.progress)},
+                {
+                    "loader": self.loader.state_dict(),
+                    "progress": asdict(self.progress),
+                    "batch_size": self.args.batch_size,
+                },
                 best,
             )
 

@@ -19,6 +19,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
+from pipeline.errors import UserError
+
 
 @dataclass(frozen=True)
 class Recipe:
@@ -47,7 +49,7 @@ class Recipe:
 
     @staticmethod
     def from_header(header: dict[str, str]) -> Recipe | None:
-        """The recipe in a file's header, None where there is none. Raises ValueError for a damaged one."""
+        """The recipe in a file's header, None where there is none. Raises UserError for a damaged one."""
         if "arch" not in header:
             return None
         try:
@@ -60,7 +62,7 @@ class Recipe:
                 _unpack(header["std"]),
             )
         except (KeyError, ValueError, zlib.error) as error:
-            raise ValueError(f"has a damaged header ({error})") from error
+            raise UserError(f"damaged header of a weight file ({error}); give another file") from error
 
 
 def _pack(array: npt.NDArray[np.float32]) -> str:
@@ -86,7 +88,7 @@ def load_weights(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
     """Tensors by torchvision's key names, on the CPU, and the header's strings (none in a .pth).
 
     A .pth may hold the state dict itself or {"state_dict": ...} or {"model": ...}, with or without DDP's "module." before its
-    keys. Raises ValueError, in one line, for a file that cannot be read.
+    keys. Raises UserError for a file that cannot be read.
     """
     try:
         if path.suffix == ".safetensors":
@@ -95,12 +97,12 @@ def load_weights(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
             return load_file(path), metadata
         content = torch.load(path, map_location="cpu", weights_only=True)
     except (OSError, SafetensorError, RuntimeError, EOFError, ValueError) as error:
-        raise ValueError(f"cannot be read ({str(error).splitlines()[0]})") from error
+        raise UserError(f"{path}: cannot be read ({str(error).splitlines()[0]}); give a .safetensors or .pth file") from error
     except Exception as error:  # pickle.UnpicklingError and its kin
-        raise ValueError(f"holds more than tensors, or is damaged ({str(error).splitlines()[0]})") from error
+        raise UserError(f"{path}: holds more than tensors, or is damaged; give a file of weights alone") from error
     for wrapper in ("state_dict", "model"):
         if isinstance(content, dict) and isinstance(content.get(wrapper), dict):
             content = content[wrapper]
     if not isinstance(content, dict) or not all(isinstance(value, torch.Tensor) for value in content.values()):
-        raise ValueError("holds no state dict")
+        raise UserError(f"{path}: holds no state dict; give a file of weights")
     return {name.removeprefix("module."): tensor for name, tensor in content.items()}, {}

@@ -18,7 +18,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "pipeline/loader.py": ("pipeline.plan", "pipeline.augment", "pipeline.shards", "pipeline.errors"),
     "pipeline/engines/": ("pipeline.plan", "pipeline.augment", "pipeline.shards", "pipeline.loader", "pipeline.errors"),
     "pipeline/__init__.py": ("pipeline.loader", "pipeline.errors"),
-    "model/": ("model",),
+    "model/": ("model", "pipeline.errors"),
     "training/": ("training", "pipeline.errors"),
     "tools/": ("pipeline", "model", "training", "tools"),
     "train.py": ("pipeline", "model", "training"),

@@ -42,11 +42,8 @@ def weights_file(path: Path) -> Path:
 
 def load_net(path: Path, arch: str | None, classes: list[str]) -> tuple[ResNet, Recipe]:
     """The net in a weight file and how to feed it, checked against the data's classes."""
-    try:
-        weights, header = load_weights(path)
-        recipe = Recipe.from_header(header)
-    except ValueError as error:
-        raise UserError(f"{path}: {error}; give a .safetensors or .pth file of weights") from error
+    weights, header = load_weights(path)
+    recipe = Recipe.from_header(header)
     if recipe is None:
         if arch is None:
             raise UserError(f"{path}: does not say which net it holds; give --arch")

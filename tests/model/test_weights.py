@@ -9,6 +9,7 @@ from safetensors.torch import load_file
 
 from model import ARCHS
 from model.weights import Recipe, load_weights, save_weights
+from pipeline.errors import UserError
 
 RECIPE = Recipe(
     "resnet18",
@@ -59,9 +60,9 @@ def test_unreadable_files_are_one_line_errors(tmp_path: Path) -> None:
     (tmp_path / "junk.pth").write_bytes(b"junk")
     (tmp_path / "junk.safetensors").write_bytes(b"junk")
     for name in ("harmful.pth", "list.pth", "junk.pth", "junk.safetensors", "absent.pth", "absent.safetensors"):
-        with pytest.raises(ValueError, match=r"^[^\n]+$"):
+        with pytest.raises(UserError, match=rf"^[^\n]*{name}: [^\n]+; give [^\n]+$"):
             load_weights(tmp_path / name)
     assert not Path("/tmp/cropfeed-was-here").exists()
     assert Recipe.from_header({}) is None
-    with pytest.raises(ValueError, match="damaged header"):
+    with pytest.raises(UserError, match="damaged header"):
         Recipe.from_header(RECIPE.header() | {"mean": '[[3], "AAAA"]'})
