@@ -9,7 +9,6 @@ anywhere goes on with --resume, at the exact step, with the same samples and the
 from __future__ import annotations
 
 import json
-import os
 import sys
 import time
 from dataclasses import asdict, dataclass, field
@@ -29,7 +28,7 @@ from pipeline import ENGINES, open_loader
 from pipeline.errors import Parser, UserError, positive, run_cli
 from pipeline.loader import Loader, LoaderSpec
 from training.checkpoint import load_checkpoint, save_checkpoint
-from training.launch import check_launch
+from training.launch import check_launch, core_share
 from training.metrics import Meter, MetricsFile
 from training.schedule import SCHEDULES, learning_rate
 
@@ -88,7 +87,6 @@ def check_arguments(args: Any, output: Path) -> None:
 def open_loaders(args: Any, accelerator: Accelerator) -> tuple[Loader, Loader | None]:
     """The training loader, and the validation loader where the data has that split."""
     size = args.image_size
-    share = len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     spec = LoaderSpec(
         args.data,
         batch_size=args.batch_size,
@@ -102,7 +100,7 @@ def open_loaders(args: Any, accelerator: Accelerator) -> tuple[Loader, Loader | 
         rank=accelerator.process_index,
         world_size=accelerator.num_processes,
         engine=args.engine,
-        threads=args.threads or max(share, 1),
+        threads=args.threads or core_share(),
     )
     if args.batch_size % (accelerator.num_processes * args.accumulate):
         raise UserError(f"--batch-size {args.batch_size} must be a multiple of processes x --accumulate")
@@ -176,11 +174,7 @@ class Run:
                 self.progress.step,
                 self.write_weights,
                 {"optimizer": self.optimizer.state_dict(), "scaler": scaler.state_dict() if scaler else None},
-                {
-                    "loader": self.loader.state_dict(),
-                    "progress": asdict(self.progress),
-                    "batch_size": self.args.batch_size,
-                },
+                {"loader": self.loader.state_dict(), "progress": asdict(self.progress), "batch_size": self.args.batch_size},
                 best,
             )
 
@@ -288,6 +282,8 @@ def main() -> None:
     check_launch(accelerator.num_processes)
     if accelerator.device.type == "cuda":
         torch.backends.cudnn.benchmark = True
+    elif accelerator.device.type == "cpu":
+        torch.set_num_threads(core_share())  # accelerate launch and torchrun set OMP_NUM_THREADS=1 unless told otherwise
     run = Run(args, accelerator, output)
     if accelerator.is_main_process and output.parent.name == "runs":
         latest = output.parent / "latest"

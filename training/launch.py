@@ -1,4 +1,4 @@
-"""Two launches that look like several processes training together and are not."""
+"""What launchers do to a process: two launches that look parallel and are not, and threads taken away on a CPU."""
 
 from __future__ import annotations
 
@@ -7,6 +7,11 @@ import os
 import psutil
 
 from pipeline.errors import UserError
+
+
+def core_share() -> int:
+    """Cores that this process may use, when it shares them with the others on its machine."""
+    return max(1, len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
 
 
 def check_launch(processes: int) -> None:
