@@ -216,7 +216,9 @@ def test_bad_input_is_refused_and_leaves_nothing(small_shards: Path, finished: P
         run_script("train.py", *arguments(small_shards, finished, "--resume", "--arch", "resnet34")), "not of --arch resnet34"
     )
     assert_refused(run_script("train.py", *arguments(small_shards, finished, "--resume", "--seed", 1)), "other data, seed")
-    assert_refused(run_script("train.py", *arguments(small_shards, finished, "--resume", "--batch-size", 16)), "with --batch-size 8")
+    assert_refused(
+        run_script("train.py", *arguments(small_shards, finished, "--resume", "--batch-size", 16)), "with --batch-size 8"
+    )
     assert {path: path.stat().st_mtime_ns for path in finished.rglob("*")} == before
 
 

@@ -76,7 +76,8 @@ def differences(loader: Loader, epochs: int) -> list[tuple[str, np.ndarray]]:
 
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("size", [224, 64])
-def test_pixels_are_the_references(varied_shards: Path, training: bool, size: int) -> None:
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_pixels_are_the_references(varied_shards: Path, training: bool, size: int, device: str) -> None:
     spec = LoaderSpec(
         varied_shards,
         training=training,
@@ -84,6 +85,7 @@ def test_pixels_are_the_references(varied_shards: Path, training: bool, size: in
         image_size=size,
         scale=(size * 8 // 7, size * 15 // 7),
         eval_short=size * 8 // 7,
+        device=device,
     )
     found = differences(open_loader(spec), epochs=3 if training else 1)
     assert {name.split("/")[0] for name, _ in found} == {*SUBSAMPLINGS, "odd"}

@@ -1,0 +1,287 @@
+"""Huffman coding of JPEG's entropy-coded data (ITU-T T.81), compiled: what `pipeline.transcode` needs, without the GIL.
+
+The functions take and return arrays and whole numbers; a negative number is one of the reasons below.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numba import njit
+
+TRUNCATED, BAD_CODE, BAD_VALUE, NO_ROOM = -1, -2, -3, -4
+
+_LOOK = 9  # bits looked up at once; longer codes are rare and take the slow way
+
+
+def decoding_tables(tables: dict[tuple[int, int], bytes]) -> tuple[Any, Any, Any, Any] | None:
+    """The decoder's form of DHT's tables, (class, id) -> BITS and HUFFVAL; None if one of them is no Huffman code.
+
+    Row 4 * class + id holds codes of up to 9 bits for lookup (size << 8 | symbol), longer ones as T.81 F.2.2.3's limits.
+    """
+    luts = np.zeros((8, 1 << _LOOK), np.uint16)
+    limits = np.full((8, 18), -1, np.int32)  # the largest code of each size
+    offsets = np.zeros((8, 18), np.int32)  # a code of that size plus this is its symbol's place
+    values = np.zeros((8, 256), np.uint8)
+    for (kind, number), table in tables.items():
+        if not _fill_decoding_table(np.frombuffer(table, np.uint8), 4 * kind + number, luts, limits, offsets, values):
+            return None
+    return luts, limits, offsets, values
+
+
+@njit(cache=True, nogil=True)
+def _fill_decoding_table(table: Any, index: Any, luts: Any, limits: Any, offsets: Any, values: Any) -> bool:
+    if len(table) - 16 > 256:
+        return False
+    for i in range(len(table) - 16):
+        values[index, i] = table[16 + i]
+    code, place = 0, 0
+    for size in range(1, 17):
+        count = np.int64(table[size - 1])
+        if code + count > 1 << size:
+            return False
+        if count:
+            offsets[index, size] = place - code
+            if size <= _LOOK:
+                for i in range(count):
+                    first = (code + i) << (_LOOK - size)
+                    for j in range(1 << (_LOOK - size)):
+                        luts[index, first + j] = (size << 8) | table[16 + place + i]
+            code += count
+            place += count
+            limits[index, size] = code - 1
+        code <<= 1
+    return True
+
+
+@njit(cache=True, nogil=True)
+def optimal_table(counts: Any) -> tuple[Any, Any]:
+    """BITS (16) and HUFFVAL of a code optimal for `counts` (257; the last is reserved), T.81 K.2, codes of 16 bits at most."""
+    used = np.nonzero(counts[:256])[0]
+    n = len(used) + 1  # and one more symbol, the rarest, which takes the code of all ones that T.81 forbids
+    weights = np.empty(n, np.int64)
+    weights[: n - 1] = counts[used]
+    weights[n - 1] = 0 if n > 1 else 1
+    sizes = np.zeros(n, np.int64)
+    link = np.full(n, -1, np.int64)
+    alive = np.arange(n)
+    left = n
+    while left > 1:
+        a = b = -1  # places in `alive` of the two lightest; among equals the later symbol, as K.2 has it
+        for i in range(left):
+            if a < 0 or weights[alive[i]] <= weights[alive[a]]:
+                b = a
+                a = i
+            elif b < 0 or weights[alive[i]] <= weights[alive[b]]:
+                b = i
+        keep, gone = alive[b], alive[a]
+        weights[keep] += weights[gone]
+        alive[a] = alive[left - 1]
+        left -= 1
+        tail = keep
+        while True:
+            sizes[tail] += 1
+            if link[tail] < 0:
+                break
+            tail = link[tail]
+        link[tail] = gone
+        tail = gone
+        while tail >= 0:
+            sizes[tail] += 1
+            tail = link[tail]
+    if n == 1:
+        sizes[0] = 1
+    bits = np.zeros(n + 2, np.int64)
+    for size in sizes:
+        bits[size] += 1
+    for size in range(len(bits) - 1, 16, -1):  # K.2's Adjust_BITS
+        while bits[size] > 0:
+            shorter = size - 2
+            while bits[shorter] == 0:
+                shorter -= 1
+            bits[size] -= 2
+            bits[size - 1] += 1
+            bits[shorter + 1] += 2
+            bits[shorter] -= 1
+    longest = min(16, len(bits) - 1)
+    while bits[longest] == 0:
+        longest -= 1
+    bits[longest] -= 1  # the reserved symbol's
+    out = np.zeros(16, np.uint8)
+    for size in range(1, min(17, len(bits))):
+        out[size - 1] = bits[size]
+    order = np.argsort(sizes[: n - 1], kind="mergesort")  # stable: by size, then by symbol
+    return out, used[order].astype(np.uint8)
+
+
+@njit(cache=True, nogil=True)
+def assign_codes(bits: Any, symbols: Any, codes: Any, sizes: Any) -> None:
+    """T.81 C.2: codes by size, then in the symbols' order."""
+    code, place = 0, 0
+    for size in range(1, 17):
+        for _ in range(bits[size - 1]):
+            codes[symbols[place]] = code
+            sizes[symbols[place]] = size
+            code += 1
+            place += 1
+        code <<= 1
+
+
+# A token is one Huffman symbol on its way from the old code to the new: table << 24 | symbol << 16 | its extra bits.
+# Tables are numbered DC 0, AC 0, DC 1, AC 1.
+_TILE_END = 0xFF << 24
+
+
+@njit(cache=True, nogil=True)
+def _fill(stream: Any, position: Any, bits: Any, have: Any) -> Any:
+    """Take bytes until `bits` holds more than 48, a marker is next or the data ends. Higher bits of `bits` are stale."""
+    while have <= 48 and position < len(stream):
+        byte = stream[position]
+        if byte == 0xFF:
+            if position + 1 >= len(stream) or stream[position + 1] != 0:
+                break
+            position += 1
+        position += 1
+        bits = (bits << np.uint64(8)) | np.uint64(byte)
+        have += 8
+    return position, bits, have
+
+
+@njit(cache=True, nogil=True)
+def _symbol(bits: Any, have: Any, table: Any, luts: Any, limits: Any, offsets: Any, values: Any) -> Any:
+    """The next symbol's size and value; size 0 where no code fits. Bits beyond `have` read as zero."""
+    if have >= 16:
+        look = np.int64((bits >> np.uint64(have - 16)) & np.uint64(0xFFFF))
+    else:
+        look = np.int64((bits << np.uint64(16 - have)) & np.uint64(0xFFFF))
+    entry = np.int64(luts[table, look >> (16 - _LOOK)])
+    if entry:
+        return entry >> 8, entry & 255
+    for size in range(_LOOK + 1, 17):
+        code = look >> (16 - size)
+        if code <= limits[table, size]:
+            return np.int64(size), np.int64(values[table, (code + offsets[table, size]) & 255])
+    return np.int64(0), np.int64(0)
+
+
+@njit(cache=True, nogil=True)
+def read_scan(
+    stream: Any, mcus: Any, old_interval: Any, new_interval: Any, blocks: Any, selectors: Any,
+    luts: Any, limits: Any, offsets: Any, values: Any, tokens: Any, counts: Any,
+) -> Any:  # fmt: skip
+    """Parse a scan into tokens whose DC differences start anew every `new_interval` MCUs, and count symbols for the new tables.
+
+    blocks: the component of each block of an MCU. Returns the number of tokens, or a negative reason.
+    """
+    position, have, bits = 0, 0, np.uint64(0)
+    total = 0
+    old_dc, new_dc = np.zeros(3, np.int64), np.zeros(3, np.int64)
+    for mcu in range(mcus):
+        if old_interval and mcu and mcu % old_interval == 0:
+            have = 0
+            while position + 1 < len(stream) and stream[position] == 0xFF and stream[position + 1] == 0xFF:
+                position += 1
+            if position + 1 >= len(stream) or stream[position] != 0xFF or stream[position + 1] & 0xF8 != 0xD0:
+                return TRUNCATED
+            position += 2
+            old_dc[:] = 0
+        if mcu % new_interval == 0:
+            if mcu:
+                tokens[total] = _TILE_END
+                total += 1
+            new_dc[:] = 0
+        for component in blocks:
+            dc_table = 2 if component else 0
+            if have < 32:
+                position, bits, have = _fill(stream, position, bits, have)
+            size, count = _symbol(bits, have, selectors[component, 0], luts, limits, offsets, values)
+            if size == 0:
+                return BAD_CODE
+            have -= size + count
+            if have < 0:
+                return TRUNCATED
+            if count > 11:
+                return BAD_VALUE
+            if count:
+                difference = np.int64((bits >> np.uint64(have)) & ((np.uint64(1) << np.uint64(count)) - np.uint64(1)))
+                if difference < 1 << (count - 1):
+                    difference += 1 - (1 << count)
+                old_dc[component] += difference
+            difference = old_dc[component] - new_dc[component]
+            new_dc[component] = old_dc[component]
+            count = 0
+            while abs(difference) >> count:
+                count += 1
+            if count > 11:
+                return BAD_VALUE
+            if difference < 0:
+                difference += (1 << count) - 1
+            tokens[total] = dc_table << 24 | count << 16 | difference
+            counts[dc_table, count] += 1
+            total += 1
+
+            k = 1
+            while k < 64:
+                if have < 32:
+                    position, bits, have = _fill(stream, position, bits, have)
+                size, symbol = _symbol(bits, have, 4 + selectors[component, 1], luts, limits, offsets, values)
+                if size == 0:
+                    return BAD_CODE
+                count = symbol & 15
+                have -= size + count
+                if have < 0:
+                    return TRUNCATED
+                extra = np.int64((bits >> np.uint64(have)) & ((np.uint64(1) << np.uint64(count)) - np.uint64(1)))
+                tokens[total] = (dc_table + 1) << 24 | symbol << 16 | extra
+                counts[dc_table + 1, symbol] += 1
+                total += 1
+                if symbol == 0:  # end of block
+                    break
+                if count == 0 and symbol != 0xF0:
+                    return BAD_VALUE
+                k += (symbol >> 4) + 1
+                if k > 64:
+                    return BAD_VALUE
+    tokens[total] = _TILE_END
+    return total + 1
+
+
+@njit(cache=True, nogil=True)
+def write_scan(tokens: Any, total: Any, codes: Any, sizes: Any, lengths: Any, out: Any) -> Any:
+    """Code tokens into `out`, a marker after each tile and EOI after the last; fill `lengths`. Returns bytes, or a reason."""
+    bits, have = np.uint64(0), 0
+    written, start, tile = 0, 0, 0
+    for i in range(total):
+        if written + 16 > len(out):
+            return NO_ROOM
+        token = np.int64(tokens[i])
+        if token == _TILE_END:
+            pad = -have & 7
+            bits = (bits << np.uint64(pad)) | ((np.uint64(1) << np.uint64(pad)) - np.uint64(1))
+            have += pad
+        else:
+            table, symbol = token >> 24, (token >> 16) & 255
+            count = symbol & 15
+            size = np.int64(sizes[table, symbol]) + count
+            code = np.uint64(codes[table, symbol]) << np.uint64(count) | np.uint64(token & 0xFFFF)
+            bits = (bits << np.uint64(size)) | code
+            have += size
+            if have < 32:
+                continue
+        while have >= 8:
+            have -= 8
+            byte = np.uint8((bits >> np.uint64(have)) & np.uint64(0xFF))
+            out[written] = byte
+            written += 1
+            if byte == 0xFF:
+                out[written] = 0
+                written += 1
+        if token == _TILE_END:
+            out[written] = 0xFF
+            out[written + 1] = 0xD9 if i == total - 1 else 0xD0 + (tile & 7)
+            written += 2
+            lengths[tile] = written - start
+            start = written
+            tile += 1
+    return written

@@ -1,0 +1,229 @@
+"""Region-addressable JPEG: ordinary baseline JPEGs whose crop can be decoded without the rest.
+
+Format, version 1 (T.81 is ITU-T T.81, the JPEG standard)
+----------------------------------------------------------
+A region-addressable JPEG is a baseline sequential Huffman JPEG (T.81 SOF0, 8 bit, one interleaved scan of 1 or 3 components) that
+any reader opens, with two properties:
+
+1. A restart interval (T.81 B.2.4.4) that divides the number of MCUs in a row of MCUs. The entropy-coded data between two restart
+   markers, a *segment*, is therefore a *tile*: `interval` MCUs wide, one MCU high. Segments come row by row, left to right.
+   Decoding a segment needs nothing of its neighbours: DC prediction starts anew at each restart marker.
+2. A table of the segments' lengths, in APP11 segments (FF EB) of its own, after SOI and the JFIF APP0 where there is one.
+
+The table, numbers little-endian:
+
+    offset  bytes
+    0       8    "CROPFEED"
+    8       1    version, 1
+    9       1    bytes of a length: 2 or 4
+    10      2    interval: MCUs in a tile
+    12      2    tiles in a row
+    14      2    rows
+    16      1    width of an MCU, pixels
+    17      1    height of an MCU, pixels
+    18      4    number of lengths in this APP11 segment
+    22      ...  lengths
+
+A length counts a segment's entropy-coded bytes (stuffing included) and the marker of two bytes that ends it (RSTm, after the last
+EOI). Lengths that do not fit one APP11 segment go on in the next, which repeats the first 22 bytes with its own count. The APP11
+segments follow each other directly. The header between them and the entropy-coded data (DQT, SOF0, DHT, DRI, SOS and, where there
+is one, Adobe's APP14) is a cut's header as it stands, but for SOF0's height and width.
+
+Cutting
+-------
+The tiles that cover a window are copied, their restart markers numbered anew from 0 modulo 8, behind the header with the cut's
+height and width. The restart interval stays valid since every tile has `interval` MCUs. A cut that reaches the image's right or
+bottom edge ends where the image ends, so the decoder treats the edge as in the whole image. libjpeg's chroma upsampling looks one
+chroma sample beyond a pixel: the window is widened by that before tiles are chosen, so that every pixel within it equals the
+whole image's.
+
+`pipeline.transcode` writes these files.
+"""
+
+from __future__ import annotations
+
+import struct
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+from numba import njit
+
+Bytes = npt.NDArray[np.uint8]
+
+MAGIC = b"CROPFEED"
+VERSION = 1
+APP11 = 0xEB
+TABLE = struct.Struct("<8sBBHHHBBI")  # the first 22 bytes of an APP11 segment of ours
+
+
+class RegionError(ValueError):
+    """The JPEG cannot be transcoded or cut; the message says why, in one line."""
+
+
+class Cut(NamedTuple):
+    """A region as a JPEG of its own.
+
+    jpeg: uint8 (bytes,). top, left: where its first pixel lies in the whole image. height, width: its size, pixels.
+    """
+
+    jpeg: Bytes
+    top: int
+    left: int
+    height: int
+    width: int
+
+
+_NO_TABLE, _DAMAGED_TABLE, _DAMAGED_HEADER, _DAMAGED_DATA, _BAD_WINDOW = -11, -12, -13, -14, -15
+_REASONS = {
+    _NO_TABLE: "not a region-addressable JPEG: it has no table of segments",
+    _DAMAGED_TABLE: "the table of segments is damaged",
+    _DAMAGED_HEADER: "the header is damaged",
+    _DAMAGED_DATA: "the data is not what the table of segments says",
+    _BAD_WINDOW: "the window lies outside the image",
+}
+
+
+def cut(data: Bytes, top: int, left: int, bottom: int, right: int) -> Cut:
+    """The smallest JPEG of whole tiles whose pixels equal the whole image's in rows [top, bottom) and columns [left, right).
+
+    data: uint8 (bytes,), a region-addressable JPEG. Raises RegionError for another or a damaged one, or a window outside.
+    """
+    out = np.empty(len(data), np.uint8)
+    place = np.empty(4, np.int64)
+    length = _cut(data, top, left, bottom, right, out, place)
+    if length < 0:
+        raise RegionError(_REASONS[length])
+    return Cut(out[:length], int(place[0]), int(place[1]), int(place[2]), int(place[3]))
+
+
+@njit(cache=True, nogil=True)
+def _little(data: Any, position: Any, size: Any) -> Any:
+    value = 0
+    for i in range(size):
+        value |= np.int64(data[position + i]) << (8 * i)
+    return value
+
+
+@njit(cache=True, nogil=True)
+def _big16(data: Any, position: Any) -> Any:
+    return np.int64(data[position]) << 8 | np.int64(data[position + 1])
+
+
+@njit(cache=True, nogil=True)
+def _is_table(data: Any, position: Any) -> bool:
+    """Whether a whole APP11 segment of ours stands at `position`."""
+    if position + 4 + 22 > len(data) or data[position] != 0xFF or data[position + 1] != 0xEB:
+        return False
+    name = (67, 82, 79, 80, 70, 69, 69, 68)  # CROPFEED
+    for i in range(8):
+        if data[position + 4 + i] != name[i]:
+            return False
+    return data[position + 12] == 1 and position + 2 + _big16(data, position + 2) <= len(data)
+
+
+@njit(cache=True, nogil=True)
+def _cut(data: Any, top: Any, left: Any, bottom: Any, right: Any, out: Any, place: Any) -> Any:
+    """`cut` into `out`, as long as `data`; place: top, left, height, width. Returns bytes, or a negative reason."""
+    status, table, size, interval, tiles, rows, mcu_width, mcu_height = _read_table(data)
+    if status < 0:
+        return status
+    starts = np.empty(tiles * rows + 1, np.int64)
+    header = _read_lengths(data, table, size, starts)
+    if header < 0:
+        return header
+    frame, body = _find_frame(data, header)
+    if frame < 0:
+        return _DAMAGED_HEADER
+    height, width = _big16(data, frame + 5), _big16(data, frame + 7)
+    if -(-width // mcu_width) != interval * tiles or -(-height // mcu_height) != rows:
+        return _DAMAGED_TABLE
+    if body + starts[tiles * rows] > len(data):
+        return _DAMAGED_DATA
+    if not (0 <= top < bottom <= height and 0 <= left < right <= width):
+        return _BAD_WINDOW
+
+    # One chroma sample covers mcu / 8 pixels; upsampling looks at the next one where there is more than one pixel to a sample.
+    beyond_x = mcu_width // 8 if mcu_width > 8 else 0
+    beyond_y = mcu_height // 8 if mcu_height > 8 else 0
+    tile_width = interval * mcu_width
+    first_column, last_column = max(left - beyond_x, 0) // tile_width, -(-min(right + beyond_x, width) // tile_width)
+    first_row, last_row = max(top - beyond_y, 0) // mcu_height, -(-min(bottom + beyond_y, height) // mcu_height)
+    place[0], place[1] = first_row * mcu_height, first_column * tile_width
+    place[2] = min(last_row * mcu_height, height) - place[0]
+    place[3] = min(last_column * tile_width, width) - place[1]
+
+    out[:table] = data[:table]  # SOI and JFIF's APP0
+    written = table + body - header
+    out[table:written] = data[header:body]
+    size_at = table + frame - header + 5
+    out[size_at], out[size_at + 1] = place[2] >> 8, place[2] & 255
+    out[size_at + 2], out[size_at + 3] = place[3] >> 8, place[3] & 255
+    number = 0
+    for row in range(first_row, last_row):
+        first, last = row * tiles + first_column, row * tiles + last_column
+        length = starts[last] - starts[first]
+        out[written : written + length] = data[body + starts[first] : body + starts[last]]
+        for segment in range(first, last):
+            after = written + starts[segment + 1] - starts[first]
+            if starts[segment + 1] - starts[segment] < 2 or out[after - 2] != 0xFF:
+                return _DAMAGED_DATA
+            out[after - 1] = 0xD0 + (number & 7)
+            number += 1
+        written += length
+    out[written - 1] = 0xD9  # EOI in place of the last restart marker
+    return written
+
+
+@njit(cache=True, nogil=True)
+def _read_table(data: Any) -> Any:
+    """Status (0 or a negative reason), where the table begins, bytes of a length, interval, tiles, rows, MCU width and height."""
+    if len(data) < 6 or data[0] != 0xFF or data[1] != 0xD8:
+        return _NO_TABLE, 0, 0, 0, 0, 0, 0, 0
+    at = 2
+    if data[2] == 0xFF and data[3] == 0xE0:
+        at = 4 + _big16(data, 4)
+    if not _is_table(data, at):
+        return _NO_TABLE, 0, 0, 0, 0, 0, 0, 0
+    size, interval = np.int64(data[at + 13]), _little(data, at + 14, 2)
+    tiles, rows = _little(data, at + 16, 2), _little(data, at + 18, 2)
+    mcu_width, mcu_height = np.int64(data[at + 20]), np.int64(data[at + 21])
+    good = (size == 2 or size == 4) and interval > 0 and tiles > 0 and rows > 0 and mcu_width >= 8 and mcu_height >= 8
+    status = 0 if good and tiles * rows * size <= len(data) else _DAMAGED_TABLE
+    return status, at, size, interval, tiles, rows, mcu_width, mcu_height
+
+
+@njit(cache=True, nogil=True)
+def _read_lengths(data: Any, position: Any, size: Any, starts: Any) -> Any:
+    """Fill `starts` with where each segment begins, from the first one's beginning. Returns where the table ends, or a reason."""
+    starts[0] = 0
+    known = 0
+    while known < len(starts) - 1:
+        if not _is_table(data, position):
+            return _DAMAGED_TABLE
+        count = _little(data, position + 22, 4)
+        end = position + 2 + _big16(data, position + 2)
+        if count == 0 or known + count > len(starts) - 1 or position + 26 + count * size != end:
+            return _DAMAGED_TABLE
+        for i in range(count):
+            starts[known + 1] = starts[known] + _little(data, position + 26 + i * size, size)
+            known += 1
+        position = end
+    return position
+
+
+@njit(cache=True, nogil=True)
+def _find_frame(data: Any, position: Any) -> Any:
+    """Where SOF0's marker stands and where the entropy-coded data begins; -1 and -1 in a damaged header."""
+    frame = -1
+    while position + 4 <= len(data) and data[position] == 0xFF:
+        marker = data[position + 1]
+        end = position + 2 + _big16(data, position + 2)
+        if end < position + 4 or end > len(data):
+            break
+        if marker == 0xC0 and end >= position + 10:
+            frame = position
+        position = end
+        if marker == 0xDA:
+            return (frame, position) if frame >= 0 else (-1, -1)
+    return -1, -1
