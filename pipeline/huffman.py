@@ -36,7 +36,8 @@ def _fill_decoding_table(table: Any, index: Any, luts: Any, limits: Any, offsets
         return False
     for i in range(len(table) - 16):
         values[index, i] = table[16 + i]
-    code, place = 0, 0
+    code: Any = 0
+    place: Any = 0
     for size in range(1, 17):
         count = np.int64(table[size - 1])
         if code + count > 1 << size:
@@ -93,8 +94,8 @@ def optimal_table(counts: Any) -> tuple[Any, Any]:
     if n == 1:
         sizes[0] = 1
     bits = np.zeros(n + 2, np.int64)
-    for size in sizes:
-        bits[size] += 1
+    for each in sizes:
+        bits[each] += 1
     for size in range(len(bits) - 1, 16, -1):  # K.2's Adjust_BITS
         while bits[size] > 0:
             shorter = size - 2
@@ -250,7 +251,8 @@ def read_scan(
 @njit(cache=True, nogil=True)
 def write_scan(tokens: Any, total: Any, codes: Any, sizes: Any, lengths: Any, out: Any) -> Any:
     """Code tokens into `out`, a marker after each tile and EOI after the last; fill `lengths`. Returns bytes, or a reason."""
-    bits, have = np.uint64(0), 0
+    bits: Any = np.uint64(0)
+    have: Any = 0
     written, start, tile = 0, 0, 0
     for i in range(total):
         if written + 16 > len(out):

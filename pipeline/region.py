@@ -99,7 +99,7 @@ def cut(data: Bytes, top: int, left: int, bottom: int, right: int) -> Cut:
 
 @njit(cache=True, nogil=True)
 def _little(data: Any, position: Any, size: Any) -> Any:
-    value = 0
+    value: Any = 0
     for i in range(size):
         value |= np.int64(data[position + i]) << (8 * i)
     return value

@@ -23,6 +23,7 @@ from typing import Any
 
 import _path
 import numpy as np
+import numpy.typing as npt
 import torch
 import torch.nn.functional as F
 from make_demo_data import make_demo_data
@@ -40,20 +41,18 @@ MEAN_LIMIT, PERCENTILE_LIMIT = 1.0, 4.0  # of 255; JPEG decoders differ in their
 REPEATS = 5
 
 
-def pixel_differences(loader: Loader) -> list[tuple[float, float]]:
-    """Mean and 99.9th percentile of the absolute difference from the reference, of each sample of one epoch, in 0..255 units."""
+def pixel_differences(loader: Loader) -> list[tuple[int, npt.NDArray[np.float32]]]:
+    """Id and absolute difference from the reference, (H, W, 3) in 0..255 units, of each sample in the rest of an epoch."""
     found = []
-    low = loader.consumed
-    epoch = loader.epoch
+    epoch, low = loader.epoch, loader.consumed
     for batch in loader:
         images = batch.images.float().permute(0, 2, 3, 1).cpu().numpy()
         draws = loader.plan(Part(epoch, low, low + len(batch.ids), 0)).draws
         low += len(batch.ids)
-        for place, index in enumerate(batch.ids):
-            picture = Image.open(io.BytesIO(loader.shards.read(int(index)).tobytes()))
+        for place, index in enumerate(batch.ids.tolist()):
+            picture = Image.open(io.BytesIO(loader.shards.read(index).tobytes()))
             expected = apply(picture, draws.one(place), loader.spec.image_size, loader.basis, loader.normalization)
-            difference = np.abs(images[place] - expected)
-            found.append((float(difference.mean()), float(np.percentile(difference, 99.9))))
+            found.append((index, np.abs(images[place] - expected)))
     return found
 
 
@@ -62,12 +61,13 @@ def check_pixels(spec: LoaderSpec, results: Path) -> bool:
     good = True
     for training in (True, False):
         loader = open_loader(replace(spec, training=training, dtype=torch.float32, batch_size=min(64, spec.batch_size)))
-        found = pixel_differences(loader)
+        found = [difference for _, difference in pixel_differences(loader)]
         loader.close()
-        means, percentiles = ([row[i] for row in found] for i in (0, 1))
         name = "pixels, training" if training else "pixels, evaluation"
-        record(results, name, Figure("mean_difference", means), engine="dali", spec=describe(spec), cache="warm")
-        record(results, name, Figure("percentile_99.9_difference", percentiles), engine="dali", spec=describe(spec), cache="warm")
+        means = [float(difference.mean()) for difference in found]
+        percentiles = [float(np.percentile(difference, 99.9)) for difference in found]
+        for figure in (Figure("mean_difference", means), Figure("percentile_99.9_difference", percentiles)):
+            record(results, name, figure, engine="dali", spec=describe(spec), cache="warm")
         good &= max(means) <= MEAN_LIMIT and max(percentiles) <= PERCENTILE_LIMIT
     print(f"pixels: {'ok' if good else 'FAILED'}", flush=True)
     return good
