@@ -72,8 +72,8 @@ def main() -> None:
     count = len(ids)
     ratio = sum(map(len, written)) / sum(map(len, originals))
 
-    for data, at in zip(written, regions(stored, ids, 0), strict=True):  # warm-up
-        decode(cut(data, *map(int, at)).jpeg.data)
+    for jpeg, at in zip(written, regions(stored, ids, 0), strict=True):  # warm-up
+        decode(cut(jpeg, *map(int, at)).jpeg.data)
     writing, whole, cutting, cut_decode, speedup = [], [], [], [], []
     for epoch in tqdm(range(REPEATS), unit=" repeats"):
         pairs = [(data, tuple(map(int, at))) for data, at in zip(written, regions(stored, ids, epoch), strict=True)]
