@@ -13,7 +13,7 @@ from tests.helpers import assert_refused, run_script
 
 def test_the_script_is_whole(tmp_path: Path) -> None:
     result = run_script(
-        "tools/gpu_check.py", "--device", "cpu", "--arch", "resnet18", "--batch-size", 8, "--image-size", 32, "--images", 8,
+        "tools/gpu_check.py", "--device", "cpu", "--arch", "resnet18", "--batch-size", 8, "--image-size", 64, "--images", 8,
         "--seconds", 0.2, "--results", tmp_path / "rows.csv",
     )  # fmt: skip
     assert result.returncode == 0, result.stdout + result.stderr
