@@ -129,7 +129,13 @@ def test_interrupting_leaves_nothing_and_killing_only_what_the_next_run_clears(i
         "100",
     ]
     for how, code in ((signal.SIGINT, 130), (signal.SIGKILL, -9)):
-        process = subprocess.Popen(command, env=clean_environment(), stderr=subprocess.PIPE, text=True)
+        process = subprocess.Popen(
+            command,
+            env=clean_environment(),
+            stderr=subprocess.PIPE,
+            text=True,
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's background jobs ignore it
+        )
         while not list(tmp_path.glob("out.partial/train/*.tar")):
             time.sleep(0.05)
             assert process.poll() is None
