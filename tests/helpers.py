@@ -61,13 +61,15 @@ def write_image_folder(root: Path, classes: int, train: int, val: int, sides: tu
                 (folder / f"{split}_{label}_{index}.JPEG").write_bytes(data)
 
 
-def run_script(*command: Any, launcher: tuple[str, ...] = (), **environment: str) -> subprocess.CompletedProcess[str]:
+def run_script(
+    *command: Any, launcher: tuple[str, ...] = (), cwd: Path = Path("/tmp"), **environment: str
+) -> subprocess.CompletedProcess[str]:
     """Run one of our scripts as a user would, from another folder and without PYTHONPATH. command: script, arguments."""
     script, *arguments = [str(part) for part in command]
     prefix = [sys.executable, *launcher] if launcher else [sys.executable]
     return subprocess.run(
         [*prefix, str(ROOT / script), *arguments],
-        cwd="/tmp",
+        cwd=cwd,
         env=clean_environment() | environment,
         capture_output=True,
         text=True,

@@ -175,6 +175,19 @@ def test_two_processes_share_the_epoch(small_shards: Path, tmp_path: Path) -> No
     assert (tmp_path / "run" / "model.safetensors").exists()
 
 
+def test_without_an_output_the_run_is_the_latest(small_shards: Path, tmp_path: Path) -> None:
+    """The README's commands: train without --output, then evaluate runs/latest."""
+    options = ("--data", small_shards, "--arch", "resnet18", "--epochs", 1, "--batch-size", 20, "--image-size", 32)
+    launcher = ("-m", "accelerate.commands.launch")
+    result = run_script("train.py", *options, launcher=launcher, cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert (tmp_path / "runs" / "latest").resolve() == tmp_path / "runs" / "resnet18"
+    result = run_script("tools/evaluate.py", "runs/latest", "--data", small_shards, "--json", "figures.json", cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert json.loads((tmp_path / "figures.json").read_text())["images"] == 21
+    assert_refused(run_script("train.py", *options, cwd=tmp_path), "exists already")
+
+
 def test_launches_that_only_look_parallel_are_refused(small_shards: Path, tmp_path: Path) -> None:
     if torch.cuda.is_available():
         pytest.skip("on a GPU machine these launches are right")
