@@ -24,16 +24,15 @@ from tqdm import tqdm
 from model import ARCHS
 from model.testing import score
 from model.weights import Recipe, load_weights, save_weights
-from pipeline import ENGINES, open_loader
+from pipeline import ENGINES, open_loader, plan
 from pipeline.errors import Parser, UserError, positive, run_cli
-from pipeline.loader import Loader, LoaderSpec
+from pipeline.loader import PRECISIONS, Loader, LoaderSpec
 from training.checkpoint import load_checkpoint, save_checkpoint
 from training.launch import check_launch, core_share
 from training.metrics import Meter, MetricsFile
 from training.schedule import SCHEDULES, learning_rate
 
 MOMENTUM = 0.9  # He et al. 2015, section 3.4
-PRECISIONS = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 @dataclass
@@ -91,8 +90,8 @@ def open_loaders(args: Any, accelerator: Accelerator) -> tuple[Loader, Loader | 
         args.data,
         batch_size=args.batch_size,
         image_size=size,
-        scale=tuple(args.scale or (round(256 * size / 224), round(480 * size / 224))),
-        eval_short=round(256 * size / 224),
+        scale=tuple(args.scale or (plan.short_at(plan.SCALE[0], size), plan.short_at(plan.SCALE[1], size))),
+        eval_short=plan.short_at(plan.EVAL_SHORT, size),
         seed=args.seed,
         normalization=args.mean,
         dtype=PRECISIONS.get(accelerator.mixed_precision, torch.float32),

@@ -167,6 +167,31 @@ def _symbol(bits: Any, have: Any, table: Any, luts: Any, limits: Any, offsets: A
 
 
 @njit(cache=True, nogil=True)
+def _extra(bits: Any, have: Any, count: Any) -> Any:
+    """The `count` bits above the lowest `have`: what follows a symbol that was just taken."""
+    return np.int64((bits >> np.uint64(have)) & ((np.uint64(1) << np.uint64(count)) - np.uint64(1)))
+
+
+@njit(cache=True, nogil=True)
+def _after_restart(stream: Any, position: Any) -> Any:
+    """Where data goes on behind the restart marker that must stand at `position` (fill bytes allowed), or a reason."""
+    while position + 1 < len(stream) and stream[position] == 0xFF and stream[position + 1] == 0xFF:
+        position += 1
+    if position + 1 >= len(stream) or stream[position] != 0xFF or stream[position + 1] & 0xF8 != 0xD0:
+        return TRUNCATED
+    return position + 2
+
+
+@njit(cache=True, nogil=True)
+def _magnitude(value: Any) -> Any:
+    """A DC difference's category and extra bits (T.81 F.1.2.1)."""
+    count = 0
+    while abs(value) >> count:
+        count += 1
+    return count, value if value >= 0 else value + (1 << count) - 1
+
+
+@njit(cache=True, nogil=True)
 def read_scan(
     stream: Any, mcus: Any, old_interval: Any, new_interval: Any, blocks: Any, selectors: Any,
     luts: Any, limits: Any, offsets: Any, values: Any, tokens: Any, counts: Any,
@@ -181,11 +206,9 @@ def read_scan(
     for mcu in range(mcus):
         if old_interval and mcu and mcu % old_interval == 0:
             have = 0
-            while position + 1 < len(stream) and stream[position] == 0xFF and stream[position + 1] == 0xFF:
-                position += 1
-            if position + 1 >= len(stream) or stream[position] != 0xFF or stream[position + 1] & 0xF8 != 0xD0:
-                return TRUNCATED
-            position += 2
+            position = _after_restart(stream, position)
+            if position < 0:
+                return position
             old_dc[:] = 0
         if mcu % new_interval == 0:
             if mcu:
@@ -205,20 +228,15 @@ def read_scan(
             if count > 11:
                 return BAD_VALUE
             if count:
-                difference = np.int64((bits >> np.uint64(have)) & ((np.uint64(1) << np.uint64(count)) - np.uint64(1)))
+                difference = _extra(bits, have, count)
                 if difference < 1 << (count - 1):
                     difference += 1 - (1 << count)
                 old_dc[component] += difference
-            difference = old_dc[component] - new_dc[component]
-            new_dc[component] = old_dc[component]
-            count = 0
-            while abs(difference) >> count:
-                count += 1
+            count, extra = _magnitude(old_dc[component] - new_dc[component])
             if count > 11:
                 return BAD_VALUE
-            if difference < 0:
-                difference += (1 << count) - 1
-            tokens[total] = dc_table << 24 | count << 16 | difference
+            new_dc[component] = old_dc[component]
+            tokens[total] = dc_table << 24 | count << 16 | extra
             counts[dc_table, count] += 1
             total += 1
 
@@ -233,7 +251,7 @@ def read_scan(
                 have -= size + count
                 if have < 0:
                     return TRUNCATED
-                extra = np.int64((bits >> np.uint64(have)) & ((np.uint64(1) << np.uint64(count)) - np.uint64(1)))
+                extra = _extra(bits, have, count)
                 tokens[total] = (dc_table + 1) << 24 | symbol << 16 | extra
                 counts[dc_table + 1, symbol] += 1
                 total += 1

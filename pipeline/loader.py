@@ -26,6 +26,8 @@ from pipeline.errors import UserError
 from pipeline.plan import Draws, Ints
 from pipeline.shards import ShardSet
 
+PRECISIONS = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}  # by Accelerate's names
+
 
 @dataclass(frozen=True)
 class LoaderSpec:
@@ -47,7 +49,7 @@ class LoaderSpec:
     batch_size: int = 256
     image_size: int = plan.CROP
     scale: tuple[int, int] = plan.SCALE
-    eval_short: int = 256
+    eval_short: int = plan.EVAL_SHORT
     seed: int = 0
     normalization: Normalization | str = "pixel"
     alpha_std: float = plan.ALPHA_STD
@@ -214,5 +216,5 @@ def check(spec: LoaderSpec) -> None:
         raise UserError(f"rank {spec.rank} is not in [0, {spec.world_size})")
     if not 0 <= spec.seed < 1 << 64:
         raise UserError(f"seed must lie in [0, 2^64), not {spec.seed}")
-    if spec.dtype not in (torch.float32, torch.float16, torch.bfloat16):
+    if spec.dtype not in PRECISIONS.values():
         raise UserError(f"images come as float32, float16 or bfloat16, not {spec.dtype}")

@@ -26,6 +26,7 @@ Ints = npt.NDArray[np.int64]
 MAX_SAMPLES = 1 << 40
 SCALE = (256, 480)  # the short side's range, He et al. 2015, section 3.4
 CROP = 224
+EVAL_SHORT = 256  # the short side in evaluation
 ALPHA_STD = 0.1  # standard deviation of the PCA coefficients, Krizhevsky et al. 2012, section 4.1
 
 # Streams keep the plan's uses of Philox apart; they are its counter's last word.
@@ -204,6 +205,11 @@ def draw(
     return drawn
 
 
+def short_at(short: int, size: int) -> int:
+    """What the short side `short`, meant for crops of 224, is for crops of `size`: in the same proportion, whole pixels."""
+    return round(short * size / CROP)
+
+
 def centre(heights: npt.ArrayLike, widths: npt.ArrayLike, short: int, crop: int) -> Draws:
     """The evaluation transform in the same terms: short side `short`, the central crop, no flip, no colour change."""
     heights, widths = _sizes(heights, widths)
@@ -242,6 +248,18 @@ def windows(draws: Draws, heights: npt.ArrayLike, widths: npt.ArrayLike, crop: i
         out[:, axis] = np.maximum(low, 0.0)
         out[:, axis + 2] = np.minimum(low + crop * scale, side)
     return out
+
+
+def regions(windows: npt.NDArray[np.float64], heights: npt.ArrayLike, widths: npt.ArrayLike, crop: int) -> Ints:
+    """The source pixels that resampling each window needs: int64 (N, 4) of top, left, bottom, right, inside the image.
+
+    The triangle filter reaches one output pixel, which is max(scale, 1) source pixels; one more for rounding.
+    """
+    low, high = windows[:, :2], windows[:, 2:]
+    margin = np.maximum((high - low) / crop, 1.0).max(axis=1, keepdims=True) + 1.0
+    sides = np.stack(_sizes(heights, widths, len(windows)), axis=1)
+    region = np.concatenate([np.maximum(np.floor(low - margin), 0), np.minimum(np.ceil(high + margin), sides)], axis=1)
+    return region.astype(np.int64)
 
 
 def share(start: int, stop: int, rank: int, world_size: int) -> tuple[int, int]:

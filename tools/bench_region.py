@@ -43,14 +43,11 @@ def seconds(work: Callable[..., object], calls: Iterable[tuple[Any, ...]]) -> fl
 
 
 def regions(stored: ShardSet, ids: list[int], epoch: int) -> npt.NDArray[np.int64]:
-    """What an engine needs of each image: its crop's window and the filter's margin, whole pixels, int64 (N, 4)."""
+    """What an engine needs of each image, whole pixels, int64 (N, 4)."""
     records = stored.samples[ids]
     heights, widths = records["height"].astype(np.int64), records["width"].astype(np.int64)
-    found = plan.windows(plan.draw(0, epoch, ids, heights, widths), heights, widths, plan.CROP)
-    margin = np.maximum((found[:, 2:] - found[:, :2]) / plan.CROP, 1).max(axis=1, keepdims=True) + 1
-    low = np.maximum(np.floor(found[:, :2] - margin), 0)
-    high = np.minimum(np.ceil(found[:, 2:] + margin), np.stack([heights, widths], axis=1))
-    return np.concatenate([low, high], axis=1).astype(np.int64)
+    windows = plan.windows(plan.draw(0, epoch, ids, heights, widths), heights, widths, plan.CROP)
+    return plan.regions(windows, heights, widths, plan.CROP)
 
 
 def main() -> None:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import csv
 import json
-import os
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -24,10 +23,9 @@ from model.weights import Recipe, load_weights
 from pipeline import open_loader
 from pipeline.augment import TORCHVISION, Normalization
 from pipeline.errors import Parser, UserError, positive, run_cli
-from pipeline.loader import LoaderSpec
+from pipeline.loader import PRECISIONS, LoaderSpec
 from pipeline.shards import Manifest
-
-PRECISIONS = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+from training.launch import core_share
 
 
 def weights_file(path: Path) -> Path:
@@ -125,7 +123,7 @@ def main() -> None:
     parser.add_argument("--precision", default="no", choices=PRECISIONS)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--engine", default="auto")
-    parser.add_argument("--threads", type=positive, default=len(os.sched_getaffinity(0)))
+    parser.add_argument("--threads", type=positive, default=core_share())
     args = parser.parse_args()
     classes = Manifest(args.data).classes
     net, recipe = load_net(weights_file(args.weights), args.arch, classes)

@@ -32,10 +32,11 @@ from PIL import Image
 from recording import Figure, record
 
 from model import ARCHS
-from pipeline import open_loader
+from pipeline import open_loader, plan
 from pipeline.augment import apply
 from pipeline.errors import Parser, UserError, positive, run_cli
 from pipeline.loader import Batch, Loader, LoaderSpec, Part
+from training.launch import core_share
 
 MEAN_LIMIT, PERCENTILE_LIMIT = 1.0, 4.0  # of 255; JPEG decoders differ in their inverse DCT
 REPEATS = 5
@@ -203,11 +204,11 @@ def main() -> None:
             data,
             batch_size=args.batch_size,
             image_size=size,
-            scale=(round(256 * size / 224), round(480 * size / 224)),
-            eval_short=round(256 * size / 224),
+            scale=(plan.short_at(plan.SCALE[0], size), plan.short_at(plan.SCALE[1], size)),
+            eval_short=plan.short_at(plan.EVAL_SHORT, size),
             dtype=torch.bfloat16,
             device=args.device,
-            threads=len(os.sched_getaffinity(0)),
+            threads=core_share(),
         )
         good = check_pixels(spec, args.results)
         measure_feed(spec, args.results, args.seconds)

@@ -98,12 +98,13 @@ def draw_image(shape: str, rng: np.random.Generator) -> bytes:
         colours = rng.uniform(0, 255, (2, 3))
     image = background(rng, width, height, colours[0])
     mask = Image.new("L", (width, height))
+    canvas = ImageDraw.Draw(mask)
     radius = min(width, height) * rng.uniform(0.12, 0.17)
     for row in range(3):  # nine copies, so that a crop never misses them all
         for column in range(3):
             dx, dy = rng.uniform(-0.25, 0.25, 2)
             x, y = (column + 0.5 + dx) * width / 3, (row + 0.5 + dy) * height / 3
-            SHAPES[shape](ImageDraw.Draw(mask), x, y, radius, rng.uniform(0, 2 * math.pi))
+            SHAPES[shape](canvas, x, y, radius, rng.uniform(0, 2 * math.pi))
     image.paste(background(rng, width, height, colours[1]), mask=mask)
     kind = rng.random()
     if kind < 0.02:

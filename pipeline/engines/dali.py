@@ -19,6 +19,7 @@ import torch
 from nvidia.dali import Pipeline, fn, types
 from PIL import Image
 
+from pipeline import plan
 from pipeline.augment import Normalization, lighting
 from pipeline.errors import UserError
 from pipeline.loader import Batch, Loader, LoaderSpec, Part, Work
@@ -73,14 +74,10 @@ def graph(sources: Any, size: int, normalization: Normalization, half: bool, gpu
 
 def inputs(loader: Loader, work: Work) -> tuple[Any, ...]:
     """What enters the graph for one batch, in `INPUTS` order: a list of byte views, then arrays of N rows."""
-    sides = np.stack([work.heights, work.widths], axis=1)
-    low, high = work.windows[:, :2], work.windows[:, 2:]
-    # The triangle filter reaches one output pixel, which is max(scale, 1) source pixels; one more for rounding.
-    margin = np.maximum((high - low) / loader.spec.image_size, 1.0).max(axis=1, keepdims=True) + 1.0
-    region_start = np.maximum(np.floor(low - margin), 0).astype(np.int32)
-    region_end = np.minimum(np.ceil(high + margin), sides).astype(np.int32)
-    roi_start = (low - region_start).astype(np.float32)
-    roi_end = (high - region_start).astype(np.float32)
+    region = plan.regions(work.windows, work.heights, work.widths, loader.spec.image_size).astype(np.int32)
+    region_start, region_end = region[:, :2].copy(), region[:, 2:].copy()
+    roi_start = (work.windows[:, :2] - region_start).astype(np.float32)
+    roi_end = (work.windows[:, 2:] - region_start).astype(np.float32)
     flip = work.draws.flip
     roi_start[flip, 1], roi_end[flip, 1] = roi_end[flip, 1], roi_start[flip, 1]
     return (
