@@ -20,6 +20,7 @@ import hashlib
 import json
 import mmap
 import tarfile
+import zlib
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -31,10 +32,14 @@ from pipeline.augment import Floats, lighting_basis
 from pipeline.errors import UserError
 
 FORMAT = "cropfeed-shards"
-VERSION = 1
+VERSION = 2
 
 # offset and bytes are of the encoded image inside its tar; height and width in pixels, as stored (orientation tags ignored).
-SAMPLE = np.dtype([("shard", "<u4"), ("offset", "<u8"), ("bytes", "<u4"), ("height", "<u4"), ("width", "<u4"), ("label", "<i4")])
+# crc32 (zlib's) is of all that the sample takes in its tar: from the end of the sample before, tar headers and padding included.
+SAMPLE = np.dtype(
+    [("shard", "<u4"), ("offset", "<u8"), ("bytes", "<u4"), ("height", "<u4"), ("width", "<u4"), ("label", "<i4"), ("crc32", "<u4")]
+)
+_BLOCK = 512  # a tar's headers and contents begin at multiples of this
 Samples = npt.NDArray[Any]
 
 
@@ -53,20 +58,28 @@ def label_digits(classes: int) -> int:
     return max(4, len(str(classes - 1)))
 
 
-def write_shard(path: Path, shard: int, samples: Iterable[Encoded], digits: int) -> Samples:
-    """Write `path` (a .tar) and its .idx beside it; return the shard's `SAMPLE` records. Same samples, same bytes."""
+def write_shard(tar_path: Path, idx_path: Path, shard: int, samples: Iterable[Encoded], digits: int) -> Samples:
+    """Write a tar and its index; return the shard's `SAMPLE` records. Same samples, same bytes."""
     from webdataset import TarWriter
 
     records = []
-    with path.open("wb") as stream, TarWriter(stream, encoder=False, mtime=0, format="GNU_FORMAT") as tar:
+    with tar_path.open("wb") as stream, TarWriter(stream, encoder=False, mtime=0, format="GNU_FORMAT") as tar:
         for sample in samples:
             tar.write({"__key__": sample.key, "jpg": sample.jpeg, "cls": f"{sample.label:0{digits}d}".encode()})
-            records.append((shard, 0, len(sample.jpeg), sample.height, sample.width, sample.label))
+            records.append((shard, 0, len(sample.jpeg), sample.height, sample.width, sample.label, 0))
     written = np.array(records, SAMPLE)
-    members = _tar_members(path)
+    members = _tar_members(tar_path)
     written["offset"] = [offset for name, offset, _ in members if name.endswith(".jpg")]
-    _write_index(path.with_suffix(".idx"), members)
+    written["crc32"] = extent_checksums(np.memmap(tar_path, np.uint8, "r"), written)
+    _write_index(idx_path, members)
     return written
+
+
+def extent_checksums(tar: npt.NDArray[np.uint8], samples: Samples) -> npt.NDArray[np.uint32]:
+    """The CRC-32 of what each sample of one shard takes in its tar: uint32 (N,). A tar cut short gives other numbers."""
+    ends = (samples["offset"].astype(np.int64) + samples["bytes"] + _BLOCK - 1) // _BLOCK * _BLOCK
+    starts = np.concatenate([[0], ends])[:-1]
+    return np.array([zlib.crc32(tar[start:end]) for start, end in zip(starts, ends, strict=True)], np.uint32)
 
 
 def _tar_members(path: Path) -> list[tuple[str, int, int]]:

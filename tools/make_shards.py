@@ -178,7 +178,7 @@ def write_task(task: Task) -> tuple[shards.Samples, Statistics, str]:
                 _done.value += 1
             yield shards.Encoded(source.key, data, source.label, height, width)
 
-    records = shards.write_shard(task.path, task.shard, encoded(), task.digits)
+    records = shards.write_shard(task.path, task.path.with_suffix(".idx"), task.shard, encoded(), task.digits)
     return records, statistics, shards.sha256(task.path)
 
 
