@@ -46,7 +46,9 @@ class Progress:
 
 def parser() -> Parser:
     parse = Parser(__doc__)
-    parse.add_argument("--data", type=Path, required=True, help="folder of shards, from tools/make_shards.py")
+    parse.add_argument("--data", required=True, help="folder or URL (s3://...) of shards, from tools/make_shards.py")
+    parse.add_argument("--cache", type=Path, help="folder for copies of remote shards (CROPFEED_CACHE; ~/.cache/cropfeed)")
+    parse.add_argument("--cache-gb", type=float, help="its bound (CROPFEED_CACHE_GB; 80 %% of the free disk)")
     parse.add_argument("--output", type=Path, help="folder of this run (default: runs/ARCH)")
     parse.add_argument("--resume", action="store_true", help="go on from the last checkpoint in --output")
     parse.add_argument("--arch", default="resnet50", help=", ".join(ARCHS))
@@ -100,6 +102,8 @@ def open_loaders(args: Any, accelerator: Accelerator) -> tuple[Loader, Loader | 
         world_size=accelerator.num_processes,
         engine=args.engine,
         threads=args.threads or core_share(),
+        cache=args.cache,
+        cache_gb=args.cache_gb,
     )
     if args.batch_size % (accelerator.num_processes * args.accumulate):
         raise UserError(f"--batch-size {args.batch_size} must be a multiple of processes x --accumulate")

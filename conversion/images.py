@@ -148,7 +148,8 @@ def _metadata(image: Image.Image) -> tuple[bool, int]:
         warnings.simplefilter("always")
         try:
             if "exif" in image.info:
-                exif = image.getexif()
+                exif = Image.Exif()  # image.getexif() may have warned already, while it was opened
+                exif.load(image.info["exif"])
                 exif.get_ifd(0x8769)
                 orientation = exif.get(0x0112, 1)
             if "xmp" in image.info:

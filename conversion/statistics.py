@@ -12,8 +12,8 @@ from PIL import Image
 from pipeline import augment, plan
 
 SHORT, SIZE = 256, 224  # the evaluation transform, on whose crops the statistics are taken
-# At most so many images, the first of the shuffled training images, which is a uniform sample: it leaves a standard error of 0.2 of
-# 255 in a pixel of the mean image. All of ImageNet would cost a third of the conversion for nothing that training could notice.
+# At most so many, the first of the shuffled training images: a uniform sample leaves a standard error of 0.2 of 255 in a pixel of
+# the mean image. All of ImageNet would cost a third of the conversion, for nothing that training could notice.
 IMAGES = 100_000
 
 

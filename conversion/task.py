@@ -150,7 +150,8 @@ def _encoded(task: ShardTask, record: Record, digests: list[bytes], progress: Ca
             stored = store(data, task.profile)
         except UnreadableError as error:
             if task.strict:
-                raise UserError(f"{source.path}: {source.name} is no usable image ({error}); repair or remove it") from error
+                where = source.path if source.bytes is None else f"{source.path}: {source.name}"
+                raise UserError(f"{where}: no usable image ({error}); repair or remove it") from error
             record.left_out[source.name] = str(error)
             progress()
             continue

@@ -193,30 +193,26 @@ def _magnitude(value: Any) -> Any:
 
 @njit(cache=True, nogil=True)
 def read_scan(
-    stream: Any, mcus: Any, old_interval: Any, new_interval: Any, blocks: Any, selectors: Any,
-    luts: Any, limits: Any, offsets: Any, values: Any, tokens: Any, counts: Any,
+    stream: Any, mcus: Any, interval: Any, blocks: Any, selectors: Any,
+    luts: Any, limits: Any, offsets: Any, values: Any, tokens: Any, starts: Any, counts: Any,
 ) -> Any:  # fmt: skip
-    """Parse a scan into tokens whose DC differences start anew every `new_interval` MCUs, and count symbols for the new tables.
+    """Parse a scan into tokens, block by block; a block's first token holds its DC coefficient, 16 bits, instead of a symbol.
 
-    blocks: the component of each block of an MCU. Returns the number of tokens, or a negative reason.
+    interval: the scan's restart interval or 0. blocks: the component of each block of an MCU. starts: gets where each block's
+    tokens begin and the last one's end. counts: of AC symbols, added to. Returns the number of tokens, or a negative reason.
     """
     position, have, bits = 0, 0, np.uint64(0)
-    total = 0
-    old_dc, new_dc = np.zeros(3, np.int64), np.zeros(3, np.int64)
+    total, block = 0, 0
+    dc = np.zeros(3, np.int64)
     for mcu in range(mcus):
-        if old_interval and mcu and mcu % old_interval == 0:
+        if interval and mcu and mcu % interval == 0:
             have = 0
             position = _after_restart(stream, position)
             if position < 0:
                 return position
-            old_dc[:] = 0
-        if mcu % new_interval == 0:
-            if mcu:
-                tokens[total] = _TILE_END
-                total += 1
-            new_dc[:] = 0
+            dc[:] = 0
         for component in blocks:
-            dc_table = 2 if component else 0
+            table = 2 if component else 0
             if have < 32:
                 position, bits, have = _fill(stream, position, bits, have)
             size, count = _symbol(bits, have, selectors[component, 0], luts, limits, offsets, values)
@@ -231,13 +227,12 @@ def read_scan(
                 difference = _extra(bits, have, count)
                 if difference < 1 << (count - 1):
                     difference += 1 - (1 << count)
-                old_dc[component] += difference
-            count, extra = _magnitude(old_dc[component] - new_dc[component])
-            if count > 11:
+                dc[component] += difference
+            if abs(dc[component]) > 0x7FFF:
                 return BAD_VALUE
-            new_dc[component] = old_dc[component]
-            tokens[total] = dc_table << 24 | count << 16 | extra
-            counts[dc_table, count] += 1
+            starts[block] = total
+            block += 1
+            tokens[total] = table << 24 | (dc[component] & 0xFFFF)
             total += 1
 
             k = 1
@@ -251,9 +246,8 @@ def read_scan(
                 have -= size + count
                 if have < 0:
                     return TRUNCATED
-                extra = _extra(bits, have, count)
-                tokens[total] = (dc_table + 1) << 24 | symbol << 16 | extra
-                counts[dc_table + 1, symbol] += 1
+                tokens[total] = (table + 1) << 24 | symbol << 16 | _extra(bits, have, count)
+                counts[table + 1, symbol] += 1
                 total += 1
                 if symbol == 0:  # end of block
                     break
@@ -262,7 +256,53 @@ def read_scan(
                 k += (symbol >> 4) + 1
                 if k > 64:
                     return BAD_VALUE
-    tokens[total] = _TILE_END
+    starts[block] = total
+    return total
+
+
+@njit(cache=True, nogil=True)
+def arrange(
+    tokens: Any, starts: Any, columns: Any, rows: Any, merged: Any, interval: Any, blocks: Any, out: Any, counts: Any
+) -> Any:
+    """Put a scan's tokens in order for tiles of `interval` MCUs; count the symbols that this adds, those of DC among them.
+
+    columns, rows: MCUs of the scan as read. merged: how many of them, side by side, make one MCU now; more than 1 only where each
+    component has one block in an MCU. The last MCU of a row is filled up with blocks that cost least: the DC coefficient before,
+    nothing else. DC differences start anew in each tile. Returns the number of tokens, or a negative reason.
+    """
+    total = 0
+    dc = np.zeros(3, np.int64)
+    for row in range(rows):
+        for first in range(0, columns, merged):
+            if first % (merged * interval) == 0:
+                if total:
+                    out[total] = _TILE_END
+                    total += 1
+                dc[:] = 0
+            for place in range(len(blocks)):
+                component = blocks[place]
+                table = 2 if component else 0
+                for column in range(first, first + merged):
+                    if column >= columns:
+                        out[total], out[total + 1] = table << 24, (table + 1) << 24
+                        counts[table, 0] += 1
+                        counts[table + 1, 0] += 1
+                        total += 2
+                        continue
+                    block = (row * columns + column) * len(blocks) + place
+                    value = np.int64(np.int16(tokens[starts[block]] & 0xFFFF))
+                    count, extra = _magnitude(value - dc[component])
+                    if count > 11:
+                        return BAD_VALUE
+                    dc[component] = value
+                    out[total] = table << 24 | count << 16 | extra
+                    counts[table, count] += 1
+                    total += 1
+                    coefficients = tokens[starts[block] + 1 : starts[block + 1]]
+                    for i in range(len(coefficients)):
+                        out[total + i] = coefficients[i]
+                    total += len(coefficients)
+    out[total] = _TILE_END
     return total + 1
 
 

@@ -33,7 +33,7 @@ PRECISIONS = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16
 class LoaderSpec:
     """What to load. Everything that decides pixels and order is here; `engine`, `threads` and `prefetch` decide speed alone.
 
-    data: the shards' folder. split: "train", "val". training: shuffle and augment, or sequential and centre crop.
+    data: the shards' folder, or its URL. split: "train", "val". training: shuffle and augment, or sequential and centre crop.
     batch_size: images in a *global* batch, over all ranks. image_size: the crop's side, pixels.
     scale: the inclusive range of the resized short side in training, pixels; eval_short: the short side in evaluation.
     normalization: what the colour tail subtracts and divides by; "pixel" and "channel" take the data set's own mean and no
@@ -41,6 +41,7 @@ class LoaderSpec:
     dtype: of the images (float32, float16 or bfloat16). device: "cpu", "cuda" or "cuda:N".
     rank, world_size: this process's place. engine: a name in `pipeline.ENGINES`, or "auto".
     threads: decoding threads. prefetch: batches made ahead.
+    cache, cache_gb: folder and bound of the local copies of remote shards (defaults: `pipeline.cache.choose_cache`).
     """
 
     data: str | Path
@@ -60,6 +61,8 @@ class LoaderSpec:
     engine: str = "auto"
     threads: int = 2
     prefetch: int = 2
+    cache: str | Path | None = None
+    cache_gb: float | None = None
 
     def evaluation(self, split: str = "val", batch_size: int | None = None) -> LoaderSpec:
         """The same for evaluation: sequential, centre crop, every sample once."""
@@ -113,7 +116,9 @@ class Loader(ABC):
     def __init__(self, spec: LoaderSpec) -> None:
         check(spec)
         self.spec = spec
-        self.shards = ShardSet(spec.data, spec.split)
+        self.shards = ShardSet(spec.data, spec.split, spec.cache, spec.cache_gb)
+        if spec.training and spec.rank == 0:  # in evaluation each shard is downloaded once; one rank says it for all
+            self.shards.check_cache()
         count = len(self.shards)
         self.total = count // spec.batch_size * spec.batch_size if spec.training else count
         if self.total == 0:

@@ -1,6 +1,6 @@
-"""Shards: WebDataset tars with an index and a manifest, read through memory maps.
+"""Shards: WebDataset tars with an index and a manifest, read in place through memory maps, or through a cache of remote ones.
 
-A data set is a folder:
+A data set is a folder, local or at an fsspec URL (s3://bucket/shards):
 
     manifest.json        classes, splits, shards with SHA-256, statistics (see `Manifest` below)
     mean_image.npy       float32 (224, 224, 3), 0..255: the mean of the training images' centre crops (short side 256)
@@ -17,18 +17,23 @@ Formats: WebDataset (https://github.com/webdataset/webdataset), POSIX tar with G
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import mmap
 import tarfile
+import warnings
+import weakref
 import zlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
+from pipeline import storage
 from pipeline.augment import Floats, lighting_basis
+from pipeline.cache import ShardCache, choose_cache
 from pipeline.errors import UserError
 
 FORMAT = "cropfeed-shards"
@@ -37,7 +42,15 @@ VERSION = 2
 # offset and bytes are of the encoded image inside its tar; height and width in pixels, as stored (orientation tags ignored).
 # crc32 (zlib's) is of all that the sample takes in its tar: from the end of the sample before, tar headers and padding included.
 SAMPLE = np.dtype(
-    [("shard", "<u4"), ("offset", "<u8"), ("bytes", "<u4"), ("height", "<u4"), ("width", "<u4"), ("label", "<i4"), ("crc32", "<u4")]
+    [
+        ("shard", "<u4"),
+        ("offset", "<u8"),
+        ("bytes", "<u4"),
+        ("height", "<u4"),
+        ("width", "<u4"),
+        ("label", "<i4"),
+        ("crc32", "<u4"),
+    ]
 )
 _BLOCK = 512  # a tar's headers and contents begin at multiples of this
 Samples = npt.NDArray[Any]
@@ -60,72 +73,66 @@ def label_digits(classes: int) -> int:
 
 def write_shard(tar_path: Path, idx_path: Path, shard: int, samples: Iterable[Encoded], digits: int) -> Samples:
     """Write a tar and its index; return the shard's `SAMPLE` records. Same samples, same bytes."""
-    from webdataset import TarWriter
-
-    records = []
-    with tar_path.open("wb") as stream, TarWriter(stream, encoder=False, mtime=0, format="GNU_FORMAT") as tar:
+    records, lines = [], []
+    with tarfile.open(tar_path, "w", format=tarfile.GNU_FORMAT) as tar:
         for sample in samples:
-            tar.write({"__key__": sample.key, "jpg": sample.jpeg, "cls": f"{sample.label:0{digits}d}".encode()})
-            records.append((shard, 0, len(sample.jpeg), sample.height, sample.width, sample.label, 0))
+            label = f"{sample.label:0{digits}d}".encode()
+            cls, jpg = f"{sample.key}.cls", f"{sample.key}.jpg"
+            cls_offset, jpg_offset = _add_file(tar, cls, label), _add_file(tar, jpg, sample.jpeg)
+            lines.append(f"cls {cls_offset} {len(label)} {cls} jpg {jpg_offset} {len(sample.jpeg)} {jpg}")
+            records.append((shard, jpg_offset, len(sample.jpeg), sample.height, sample.width, sample.label, 0))
+    idx_path.write_text("\n".join([f"v1.2 {len(lines)}", *lines]) + "\n")  # as DALI's wds2idx writes it
     written = np.array(records, SAMPLE)
-    members = _tar_members(tar_path)
-    written["offset"] = [offset for name, offset, _ in members if name.endswith(".jpg")]
     written["crc32"] = extent_checksums(np.memmap(tar_path, np.uint8, "r"), written)
-    _write_index(idx_path, members)
     return written
+
+
+def _add_file(tar: tarfile.TarFile, name: str, content: bytes) -> int:
+    """Append a file, without owner or time, which would make equal shards differ; return where its content begins."""
+    member = tarfile.TarInfo(name)
+    member.size, member.mode = len(content), 0o444
+    tar.addfile(member, io.BytesIO(content))
+    return tar.offset + -len(content) // _BLOCK * _BLOCK
 
 
 def extent_checksums(tar: npt.NDArray[np.uint8], samples: Samples) -> npt.NDArray[np.uint32]:
     """The CRC-32 of what each sample of one shard takes in its tar: uint32 (N,). A tar cut short gives other numbers."""
     ends = (samples["offset"].astype(np.int64) + samples["bytes"] + _BLOCK - 1) // _BLOCK * _BLOCK
     starts = np.concatenate([[0], ends])[:-1]
-    return np.array([zlib.crc32(tar[start:end]) for start, end in zip(starts, ends, strict=True)], np.uint32)
-
-
-def _tar_members(path: Path) -> list[tuple[str, int, int]]:
-    """Name, data offset and bytes of each file in a tar."""
-    with tarfile.open(path) as tar:
-        return [(member.name, member.offset_data, member.size) for member in tar if member.isreg()]
-
-
-def _write_index(path: Path, members: Sequence[tuple[str, int, int]]) -> None:
-    """DALI's index (wds2idx, v1.2) of a tar whose samples are two consecutive members each, .cls and .jpg."""
-    parts = [f"{name.rsplit('.', 1)[1]} {offset} {size} {name}" for name, offset, size in members]
-    lines = [f"v1.2 {len(parts) // 2}", *(f"{cls} {jpg}" for cls, jpg in zip(parts[::2], parts[1::2], strict=True))]
-    path.write_text("\n".join(lines) + "\n")
-
-
-def sha256(path: Path) -> str:
-    with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
+    return np.array([zlib.crc32(tar[start:end].data) for start, end in zip(starts, ends, strict=True)], np.uint32)
 
 
 class Manifest:
     """manifest.json, read and checked.
 
-    format, version: "cropfeed-shards", 1. profile: how images are stored ("original": the source's bytes).
+    format, version: "cropfeed-shards", 2. profile: how images are stored, see `conversion.images`. conversion: its settings.
     classes: class folder names (wnids) in label order. label_digits: the width of .cls texts.
-    splits: name -> {images, samples: file, samples_sha256, shards: [{file, images, bytes, sha256}]}.
-    statistics: of the training images' centre crops: channel_mean (3,) in 0..255, rgb_covariance (3, 3) in 0..1 squared,
-    eigenvalues (3,) and eigenvectors (columns) of it, mean_image: file, mean_image_sha256.
+    splits: name -> {images, samples: file, samples_sha256, shards: [{file, images, bytes, sha256, idx_sha256}]}, and where there
+    is an FFCV file, beton: {file, sha256, settings}.
+    statistics: of the centre crops of training images, how many of them (images): channel_mean (3,) in 0..255, rgb_covariance
+    (3, 3) in 0..1 squared, eigenvalues (3,) and eigenvectors (columns) of it, mean_image: file, mean_image_sha256.
     """
 
-    def __init__(self, root: Path) -> None:
-        self.root = root
-        path = root / "manifest.json"
-        if not path.is_file():
-            hint = f"make shards first: python tools/make_shards.py SRC --out {root}"
-            raise UserError(f"{path}: not found; {hint}" if root.is_dir() else f"{root}: no such folder; {hint}")
+    def __init__(self, root: str | Path) -> None:
+        self.root = storage.absolute(str(root))
+        path = storage.join(self.root, "manifest.json")
         try:
-            content: dict[str, Any] = json.loads(path.read_text())
+            content: dict[str, Any] = json.loads(storage.read(path))
         except ValueError as error:
             raise UserError(f"{path}: not valid JSON ({error}); make the shards again") from error
+        except UserError as error:
+            if not isinstance(error.__cause__, FileNotFoundError):
+                raise
+            here = storage.is_remote(path) or storage.is_folder(self.root)
+            missing = f"{path}: not found" if here else f"{self.root}: no such folder"
+            raise UserError(f"{missing}; make shards first: python tools/make_shards.py SRC --out {self.root}") from error
         if content.get("format") != FORMAT or content.get("version") != VERSION:
             raise UserError(f"{path}: not {FORMAT} version {VERSION}; make the shards again with this version of Cropfeed")
         self.classes: list[str] = content["classes"]
         self.splits: dict[str, dict[str, Any]] = content["splits"]
         self.statistics: dict[str, Any] = content["statistics"]
-        self.fingerprint = hashlib.sha256(json.dumps(self.splits, sort_keys=True).encode()).hexdigest()[:16]
+        samples = {name: split["samples_sha256"] for name, split in self.splits.items()}  # which holds a checksum of every sample
+        self.fingerprint = hashlib.sha256(json.dumps(samples, sort_keys=True).encode()).hexdigest()[:16]
 
     def channel_mean(self) -> Floats:
         """float32 (3,), 0..255."""
@@ -133,7 +140,11 @@ class Manifest:
 
     def mean_image(self) -> Floats:
         """float32 (224, 224, 3), 0..255."""
-        image: Floats = np.load(self.root / self.statistics["mean_image"])
+        path = storage.join(self.root, self.statistics["mean_image"])
+        content = storage.read(path)
+        if hashlib.sha256(content).hexdigest() != self.statistics["mean_image_sha256"]:
+            raise UserError(f"{path}: its SHA-256 is not the one in manifest.json; make the shards again")
+        image: Floats = np.load(io.BytesIO(content))
         return image
 
     def lighting_basis(self) -> Floats:
@@ -142,63 +153,104 @@ class Manifest:
 
 
 class ShardSet:
-    """One split of a data set: random access to encoded images through memory maps, opened when first touched.
+    """One split of a data set: random access to encoded images. Start-up and memory do not grow with the number of samples.
 
-    Start-up and memory do not grow with the number of samples. `samples` holds one `SAMPLE` record each.
+    root: folder or URL. Local shards are mapped in place when first touched. Remote ones are downloaded then into a cache (see
+    `choose_cache` for cache and cache_gb) and read from there; local ones too, from slow disks, if either option is given.
+    samples: one `SAMPLE` record each, mapped. shards: the local file of each shard, there once it is touched.
     """
 
-    def __init__(self, root: str | Path, split: str) -> None:
-        self.manifest = Manifest(Path(root))
+    def __init__(self, root: str | Path, split: str, cache: str | Path | None = None, cache_gb: float | None = None) -> None:
+        self.manifest = Manifest(root)
+        root = self.manifest.root
         if split not in self.manifest.splits:
             raise UserError(f"{root}: has no split {split!r}, only {', '.join(self.manifest.splits)}")
-        entry = self.manifest.splits[split]
-        self.shards = [self.manifest.root / shard["file"] for shard in entry["shards"]]
-        self._sizes = [shard["bytes"] for shard in entry["shards"]]
+        self.split = split
+        if not self.manifest.splits[split]["shards"]:
+            raise UserError(f"{root}: holds FFCV files only; make_shards.py --format both keeps the tars as well")
+        cached = storage.is_remote(root) or cache is not None or cache_gb is not None
+        self.cache = choose_cache(cache, cache_gb) if cached else None
+        self._entry = self.manifest.splits[split]
+        self._urls = [storage.join(root, shard["file"]) for shard in self._entry["shards"]]
+        if self.cache:
+            for url, shard in zip(self._urls, self._entry["shards"], strict=True):
+                self.cache.check(url, shard["bytes"])
+            self.shards = [self.cache.path(shard["sha256"]) for shard in self._entry["shards"]]
+        else:
+            self.shards = [Path(url) for url in self._urls]
         self._maps: dict[int, npt.NDArray[np.uint8]] = {}
-        path = self.manifest.root / entry["samples"]
-        try:
-            self.samples: Samples = np.load(path, mmap_mode="r")
-        except (OSError, ValueError) as error:
-            raise UserError(f"{path}: cannot be read ({error}); make the shards again") from error
-        if self.samples.dtype != SAMPLE or len(self.samples) != entry["images"]:
-            raise UserError(f"{path}: does not match manifest.json; make the shards again")
+        self.samples = self._open_samples(storage.join(root, self._entry["samples"]))
 
     def __len__(self) -> int:
         return len(self.samples)
 
     def read(self, index: int) -> npt.NDArray[np.uint8]:
-        """The encoded image of one sample: uint8 (bytes,), a view of the mapped shard."""
+        """The encoded image of one sample: uint8 (bytes,), a view of the mapped shard, or read from the cached one."""
         record = self.samples[index]
-        offset = int(record["offset"])
-        return self._map(int(record["shard"]))[offset : offset + int(record["bytes"])]
+        shard, offset, count = int(record["shard"]), int(record["offset"]), int(record["bytes"])
+        if self.cache:
+            return self._read_cached(self.cache, shard, offset, count)
+        return self._map(shard)[offset : offset + count]
 
     def key(self, index: int) -> str:
         """The sample's name in its tar, read from the index file: for messages, not for speed."""
         record = self.samples[index]
         offset = str(record["offset"])
-        with self.shards[int(record["shard"])].with_suffix(".idx").open() as lines:
-            for line in lines:
-                fields = line.split()
-                if offset in fields[1::4]:
-                    return fields[3].rsplit(".", 1)[0]
+        for line in storage.read(self._urls[int(record["shard"])].removesuffix(".tar") + ".idx").decode().splitlines():
+            fields = line.split()
+            if offset in fields[1::4]:
+                return fields[3].rsplit(".", 1)[0]
         return f"sample {index}"
 
     def where(self, index: int) -> str:
-        """Shard file and key of a sample, for messages."""
-        return f"{self.shards[int(self.samples[index]['shard'])]}: {self.key(index)}"
+        """Shard file or URL and key of a sample, for messages."""
+        return f"{self._urls[int(self.samples[index]['shard'])]}: {self.key(index)}"
+
+    def check_cache(self) -> None:
+        """Warn if the cache cannot hold the split: then random order downloads shards over and over."""
+        total = sum(shard["bytes"] for shard in self._entry["shards"]) + self.samples.nbytes
+        if self.cache and total > self.cache.limit:
+            warnings.warn(
+                f"{self.manifest.root}: the split's {total / 1e9:.3g} GB exceed the cache {self.cache.folder} of "
+                f"{self.cache.limit / 1e9:.3g} GB; in random order its shards will be downloaded over and over: "
+                "raise --cache-gb (CROPFEED_CACHE_GB)",
+                stacklevel=2,
+            )
+
+    def _open_samples(self, path: str) -> Samples:
+        local, sha256 = Path(path), self._entry["samples_sha256"]
+        if self.cache:
+            pin = self.cache.pinned(path, storage.size(path), sha256)  # it stays mapped: evicting it would free nothing
+            weakref.finalize(self, pin.close)
+            local = self.cache.path(sha256)
+        try:
+            samples: Samples = np.load(local, mmap_mode="r")
+        except (OSError, ValueError) as error:
+            raise UserError(f"{path}: cannot be read ({error}); make the shards again") from error
+        if samples.dtype != SAMPLE or len(samples) != self._entry["images"]:
+            raise UserError(f"{path}: does not match manifest.json; make the shards again")
+        return samples
+
+    def _read_cached(self, cache: ShardCache, shard: int, offset: int, count: int) -> npt.NDArray[np.uint8]:
+        """A copy, not a map: maps would keep the disk space of evicted files from being freed."""
+        entry = self._entry["shards"][shard]
+        image = np.empty(count, np.uint8)
+        with cache.open(self._urls[shard], entry["bytes"], entry["sha256"]) as stream:
+            stream.seek(offset)
+            if stream.readinto(image.data) != count:
+                raise UserError(f"{self._urls[shard]}: ends before its last sample; make the shards again")
+        return image
 
     def _map(self, shard: int) -> npt.NDArray[np.uint8]:
         mapped = self._maps.get(shard)
         if mapped is None:
-            path = self.shards[shard]
+            path, size = self.shards[shard], self._entry["shards"][shard]["bytes"]
             try:
                 with path.open("rb") as stream:
                     mapped = np.frombuffer(mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ), np.uint8)
             except (OSError, ValueError) as error:
                 raise UserError(f"{path}: cannot be read ({error}); make the shards again") from error
-            if len(mapped) != self._sizes[shard]:
-                raise UserError(
-                    f"{path}: has {len(mapped)} bytes, manifest.json says {self._sizes[shard]}; make the shards again"
-                )
+            if len(mapped) != size:
+                raise UserError(f"{path}: has {len(mapped)} bytes, manifest.json says {size}; make the shards again")
             self._maps[shard] = mapped
         return mapped

@@ -5,6 +5,8 @@ Every function takes paths as strings. Errors of the storage (missing files, cre
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
 import os
 import tempfile
 import uuid
@@ -19,6 +21,7 @@ from fsspec.implementations.local import LocalFileSystem
 from pipeline.errors import UserError
 
 PARTIAL = ".partial"  # ends the names of files that are still being written; they begin with a dot
+_PIECE, _AT_ONCE = 8 << 20, 8  # bytes; requests: object stores give each one a share of what the network could carry
 # An object is there once its upload has ended, whole; other file systems show a file while it grows.
 _OBJECT_STORES = {"s3", "s3a", "gs", "gcs", "az", "abfs", "abfss", "oci", "oss", "memory"}
 
@@ -51,6 +54,30 @@ def read(path: str, start: int = 0, count: int | None = None) -> bytes:
         system, target = _system(path)
         content: bytes = system.cat_file(target, start=start or None, end=None if count is None else start + count)
         return content
+
+
+def size(path: str) -> int:
+    """A file's bytes, now."""
+    with _explained(path):
+        system, target = _system(path)
+        system.invalidate_cache()  # an earlier listing's answer may be out of date
+        return int(system.info(target)["size"])
+
+
+def pieces(path: str, count: int) -> Iterator[bytes]:
+    """The first `count` bytes of a file, in order and in pieces, of which several are on their way at a time."""
+    with _explained(path):
+        system, target = _system(path)
+        for first in range(0, count, _PIECE * _AT_ONCE):
+            starts = list(range(first, min(first + _PIECE * _AT_ONCE, count), _PIECE))
+            ends = [min(start + _PIECE, count) for start in starts]
+            found = system.cat_ranges([target] * len(starts), starts, ends)
+            for start, end, piece in zip(starts, ends, found, strict=True):
+                if isinstance(piece, Exception):
+                    raise piece
+                if len(piece) != end - start:  # a web server that knows no ranges answers with the whole file
+                    raise OSError(f"asked for {end - start} bytes from {start} on, got {len(piece)}")
+                yield piece
 
 
 @contextmanager
@@ -152,3 +179,27 @@ def _explained(path: str) -> Iterator[None]:
         raise UserError(f"{path}: {error}") from error
     except Exception as error:
         raise UserError(f"{path}: cannot be reached ({type(error).__name__}: {error})") from error
+
+
+def sha256(path: str) -> str:
+    """The SHA-256 of a file's content, in hex."""
+    digest = hashlib.sha256()
+    with opened(path) as stream:
+        while block := stream.read(1 << 22):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def remove_folder(path: str) -> None:
+    """Remove a folder with all that is in it, if it is there."""
+    with _explained(path):
+        system, target = _system(path)
+        with contextlib.suppress(FileNotFoundError):
+            system.rm(target, recursive=True)
+
+
+def remove_partials(folder: str) -> None:
+    """Remove what killed writers left in a local folder and those below it. Object stores keep nothing of a broken upload."""
+    if not is_remote(folder):
+        for path in Path(folder).rglob(f".*{PARTIAL}"):
+            path.unlink(missing_ok=True)

@@ -1,8 +1,9 @@
 """Write region-addressable JPEGs (`pipeline.region` has the format) from baseline ones, losslessly.
 
 `transcode` parses the Huffman codes of a baseline JPEG, codes DC differences anew where a tile starts, and writes the same
-coefficients with tables optimal for them (T.81 K.2). Metadata (EXIF, ICC, XMP, comments) is dropped; pixels do not depend on it,
-orientation included, which no published ImageNet result applies.
+coefficients with tables optimal for them (T.81 K.2). Where a 4:4:4 image has a prime number of MCUs in a row, two or three are
+merged into one (sampling factors 2x1 or 3x1 for all components), so that it too has tiles to cut. Metadata (EXIF, ICC, XMP,
+comments) is dropped; pixels do not depend on it, orientation included, which no published ImageNet result applies.
 """
 
 from __future__ import annotations
@@ -16,8 +17,10 @@ import numpy.typing as npt
 from pipeline import huffman
 from pipeline.region import APP11, MAGIC, TABLE, VERSION, Bytes, RegionError
 
-TILE_WIDTH = 64  # pixels, the width that tiles come near to: narrower costs bytes, wider decodes more beside the window
+TILE_WIDTH = 56  # pixels, the width that tiles come near to: narrower costs bytes, wider decodes more beside the window
 _MAX_LENGTHS = 65533 - TABLE.size  # bytes of lengths in one APP11 segment
+Tokens = npt.NDArray[np.uint32]
+Ints = npt.NDArray[np.int64]
 
 _REASONS = {
     huffman.TRUNCATED: "the entropy-coded data ends too early",
@@ -25,6 +28,9 @@ _REASONS = {
     huffman.BAD_VALUE: "a coefficient out of range",
     huffman.NO_ROOM: "the data grows beyond all measure",
 }
+
+
+_OTHER_FRAMES = {0xC1: "extended sequential", 0xC2: "progressive", 0xC3: "lossless"}  # T.81 table B.1; the rest is rarer still
 
 
 class NotBaselineError(RegionError):
@@ -70,9 +76,7 @@ def parse(data: bytes) -> Header:
         elif marker == 0xDA:
             return _header(frame, jfif, kept, tables, interval, payload, after)
         elif 0xC1 <= marker <= 0xCF:
-            raise NotBaselineError(
-                "progressive, lossless or arithmetic coding" if marker != 0xC1 else "extended sequential coding"
-            )
+            raise NotBaselineError(f"{_OTHER_FRAMES.get(marker, 'arithmetic')} coding")
         elif marker == 0xDB or (marker == 0xEE and payload[:5] == b"Adobe"):
             kept.append(data[position:after])
         elif marker == 0xE0 and payload[:5] == b"JFIF\0" and not jfif:
@@ -138,10 +142,26 @@ def _header(
 
 
 def choose_interval(mcus: int, mcu_width: int) -> int:
-    """MCUs in a tile: the divisor of a row's MCU count nearest to 64 pixels in ratio; all of them if none is within 2.5 times."""
+    """MCUs in a tile: the divisor of a row's MCU count nearest in ratio to TILE_WIDTH, but no less than 0.4 of it.
+
+    A prime count leaves whole rows, and so do rows narrower than that.
+    """
     target = TILE_WIDTH / mcu_width
-    near = [d for d in range(1, mcus + 1) if mcus % d == 0 and target / 2.5 <= d <= target * 2.5]
-    return min(near, key=lambda d: max(d / target, target / d), default=mcus)
+    divisors = [d for d in range(1, mcus + 1) if mcus % d == 0 and d >= 0.4 * target]
+    return min(divisors, key=lambda d: max(d / target, target / d), default=mcus)
+
+
+def choose_merging(columns: int, sampling: list[tuple[int, int]]) -> int:
+    """How many MCUs, side by side, to make one of: 1, or 2 or 3 where a row's count is prime or otherwise leaves wide tiles.
+
+    Only a 4:4:4 image has the choice: sampling factors of 2x1 or 3x1 for each component alike leave its picture as it is, and an
+    MCU may hold 10 blocks (T.81 B.2.3).
+    """
+    if sampling == [(1, 1)] * 3:
+        for merged in (1, 2, 3):
+            if choose_interval(-(-columns // merged), 8 * merged) * 8 * merged <= 2 * TILE_WIDTH:
+                return merged
+    return 1
 
 
 def transcode(data: bytes) -> bytes:
@@ -152,35 +172,61 @@ def transcode(data: bytes) -> bytes:
     header = parse(data)
     mcu_width, mcu_height = 8 * max(h for h, _ in header.sampling), 8 * max(v for _, v in header.sampling)
     columns, rows = -(-header.width // mcu_width), -(-header.height // mcu_height)
-    interval = choose_interval(columns, mcu_width)
-    decoding = huffman.decoding_tables(header.tables)
-    if decoding is None:
-        raise RegionError("an impossible Huffman table")
     blocks = np.array([c for c, (h, v) in enumerate(header.sampling) for _ in range(h * v)], np.int64)
-    stream = np.frombuffer(data, np.uint8)[header.data :]
-    tokens = np.empty(8 * len(stream) + columns * rows + 16, np.uint32)
     counts = np.zeros((4, 257), np.int64)
-    selectors = np.array(header.selectors, np.int64)
-    total = huffman.read_scan(stream, columns * rows, header.interval, interval, blocks, selectors, *decoding, tokens, counts)
+    tokens, starts = _read(data, header, columns * rows, blocks, counts)
+
+    merged = choose_merging(columns, header.sampling)
+    if merged > 1:
+        header, mcu_width = _merge(header, merged), merged * mcu_width
+    interval = choose_interval(-(-columns // merged), mcu_width)
+    tiles = -(-columns // (merged * interval))
+    arranged = np.empty(len(tokens) + (tiles + 2 * len(blocks) * (merged - 1)) * rows, np.uint32)
+    total = huffman.arrange(tokens, starts, columns, rows, merged, interval, blocks, arranged, counts)
     if total < 0:
         raise RegionError(_REASONS[total])
     coded = [huffman.optimal_table(counts[i]) for i in range(4 if len(header.sampling) == 3 else 2)]
+    lengths = np.empty(tiles * rows, np.int64)
+    scan = _write(arranged[:total], coded, lengths, 2 * len(data) + 8 * len(lengths) + 4096)
+    table = _length_table(lengths, interval, tiles, rows, mcu_width, mcu_height)
+    return b"".join((b"\xff\xd8", header.jfif, table, header.kept, _tail(header, coded, interval), scan))  # scan ends with EOI
+
+
+def _read(data: bytes, header: Header, mcus: int, blocks: Ints, counts: Ints) -> tuple[Tokens, Ints]:
+    """The scan's tokens and where each block's begin, as `huffman.read_scan` has them."""
+    decoding = huffman.decoding_tables(header.tables)
+    if decoding is None:
+        raise RegionError("an impossible Huffman table")
+    stream = np.frombuffer(data, np.uint8)[header.data :]
+    tokens = np.empty(8 * len(stream) + 16, np.uint32)  # none takes less than a bit
+    starts = np.empty(mcus * len(blocks) + 1, np.int64)
+    selectors = np.array(header.selectors, np.int64)
+    total = huffman.read_scan(stream, mcus, header.interval, blocks, selectors, *decoding, tokens, starts, counts)
+    if total < 0:
+        raise RegionError(_REASONS[total])
+    return tokens[:total], starts
+
+
+def _write(tokens: Tokens, coded: list[tuple[Bytes, Bytes]], lengths: Ints, room: int) -> bytes:
+    """The entropy-coded data in at most `room` bytes; fills `lengths`."""
     codes, sizes = np.zeros((4, 256), np.uint32), np.zeros((4, 256), np.uint8)
     for i, (bits, symbols) in enumerate(coded):
         huffman.assign_codes(bits, symbols, codes[i], sizes[i])
-    segments = columns // interval * rows
-    lengths = np.empty(segments, np.int64)
-    out = np.empty(2 * len(stream) + 8 * segments + 4096, np.uint8)
-    written = huffman.write_scan(tokens, total, codes, sizes, lengths, out)
+    out = np.empty(room, np.uint8)
+    written = huffman.write_scan(tokens, len(tokens), codes, sizes, lengths, out)
     if written < 0:
         raise RegionError(_REASONS[written])
-    table = _length_table(lengths, interval, columns // interval, rows, mcu_width, mcu_height)
-    return b"".join(
-        (b"\xff\xd8", header.jfif, table, header.kept, _tail(header, coded, interval), out[:written].tobytes())
-    )  # the scan ends with EOI
+    return out[:written].tobytes()
 
 
-def _length_table(lengths: npt.NDArray[np.int64], interval: int, tiles: int, rows: int, mcu_width: int, mcu_height: int) -> bytes:
+def _merge(header: Header, merged: int) -> Header:
+    """The header of a 4:4:4 image with MCUs `merged` blocks wide."""
+    frame = bytearray(header.frame)
+    frame[7::3] = bytes([merged << 4 | 1] * 3)
+    return header._replace(frame=bytes(frame), sampling=[(merged, 1)] * 3)
+
+
+def _length_table(lengths: Ints, interval: int, tiles: int, rows: int, mcu_width: int, mcu_height: int) -> bytes:
     size = 2 if lengths.max() < 1 << 16 else 4
     at_most = _MAX_LENGTHS // size
     parts = []

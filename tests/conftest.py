@@ -1,10 +1,13 @@
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
+from uuid import uuid4
 
+import fsspec
 import pytest
 
-from tests.helpers import run_script, write_image_folder
+from tests.helpers import run_script, s3_client, s3_server, write_image_folder
 
 
 @pytest.fixture(scope="session")
@@ -17,8 +20,36 @@ def image_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def small_shards(image_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Shards of `image_folder`, 16 images each, made by the script."""
+    """Shards of `image_folder`, 16 images each, the files as they were, made by the script."""
     out = tmp_path_factory.mktemp("shards") / "data"
-    result = run_script("tools/make_shards.py", image_folder, "--out", out, "--workers", 2, "--shard-size", 16)
+    result = run_script("tools/make_shards.py", image_folder, "--out", out, "--profile", "original", "--shard-size", 16)
     assert result.returncode == 0, result.stderr
     return out
+
+
+@pytest.fixture(scope="session")
+def s3_endpoint(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """The address of an S3 server (moto) on this machine, a process of its own."""
+    with s3_server(tmp_path_factory.mktemp("moto") / "log") as endpoint:
+        yield endpoint
+
+
+@pytest.fixture
+def s3(s3_endpoint: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """The URL of a fresh, empty bucket, "s3://NAME"; this process and those that it starts can use it."""
+    file_systems = fsspec.get_filesystem_class("s3")
+    for name in ("AWS_PROFILE", "AWS_SESSION_TOKEN", "AWS_ENDPOINT_URL_S3", "AWS_CA_BUNDLE"):
+        monkeypatch.delenv(name, raising=False)
+    for name in ("AWS_CONFIG_FILE", "AWS_SHARED_CREDENTIALS_FILE"):
+        monkeypatch.setenv(name, "/dev/null")
+    monkeypatch.setenv("AWS_ENDPOINT_URL", s3_endpoint)
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "x")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "x")
+    monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")  # without credentials, fail at once instead of asking for them
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    bucket = f"bucket-{uuid4().hex}"
+    s3_client().create_bucket(Bucket=bucket)
+    file_systems.clear_instance_cache()  # file systems keep the endpoint and the credentials that they began with
+    yield f"s3://{bucket}"
+    file_systems.clear_instance_cache()

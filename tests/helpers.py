@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import io
 import os
+import re
 import subprocess
 import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -95,3 +99,45 @@ def assert_refused(result: subprocess.CompletedProcess[str], *words: str) -> Non
     assert lines[0].startswith("error: ")
     for word in words:
         assert word in lines[0], lines[0]
+
+
+@contextmanager
+def s3_server(log: Path) -> Iterator[str]:
+    """Run moto's S3 server on a free port of 127.0.0.1; gives its address. log: a file for what it says."""
+    with log.open("wb") as stream:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", "0"], stdout=stream, stderr=stream
+        )
+    try:
+        deadline = time.monotonic() + 60
+        while not (address := re.search(r"http://127\.0\.0\.1:\d+", log.read_text())):
+            assert process.poll() is None and time.monotonic() < deadline, log.read_text()  # noqa: PT018
+            time.sleep(0.05)
+        yield address[0]
+    finally:
+        process.kill()
+        process.wait()
+
+
+def s3_client() -> Any:
+    """boto3's S3 client of what the environment names: the fixture `s3` sets it."""
+    import boto3
+
+    return boto3.client("s3")
+
+
+def upload(folder: Path, url: str) -> str:
+    """Put all files of a folder below an s3:// URL, by boto3; returns the URL."""
+    bucket, _, prefix = url.removeprefix("s3://").partition("/")
+    client = s3_client()
+    for path in sorted(folder.rglob("*")):
+        if path.is_file():
+            client.upload_file(str(path), bucket, f"{prefix}/{path.relative_to(folder)}".lstrip("/"))
+    return url
+
+
+def without_progress(result: subprocess.CompletedProcess[str]) -> subprocess.CompletedProcess[str]:
+    """The same result without the progress bars on stderr."""
+    lines = result.stderr.replace("\r", "\n").splitlines()
+    result.stderr = "\n".join(line for line in lines if line.strip() and "%|" not in line and "/s]" not in line)
+    return result

@@ -80,6 +80,8 @@ def evaluate(net: ResNet, recipe: Recipe, args: Any) -> Score:
         device=args.device,
         engine=args.engine,
         threads=args.threads,
+        cache=args.cache,
+        cache_gb=args.cache_gb,
     )
     loader = open_loader(spec)
     device = torch.device(args.device)
@@ -113,7 +115,9 @@ def write_tables(result: Score, classes: list[str], per_class: Path | None, conf
 def main() -> None:
     parser = Parser(__doc__)
     parser.add_argument("weights", type=Path, metavar="WEIGHTS_OR_RUN")
-    parser.add_argument("--data", type=Path, required=True, help="folder of shards")
+    parser.add_argument("--data", required=True, help="folder or URL (s3://...) of shards")
+    parser.add_argument("--cache", type=Path, help="folder for copies of remote shards (CROPFEED_CACHE; ~/.cache/cropfeed)")
+    parser.add_argument("--cache-gb", type=float, help="its bound (CROPFEED_CACHE_GB; 80 %% of the free disk)")
     parser.add_argument("--split", default="val")
     parser.add_argument("--json", type=Path, help="write top1, top5 and images there")
     parser.add_argument("--per-class", type=Path, help="write a CSV with a row a class there")

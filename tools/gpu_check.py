@@ -22,12 +22,12 @@ from pathlib import Path
 from typing import Any
 
 import _path
+import make_shards
 import numpy as np
 import numpy.typing as npt
 import torch
 import torch.nn.functional as F
 from make_demo_data import make_demo_data
-from make_shards import make_shards
 from PIL import Image
 from recording import Figure, record
 
@@ -179,7 +179,8 @@ def measure_training(spec: LoaderSpec, arch: str, results: Path, seconds: float)
 def make_data(folder: Path, per_class: int) -> Path:
     """Shards of drawn images: 4:4:4, 4:2:0, 4:2:2 and grey."""
     make_demo_data(folder / "images", per_class, 8, 0, os.cpu_count() or 1)
-    make_shards(folder / "images", folder / "shards", os.cpu_count() or 1, 250)
+    options = [str(folder / "images"), "--out", str(folder / "shards"), "--shard-size", "250"]
+    make_shards.make_shards(make_shards.parser().parse_args(options))
     return folder / "shards"
 
 

@@ -18,8 +18,8 @@ import _path  # noqa: F401
 import numpy as np
 from PIL import Image, ImageDraw
 from tqdm import tqdm
-from conversion.workers import end_with_parent
 
+from conversion.workers import end_with_parent
 from pipeline.errors import Parser, UserError, positive, run_cli
 
 Canvas = ImageDraw.ImageDraw

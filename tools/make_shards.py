@@ -67,9 +67,7 @@ def parser() -> Parser:
     )
     what.add_argument("--shard-size", type=positive, default=1000, help="images in a shard (default: 1000)")
     what.add_argument("--seed", type=int, default=0, help="of the training images' order over the shards (default: 0)")
-    what.add_argument(
-        "--strict", action="store_true", help="stop at an image that cannot be used, instead of leaving it out"
-    )
+    what.add_argument("--strict", action="store_true", help="stop at an image that cannot be used, instead of leaving it out")
     what.add_argument("--skip-md5", action="store_true", help="trust the official tars without reading them whole first")
     ffcv = parser.add_argument_group("--format ffcv")
     ffcv.add_argument(
@@ -79,9 +77,7 @@ def parser() -> Parser:
     )  # fmt: skip
     ffcv.add_argument("--ffcv-max-resolution", type=positive, help="longest side of jpg, raw and proportion (default: as it is)")
     ffcv.add_argument("--ffcv-quality", type=positive, default=90, help="of jpg and proportion (default: 90)")
-    ffcv.add_argument(
-        "--ffcv-proportion", type=float, default=0.5, help="of images that proportion compresses (default: 0.5)"
-    )
+    ffcv.add_argument("--ffcv-proportion", type=float, default=0.5, help="of images that proportion compresses (default: 0.5)")
     how = parser.add_argument_group("how it runs")
     how.add_argument("--workers", type=positive, default=os.cpu_count() or 1, help="processes (default: one a core)")
     how.add_argument("--engine", choices=("local", "ray"), default="local", help="where shards are made (default: local)")
@@ -146,7 +142,8 @@ def repair(args: argparse.Namespace, out: str, tasks: dict[str, list[ShardTask]]
     damaged = conversion.damaged(out, tasks)
     if damaged:
         run_tasks(args, damaged)
-        conversion.remove_records(out)
+    conversion.remove_records(out)  # these shards', or those of a run that was killed while it removed them
+    if damaged:
         damaged_still = conversion.damaged(out, {"": damaged})
         if damaged_still:
             raise UserError(f"{damaged_still[0].tar}: its source is no longer what it was made of; remove {out} and start anew")

@@ -44,7 +44,7 @@ def plot_curves(metrics: Path, picture: Path) -> None:
     plt.close(figure)
 
 
-def plot_batch(recipe: Recipe, data: Path, scale: tuple[int, int], picture: Path, rows: int = 4, columns: int = 8) -> None:
+def plot_batch(recipe: Recipe, data: str, scale: tuple[int, int], picture: Path, rows: int = 4, columns: int = 8) -> None:
     spec = LoaderSpec(data, batch_size=rows * columns, image_size=recipe.image_size, scale=scale)
     loader = open_loader(spec)
     batch = next(iter(loader))
@@ -62,7 +62,7 @@ def plot_batch(recipe: Recipe, data: Path, scale: tuple[int, int], picture: Path
 def main() -> None:
     parser = Parser(__doc__)
     parser.add_argument("run", type=Path, metavar="RUN")
-    parser.add_argument("--data", type=Path, required=True, help="folder of shards")
+    parser.add_argument("--data", required=True, help="folder or URL (s3://...) of shards")
     args = parser.parse_args()
     if not (args.run / "metrics.csv").is_file() or not (args.run / "model.safetensors").is_file():
         raise UserError(f"{args.run}: no finished run there; give the --output of a train.py that has ended")

@@ -16,7 +16,7 @@ import pytest
 import simplejpeg
 from PIL import Image
 
-from pipeline import huffman, transcode
+from pipeline import huffman, region, transcode
 from pipeline.region import RegionError, cut
 from pipeline.transcode import NotBaselineError, choose_interval
 from tests.helpers import ROOT, SHARED, SUBSAMPLINGS, clean_environment, jpeg, open_image, picture
@@ -67,6 +67,22 @@ def test_every_window_of_every_kind_is_exact(subsampling: str, size: tuple[int, 
         assert open_image(written).quantization == open_image(original).quantization  # type: ignore[attr-defined]
         for window in windows(*size, count=20, seed=quality):
             assert_window_exact(whole, written, window)
+
+
+@pytest.mark.parametrize(("width", "mcu_width"), [(375, 16), (369, 16), (491, 24), (496, 24), (500, 8), (100, 8)])
+def test_prime_counts_of_mcus_are_merged(width: int, mcu_width: int) -> None:
+    """4:4:4 images of 47, 47, 62 and 62 MCUs a row get wider MCUs rather than wide tiles, the last one filled up or not."""
+    original = jpeg(picture(70, width), "444")
+    whole = decode(original)
+    written = transcode.transcode(original)
+    fields, _, _ = read_format(written)
+    assert fields["mcu_width"] == mcu_width
+    assert fields["interval"] * mcu_width <= 112
+    assert np.array_equal(decode(written), whole)
+    assert np.array_equal(np.asarray(open_image(written)), np.asarray(open_image(original)))
+    assert transcode.transcode(written) == written
+    for window in windows(70, width, count=40, seed=1):
+        assert_window_exact(whole, written, window)
 
 
 @pytest.mark.parametrize(
@@ -129,7 +145,7 @@ def test_the_bytes_are_what_the_format_says(size: tuple[int, int], subsampling: 
 
 def test_lengths_beyond_16_bits_and_beyond_one_segment() -> None:
     noise = np.random.default_rng(0).integers(0, 256, (64, 8 * 1399, 3), np.uint8)  # 1399 is prime: whole rows
-    original = jpeg(noise, "444", 100)
+    original = jpeg(noise, "Gray", 100)
     written = transcode.transcode(original)
     assert read_format(written)[0]["size"] == 4
     assert_window_exact(decode(original), written, (13, 700, 29, 900))
@@ -147,9 +163,10 @@ def test_tile_widths() -> None:
         for mcus in range(1, 700):
             interval = choose_interval(mcus, mcu_width)
             assert mcus % interval == 0
-            assert interval == mcus or 25 <= interval * mcu_width <= 160
-    assert choose_interval(63, 8) == 9  # 500 pixels: 72 wide rather than 56
-    assert choose_interval(32, 16) == 4
+            assert interval == mcus or interval * mcu_width >= 22
+    assert choose_interval(63, 8) == 7  # 500 pixels: 56 wide
+    assert choose_interval(32, 16) == 4  # 64 rather than 32
+    assert choose_interval(62, 8) == 31  # halves rather than pairs
     assert choose_interval(47, 8) == 47  # a prime: whole rows
 
 
@@ -231,6 +248,20 @@ def test_what_cannot_be_cut_is_said() -> None:
     ):
         with pytest.raises(RegionError, match=words):
             cut(data, *window)
+
+
+def test_compiled_callers_bring_their_own_output() -> None:
+    """`_cut`, for compiled engines: the bytes that the cut has are enough, one fewer is refused, nothing beyond is touched."""
+    written = np.frombuffer(transcode.transcode(jpeg(picture(90, 300), "444")), np.uint8)
+    expected = cut(written, 20, 70, 60, 140)
+    size, place = len(expected.jpeg), np.zeros(4, np.int64)
+    out = np.full(size + 1, 77, np.uint8)
+    assert region._cut(written, 20, 70, 60, 140, out[:size], place) == size
+    assert np.array_equal(out[:size], expected.jpeg)
+    assert place.tolist() == list(expected[1:])
+    out[:] = 77
+    assert region._cut(written, 20, 70, 60, 140, out[: size - 1], place) == region._NO_ROOM
+    assert (out == 77).all()
 
 
 @pytest.mark.skipif(not SHARED.exists(), reason="the real ImageNet images are not on this machine")

@@ -142,3 +142,13 @@ def test_reading_opens_only_the_shard_it_needs(small_shards: Path) -> None:
     assert isinstance(stored.samples, np.memmap)
     stored.read(17)
     assert list(stored._maps) == [1]
+
+
+def test_a_relative_path_holds_after_a_change_of_folder(
+    small_shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(small_shards.parent)
+    stored = ShardSet(small_shards.name, "train")
+    monkeypatch.chdir(tmp_path)
+    assert np.array_equal(stored.read(20), ShardSet(f"file://{small_shards}", "train").read(20))
+    assert stored.where(20) == f"{small_shards}/train/000001.tar: {stored.key(20)}"

@@ -1,0 +1,415 @@
+"""Beton files, FFCV's format, written from one split of our shards; and decoding at the crop inside FFCV.
+
+A beton (https://docs.ffcv.io/file_format.html; `ffcv.types` has the records) is a header, a description of the fields, a metadata
+record per sample, pages of data, and a table of what is allocated in them. Ours have two fields, as ffcv-imagenet's: `image`
+(RGBImageField) and `label` (IntField). Sample i of the file is sample i of the split.
+
+FFCV's DatasetWriter waits for ever once a sample raises or a worker dies, leaves a file that opens after a crash, and lays pages
+out as its workers happen to race. So only its parts are used here. Worker processes run the stock field's `encode` into memory;
+one process allocates and writes, in the split's order. Same split, same options: same bytes, for any number of workers.
+"""
+
+from __future__ import annotations
+
+import io
+import multiprocessing
+import signal
+import warnings
+import zlib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from functools import cache
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+from numba import carray, njit
+from PIL import Image
+
+from pipeline.errors import UserError
+from pipeline.region import _cut
+from pipeline.shards import ShardSet
+from pipeline.storage import publishing, sha256
+
+MODES = ("jpg", "raw", "proportion", "region")
+_INSTALL = "apt-get install g++ pkg-config libopencv-dev libturbojpeg0-dev && pip install 'cropfeed[ffcv]'"
+_JPEG, _RAW = 0, 1  # ffcv.fields.rgb_image.IMAGE_MODES
+_LEAST_PAGE = 1 << 23  # bytes; the stock writer's page
+_CHUNK = 16  # samples that a worker sends at a time
+Sizes = npt.NDArray[np.int64]
+
+
+class Options(NamedTuple):
+    """How images are stored: see `write_beton`."""
+
+    mode: str
+    max_resolution: int | None
+    quality: int
+    proportion: float
+
+
+class Stored(NamedTuple):
+    """One image as the beton holds it. mode: _JPEG or _RAW. height, width: pixels. crc32: zlib's, of data."""
+
+    mode: int
+    height: int
+    width: int
+    data: bytes
+    crc32: int
+
+
+def write_beton(
+    shards: ShardSet,
+    path: Path,
+    *,
+    mode: str,
+    workers: int,
+    max_resolution: int | None = None,
+    quality: int = 90,
+    proportion: float = 0.5,
+    progress: Callable[[int], None] | None = None,
+) -> str:
+    """Write a split as a beton and check it; return the file's SHA-256. `path` appears whole or not at all.
+
+    mode: "jpg" (encoded anew at `quality`), "raw" (pixels), "proportion" (that share as jpg, drawn per sample, the rest raw), all
+    three by FFCV's RGBImageField from the RGB pixels that Pillow decodes; or "region": our JPEGs' bytes as they are, which stock
+    FFCV decodes whole and `region_decoder` at the crop. max_resolution: longest side in pixels, larger images are shrunk; not for
+    "region". workers: processes; "region", which encodes nothing, needs none. progress: called with how many more are written.
+
+    Raises UserError for an image that cannot be stored (named), a full disk, a killed worker.
+    """
+    options = Options(mode, max_resolution, quality, proportion)
+    if mode not in MODES:
+        raise UserError(f"{mode}: no mode of a beton; choose from {', '.join(MODES)}")
+    if not len(shards):
+        raise UserError(f"{path}: a split without samples makes no beton")
+    require_ffcv()
+    with publishing(str(path)) as scratch:
+        try:
+            with _encoded(shards, options, workers) as images:
+                checksums = _write(scratch, shards, options, images, progress)
+            _verify(scratch, shards, options, checksums)
+            return sha256(str(scratch))
+        except OSError as error:
+            raise UserError(f"{path}: cannot be written ({error.strerror or error})") from error
+
+
+def require_ffcv() -> None:
+    """Import FFCV, which takes seconds. Raises UserError where that fails."""
+    try:
+        import ffcv.writer  # noqa: F401
+    except ImportError as error:
+        raise UserError(f"FFCV is not installed: {_INSTALL} ({error})") from error
+
+
+# Encoding
+
+
+@contextmanager
+def _encoded(shards: ShardSet, options: Options, workers: int) -> Iterator[Iterator[Stored]]:
+    """The split's images in order, as the beton holds them. "region" here, other modes in worker processes, which end with it."""
+    if options.mode == "region":
+        yield _encode(shards, options, range(len(shards)))
+        return
+    context = multiprocessing.get_context("forkserver")  # FFCV takes 8 s to import: once, in the server, for all workers
+    context.set_forkserver_preload(["ffcv.fields.rgb_image"])
+    processes, receivers = [], []
+    try:
+        for first in range(min(workers, -(-len(shards) // _CHUNK))):
+            receiver, sender = context.Pipe(duplex=False)
+            process = context.Process(target=_work, args=(sender, *_origin(shards), options, first, workers), daemon=True)
+            process.start()
+            sender.close()  # now only the worker holds it: its death ends the stream
+            processes.append(process)
+            receivers.append(receiver)
+        yield _received(receivers, len(shards))
+    finally:
+        for process, receiver in zip(processes, receivers, strict=False):
+            process.kill()
+            process.join()
+            receiver.close()
+
+
+def _origin(shards: ShardSet) -> tuple[str, str, Path | None, float | None]:
+    """What opens the same split in another process: the arguments of ShardSet."""
+    split = shards.split
+    if shards.cache is None:
+        return shards.manifest.root, split, None, None
+    return shards.manifest.root, split, shards.cache.folder, shards.cache.limit / 1e9
+
+
+def _work(
+    sender: Connection, root: str, split: str, cache: Path | None, cache_gb: float | None, options: Options, first: int, step: int
+) -> None:
+    """A worker: encode chunk `first` and every `step`-th after it. It sends a list per chunk, or what is wrong, as a string.
+
+    It waits while nobody receives, and ends once nobody can: a dead parent leaves no workers behind.
+    """
+    import cv2
+
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's
+    warnings.simplefilter("ignore")  # Pillow's, of broken EXIF
+    cv2.setNumThreads(1)
+    with suppress(BrokenPipeError):
+        try:
+            shards = ShardSet(root, split, cache, cache_gb)
+            for start in range(first * _CHUNK, len(shards), step * _CHUNK):
+                sender.send(list(_encode(shards, options, range(start, min(start + _CHUNK, len(shards))))))
+        except UserError as error:
+            sender.send(str(error))
+
+
+def _received(receivers: list[Any], count: int) -> Iterator[Stored]:
+    """What the workers send, in the order of the samples."""
+    for chunk in range(-(-count // _CHUNK)):
+        try:
+            received = receivers[chunk % len(receivers)].recv()
+        except (EOFError, OSError) as error:
+            some = f"samples {chunk * _CHUNK} to {min((chunk + 1) * _CHUNK, count) - 1}"
+            raise UserError(
+                f"a worker process died over {some}, killed from outside or for want of memory: try fewer --workers"
+            ) from error
+        if isinstance(received, str):
+            raise UserError(received)
+        yield from received
+
+
+def _encode(shards: ShardSet, options: Options, indices: range) -> Iterator[Stored]:
+    """Some of the split's images, encoded by FFCV's field or ours. Raises UserError that names the image."""
+    from ffcv.fields.rgb_image import RGBImageField
+
+    if options.mode == "region":
+        field = region_field()
+    else:
+        field = RGBImageField(options.mode, options.max_resolution, None, options.quality, options.proportion)
+    for index in indices:
+        jpeg = shards.read(index).tobytes()
+        try:
+            if options.mode == "proportion":
+                np.random.seed(index)  # RGBImageField draws from NumPy's global generator, here a worker's
+            stored = _capture(field, jpeg if options.mode == "region" else Image.open(io.BytesIO(jpeg)).convert("RGB"))
+        except Exception as error:  # Pillow and OpenCV raise a dozen kinds; each means that this image cannot be stored
+            raise UserError(f"{shards.where(index)}: cannot be stored as {options.mode} ({error})") from error
+        yield stored
+
+
+def _capture(field: Any, image: Any) -> Stored:
+    """What a field writes for an image."""
+    record, pieces = np.zeros(1, field.metadata_type), []
+
+    def malloc(size: int) -> tuple[int, npt.NDArray[np.uint8]]:
+        pieces.append(np.empty(size, np.uint8))
+        return 0, pieces[-1]
+
+    field.encode(record, image, malloc)
+    data = pieces[0].tobytes()
+    return Stored(int(record["mode"][0]), int(record["height"][0]), int(record["width"][0]), data, zlib.crc32(data))
+
+
+# Writing
+
+
+def _write(
+    path: Path, shards: ShardSet, options: Options, images: Iterator[Stored], progress: Callable[[int], None] | None
+) -> npt.NDArray[np.uint32]:
+    """Write all samples in order by the parts of FFCV's DatasetWriter. Returns the CRC-32 of each image's data: uint32 (N,)."""
+    from ffcv.fields import IntField
+    from ffcv.memory_allocator import MemoryAllocator
+    from ffcv.writer import DatasetWriter, handle_sample
+
+    fields = {"image": _stored_field(), "label": IntField()}
+    writer = DatasetWriter(str(path), fields, _page_size(shards, options), num_workers=1)
+    writer.num_samples = len(shards)
+    checksums = np.empty(len(shards), np.uint32)
+    metadata = np.zeros(len(shards), writer.metadata_type)
+    writer.prepare()  # the headers, and shared memory for the metadata
+    try:
+        allocator = MemoryAllocator(str(path), writer.data_region_start, writer.page_size)
+        allocator.__enter__()  # not by `with`: its exit waits for ever if Ctrl-C falls between two of its steps
+        try:
+            for index, image in enumerate(images):
+                sample = (image, shards.samples["label"][index])
+                handle_sample(sample, index, metadata.dtype.names, metadata, allocator, fields)
+                checksums[index] = image.crc32
+                if progress:
+                    progress(1)
+            allocator.flush_page()
+        finally:
+            allocator.fp.close()
+        writer.metadata_sm.buf[: metadata.nbytes] = metadata.tobytes()
+        writer.finalize(allocator.allocations)
+    finally:
+        writer.metadata_sm.close()
+        writer.metadata_sm.unlink()
+    return checksums
+
+
+def _stored_field() -> Any:
+    """A field that stores what is encoded already. Its class is RGBImageField itself: DatasetWriter looks a field's type id up by
+    its class, so the file says RGBImageField and stock FFCV opens it, whatever wrote the bytes."""
+    from ffcv.fields.rgb_image import RGBImageField
+
+    field: Any = RGBImageField()
+    field.encode = _store
+    return field
+
+
+def _store(destination: Any, image: Stored, malloc: Any) -> None:
+    """RGBImageField.encode's part after encoding. destination: one metadata record. malloc: size -> address, uint8 (size,)."""
+    destination["mode"], destination["height"], destination["width"] = image.mode, image.height, image.width
+    destination["data_ptr"], storage = malloc(len(image.data))
+    storage[:] = np.frombuffer(image.data, np.uint8)
+
+
+def _page_size(shards: ShardSet, options: Options) -> int:
+    """Bytes of a page, a power of two: the stock writer's, or what holds the largest image (its pixels: a JPEG takes less)."""
+    if options.mode == "region":
+        largest = int(shards.samples["bytes"].max())
+    else:
+        heights, widths = _stored_sizes(shards, options)
+        largest = int((3 * heights * widths).max())
+    return max(_LEAST_PAGE, 1 << (largest - 1).bit_length())
+
+
+def _stored_sizes(shards: ShardSet, options: Options) -> tuple[Sizes, Sizes]:
+    """Heights and widths in the beton: int64 (N,) each, as RGBImageField computes them."""
+    heights, widths = shards.samples["height"].astype(np.int64), shards.samples["width"].astype(np.int64)
+    if options.max_resolution is None or options.mode == "region":
+        return heights, widths
+    ratio = np.minimum(options.max_resolution / np.maximum(heights, widths), 1)
+    return (ratio * heights).astype(np.int64), (ratio * widths).astype(np.int64)
+
+
+def _verify(path: Path, shards: ShardSet, options: Options, checksums: npt.NDArray[np.uint32]) -> None:
+    """Read the file by FFCV's Reader: every sample's label, size and data must be there. Raises UserError."""
+    from ffcv.reader import Reader
+
+    reader = Reader(str(path))
+    images, labels = (reader.metadata[name] for name in reader.metadata.dtype.names)
+    heights, widths = _stored_sizes(shards, options)
+    table = reader.alloc_table
+    good = len(images) == len(table) == len(shards) and (
+        np.array_equal(labels, shards.samples["label"])
+        and np.array_equal(images["height"], heights)
+        and np.array_equal(images["width"], widths)
+        and np.array_equal(table["ptr"], images["data_ptr"])
+    )
+    if not good:
+        raise UserError(f"{path}: what was written is not what the split holds; the disk may be full or faulty")
+    compare = options.mode == "region"
+    content = np.memmap(path, np.uint8, "r")
+    for index, (start, size) in enumerate(zip(table["ptr"].tolist(), table["size"].tolist(), strict=True)):
+        data = content[start : start + size]
+        if zlib.crc32(data.tobytes()) != checksums[index] or (compare and not np.array_equal(data, shards.read(index))):
+            raise UserError(f"{path}: sample {index} reads otherwise than it was written; the disk may be full or faulty")
+
+
+# Inside FFCV
+
+
+class _KeepsJpeg:
+    """What RegionField does otherwise than RGBImageField."""
+
+    def encode(self, destination: Any, image: bytes, malloc: Any) -> None:
+        """Store a JPEG's bytes as they are. Raises ValueError for what FFCV's decoder (libjpeg-turbo to RGB) cannot decode."""
+        try:
+            header = Image.open(io.BytesIO(image), formats=("JPEG",))
+        except OSError as error:
+            raise ValueError("not a JPEG, which the region mode needs; use the jpg mode") from error
+        if header.mode not in ("RGB", "L"):
+            raise ValueError(f"a {header.mode} JPEG, which FFCV cannot decode; use the jpg mode")
+        _store(destination, Stored(_JPEG, header.height, header.width, image, 0), malloc)
+
+
+@cache
+def _region_field_class() -> type:
+    from ffcv.fields.rgb_image import RGBImageField
+
+    return type("RegionField", (_KeepsJpeg, RGBImageField), {})
+
+
+def region_field() -> Any:
+    """A RegionField: RGBImageField but for `encode`, which takes a JPEG's bytes and stores them untouched, in its mode jpg.
+
+    Its records are RGBImageField's and say so in files of `write_beton`, so stock FFCV opens those without custom_fields. Another
+    DatasetWriter gives its class no type id: such files open with custom_fields={"image": RGBImageField}.
+    """
+    return _region_field_class()()
+
+
+@cache
+def _decode_at() -> Any:
+    """Compile, once, (data, bytes, top, left, bottom, right, room, pixels, place) -> 0, or below for what does not decode.
+
+    Decodes the region, or all of a JPEG without a table (a damaged one, too), to `pixels`: uint8 RGB (height, width, 3). data,
+    pixels: addresses. room: int8 (bytes,), for the cut. place: int64 (4,): 0, 0, height, width of the image; gets the region's.
+
+    Addresses, because FFCV's OSCacheManager sets `mutable` to False on numba's own type of uint8 arrays, each time a Loader is
+    made: what is compiled for such arrays may then not write to them, and a function compiled for writable and read-only ones
+    has two equal keys in its table of overloads, over which numba's finalizer runs in circles for ever.
+    """
+    from ffcv.libffcv import imdecode
+    from ffcv.utils import cast_int_to_byte_ptr
+
+    imdecode_c = njit(nogil=True)(imdecode)
+
+    @njit("int64(int64, int64, int64, int64, int64, int64, int8[::1], int64, int64[::1])", nogil=True)
+    def decode_at(data: Any, size: Any, top: Any, left: Any, bottom: Any, right: Any, room: Any, pixels: Any, place: Any) -> Any:
+        whole = carray(cast_int_to_byte_ptr(data), (size,))
+        region = carray(cast_int_to_byte_ptr(room.ctypes.data), (size,))
+        target = carray(cast_int_to_byte_ptr(pixels), (1,))
+        height, width = place[2], place[3]
+        length = _cut(whole, top, left, bottom, right, region, place)
+        if length < 0:
+            place[0], place[1], place[2], place[3] = 0, 0, height, width
+        jpeg = whole if length < 0 else region[:length]
+        return imdecode_c(jpeg, target, place[2], place[3], place[2], place[3], 0, 0, 1, 1, False, False)
+
+    return decode_at
+
+
+class _DecodesRegion:
+    """What a region decoder does otherwise than the ResizedCropRGBImageDecoder that it extends."""
+
+    def generate_code(self) -> Callable[..., Any]:
+        from ffcv.fields.rgb_image import resize_crop
+        from ffcv.pipeline.compiler import Compiler
+
+        decoder: Any = self
+        mem_read, my_range, decode_at, jpeg_mode = decoder.memory_read, Compiler.get_iterator(), _decode_at(), _JPEG
+        resize_crop_c, get_crop_c = Compiler.compile(resize_crop), Compiler.compile(decoder.get_crop_generator)
+        scale, ratio = (np.array(value) if isinstance(value, tuple) else value for value in (decoder.scale, decoder.ratio))
+
+        def decode(batch_indices: Any, my_storage: Any, metadata: Any, storage_state: Any) -> Any:
+            destination, temp_storage = my_storage
+            for dst_ix in my_range(len(batch_indices)):
+                field = metadata[batch_indices[dst_ix]]
+                image_data = mem_read(field["data_ptr"], storage_state)
+                height, width = np.uint32(field["height"]), np.uint32(field["width"])
+                i, j, h, w = get_crop_c(height, width, scale, ratio)
+                place = np.zeros(4, np.int64)
+                place[2], place[3] = height, width
+                if field["mode"] == jpeg_mode:
+                    room, temp = np.empty(len(image_data), np.int8), temp_storage[dst_ix].reshape(-1)
+                    decode_at(image_data.ctypes.data, len(image_data), i, j, i + h, j + w, room, temp.ctypes.data, place)
+                    pixels = temp[: 3 * place[2] * place[3]].reshape(place[2], place[3], 3)
+                else:
+                    pixels = image_data.reshape(height, width, 3)
+                top, left = i - place[0], j - place[1]
+                resize_crop_c(pixels, top, top + h, left, left + w, destination[dst_ix])
+            return destination[: len(batch_indices)]
+
+        decode.is_parallel = True  # type: ignore[attr-defined]
+        return decode
+
+
+@cache
+def region_decoder(stock: type) -> Any:
+    """A decoder that draws its crops as `stock` does, a ResizedCropRGBImageDecoder of FFCV's or of yours, and decodes only those.
+
+    region_decoder(RandomResizedCropRGBImageDecoder)((224, 224)) takes the stock decoder's place in a Loader's pipeline. Its
+    pixels are the stock decoder's for the same crop: it decodes an image without a table whole and takes raw ones as they are.
+    """
+    return type(f"Region{stock.__name__}", (_DecodesRegion, stock), {})

@@ -1,0 +1,181 @@
+"""Shards behind a URL: everything that local shards give, from a real S3 server (moto) through the cache."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import warnings
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from pipeline import open_loader, storage
+from pipeline.cache import GIGABYTE
+from pipeline.errors import UserError
+from pipeline.loader import LoaderSpec
+from pipeline.shards import Manifest, ShardSet
+from tests.helpers import assert_refused, run_script, s3_client, upload
+
+SMALL = ("--arch", "resnet18", "--epochs", 1, "--batch-size", 20, "--image-size", 32, "--threads", 1, "--log-every", 1)
+
+
+@pytest.fixture
+def remote(small_shards: Path, s3: str) -> str:
+    """The URL of small_shards on S3."""
+    return upload(small_shards, f"{s3}/imagenet/shards")
+
+
+@pytest.fixture
+def downloads(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The URLs downloaded by this process, in order."""
+    urls = []
+    original = storage.pieces
+
+    def counted(url: str, count: int) -> Iterator[bytes]:
+        urls.append(url)
+        return original(url, count)
+
+    monkeypatch.setattr(storage, "pieces", counted)
+    return urls
+
+
+def gigabytes(folder: Path, shards: int) -> float:
+    """Room for the largest of a local data set's training shards, so many of them, and for its samples.npy."""
+    largest = max(path.stat().st_size for path in (folder / "train").glob("*.tar"))
+    return (shards * largest + (folder / "train" / "samples.npy").stat().st_size + 1) / GIGABYTE
+
+
+def used_bytes(folder: Path) -> int:
+    return sum(path.stat().st_size for path in folder.iterdir())
+
+
+def deleted_but_held(folder: Path) -> list[str]:
+    """Files of a folder that are gone but whose disk space this process still holds, open or mapped."""
+    links = [os.readlink(path) for path in Path("/proc/self/fd").iterdir() if path.is_symlink()]
+    names = links + Path("/proc/self/maps").read_text().splitlines()
+    return [name for name in names if f"{folder}/" in name and name.endswith("(deleted)")]
+
+
+def spec_for(data: Any, **changes: Any) -> LoaderSpec:
+    return replace(LoaderSpec(data, batch_size=8, image_size=32, scale=(36, 68), eval_short=36, threads=1), **changes)
+
+
+@pytest.mark.parametrize("split", ["train", "val"])
+def test_remote_shards_are_the_local_ones(
+    small_shards: Path, remote: str, tmp_path: Path, downloads: list[str], split: str
+) -> None:
+    local, ours = ShardSet(small_shards, split), ShardSet(remote + "/", split, tmp_path)
+    assert isinstance(ours.samples, np.memmap)
+    assert np.array_equal(ours.samples, local.samples)
+    assert downloads == [f"{remote}/{split}/samples.npy"]  # no shard before it is touched
+    for index in range(len(local)):
+        assert np.array_equal(ours.read(index), local.read(index))
+        assert ours.key(index) == local.key(index)
+    assert len(downloads) == 1 + len(local.shards)
+    assert ours.where(0) == f"{remote}/{split}/000000.tar: {local.key(0)}"
+    assert np.array_equal(ours.manifest.mean_image(), local.manifest.mean_image())
+    assert ours.manifest.fingerprint == local.manifest.fingerprint
+    assert np.array_equal(ShardSet(remote, split, tmp_path).read(3), local.read(3))  # from the cache
+    assert len(downloads) == 1 + len(local.shards)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_remote_batches_are_the_local_ones(small_shards: Path, remote: str, tmp_path: Path, training: bool) -> None:
+    local = open_loader(spec_for(small_shards, training=training))
+    ours = open_loader(spec_for(remote, training=training, cache=tmp_path))
+    assert ours.fingerprint() == local.fingerprint()
+    for theirs, found in zip(local, ours, strict=True):
+        assert np.array_equal(theirs.ids, found.ids)
+        assert torch.equal(theirs.images, found.images)
+        assert torch.equal(theirs.labels, found.labels)
+
+
+def test_a_cache_of_two_shards_serves_every_image(small_shards: Path, remote: str, tmp_path: Path, downloads: list[str]) -> None:
+    local, limit = ShardSet(small_shards, "train"), gigabytes(small_shards, 2)
+    ours = ShardSet(remote, "train", tmp_path, limit)
+    for index in np.random.default_rng(0).permutation(60).tolist():
+        assert np.array_equal(ours.read(index), local.read(index))
+        assert used_bytes(tmp_path) <= limit * GIGABYTE
+    assert len(downloads) > 5  # they do not fit at once
+    assert (tmp_path / ours._entry["samples_sha256"]).exists()  # never evicted: it stays mapped
+    assert not deleted_but_held(tmp_path)
+
+
+def test_a_cache_smaller_than_the_split_is_warned_of(small_shards: Path, remote: str, tmp_path: Path) -> None:
+    spec = spec_for(remote, cache=tmp_path, cache_gb=gigabytes(small_shards, 2))
+    with pytest.warns(
+        UserWarning, match=rf"{remote}: the split's .* GB exceed the cache {tmp_path} of .* GB; .* raise --cache-gb"
+    ):
+        open_loader(spec)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        open_loader(replace(spec, cache_gb=1.0))
+        open_loader(replace(spec, world_size=2, rank=1))  # rank 0 has said it
+        open_loader(spec.evaluation())  # in order, each shard is downloaded once
+
+
+def test_local_shards_go_through_a_cache_only_when_asked(small_shards: Path, tmp_path: Path) -> None:
+    assert ShardSet(small_shards, "train").cache is None
+    cached = ShardSet(f"file://{small_shards}", "train", tmp_path)
+    assert np.array_equal(cached.read(5), ShardSet(small_shards, "train").read(5))
+    assert cached.shards[0].parent == tmp_path
+    assert cached.shards[0].exists()
+
+
+def test_what_is_not_there_is_named(remote: str, s3: str, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"s3://no-such-bucket-here/data/manifest.json: not found; make shards first"):
+        Manifest("s3://no-such-bucket-here/data")
+    with pytest.raises(UserError, match=rf"{s3}/elsewhere/manifest.json: not found; make shards first"):
+        ShardSet(f"{s3}/elsewhere", "train", tmp_path)
+    with pytest.raises(UserError, match=rf"{remote}: has no split 'test', only train, val"):
+        ShardSet(remote, "test", tmp_path)
+    with pytest.raises(UserError, match=r"nosuch://bucket/manifest.json: .*nosuch"):
+        Manifest("nosuch://bucket")
+    stored = ShardSet(remote, "train", tmp_path)
+    s3_client().delete_object(Bucket=s3.removeprefix("s3://"), Key="imagenet/shards/train/000001.tar")
+    stored.read(0)
+    with pytest.raises(UserError, match=rf"{remote}/train/000001.tar: not found"):
+        stored.read(20)
+
+
+def test_without_credentials_the_url_is_named(remote: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("AWS_ACCESS_KEY_ID")
+    monkeypatch.delenv("AWS_SECRET_ACCESS_KEY")
+    result = run_script("train.py", "--data", remote, "--output", tmp_path / "run", "--cache", tmp_path / "cache", *SMALL)
+    assert_refused(result, f"{remote}/manifest.json: cannot be reached", "credentials")
+
+
+@pytest.mark.parametrize("name", ["train/000002.tar", "train/samples.npy", "mean_image.npy"])
+def test_a_changed_object_is_refused(small_shards: Path, remote: str, s3: str, tmp_path: Path, name: str) -> None:
+    content = bytearray((small_shards / name).read_bytes())
+    content[-600] ^= 1
+    s3_client().put_object(Bucket=s3.removeprefix("s3://"), Key=f"imagenet/shards/{name}", Body=bytes(content))
+    with pytest.raises(UserError, match=rf"{remote}/{name}: its SHA-256 is not the one in manifest.json"):
+        list(open_loader(spec_for(remote, cache=tmp_path)))
+
+
+def test_training_and_evaluation_from_a_url(
+    small_shards: Path, remote: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    run, cache, limit = tmp_path / "run", tmp_path / "cache", gigabytes(small_shards, 3)
+    result = run_script("train.py", "--data", remote, "--cache", cache, "--cache-gb", f"{limit:.9f}", "--output", run, *SMALL)
+    assert result.returncode == 0, result.stderr
+    assert result.stderr.count("exceed the cache") == 1
+    assert 0 < used_bytes(cache) <= limit * GIGABYTE
+    with (run / "metrics.csv").open() as stream:
+        assert len([row for row in csv.DictReader(stream) if row["train_loss"]]) == 3
+    evaluate = ("tools/evaluate.py", run, "--data", remote, "--cache", tmp_path / "other", "--json", tmp_path / "figures.json")
+    result = run_script(*evaluate)
+    assert result.returncode == 0, result.stderr
+    assert json.loads((tmp_path / "figures.json").read_text())["images"] == 21
+    shards = {entry["sha256"] for entry in Manifest(small_shards).splits["val"]["shards"]}
+    assert shards < {path.name for path in (tmp_path / "other").iterdir()}
+    assert_refused(run_script(*evaluate, "--cache-gb", 1e-6), "/000000.tar: its", "do not fit into the cache", "raise --cache-gb")
+    assert not (tmp_path / "home" / ".cache" / "cropfeed").exists()
