@@ -6,7 +6,9 @@ record per sample, pages of data, and a table of what is allocated in them. Ours
 
 FFCV's DatasetWriter waits for ever once a sample raises or a worker dies, leaves a file that opens after a crash, and lays pages
 out as its workers happen to race. So only its parts are used here. Worker processes run the stock field's `encode` into memory;
-one process allocates and writes, in the split's order. Same split, same options: same bytes, for any number of workers.
+one process allocates and writes, in the split's order. Same split, same options: same bytes, for any number of workers: those of
+DatasetWriter with one worker. Its speed in the same run (400 full-size ImageNet images, 2 busy x86 cores, our checks included):
+jpg 0.9 to 1.3 of DatasetWriter's, raw 0.6 to 0.8; "region" writes 700 images/s.
 """
 
 from __future__ import annotations

@@ -85,9 +85,9 @@ def regions(small_shards: Path, originals: ShardSet, tmp_path_factory: pytest.Te
 
 @pytest.fixture(scope="module")
 def alike(small_shards: Path, tmp_path_factory: pytest.TempPathFactory) -> ShardSet:
-    """Region-addressable images of one size, 200 x 136 pixels, of every subsampling: what SimpleRGBImageDecoder reads."""
+    """Region-addressable images of every subsampling, several tiles wide; of one size, which SimpleRGBImageDecoder needs."""
     samples = [
-        Encoded(f"a/{i}", transcode(jpeg(picture(136, 200, i), sampling)), i % 3, 136, 200)
+        Encoded(f"a/{i}", transcode(jpeg(picture(136, 320, i), sampling)), i % 3, 136, 320)
         for i, sampling in enumerate(SUBSAMPLINGS)
     ]
     return ShardSet(shards_of(small_shards, tmp_path_factory.mktemp("alike") / "data", samples), "train")
@@ -106,32 +106,55 @@ def betons(originals: ShardSet, regions: ShardSet, alike: ShardSet, tmp_path_fac
 
 
 LOADERS = f"""
-import sys
+import io, sys
 import numpy as np
+from ffcv.fields import IntField, RGBImageField
 from ffcv.fields.rgb_image import CenterCropRGBImageDecoder, SimpleRGBImageDecoder
 from ffcv.loader import Loader, OrderOption
+from ffcv.writer import DatasetWriter
+from PIL import Image
 sys.path.insert(0, {str(ROOT)!r})
 from pipeline.beton import region_decoder
+from pipeline.shards import ShardSet
 
 stock = CenterCropRGBImageDecoder
 ours = region_decoder(stock)
-folder = sys.argv[1]
+folder, source = sys.argv[1:]
 arrays = {{}}
-for name, decoder in [("region", ours), ("region", stock), ("raw", stock), ("jpg", stock), ("jpg", ours), ("alike", None)]:
+
+
+class Images:
+    shards = ShardSet(source, "train")
+
+    def __len__(self):
+        return len(self.shards)
+
+    def __getitem__(self, i):
+        image = Image.open(io.BytesIO(self.shards.read(i).tobytes())).convert("RGB")
+        return image, int(self.shards.samples["label"][i])
+
+
+fields = {{"image": RGBImageField("jpg"), "label": IntField()}}
+DatasetWriter(folder + "/stock.beton", fields, num_workers=1).from_indexed_dataset(Images())
+for name, decoder in [("region", ours), ("region", stock), ("raw", stock), ("jpg", stock), ("jpg", ours),
+                      ("alike", stock), ("alike", ours), ("alike", None)]:
     decoder = decoder(({SIZE}, {SIZE}), {RATIO}) if decoder else SimpleRGBImageDecoder()
     loader = Loader(f"{{folder}}/{{name}}.beton", 7, num_workers=1, order=OrderOption.SEQUENTIAL, drop_last=False,
                     pipelines={{"image": [decoder]}})
     batches = [(image.copy(), label.numpy().copy()) for image, label in loader]
-    key = name + "_ours" * isinstance(decoder, ours)
+    key = name + "_ours" * isinstance(decoder, ours) + "_whole" * (type(decoder) is SimpleRGBImageDecoder)
     arrays[key], arrays[key + "_label"] = (np.concatenate(part) for part in zip(*batches))
 np.savez(folder + "/read.npz", **arrays)
 """
 
 
 @pytest.fixture(scope="module")
-def read(betons: Path) -> Read:
-    """What FFCV's Loader gives: centre crops by the stock decoder and by ours, whole images of alike.beton."""
-    command = [sys.executable, "-c", LOADERS, str(betons)]
+def read(betons: Path, small_shards: Path) -> Read:
+    """What FFCV's Loader gives: centre crops by the stock decoder and by ours, whole images of alike.beton.
+
+    Its DatasetWriter writes stock.beton, too.
+    """
+    command = [sys.executable, "-c", LOADERS, str(betons), str(small_shards)]
     result = subprocess.run(command, env=clean_environment(), capture_output=True, text=True, timeout=150, check=False)
     assert result.returncode == 0, result.stderr[-3000:]
     return dict(np.load(betons / "read.npz"))
@@ -169,6 +192,11 @@ def test_every_sample_with_its_label_in_order(read: Read, originals: ShardSet) -
         assert np.array_equal(read[f"{name}_label"][:, 0], originals.samples["label"])
 
 
+@pytest.mark.usefixtures("read")
+def test_same_bytes_as_stock_datasetwriters(betons: Path) -> None:
+    assert (betons / "jpg.beton").read_bytes() == (betons / "stock.beton").read_bytes()
+
+
 def test_raw_is_pillows_pixels(betons: Path, read: Read, originals: ShardSet) -> None:
     expected = [pixels(originals.read(i).tobytes()) for i in range(len(originals))]
     assert contents(betons / "raw.beton") == [image.tobytes() for image in expected]
@@ -191,11 +219,12 @@ def test_proportion_is_a_share_of_either(betons: Path) -> None:
 
 def test_region_keeps_our_bytes_and_stock_ffcv_decodes_them(betons: Path, read: Read, regions: ShardSet, alike: ShardSet) -> None:
     assert contents(betons / "region.beton") == [regions.read(i).tobytes() for i in range(len(regions))]
-    assert_near(read["alike"], np.stack([pixels(alike.read(i).tobytes()) for i in range(len(alike))]), 1.5)
+    assert_near(read["alike_whole"], np.stack([pixels(alike.read(i).tobytes()) for i in range(len(alike))]), 1.5)
 
 
 def test_region_decoder_gives_the_stock_decoders_pixels(read: Read) -> None:
     assert np.array_equal(read["region_ours"], read["region"])
+    assert np.array_equal(read["alike_ours"], read["alike"])
     assert np.array_equal(read["jpg_ours"], read["jpg"])  # without a table: whole
 
 
