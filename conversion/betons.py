@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
@@ -24,17 +26,28 @@ class BetonSettings:
 
 
 def write_betons(out: str, settings: BetonSettings, workers: int) -> None:
-    """Write a .beton of each split that has none like it yet, and name it in the manifest."""
-    path = storage.join(out, "manifest.json")
-    manifest: dict[str, Any] = json.loads(storage.read(path))
+    """Write a .beton of each split that has none like it, or a damaged one, and name it in the manifest."""
+    manifest_path = storage.join(out, "manifest.json")
+    manifest: dict[str, Any] = json.loads(storage.read(manifest_path))
     for split, entry in manifest["splits"].items():
-        if entry.get("beton", {}).get("settings") == asdict(settings) or not entry["shards"]:
+        file = f"{split}.beton"
+        if entry.get("beton", {}).get("settings") == asdict(settings) and _is_intact(out, entry["beton"]):
             continue
-        shards, file = ShardSet(out, split), f"{split}.beton"
-        with tqdm(total=len(shards), unit=" images", desc=file) as bar, storage.publishing(storage.join(out, file)) as scratch:
-            digest = write_beton(shards, scratch, workers=workers, progress=bar.update, **asdict(settings))
+        shards = ShardSet(out, split)
+        with tqdm(total=len(shards), unit=" images", desc=file) as bar, _local(storage.join(out, file)) as path:
+            digest = write_beton(shards, path, workers=workers, progress=bar.update, **asdict(settings))
         entry["beton"] = {"file": file, "sha256": digest, "settings": asdict(settings)}
-        storage.write(path, json.dumps(manifest, indent=1).encode())
+        storage.write(manifest_path, json.dumps(manifest, indent=1).encode())
+
+
+def _is_intact(out: str, beton: dict[str, Any]) -> bool:
+    path = storage.join(out, beton["file"])
+    return storage.exists(path) and storage.sha256(path) == beton["sha256"]
+
+
+def _local(path: str) -> AbstractContextManager[Path]:
+    """Where FFCV may write `path`: there, or in a local file that is uploaded."""
+    return storage.publishing(path) if storage.is_remote(path) else nullcontext(Path(path))
 
 
 def remove_tars(out: str) -> None:

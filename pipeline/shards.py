@@ -167,7 +167,7 @@ class ShardSet:
             raise UserError(f"{root}: has no split {split!r}, only {', '.join(self.manifest.splits)}")
         self.split = split
         if not self.manifest.splits[split]["shards"]:
-            raise UserError(f"{root}: holds FFCV files only; make_shards.py --format both keeps the tars as well")
+            raise UserError(f"{root}: holds FFCV files only; make the shards again with --format both")
         cached = storage.is_remote(root) or cache is not None or cache_gb is not None
         self.cache = choose_cache(cache, cache_gb) if cached else None
         self._entry = self.manifest.splits[split]

@@ -173,7 +173,7 @@ def transcode(data: bytes) -> bytes:
     mcu_width, mcu_height = 8 * max(h for h, _ in header.sampling), 8 * max(v for _, v in header.sampling)
     columns, rows = -(-header.width // mcu_width), -(-header.height // mcu_height)
     blocks = np.array([c for c, (h, v) in enumerate(header.sampling) for _ in range(h * v)], np.int64)
-    counts = np.zeros((4, 257), np.int64)
+    counts = np.zeros(4 << 8, np.int64)
     tokens, starts = _read(data, header, columns * rows, blocks, counts)
 
     merged = choose_merging(columns, header.sampling)
@@ -181,13 +181,13 @@ def transcode(data: bytes) -> bytes:
         header, mcu_width = _merge(header, merged), merged * mcu_width
     interval = choose_interval(-(-columns // merged), mcu_width)
     tiles = -(-columns // (merged * interval))
-    arranged = np.empty(len(tokens) + (tiles + 2 * len(blocks) * (merged - 1)) * rows, np.uint32)
-    total = huffman.arrange(tokens, starts, columns, rows, merged, interval, blocks, arranged, counts)
+    order = np.empty(tiles * rows * interval * merged * len(blocks), np.int64)
+    total = huffman.arrange(tokens, starts, columns, rows, merged, interval, blocks, order, counts)
     if total < 0:
         raise RegionError(_REASONS[total])
-    coded = [huffman.optimal_table(counts[i]) for i in range(4 if len(header.sampling) == 3 else 2)]
+    coded = [huffman.optimal_table(counts[i << 8 : (i + 1) << 8]) for i in range(4 if len(header.sampling) == 3 else 2)]
     lengths = np.empty(tiles * rows, np.int64)
-    scan = _write(arranged[:total], coded, lengths, 2 * len(data) + 8 * len(lengths) + 4096)
+    scan = _write(tokens, starts, order, coded, lengths, 2 * len(data) + 8 * len(lengths) + 4096)
     table = _length_table(lengths, interval, tiles, rows, mcu_width, mcu_height)
     return b"".join((b"\xff\xd8", header.jfif, table, header.kept, _tail(header, coded, interval), scan))  # scan ends with EOI
 
@@ -198,22 +198,22 @@ def _read(data: bytes, header: Header, mcus: int, blocks: Ints, counts: Ints) ->
     if decoding is None:
         raise RegionError("an impossible Huffman table")
     stream = np.frombuffer(data, np.uint8)[header.data :]
-    tokens = np.empty(8 * len(stream) + 16, np.uint32)  # none takes less than a bit
-    starts = np.empty(mcus * len(blocks) + 1, np.int64)
+    tokens = np.empty(8 * len(stream) + 64 * len(blocks) + 4, np.uint32)  # none takes less than a bit; a truncated MCU; padding
+    starts = np.empty(mcus * len(blocks) + 3, np.int64)
     selectors = np.array(header.selectors, np.int64)
     total = huffman.read_scan(stream, mcus, header.interval, blocks, selectors, *decoding, tokens, starts, counts)
     if total < 0:
         raise RegionError(_REASONS[total])
-    return tokens[:total], starts
+    return tokens, starts
 
 
-def _write(tokens: Tokens, coded: list[tuple[Bytes, Bytes]], lengths: Ints, room: int) -> bytes:
+def _write(tokens: Tokens, starts: Ints, order: Ints, coded: list[tuple[Bytes, Bytes]], lengths: Ints, room: int) -> bytes:
     """The entropy-coded data in at most `room` bytes; fills `lengths`."""
-    codes, sizes = np.zeros((4, 256), np.uint32), np.zeros((4, 256), np.uint8)
+    codes = np.zeros(4 << 8, np.uint64)
     for i, (bits, symbols) in enumerate(coded):
-        huffman.assign_codes(bits, symbols, codes[i], sizes[i])
+        huffman.assign_codes(bits, symbols, codes[i << 8 :])
     out = np.empty(room, np.uint8)
-    written = huffman.write_scan(tokens, len(tokens), codes, sizes, lengths, out)
+    written = huffman.write_scan(tokens, starts, order, codes, lengths, out)
     if written < 0:
         raise RegionError(_REASONS[written])
     return out[:written].tobytes()

@@ -20,7 +20,8 @@ import psutil
 import pytest
 
 from pipeline import storage
-from pipeline.beton import MODES, region_field, write_beton
+from pipeline.beton import MODES, write_beton
+from pipeline.region_field import region_field
 from pipeline.errors import UserError
 from pipeline.shards import Encoded, ShardSet, label_digits, write_shard
 from pipeline.transcode import transcode
@@ -114,7 +115,7 @@ from ffcv.loader import Loader, OrderOption
 from ffcv.writer import DatasetWriter
 from PIL import Image
 sys.path.insert(0, {str(ROOT)!r})
-from pipeline.beton import region_decoder
+from pipeline.region_field import region_decoder
 from pipeline.shards import ShardSet
 
 stock = CenterCropRGBImageDecoder
