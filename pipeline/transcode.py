@@ -1,9 +1,8 @@
 """Write region-addressable JPEGs (`pipeline.region` has the format) from baseline ones, losslessly.
 
 `transcode` parses the Huffman codes of a baseline JPEG, codes DC differences anew where a tile starts, and writes the same
-coefficients with tables optimal for them (T.81 K.2). Where a 4:4:4 image has a prime number of MCUs in a row, two or three are
-merged into one (sampling factors 2x1 or 3x1 for all components), so that it too has tiles to cut. Metadata (EXIF, ICC, XMP,
-comments) is dropped; pixels do not depend on it, orientation included, which no published ImageNet result applies.
+coefficients with tables optimal for them (T.81 K.2). Metadata (EXIF, ICC, XMP, comments) is dropped; pixels do not depend on it,
+orientation included, which no published ImageNet result applies.
 """
 
 from __future__ import annotations
@@ -14,7 +13,7 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from pipeline import huffman
+from pipeline import huffman, scan
 from pipeline.region import APP11, MAGIC, TABLE, VERSION, Bytes, RegionError
 
 TILE_WIDTH = 56  # pixels, the width that tiles come near to: narrower costs bytes, wider decodes more beside the window
@@ -23,10 +22,10 @@ Tokens = npt.NDArray[np.uint32]
 Ints = npt.NDArray[np.int64]
 
 _REASONS = {
-    huffman.TRUNCATED: "the entropy-coded data ends too early",
-    huffman.BAD_CODE: "a Huffman code that no table holds",
-    huffman.BAD_VALUE: "a coefficient out of range",
-    huffman.NO_ROOM: "the data grows beyond all measure",
+    scan.TRUNCATED: "the entropy-coded data ends too early",
+    scan.BAD_CODE: "a Huffman code that no table holds",
+    scan.BAD_VALUE: "a coefficient out of range",
+    scan.NO_ROOM: "the data grows beyond all measure",
 }
 
 
@@ -151,79 +150,54 @@ def choose_interval(mcus: int, mcu_width: int) -> int:
     return min(divisors, key=lambda d: max(d / target, target / d), default=mcus)
 
 
-def choose_merging(columns: int, sampling: list[tuple[int, int]]) -> int:
-    """How many MCUs, side by side, to make one of: 1, or 2 or 3 where a row's count is prime or otherwise leaves wide tiles.
-
-    Only a 4:4:4 image has the choice: sampling factors of 2x1 or 3x1 for each component alike leave its picture as it is, and an
-    MCU may hold 10 blocks (T.81 B.2.3).
-    """
-    if sampling == [(1, 1)] * 3:
-        for merged in (1, 2, 3):
-            if choose_interval(-(-columns // merged), 8 * merged) * 8 * merged <= 2 * TILE_WIDTH:
-                return merged
-    return 1
-
-
 def transcode(data: bytes) -> bytes:
     """A baseline JPEG as a region-addressable one with the same coefficients.
 
     Raises NotBaselineError where that needs re-encoding, RegionError for damaged data.
     """
     header = parse(data)
+    if data.find(b"\xff\xd9", header.data) < 0:
+        raise RegionError("no end-of-image marker, so it is truncated")
     mcu_width, mcu_height = 8 * max(h for h, _ in header.sampling), 8 * max(v for _, v in header.sampling)
     columns, rows = -(-header.width // mcu_width), -(-header.height // mcu_height)
-    blocks = np.array([c for c, (h, v) in enumerate(header.sampling) for _ in range(h * v)], np.int64)
-    counts = np.zeros(4 << 8, np.int64)
-    tokens, starts = _read(data, header, columns * rows, blocks, counts)
-
-    merged = choose_merging(columns, header.sampling)
-    if merged > 1:
-        header, mcu_width = _merge(header, merged), merged * mcu_width
-    interval = choose_interval(-(-columns // merged), mcu_width)
-    tiles = -(-columns // (merged * interval))
-    order = np.empty(tiles * rows * interval * merged * len(blocks), np.int64)
-    total = huffman.arrange(tokens, starts, columns, rows, merged, interval, blocks, order, counts)
-    if total < 0:
-        raise RegionError(_REASONS[total])
+    interval = choose_interval(columns, mcu_width)
+    tiles = columns // interval
+    tokens, starts, counts = _read(data, header, columns * rows, interval)
     coded = [huffman.optimal_table(counts[i << 8 : (i + 1) << 8]) for i in range(4 if len(header.sampling) == 3 else 2)]
     lengths = np.empty(tiles * rows, np.int64)
-    scan = _write(tokens, starts, order, coded, lengths, 2 * len(data) + 8 * len(lengths) + 4096)
+    written = _write(tokens, starts, coded, lengths, 2 * len(data) + 8 * len(lengths) + 4096)
     table = _length_table(lengths, interval, tiles, rows, mcu_width, mcu_height)
-    return b"".join((b"\xff\xd8", header.jfif, table, header.kept, _tail(header, coded, interval), scan))  # scan ends with EOI
+    return b"".join(
+        (b"\xff\xd8", header.jfif, table, header.kept, _tail(header, coded, interval), written)
+    )  # which ends with EOI
 
 
-def _read(data: bytes, header: Header, mcus: int, blocks: Ints, counts: Ints) -> tuple[Tokens, Ints]:
-    """The scan's tokens and where each block's begin, as `huffman.read_scan` has them."""
+def _read(data: bytes, header: Header, mcus: int, tile: int) -> tuple[Tokens, Ints, Ints]:
+    """The scan's tokens, where each tile's begin, and the symbols' counts, as `scan.read_scan` has them."""
     decoding = huffman.decoding_tables(header.tables)
     if decoding is None:
         raise RegionError("an impossible Huffman table")
+    blocks = np.array([c for c, (h, v) in enumerate(header.sampling) for _ in range(h * v)], np.int64)
     stream = np.frombuffer(data, np.uint8)[header.data :]
-    tokens = np.empty(8 * len(stream) + 64 * len(blocks) + 4, np.uint32)  # none takes less than a bit; a truncated MCU; padding
-    starts = np.empty(mcus * len(blocks) + 3, np.int64)
+    tokens = np.empty(8 * len(stream) + 64 * len(blocks), np.uint32)  # none takes less than a bit; a truncated MCU
+    starts, counts = np.empty(mcus // tile + 1, np.int64), np.zeros(4 << 8, np.int64)
     selectors = np.array(header.selectors, np.int64)
-    total = huffman.read_scan(stream, mcus, header.interval, blocks, selectors, *decoding, tokens, starts, counts)
+    total = scan.read_scan(stream, mcus, header.interval, tile, blocks, selectors, *decoding, tokens, starts, counts)
     if total < 0:
         raise RegionError(_REASONS[total])
-    return tokens, starts
+    return tokens, starts, counts
 
 
-def _write(tokens: Tokens, starts: Ints, order: Ints, coded: list[tuple[Bytes, Bytes]], lengths: Ints, room: int) -> bytes:
+def _write(tokens: Tokens, starts: Ints, coded: list[tuple[Bytes, Bytes]], lengths: Ints, room: int) -> bytes:
     """The entropy-coded data in at most `room` bytes; fills `lengths`."""
     codes = np.zeros(4 << 8, np.uint64)
     for i, (bits, symbols) in enumerate(coded):
         huffman.assign_codes(bits, symbols, codes[i << 8 :])
     out = np.empty(room, np.uint8)
-    written = huffman.write_scan(tokens, starts, order, codes, lengths, out)
+    written = scan.write_scan(tokens, starts, codes, lengths, out)
     if written < 0:
         raise RegionError(_REASONS[written])
     return out[:written].tobytes()
-
-
-def _merge(header: Header, merged: int) -> Header:
-    """The header of a 4:4:4 image with MCUs `merged` blocks wide."""
-    frame = bytearray(header.frame)
-    frame[7::3] = bytes([merged << 4 | 1] * 3)
-    return header._replace(frame=bytes(frame), sampling=[(merged, 1)] * 3)
 
 
 def _length_table(lengths: Ints, interval: int, tiles: int, rows: int, mcu_width: int, mcu_height: int) -> bytes:

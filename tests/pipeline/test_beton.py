@@ -21,8 +21,8 @@ import pytest
 
 from pipeline import storage
 from pipeline.beton import MODES, write_beton
-from pipeline.region_field import region_field
 from pipeline.errors import UserError
+from pipeline.region_field import region_field
 from pipeline.shards import Encoded, ShardSet, label_digits, write_shard
 from pipeline.transcode import transcode
 from tests.helpers import ROOT, SUBSAMPLINGS, clean_environment, jpeg, open_image, picture
