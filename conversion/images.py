@@ -68,7 +68,7 @@ def store(data: bytes, profile: str) -> Stored:
     if image.format in ("JPEG", "MPO"):
         try:
             written = transcode(data)
-            pixels = simplejpeg.decode_jpeg(written, "RGB", fastdct=False, fastupsample=False, strict=True)
+            pixels = simplejpeg.decode_jpeg(data, "RGB", fastdct=False, fastupsample=False, strict=False)
             height, width = pixels.shape[:2]
             return Stored(written, height, width, facts, pixels)
         except (RegionError, ValueError) as error:

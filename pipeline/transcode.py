@@ -156,7 +156,7 @@ def transcode(data: bytes) -> bytes:
     Raises NotBaselineError where that needs re-encoding, RegionError for damaged data.
     """
     header = parse(data)
-    if data.find(b"\xff\xd9", header.data) < 0:
+    if data.rfind(b"\xff\xd9") < header.data:
         raise RegionError("no end-of-image marker, so it is truncated")
     mcu_width, mcu_height = 8 * max(h for h, _ in header.sampling), 8 * max(v for _, v in header.sampling)
     columns, rows = -(-header.width // mcu_width), -(-header.height // mcu_height)
