@@ -83,13 +83,13 @@ class Record:
     def to_bytes(self) -> bytes:
         texts = {name: value for name, value in asdict(self).items() if name not in ("samples", "digests", "statistics")}
         stream = io.BytesIO()
-        np.savez_compressed(
+        np.savez(
             stream,
             samples=self.samples,
             digests=self.digests,
             texts=np.frombuffer(json.dumps(texts).encode(), np.uint8),
             images=self.statistics.images,
-            image=self.statistics.image,
+            image=self.statistics.image if self.statistics.images else np.empty(0),
             products=self.statistics.products,
         )
         return stream.getvalue()
@@ -99,7 +99,9 @@ class Record:
         """Raises some exception or other for damaged content."""
         with np.load(io.BytesIO(content)) as stored:
             texts = json.loads(stored["texts"].tobytes())
-            statistics = Statistics(int(stored["images"]), stored["image"], stored["products"])
+            statistics = Statistics.none()
+            if stored["images"]:
+                statistics = Statistics(int(stored["images"]), stored["image"], stored["products"])
             return Record(samples=stored["samples"], digests=stored["digests"], statistics=statistics, **texts)
 
 

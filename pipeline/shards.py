@@ -26,7 +26,7 @@ import weakref
 import zlib
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -74,25 +74,33 @@ def label_digits(classes: int) -> int:
 def write_shard(tar_path: Path, idx_path: Path, shard: int, samples: Iterable[Encoded], digits: int) -> Samples:
     """Write a tar and its index; return the shard's `SAMPLE` records. Same samples, same bytes."""
     records, lines = [], []
-    with tarfile.open(tar_path, "w", format=tarfile.GNU_FORMAT) as tar:
+    with tar_path.open("wb") as tar:
         for sample in samples:
             label = f"{sample.label:0{digits}d}".encode()
             cls, jpg = f"{sample.key}.cls", f"{sample.key}.jpg"
             cls_offset, jpg_offset = _add_file(tar, cls, label), _add_file(tar, jpg, sample.jpeg)
             lines.append(f"cls {cls_offset} {len(label)} {cls} jpg {jpg_offset} {len(sample.jpeg)} {jpg}")
             records.append((shard, jpg_offset, len(sample.jpeg), sample.height, sample.width, sample.label, 0))
+        tar.write(bytes(2 * _BLOCK))  # ends a tar, whose size is a multiple of a record's
+        tar.write(bytes(-tar.tell() % tarfile.RECORDSIZE))
     idx_path.write_text("\n".join([f"v1.2 {len(lines)}", *lines]) + "\n")  # as DALI's wds2idx writes it
     written = np.array(records, SAMPLE)
     written["crc32"] = extent_checksums(np.memmap(tar_path, np.uint8, "r"), written)
     return written
 
 
-def _add_file(tar: tarfile.TarFile, name: str, content: bytes) -> int:
-    """Append a file, without owner or time, which would make equal shards differ; return where its content begins."""
+def _add_file(tar: BinaryIO, name: str, content: bytes) -> int:
+    """Append a file, without owner or time, which would make equal shards differ; return where its content begins.
+
+    TarFile.addfile does the same in pieces of 16 KiB, which takes three times as long.
+    """
     member = tarfile.TarInfo(name)
     member.size, member.mode = len(content), 0o444
-    tar.addfile(member, io.BytesIO(content))
-    return tar.offset + -len(content) // _BLOCK * _BLOCK
+    tar.write(member.tobuf(tarfile.GNU_FORMAT))
+    start = tar.tell()
+    tar.write(content)
+    tar.write(bytes(-len(content) % _BLOCK))
+    return start
 
 
 def extent_checksums(tar: npt.NDArray[np.uint8], samples: Samples) -> npt.NDArray[np.uint32]:

@@ -51,6 +51,10 @@ def absolute(path: str) -> str:
 def read(path: str, start: int = 0, count: int | None = None) -> bytes:
     """`count` bytes from `start` on (all that follow, if None). Fewer only where the file ends before."""
     with _explained(path):
+        if not is_remote(path):  # without fsspec's 0.2 ms
+            with open(absolute(path), "rb") as stream:
+                stream.seek(start)
+                return stream.read(-1 if count is None else count)
         system, target = _system(path)
         content: bytes = system.cat_file(target, start=start or None, end=None if count is None else start + count)
         return content
