@@ -68,7 +68,7 @@ def begin(out: str, wanted: dict[str, Any]) -> None:
         found = json.loads(storage.read(storage.join(out, "manifest.json"))).get("conversion")
     elif storage.exists(path):
         found = json.loads(storage.read(path))
-    elif storage.listing(out):
+    elif any(entry.name != RECORDS for entry in storage.listing(out)):  # another job may be writing plan.json just now
         raise UserError(f"{out}: exists already and is no conversion of ours; remove it or give another --out")
     else:
         storage.write(path, json.dumps(wanted, indent=1).encode())
@@ -78,8 +78,8 @@ def begin(out: str, wanted: dict[str, Any]) -> None:
         raise UserError(f"{out}: holds a conversion with another {', '.join(differs)}; remove it or give another --out")
 
 
-def complete(out: str, listing: Listing, settings: Settings, tasks: dict[str, list[ShardTask]]) -> int:
-    """Write what makes a data set of the shards if all are there; return how many are missing."""
+def complete(out: str, listing: Listing, settings: Settings, tasks: dict[str, list[ShardTask]], alone: bool) -> int:
+    """Write what makes a data set of the shards if all are there; return how many are missing. alone: as `remove_records` has it."""
     records: dict[str, list[Record]] = {}
     missing = 0
     for split, split_tasks in tasks.items():
@@ -94,7 +94,7 @@ def complete(out: str, listing: Listing, settings: Settings, tasks: dict[str, li
     report = json.dumps(make_report(listing, settings.profile, records), indent=1).encode()
     storage.write(storage.join(out, "report.json"), report)
     storage.write(storage.join(out, "manifest.json"), json.dumps(manifest, indent=1).encode())
-    remove_records(out)
+    remove_records(out, alone)
     return 0
 
 
@@ -110,10 +110,13 @@ def damaged(out: str, tasks: dict[str, list[ShardTask]]) -> list[ShardTask]:
     ]
 
 
-def remove_records(out: str) -> None:
-    """Remove what only an unfinished conversion needs, killed runs' remains included."""
+def remove_records(out: str, alone: bool) -> None:
+    """Remove what only an unfinished conversion needs, killed runs' remains included.
+
+    alone: no other job works on `out`. Else what was written to within the hour may be another job's, and stays.
+    """
     storage.remove_folder(storage.join(out, RECORDS))
-    storage.remove_partials(out)
+    storage.remove_partials(out, 0 if alone else 3600)
 
 
 def _manifest(out: str, listing: Listing, settings: Settings, records: dict[str, list[Record]]) -> dict[str, Any]:

@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import io
 import warnings
+from contextlib import suppress
 from typing import NamedTuple
 from xml.etree import ElementTree
 
@@ -59,6 +60,9 @@ class Stored(NamedTuple):
 
 def store(data: bytes, profile: str) -> Stored:
     """Decode `data` in full and give what the profile stores of it. Raises UnreadableError."""
+    if profile == "lossless" and not _has_metadata(data):  # most of ImageNet: Pillow would find nothing to tell
+        with suppress(RegionError, ValueError):
+            return _lossless(data, ())
     image = _open(data)
     facts = _facts(image)
     if profile == "original" and image.format in ENGINE_FORMATS:
@@ -67,16 +71,29 @@ def store(data: bytes, profile: str) -> Stored:
         return _compact(_load(image), facts)
     if image.format in ("JPEG", "MPO"):
         try:
-            written = transcode(data)
-            pixels = simplejpeg.decode_jpeg(data, "RGB", fastdct=False, fastupsample=False, strict=False)
-            height, width = pixels.shape[:2]
-            return Stored(written, height, width, facts, pixels)
+            return _lossless(data, facts)
         except (RegionError, ValueError) as error:
             facts += (f"re-encoded: {error}",)
     else:
         facts += (f"re-encoded: {image.format}",)
     loaded = _load(image)
     return Stored(_encode(loaded, 95, "4:4:4"), loaded.height, loaded.width, facts, loaded)
+
+
+def _has_metadata(data: bytes) -> bool:
+    """Whether a file begins as JPEGs with EXIF, XMP or an Adobe marker do."""
+    head = data[: data.find(b"\xff\xda")]
+    return b"Exif\0" in head or b"ns.adobe.com" in head or b"Adobe" in head
+
+
+def _lossless(data: bytes, facts: tuple[str, ...]) -> Stored:
+    """Raises RegionError for what is no sound baseline JPEG, ValueError for what is too large or libjpeg-turbo does not decode."""
+    height, width, *_ = simplejpeg.decode_jpeg_header(data)
+    if height * width > MAX_PIXELS:
+        raise ValueError("too many pixels")
+    written = transcode(data)
+    pixels = simplejpeg.decode_jpeg(data, "RGB", fastdct=False, fastupsample=False, strict=False)
+    return Stored(written, height, width, facts, pixels)
 
 
 def _open(data: bytes) -> Image.Image:

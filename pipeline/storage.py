@@ -9,6 +9,7 @@ import contextlib
 import hashlib
 import os
 import tempfile
+import time
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -202,8 +203,12 @@ def remove_folder(path: str) -> None:
             system.rm(target, recursive=True)
 
 
-def remove_partials(folder: str) -> None:
-    """Remove what killed writers left in a local folder and those below it. Object stores keep nothing of a broken upload."""
-    if not is_remote(folder):
-        for path in Path(folder).rglob(f".*{PARTIAL}"):
-            path.unlink(missing_ok=True)
+def remove_partials(folder: str, seconds: float) -> None:
+    """Remove what killed writers left in a local folder and those below it, if nobody wrote to it for so many seconds.
+
+    Object stores keep nothing of a broken upload.
+    """
+    for path in [] if is_remote(folder) else Path(folder).rglob(f".*{PARTIAL}"):
+        with contextlib.suppress(FileNotFoundError):
+            if time.time() - path.stat().st_mtime >= seconds:
+                path.unlink()

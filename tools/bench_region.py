@@ -20,7 +20,6 @@ import os
 import subprocess
 import tempfile
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -142,34 +141,43 @@ def check(folder: Folder, decode: Decoder, cuts: bool) -> None:
             raise UserError(f"{folder.name}: image {folder.ids[index]}: the region's pixels differ from the whole image's")
 
 
+def decode_whole(decode: Decoder, jpeg: Bytes, region: Regions) -> None:
+    decode(jpeg)
+
+
+def decode_partially(decode: Decoder, jpeg: Bytes, region: Regions) -> None:
+    decode(jpeg, region)
+
+
+def decode_cut(decode: Decoder, jpeg: Bytes, region: Regions) -> None:
+    decode(cut(jpeg, *region.tolist()).jpeg)
+
+
 def decode_inside_cut(decode: Decoder, jpeg: Bytes, region: Regions) -> None:
     """Cut, then decode partially: the cut's tiles reach beyond the region."""
     piece = cut(jpeg, *region.tolist())
     decode(piece.jpeg, region - (piece.top, piece.left, piece.top, piece.left))
 
 
+WAYS = {"whole": decode_whole, "partial": decode_partially, "cut": decode_cut, "cut, partial": decode_inside_cut}
+
+
 def time_decoding(folders: list[Folder], decode: Decoder, epoch: int) -> dict[tuple[str, str], float]:
     """Seconds of all images, (profile, way) -> seconds. Each image goes all ways before the next one, the first way changing."""
-    ways: list[tuple[tuple[str, str], Callable[[int], None]]] = []
+    ways = []
     for profile, folder in zip(("original", "lossless", "compact"), folders, strict=True):
-        jpegs, regions = folder.jpegs, folder.regions(epoch)
-        windows = regions.tolist()
-        ways.append(((profile, "whole"), lambda i, jpegs=jpegs: decode(jpegs[i])))  # type: ignore[misc]
-        ways.append(((profile, "partial"), lambda i, jpegs=jpegs, at=regions: decode(jpegs[i], at[i])))  # type: ignore[misc]
-        if profile != "original":
-            ways.append(((profile, "cut"), lambda i, jpegs=jpegs, at=windows: decode(cut(jpegs[i], *at[i]).jpeg)))  # type: ignore[misc]
-            ways.append(
-                ((profile, "cut, partial"), lambda i, jpegs=jpegs, at=regions: decode_inside_cut(decode, jpegs[i], at[i]))
-            )  # type: ignore[misc]
+        regions = folder.regions(epoch)
+        ways += [((profile, way), WAYS[way], folder.jpegs, regions) for way in list(WAYS)[: 2 if profile == "original" else 4]]
     spent = np.full((len(ways), len(folders[0].jpegs)), np.inf)
     for again in range(PASSES):
         for image in range(spent.shape[1]):
             for number in range(len(ways)):
                 way = (number + image + again) % len(ways)
+                _, work, jpegs, regions = ways[way]
                 began = time.perf_counter()
-                ways[way][1](image)
+                work(decode, jpegs[image], regions[image])
                 spent[way, image] = min(spent[way, image], time.perf_counter() - began)
-    return {key: float(times.sum()) for (key, _), times in zip(ways, spent, strict=True)}
+    return {key: float(times.sum()) for (key, *_), times in zip(ways, spent, strict=True)}
 
 
 def time_cutting(folder: Folder, epoch: int) -> float:

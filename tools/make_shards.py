@@ -127,7 +127,7 @@ def convert(args: argparse.Namespace, out: str, listing: Listing, settings: Sett
     started = time.perf_counter()
     run_tasks(args, chosen)
     seconds = time.perf_counter() - started
-    missing = conversion.complete(out, listing, settings, tasks)
+    missing = conversion.complete(out, listing, settings, tasks, alone=args.shards is None)
     images = sum(len(task.sources) for task in chosen)
     print(f"{out}: {len(chosen)} shards, {images} images in {seconds:.1f} s, {images / seconds:.0f} images/s")
     if missing:
@@ -142,7 +142,9 @@ def repair(args: argparse.Namespace, out: str, tasks: dict[str, list[ShardTask]]
     damaged = conversion.damaged(out, tasks)
     if damaged:
         run_tasks(args, damaged)
-    conversion.remove_records(out)  # these shards', or those of a run that was killed while it removed them
+    conversion.remove_records(
+        out, alone=args.shards is None
+    )  # these shards', or those of a run that was killed while it removed them
     if damaged:
         damaged_still = conversion.damaged(out, {"": damaged})
         if damaged_still:

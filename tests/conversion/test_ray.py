@@ -51,6 +51,20 @@ def test_a_dying_node_costs_nothing_but_time(image_folder: Path, tmp_path: Path)
         killed = cluster.stdout.readline().split()
         assert 2 <= int(killed[2]) < 27, killed  # it really was half way
         assert digests(out) == digests(expected)
+        (tmp_path / "src" / "n1").mkdir(parents=True)
+        (tmp_path / "src" / "n1" / "notes.JPEG").write_text("no image")
+        result = run_script(
+            "tools/make_shards.py",
+            tmp_path / "src",
+            "--out",
+            tmp_path / "no",
+            "--strict",
+            "--engine",
+            "ray",
+            "--ray-address",
+            address,
+        )
+        assert_refused(without_progress(result), "notes.JPEG: no usable image (not an image)")
     finally:
         try:
             cluster.communicate("\n", timeout=30)

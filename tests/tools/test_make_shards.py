@@ -243,7 +243,10 @@ def test_shards_made_by_several_jobs_in_any_order(image_folder: Path, lossless: 
         with pytest.raises(UserError, match="not found"):
             ShardSet(out, "train")
     assert_refused(make(image_folder, out, "--shards", "6-9"), "there are only shards 0-5")
+    (out / "train" / ".000003.tar.another-job.partial").write_text("being written")
     assert make(image_folder, out, "--shards", "1-1").returncode == 0
+    assert json.loads((out / "manifest.json").read_text())
+    (out / "train" / ".000003.tar.another-job.partial").unlink()  # not removed under the other job's hands
     assert digests(out) == digests(lossless)
 
 
