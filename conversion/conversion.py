@@ -79,7 +79,7 @@ def begin(out: str, wanted: dict[str, Any]) -> None:
 
 
 def complete(out: str, listing: Listing, settings: Settings, tasks: dict[str, list[ShardTask]], alone: bool) -> int:
-    """Write what makes a data set of the shards if all are there; return how many are missing. alone: as `remove_records` has it."""
+    """Write what makes a data set of the shards if all are there; return how many are missing. alone: see `remove_records`."""
     records: dict[str, list[Record]] = {}
     missing = 0
     for split, split_tasks in tasks.items():

@@ -87,7 +87,7 @@ def _has_metadata(data: bytes) -> bool:
 
 
 def _lossless(data: bytes, facts: tuple[str, ...]) -> Stored:
-    """Raises RegionError for what is no sound baseline JPEG, ValueError for what is too large or libjpeg-turbo does not decode."""
+    """Raises RegionError for what is no sound baseline JPEG, ValueError for what is too large or cannot be decoded."""
     height, width, *_ = simplejpeg.decode_jpeg_header(data)
     if height * width > MAX_PIXELS:
         raise ValueError("too many pixels")
