@@ -21,7 +21,12 @@ _done: Synchronized[int]  # images finished by all workers of a pool, for the pr
 
 
 def run_local(tasks: Sequence[ShardTask], workers: int) -> None:
-    """All tasks in `workers` processes. The first error stops the rest; finished shards stay."""
+    """All tasks in `workers` processes, in this one if that is one. The first error stops the rest; finished shards stay."""
+    if min(workers, len(tasks)) == 1:
+        with tqdm(total=sum(len(task.sources) for task in tasks), unit=" images", smoothing=0.1) as bar:
+            for task in tasks:
+                run(task, bar.update)
+        return
     context = multiprocessing.get_context("spawn")
     done: Synchronized[int] = context.Value("q", 0)
     pool = ProcessPoolExecutor(min(workers, len(tasks)), context, _start_worker, (done,))

@@ -7,6 +7,7 @@ from uuid import uuid4
 import fsspec
 import pytest
 
+from pipeline import storage
 from tests.helpers import run_script, s3_client, s3_server, write_image_folder
 
 
@@ -53,3 +54,17 @@ def s3(s3_endpoint: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     file_systems.clear_instance_cache()  # file systems keep the endpoint and the credentials that they began with
     yield f"s3://{bucket}"
     file_systems.clear_instance_cache()
+
+
+@pytest.fixture
+def downloads(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The URLs downloaded by this process, in order."""
+    urls = []
+    original = storage.pieces
+
+    def counted(url: str, count: int) -> Iterator[bytes]:
+        urls.append(url)
+        return original(url, count)
+
+    monkeypatch.setattr(storage, "pieces", counted)
+    return urls

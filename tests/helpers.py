@@ -43,6 +43,34 @@ def jpeg(pixels: npt.NDArray[np.uint8], subsampling: str = "420", quality: int =
     return bytes(simplejpeg.encode_jpeg(np.ascontiguousarray(pixels), quality, "RGB", subsampling))
 
 
+def mutate(data: bytes, rng: np.random.Generator, kind: int) -> bytes:
+    """Damage a JPEG behind its first two bytes: kind 0 to 2 flips one to seven bits, 3 truncates, 4 puts a stray marker in."""
+    mutant = bytearray(data)
+    at = int(rng.integers(2, len(mutant)))
+    if kind < 3:
+        for _ in range(int(rng.integers(1, 8))):
+            mutant[int(rng.integers(2, len(mutant)))] ^= 1 << int(rng.integers(8))
+    elif kind == 3:
+        del mutant[at:]
+    else:
+        mutant[at:at] = bytes([0xFF, int(rng.integers(0xC0, 256))])
+    return bytes(mutant)
+
+
+def run_mutants(code: str, folder: Path) -> list[int]:
+    """Run `code` over $CROPFEED_MUTANTS trials with numba's bounds checking on; the numbers that it prints. folder: scratch.
+
+    code finds ROOT, a seed and the number of trials in sys.argv, and numba compiled for it alone.
+    """
+    environment = clean_environment() | {"NUMBA_BOUNDSCHECK": "1", "NUMBA_CACHE_DIR": str(folder)}
+    result = subprocess.run(
+        [sys.executable, "-c", code, str(ROOT), "1", os.environ.get("CROPFEED_MUTANTS", "1000")],
+        env=environment, capture_output=True, text=True, timeout=1200, check=False,
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    return [int(number) for number in result.stdout.split()]
+
+
 def open_image(data: bytes) -> Image.Image:
     return Image.open(io.BytesIO(data))
 

@@ -2,10 +2,7 @@ from __future__ import annotations
 
 import base64
 import io
-import os
 import struct
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +12,7 @@ from PIL import Image
 
 from conversion.images import MAX_PIXELS, PROFILES, Stored, UnreadableError, store
 from pipeline.region import RegionError, cut
-from tests.helpers import ROOT, SUBSAMPLINGS, clean_environment, jpeg, open_image, picture
+from tests.helpers import SUBSAMPLINGS, jpeg, open_image, picture, run_mutants
 
 # 32 x 24, made by libjpeg-turbo's cjpeg -arithmetic -quality 80
 ARITHMETIC = base64.b64decode(
@@ -243,25 +240,16 @@ import numpy as np
 import simplejpeg
 from conversion.images import UnreadableError, store
 from pipeline.region import RegionError, cut
-from tests.helpers import SUBSAMPLINGS, jpeg, picture
+from tests.helpers import SUBSAMPLINGS, jpeg, mutate, picture
 
 assert __import__("numba").config.BOUNDSCHECK == 1
 rng = np.random.default_rng(int(sys.argv[2]))
 kept = told = cuts = 0
 for trial in range(int(sys.argv[3])):
     pixels = picture(int(rng.integers(1, 90)), int(rng.integers(1, 90)), trial)
-    mutant = bytearray(jpeg(pixels, SUBSAMPLINGS[trial % 6], int(rng.integers(20, 100))))
-    kind = trial % 5
-    if kind < 3:
-        for _ in range(int(rng.integers(1, 8))):
-            mutant[int(rng.integers(2, len(mutant)))] ^= 1 << int(rng.integers(8))
-    elif kind == 3:
-        del mutant[int(rng.integers(2, len(mutant))):]
-    else:
-        at = int(rng.integers(2, len(mutant)))
-        mutant[at:at] = bytes([0xFF, int(rng.integers(0xC0, 256))])
+    mutant = mutate(jpeg(pixels, SUBSAMPLINGS[trial % 6], int(rng.integers(20, 100))), rng, trial % 5)
     try:
-        stored = store(bytes(mutant), "lossless" if trial % 7 else "compact")
+        stored = store(mutant, "lossless" if trial % 7 else "compact")
     except UnreadableError:
         told += 1
         continue
@@ -275,11 +263,7 @@ for trial in range(int(sys.argv[3])):
     top_in, left_in = top - piece.top, left - piece.left
     inside = found[top_in : top_in + bottom - top, left_in : left_in + right - left]
     assert np.array_equal(inside, whole[top:bottom, left:right]), trial
-    broken = data.copy()  # and what storage may do to it afterwards
-    for _ in range(int(rng.integers(1, 8))):
-        broken[int(rng.integers(2, len(broken)))] ^= 1 << int(rng.integers(8))
-    if trial % 3 == 0:
-        broken = broken[: int(rng.integers(2, len(broken)))]
+    broken = np.frombuffer(mutate(stored.data, rng, 3 if trial % 3 == 0 else 0), np.uint8)  # what storage may do afterwards
     try:
         simplejpeg.decode_jpeg(cut(broken, top, left, bottom, right).jpeg.tobytes())
         cuts += 1
@@ -291,13 +275,7 @@ print(told, kept, cuts)
 
 def test_mutants_are_stored_whole_or_told(tmp_path: Path) -> None:
     """Bit flips, truncations and stray markers, with bounds checking on: each is left out, or stored and cut exactly."""
-    environment = clean_environment() | {"NUMBA_BOUNDSCHECK": "1", "NUMBA_CACHE_DIR": str(tmp_path)}
-    result = subprocess.run(
-        [sys.executable, "-c", MUTATE, str(ROOT), "1", os.environ.get("CROPFEED_MUTANTS", "1000")],
-        env=environment, capture_output=True, text=True, timeout=1200, check=False,
-    )  # fmt: skip
-    assert result.returncode == 0, result.stderr
-    told, kept, cuts = map(int, result.stdout.split())
+    told, kept, cuts = run_mutants(MUTATE, tmp_path)
     assert min(told, kept, cuts) > (told + kept) / 10
     print(f"mutants: {told} told, {kept} stored and cut exactly, {cuts} of those decoded after more damage")
 

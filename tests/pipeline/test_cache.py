@@ -9,7 +9,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -63,20 +62,6 @@ def sources(tmp_path: Path) -> list[Source]:
         path.write_bytes(content)
         found.append(Source(str(path), BYTES, hashlib.sha256(content).hexdigest()))
     return found
-
-
-@pytest.fixture
-def downloads(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """The URLs downloaded by this process, in order."""
-    urls = []
-    original = storage.pieces
-
-    def counted(url: str, count: int) -> Iterator[bytes]:
-        urls.append(url)
-        return original(url, count)
-
-    monkeypatch.setattr(storage, "pieces", counted)
-    return urls
 
 
 def held(folder: Path) -> set[str]:

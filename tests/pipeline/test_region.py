@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import heapq
 import io
-import os
 import struct
-import subprocess
-import sys
 import tarfile
 from pathlib import Path
 
@@ -19,7 +16,7 @@ from PIL import Image
 from pipeline import huffman, region, transcode
 from pipeline.region import RegionError, cut
 from pipeline.transcode import NotBaselineError, choose_interval
-from tests.helpers import ROOT, SHARED, SUBSAMPLINGS, clean_environment, jpeg, open_image, picture
+from tests.helpers import SHARED, SUBSAMPLINGS, jpeg, open_image, picture, run_mutants
 
 SIZES = ((1, 1), (1, 40), (40, 1), (7, 9), (8, 8), (16, 16), (17, 33), (64, 200), (131, 97), (375, 500))
 
@@ -300,7 +297,7 @@ import numpy as np
 import simplejpeg
 from pipeline.region import RegionError, cut
 from pipeline.transcode import transcode
-from tests.helpers import SUBSAMPLINGS, jpeg, picture
+from tests.helpers import SUBSAMPLINGS, jpeg, mutate, picture
 
 assert __import__("numba").config.BOUNDSCHECK == 1
 rng = np.random.default_rng(int(sys.argv[2]))
@@ -308,22 +305,12 @@ refused = kept = 0
 for trial in range(int(sys.argv[3])):
     pixels = picture(int(rng.integers(1, 90)), int(rng.integers(1, 90)), trial)
     data = jpeg(pixels, SUBSAMPLINGS[trial % 6], int(rng.integers(20, 100)))
-    whole = data if trial % 2 else transcode(data)
-    mutant = bytearray(whole)
-    kind = trial % 5
-    if kind < 3:
-        for _ in range(int(rng.integers(1, 8))):
-            mutant[int(rng.integers(2, len(mutant)))] ^= 1 << int(rng.integers(8))
-    elif kind == 3:
-        del mutant[int(rng.integers(2, len(mutant))):]
-    else:
-        at = int(rng.integers(2, len(mutant)))
-        mutant[at:at] = bytes([0xFF, int(rng.integers(0xC0, 256))])
+    mutant = mutate(data if trial % 2 else transcode(data), rng, trial % 5)
     try:
         if trial % 2:
-            transcode(bytes(mutant))
+            transcode(mutant)
         else:
-            piece = cut(np.frombuffer(bytes(mutant), np.uint8), 0, 0, 1, 1)
+            piece = cut(np.frombuffer(mutant, np.uint8), 0, 0, 1, 1)
             try:
                 simplejpeg.decode_jpeg(piece.jpeg.tobytes())
             except ValueError:
@@ -337,12 +324,6 @@ print(refused, kept)
 
 def test_damaged_data_is_refused_or_survived(tmp_path: Path) -> None:
     """Bit flips, truncations and stray markers with bounds checking on: nothing but RegionError, no hang."""
-    environment = clean_environment() | {"NUMBA_BOUNDSCHECK": "1", "NUMBA_CACHE_DIR": str(tmp_path)}
-    result = subprocess.run(
-        [sys.executable, "-c", MUTATE, str(ROOT), "1", os.environ.get("CROPFEED_MUTANTS", "1000")],
-        env=environment, capture_output=True, text=True, timeout=540, check=False,
-    )  # fmt: skip
-    assert result.returncode == 0, result.stderr
-    refused, kept = map(int, result.stdout.split())
+    refused, kept = run_mutants(MUTATE, tmp_path)
     assert refused > 0
     assert kept > 0

@@ -6,7 +6,6 @@ import csv
 import json
 import os
 import warnings
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 
-from pipeline import open_loader, storage
+from pipeline import open_loader
 from pipeline.cache import GIGABYTE
 from pipeline.errors import UserError
 from pipeline.loader import LoaderSpec
@@ -29,20 +28,6 @@ SMALL = ("--arch", "resnet18", "--epochs", 1, "--batch-size", 20, "--image-size"
 def remote(small_shards: Path, s3: str) -> str:
     """The URL of small_shards on S3."""
     return upload(small_shards, f"{s3}/imagenet/shards")
-
-
-@pytest.fixture
-def downloads(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """The URLs downloaded by this process, in order."""
-    urls = []
-    original = storage.pieces
-
-    def counted(url: str, count: int) -> Iterator[bytes]:
-        urls.append(url)
-        return original(url, count)
-
-    monkeypatch.setattr(storage, "pieces", counted)
-    return urls
 
 
 def gigabytes(folder: Path, shards: int) -> float:

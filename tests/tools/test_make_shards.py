@@ -30,7 +30,8 @@ def digests(folder: Path) -> dict[str, str]:
 
 
 def make(src: Path | str, out: Path | str, *options: object) -> subprocess.CompletedProcess[str]:
-    return run_script("tools/make_shards.py", src, "--out", out, "--shard-size", 16, *options)
+    """In one process, unless the options say otherwise."""
+    return run_script("tools/make_shards.py", src, "--out", out, "--shard-size", 16, "--workers", 1, *options)
 
 
 def pixels(data: bytes) -> npt.NDArray[np.int64]:
@@ -50,7 +51,7 @@ def lossless(image_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Pa
 
 
 def test_any_number_of_workers_gives_the_same_bytes(image_folder: Path, lossless: Path, tmp_path: Path) -> None:
-    assert make(image_folder, tmp_path / "again", "--workers", 1).returncode == 0
+    assert make(image_folder, tmp_path / "again").returncode == 0  # one process, here
     assert digests(tmp_path / "again") == digests(lossless)
     assert not list(lossless.rglob(".*"))  # nothing hidden remains
     assert not (lossless / "conversion").exists()
@@ -286,9 +287,9 @@ def stop(process: subprocess.Popen[str], how: signal.Signals, reached: Callable[
 def test_stopped_anywhere_it_goes_on(image_folder: Path, lossless: Path, tmp_path: Path) -> None:
     """Ctrl-C, then SIGKILL again and again: the last run ends with the very bytes of an undisturbed one."""
     out, rng = tmp_path / "out", np.random.default_rng(0)
-    assert stop(start(image_folder, out, "--workers", 1), signal.SIGINT, lambda: finished(out) >= 1) == 130
+    assert stop(start(image_folder, out), signal.SIGINT, lambda: finished(out) >= 1) == 130
     for shards in (1, 2, 3, 5, 6):  # once so many are finished, a random moment later
-        process = start(image_folder, out, "--workers", 1)
+        process = start(image_folder, out)
         moment = float(rng.uniform(0, 0.3))
 
         def reached(shards: int = shards, moment: float = moment) -> bool:
@@ -305,13 +306,13 @@ def test_stopped_anywhere_it_goes_on(image_folder: Path, lossless: Path, tmp_pat
         if not complete:
             with pytest.raises(UserError, match="not found"):
                 ShardSet(out, "train")
-    assert make(image_folder, out, "--workers", 1).returncode == 0
+    assert make(image_folder, out).returncode == 0
     assert digests(out) == digests(lossless)
 
 
 def test_a_finished_shard_is_kept_if_whole_and_made_again_if_not(image_folder: Path, lossless: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    assert make(image_folder, out, "--shards", "0-4", "--workers", 1).returncode == 0
+    assert make(image_folder, out, "--shards", "0-4").returncode == 0
     kept, damaged = out / "train" / "000000.tar", out / "train" / "000001.tar"
     before = kept.stat().st_mtime_ns
     data = bytearray(damaged.read_bytes())
@@ -382,7 +383,7 @@ def test_a_killed_worker_ends_the_run_with_advice(tmp_path: Path) -> None:
     data = jpeg(picture(600, 800))
     for index in range(1500):
         (folder / f"{index}.JPEG").write_bytes(data)
-    process = start(tmp_path / "src", tmp_path / "out", "--workers", 1)
+    process = start(tmp_path / "src", tmp_path / "out", "--workers", 2)
     while not list(tmp_path.glob("out/conversion/*.npz")):
         time.sleep(0.05)
         assert process.poll() is None
