@@ -30,7 +30,7 @@ demo: $(INSTALLED)
 	$(BIN)/python tools/evaluate.py $(DEMO)/run --data $(DEMO)/shards --json $(DEMO)/figures.json --per-class $(DEMO)/classes.csv
 
 test: $(INSTALLED)
-	if [ -e $(VENV)/without-ffcv ]; then export CROPFEED_WITHOUT=ffcv; fi; $(BIN)/python -m pytest
+	if [ -e $(VENV)/without-ffcv ]; then export CROPFEED_WITHOUT=ffcv; fi; $(BIN)/python -m pytest -n 2 --dist loadfile
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
