@@ -166,7 +166,7 @@ def test_compact_bounds_the_short_side(size: tuple[int, int]) -> None:
     assert open_image(stored.data).quantization == reference  # type: ignore[attr-defined]
 
 
-@pytest.mark.parametrize("name", [*KEPT, *(set(REENCODED) - {"gif", "tiff"})])
+@pytest.mark.parametrize("name", [name for name in (*KEPT, *REENCODED) if name not in ("gif", "tiff")])
 def test_original_keeps_every_byte(name: str) -> None:
     data, _ = KEPT.get(name) or REENCODED[name]
     stored = store(data, "original")
