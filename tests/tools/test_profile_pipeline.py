@@ -1,0 +1,338 @@
+"""tools/profile_pipeline.py --compare, and its contenders' pictures, against what they should show."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import random
+import sys
+import tarfile
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import psutil
+import pytest
+import simplejpeg
+from peers import cuts, dali, data, torch_loaders
+from peers.compare import Options, check
+from peers.contenders import CONTENDERS, DECODE, Contender
+from peers.job import Job, draw
+from peers.runner import ContenderError, Runner
+from peers.turns import measure
+
+from pipeline.errors import UserError
+from tests.helpers import assert_refused, jpeg, run_script, without_progress, write_image_folder
+
+SIZE, LOW, HIGH = 32, 36, 68
+FIELDS = {"name", "data", "images_per_s", "low", "high", "cpu_ms_per_image", "ratio", "cpu_over_decode", "versions", "error"}
+HEIGHT, WIDTH, STEP = 96, 112, 2  # of ramp images: red is STEP * column, green STEP * row
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Three class folders of eight JPEGs."""
+    root = tmp_path_factory.mktemp("images")
+    write_image_folder(root, classes=3, train=8, val=0)
+    return root / "train"
+
+
+def compare(images: Path, out: Path, *options: object) -> Any:
+    return without_progress(
+        run_script(
+            "tools/profile_pipeline.py", "--compare", images, "--json", out / "compare.json", "--results", out / "compare.csv",
+            "--image-size", SIZE, "--scale", LOW, HIGH, "--batch-size", 8, "--repeats", 2, "--seconds", 0.2, *options,
+        )
+    )  # fmt: skip
+
+
+def test_figures_failures_and_what_is_missing(images: Path, tmp_path: Path) -> None:
+    """`false` in place of Python dies at once; this Python has no tensorflow."""
+    only = ["dali-roi:original", "dali-plain:original", "dali-plain:500", "tf-data:original", f"{DECODE}:lossless"]
+    pythons = ["--python-for", "dali-plain=/bin/false"]
+    before = set(Path("/tmp").glob("cropfeed-compare-*"))
+    result = compare(images, tmp_path, "--only", *only, *pythons)
+    assert result.returncode == 0, result.stderr
+    found = json.loads((tmp_path / "compare.json").read_text())
+    rows = {f"{row['name']}:{row['data']}": row for row in found["rows"]}
+    assert set(rows) == set(only)
+    assert all(set(row) == FIELDS for row in found["rows"])
+
+    measured = rows["dali-roi:original"]
+    assert measured["error"] is None
+    assert 0 < measured["low"] <= measured["images_per_s"] <= measured["high"]
+    assert measured["ratio"] == 1.0
+    assert measured["cpu_ms_per_image"] > 0
+    assert "nvidia-dali" in measured["versions"]
+    assert rows[f"{DECODE}:lossless"]["images_per_s"] > measured["images_per_s"]
+    for name in ("dali-plain:original", "dali-plain:500"):
+        assert "its process died" in rows[name]["error"]
+        assert rows[name]["images_per_s"] is rows[name]["ratio"] is None
+    assert rows["tf-data:original"]["error"].startswith("not installed: pip install tensorflow-cpu")
+    assert "pip install tensorflow-cpu" in result.stdout
+
+    touched = found["bytes_touched"]
+    assert 0.1 < touched["cut"]["mean"] < 1.1
+    recorded = list(csv.DictReader((tmp_path / "compare.csv").open()))
+    assert [(row["engine"], row["metric"]) for row in recorded if row["benchmark"] == "compare"] == [
+        ("dali-roi", "images_per_s"), ("dali-roi", "cpu_ms_per_image"), ("dali-roi", "ratio_to_fastest_peer"),
+        (DECODE, "images_per_s"), (DECODE, "cpu_ms_per_image"),
+    ]  # fmt: skip
+    assert all(row["repeats"] == "2" for row in recorded if row["benchmark"] == "compare")
+    assert {row["engine"] for row in recorded if row["benchmark"] == "bytes touched"} == set(touched)
+    assert set(Path("/tmp").glob("cropfeed-compare-*")) <= before
+
+
+def test_what_is_asked_wrongly(images: Path, tmp_path: Path) -> None:
+    assert_refused(compare(images, tmp_path, "--only", "nobody"), "--only nobody", "dali-roi")
+    (tmp_path / "x.tar").write_text("no tar")
+    with pytest.raises(UserError, match=r"x\.tar: cannot be unpacked"):
+        data.find_images(tmp_path / "x.tar", tmp_path)
+    with pytest.raises(UserError, match=r"holds no <class>/\*\.JPEG"):
+        data.find_images(tmp_path, tmp_path)
+    good = Options(images, None, tmp_path / "x.csv", 1, 1.0, 8, (), "uint8", SIZE, (LOW, HIGH), 1, {})
+    check(good)
+    for wrong, words in (
+        (replace(good, scale=(20, 30)), "--scale 20 30"),
+        (replace(good, pythons={"nobody": "python"}), "--python-for nobody"),
+        (replace(good, threads=1000), "--threads 1000"),
+    ):
+        with pytest.raises(UserError, match=words):
+            check(wrong)
+
+
+def test_a_tar_of_the_folder_is_as_good(images: Path, tmp_path: Path) -> None:
+    with tarfile.open(tmp_path / "x.tar", "w") as tar:
+        tar.add(images, "some/folder")
+    count, found = data.find_images(tmp_path / "x.tar", tmp_path)
+    assert count == 24
+    assert {path.name for path in found.iterdir()} == {path.name for path in images.iterdir()}
+
+
+UNRULY = """
+import os, subprocess, sys, threading, time
+def batches(job):
+    import numpy as np
+    while True:
+        yield np.zeros((job.batch_size, job.size, job.size, 3), job.out), [0] * job.batch_size
+        time.sleep(0.01)
+def dies(job):
+    for number, batch in enumerate(batches(job)):
+        if number == 120:
+            print("last words"); sys.stdout.flush(); os._exit(3)
+        yield batch
+def raises(job):
+    yield from [next(batches(job))] * 2
+    raise ValueError("out of luck")
+def in_a_thread(job):
+    def work():
+        raise ValueError("out of luck, in a thread")
+    threading.Thread(target=work).start()
+    time.sleep(1000)
+    yield
+def other_shape(job):
+    for images, labels in batches(job):
+        yield images[:, 1:], labels
+def leaves_a_child(job):
+    child = subprocess.Popen(["sleep", "1000"])
+    open(job.data, "w").write(str(child.pid))
+    yield from batches(job)
+"""
+
+
+@pytest.fixture
+def unruly(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Job:
+    """A job for the contenders of UNRULY."""
+    (tmp_path / "unruly.py").write_text(UNRULY)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    return Job(str(tmp_path / "pid"), 8, 8, 16, (16, 20), 2, "uint8", (0.0, 0.0, 0.0))
+
+
+def contender(name: str) -> Contender:
+    return Contender(name, "original", f"unruly:{name}", ("nothing",), 0)
+
+
+def test_one_that_fails_does_not_stop_the_others(unruly: Job) -> None:
+    names = ["dies", "batches", "raises", "in_a_thread", "other_shape", "leaves_a_child"]
+    results = measure([contender(name) for name in names], {"original": unruly}, 3, 0.3, {}, {})
+    errors = dict(zip(names, (result.error for result in results), strict=True))
+    assert errors == {
+        "dies": "its process died: last words",
+        "batches": None,
+        "raises": "ValueError: out of luck",
+        "in_a_thread": "ValueError: out of luck, in a thread",
+        "other_shape": "ValueError: its batch is uint8 (8, 15, 16, 3) with 8 labels, not uint8 (8, 16, 16, 3)",
+        "leaves_a_child": None,
+    }
+    good = results[1]
+    assert len(good.images_per_s) == len(good.cpu_ms) == 3
+    assert min(good.images_per_s) > 300  # 8 images in 10 ms and what the machine adds
+    assert max(good.images_per_s) <= 800
+    child = int(Path(unruly.data).read_text())
+    assert not psutil.pid_exists(child) or psutil.Process(child).status() == psutil.STATUS_ZOMBIE
+
+
+def test_one_that_hangs_is_given_up(unruly: Job) -> None:
+    runner = Runner(contender("batches"), sys.executable)
+    try:
+        began = time.monotonic()
+        with pytest.raises(ContenderError, match="hangs: no answer within 0 s"):
+            runner.ask({"open": "unruly:batches", "job": unruly, "packages": [], "warm": 1000}, 0.3)
+        assert time.monotonic() - began < 5
+    finally:
+        runner.close()
+
+
+# What the contenders' pictures show
+
+
+@pytest.fixture(scope="module")
+def ramps(tmp_path_factory: pytest.TempPathFactory) -> Job:
+    """48 equal images whose colours say where a pixel comes from, as files, tars and (if FFCV is there) a .beton."""
+    root = tmp_path_factory.mktemp("ramps")
+    pixels = np.zeros((HEIGHT, WIDTH, 3), np.uint8)
+    pixels[..., 0] = STEP * np.arange(WIDTH)
+    pixels[..., 1] = STEP * np.arange(HEIGHT)[:, None]
+    for number in range(48):
+        path = root / "source" / f"n{number % 2}" / f"{number}.JPEG"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(jpeg(pixels, "444", 100) + bytes(number))  # or the converter would call them duplicates
+    with_ffcv = os.environ.get("CROPFEED_WITHOUT") != "ffcv"
+    assert data.prepare(root / "source", root, {"original"}, {"original"} if with_ffcv else set()) == {}
+    return Job(str(root / "original"), 48, 16, SIZE, (LOW, HIGH), 2, "uint8", (100.0, 110.0, 120.0))
+
+
+def shown(images: npt.NDArray[Any]) -> npt.NDArray[np.float64]:
+    """Of each crop of ramp images: left and top edge of its window in source pixels, pixels of the source to one of the crop
+    along x and along y, and 1 if it is mirrored: (N, 5)."""
+    found = []
+    for image in images.astype(np.float64):
+        inner = slice(2, -2)  # at the image's border, filters lean inwards
+        places = np.arange(SIZE)[inner] + 0.5
+        across, along_x = np.polyfit(places, image[:, inner, 0].mean(0) / STEP + 0.5, 1)
+        down, along_y = np.polyfit(places, image[inner, :, 1].mean(1) / STEP + 0.5, 1)
+        left = along_x if across > 0 else along_x + across * SIZE
+        found.append((left, along_y, abs(across), down, across < 0))
+    return np.array(found)
+
+
+def assert_windows(windows: npt.NDArray[np.float64], slack: float = 1.2) -> None:
+    """They are what `Job` asks for.
+
+    slack: of a window's ends, source pixels. Half a pixel where whole ones are cut; and where the resized side is rounded up, its
+    window reaches over the image's edges by a quarter of a crop's pixel, 0.7 here.
+    """
+    left, top, across, down, flip = windows.T
+    short = min(HEIGHT, WIDTH) / down
+    assert np.abs(across - down).max() < 2.5 * slack / SIZE
+    assert short.min() > LOW - HIGH * slack / SIZE
+    assert short.max() < HIGH + 1 + HIGH * slack / SIZE
+    assert abs(short.mean() - (LOW + HIGH) / 2) < 2.5  # 4 standard errors of 192
+    for start, side in ((left, WIDTH), (top, HEIGHT)):
+        room = side - SIZE * down
+        assert start.min() > -slack
+        assert (start - room).max() < slack
+        relative = start[room > side / 3] / room[room > side / 3]
+        assert 0.35 < relative.mean() < 0.65
+        assert relative.min() < 0.1
+        assert relative.max() > 0.9
+    assert 0.35 < flip.mean() < 0.65
+    assert abs(np.corrcoef(left, flip)[0, 1]) < 0.35
+
+
+def first(batches: Iterator[tuple[Any, Any]], count: int = 12) -> npt.NDArray[Any]:
+    """The images of some batches, copied."""
+    return np.concatenate([np.asarray(next(batches)[0]).copy() for _ in range(count)])
+
+
+IN_PYTHON = {
+    "dali-plain": dali.plain,
+    "dali-resize-crop-mirror": dali.resize_crop_mirror,
+    "dali-roi": dali.roi,
+    "webdataset-opencv": torch_loaders.webdataset_opencv,
+    "webdataset-pillow": torch_loaders.webdataset_pillow,
+    "torch-pillow": torch_loaders.files_pillow,
+}
+
+
+@pytest.mark.parametrize("name", IN_PYTHON)
+def test_peers_make_the_crops_they_claim(ramps: Job, name: str) -> None:
+    if "opencv" in name:
+        pytest.importorskip("cv2")
+    images = first(IN_PYTHON[name](ramps))
+    assert images.dtype == np.uint8
+    assert images.shape == (192, SIZE, SIZE, 3)
+    assert_windows(shown(images))
+    assert images[..., 2].max() < 10  # RGB, not BGR
+
+
+@pytest.mark.parametrize("name", ["dali-plain", "dali-resize-crop-mirror", "dali-roi", "torch-pillow"])
+def test_float32_has_the_mean_subtracted(ramps: Job, name: str) -> None:
+    images = first(IN_PYTHON[name](ramps._replace(out="float32")))
+    assert images.dtype == np.float32
+    assert_windows(shown(images + np.array(ramps.mean, np.float32)))
+
+
+@pytest.mark.skipif(os.environ.get("CROPFEED_WITHOUT") == "ffcv", reason="FFCV is not installed")
+def test_ffcv_makes_the_crops_it_claims(ramps: Job) -> None:
+    """Its generator of crops, uncompiled; that FFCV compiles it is the other half."""
+    from peers.ffcv import jitter_crop
+
+    found = np.array([jitter_crop(HEIGHT, WIDTH, ramps.scale, (SIZE, SIZE)) for _ in range(192)], float)
+    top, left, height, width = found.T
+    flips = np.arange(192) % 2
+    assert_windows(np.stack([left, top, width / SIZE, height / SIZE, flips], axis=1))
+
+
+def test_windows_in_python(ramps: Job) -> None:
+    windows = [draw(HEIGHT, WIDTH, ramps) for _ in range(192)]
+    found = [(w.left, w.top, (w.right - w.left) / SIZE, (w.bottom - w.top) / SIZE, w.flip) for w in windows]
+    assert_windows(np.array(found, float))
+    for window in windows:
+        left, top, right, bottom = window.whole()
+        assert 0 <= left < right <= WIDTH
+        assert 0 <= top < bottom <= HEIGHT
+
+
+def test_draft_changes_little() -> None:
+    """Of an image reduced sixfold, Pillow's `draft` decodes a half or a quarter: the same picture, nearly."""
+    pixels = np.add.outer(np.arange(400), np.arange(600))[..., None].repeat(3, 2) / 4
+    data = jpeg(pixels.astype(np.uint8), "420", 95)
+    job = Job("", 1, 1, SIZE, (66, 66), 1, "uint8", (0.0, 0.0, 0.0))
+    for seed in range(5):
+        random.seed(seed)
+        plain = torch_loaders.pillow(job, data)
+        random.seed(seed)
+        drafted = torch_loaders.pillow_draft(job, data)
+        assert np.abs(plain.astype(int) - drafted).max() <= 3
+
+
+def test_bytes_that_a_cut_touches(images: Path, tmp_path: Path) -> None:
+    data.prepare(images, tmp_path, {"lossless"}, set())
+    job = Job(str(tmp_path / "lossless"), 24, 8, SIZE, (LOW, HIGH), 2, "uint8", (0.0, 0.0, 0.0))
+    touched = cuts.touched(job)
+    assert len(touched.needed) == len(touched.stored) == 24
+    assert (touched.needed <= touched.stored).all()
+    assert (touched.needed < touched.stored).any()
+    if touched.loaded_randomly is not None:
+        assert touched.loaded is not None
+        assert (touched.loaded_randomly >= touched.needed // cuts.PAGE).all()
+        assert (touched.loaded_randomly <= touched.stored + 2 * cuts.PAGE).all()
+        assert touched.loaded.sum() >= touched.loaded_randomly.sum()
+
+
+def test_every_contender_names_what_installs_it() -> None:
+    keys = [contender.key for contender in CONTENDERS]
+    assert len(set(keys)) == len(keys)
+    assert all(contender.install.startswith("pip install ") for contender in CONTENDERS)
+    assert {contender.group for contender in CONTENDERS} == {"original", "500"}
+
+
+def test_shrunk_images_are_ffcvs() -> None:
+    stored = data.shrink(np.frombuffer(jpeg(np.zeros((600, 801, 3), np.uint8), "444"), np.uint8))
+    assert simplejpeg.decode_jpeg_header(stored)[:4] == (374, 500, "YCbCr", "420")

@@ -1,0 +1,78 @@
+"""What every contender is asked for (`Job`), and the draw of one image's crop for those that draw in Python (`draw`).
+
+Standard library only: a contender may run in another Python, without torch or our own packages.
+"""
+
+from __future__ import annotations
+
+import random
+from math import floor
+from pathlib import Path
+from typing import Any, NamedTuple
+
+
+class Job(NamedTuple):
+    """Batches of random crops, endlessly.
+
+    Per image: the short side resized to S, uniform on the whole numbers scale[0]..scale[1], then a crop of size x size pixels at
+    a uniform whole-pixel place, mirrored left to right with probability 1/2.
+
+    data: a folder with images/<class>/*.JPEG and, with the same images, shards/train/*.tar (WebDataset, each with DALI's index
+    *.idx) and shards/train.beton. images: how many there are. out: "uint8", or "float32" with `mean` (per channel, in 0..255)
+    subtracted. Batches are (batch_size, size, size, 3) in memory, the last axis RGB.
+    """
+
+    data: str
+    images: int
+    batch_size: int
+    size: int
+    scale: tuple[int, int]
+    threads: int
+    out: str
+    mean: tuple[float, float, float]
+
+    @staticmethod
+    def of(values: list[Any]) -> Job:
+        """From JSON, which has no tuples."""
+        fields: list[Any] = [tuple(value) if isinstance(value, list) else value for value in values]
+        return Job(*fields)
+
+    def tars(self) -> list[str]:
+        return sorted(map(str, Path(self.data).glob("shards/train/*.tar")))
+
+    def beton(self) -> str:
+        return str(Path(self.data) / "shards" / "train.beton")
+
+    def files(self) -> list[tuple[str, int]]:
+        """Path and label of every image: a label is its folder's place in sorted order."""
+        folders = sorted(Path(self.data).glob("images/*"))
+        return [(str(path), label) for label, folder in enumerate(folders) for path in sorted(folder.iterdir())]
+
+
+class Window(NamedTuple):
+    """The part of an image that a crop shows, in pixels of the image, and whether it is mirrored."""
+
+    left: float
+    top: float
+    right: float
+    bottom: float
+    flip: bool
+
+    def whole(self) -> tuple[int, int, int, int]:
+        """left, top, right, bottom in whole pixels, for libraries that crop before they resize."""
+        left, top = floor(self.left + 0.5), floor(self.top + 0.5)
+        return left, top, max(left + 1, floor(self.right + 0.5)), max(top + 1, floor(self.bottom + 0.5))
+
+
+def draw(height: int, width: int, job: Job) -> Window:
+    """A random crop of an image of height x width pixels: the window that, resized to size x size, is the crop of `Job`."""
+    side = min(height, width)
+    short = random.randint(*job.scale)
+    scale = side / short
+    low, high = [], []
+    for length in (width, height):
+        resized = floor(length / scale + 0.5)
+        start = (random.randint(0, resized - job.size) - resized / 2) * scale + length / 2  # the resized image is centred
+        low.append(max(start, 0.0))
+        high.append(min(start + job.size * scale, float(length)))
+    return Window(low[0], low[1], high[0], high[1], random.random() < 0.5)
