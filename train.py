@@ -26,7 +26,9 @@ from model.testing import score
 from model.weights import Recipe, load_weights, save_weights
 from pipeline import ENGINES, open_loader, plan
 from pipeline.errors import Parser, UserError, positive, run_cli
-from pipeline.loader import PRECISIONS, Loader, LoaderSpec
+from pipeline.geometry import CentreCrop, Geometry, RandomResizedCrop, ScaleJitter
+from pipeline.loader import Loader
+from pipeline.spec import CORRUPT, PRECISIONS, LoaderSpec
 from training.checkpoint import load_checkpoint, save_checkpoint
 from training.launch import check_launch, core_share
 from training.metrics import Meter, MetricsFile
@@ -60,7 +62,13 @@ def parser() -> Parser:
     parse.add_argument("--warmup", type=float, default=0.0, help="epochs of linear warm-up")
     parse.add_argument("--weight-decay", type=float, default=1e-4)
     parse.add_argument("--image-size", type=positive, default=224)
-    parse.add_argument("--scale", type=int, nargs=2, metavar=("LO", "HI"), help="the short side's range (256 480 at size 224)")
+    parse.add_argument("--geometry", default="jitter", choices=("jitter", "rrc"), help="scale jitter, or random resized crops")
+    parse.add_argument(
+        "--scale", type=int, nargs=2, metavar=("LO", "HI"), help="of the short side, for jitter (256 480 at size 224)"
+    )
+    parse.add_argument("--order", default="full", choices=("full", "blocks"), help="shuffle all images, or blocks of shards")
+    parse.add_argument("--block-shards", type=positive, default=8, help="shards in a block; two blocks should fit the cache")
+    parse.add_argument("--corrupt", default="replace", choices=CORRUPT, help="what to do at an image that cannot be decoded")
     parse.add_argument("--mean", default="pixel", choices=("pixel", "channel"), help="what is subtracted")
     parse.add_argument("--seed", type=int, default=0)
     parse.add_argument("--mixed-precision", choices=PRECISIONS, help="default: what accelerate was told")
@@ -85,18 +93,28 @@ def check_arguments(args: Any, output: Path) -> None:
         raise UserError(f"{output}: exists already; continue it with --resume, or give another --output")
 
 
+def choose_geometry(args: Any) -> Geometry:
+    """The training geometry. Without --scale, what 256..480 is for crops of 224."""
+    if args.geometry == "rrc":
+        if args.scale:
+            raise UserError("--scale belongs to --geometry jitter; leave it out")
+        return RandomResizedCrop()
+    return ScaleJitter(*args.scale) if args.scale else ScaleJitter().scaled(args.image_size, plan.CROP)
+
+
 def open_loaders(args: Any, accelerator: Accelerator) -> tuple[Loader, Loader | None]:
     """The training loader, and the validation loader where the data has that split."""
-    size = args.image_size
     spec = LoaderSpec(
         args.data,
         batch_size=args.batch_size,
-        image_size=size,
-        scale=tuple(args.scale or (plan.short_at(plan.SCALE[0], size), plan.short_at(plan.SCALE[1], size))),
-        eval_short=plan.short_at(plan.EVAL_SHORT, size),
+        order=args.order,
+        block_shards=args.block_shards,
+        image_size=args.image_size,
+        geometry=choose_geometry(args),
         seed=args.seed,
         normalization=args.mean,
         dtype=PRECISIONS.get(accelerator.mixed_precision, torch.float32),
+        corrupt=args.corrupt,
         device=str(accelerator.device),
         rank=accelerator.process_index,
         world_size=accelerator.num_processes,
@@ -112,6 +130,10 @@ def open_loaders(args: Any, accelerator: Accelerator) -> tuple[Loader, Loader | 
     return train_loader, open_loader(spec.evaluation()) if has_val else None
 
 
+def scale_of(geometry: Geometry) -> tuple[int, int] | None:
+    return (geometry.low, geometry.high) if isinstance(geometry, ScaleJitter) else None
+
+
 class Run:
     """One training run: what it is made of, and its steps."""
 
@@ -119,8 +141,10 @@ class Run:
         self.args, self.accelerator, self.output = args, accelerator, output
         self.loader, self.val_loader = open_loaders(args, accelerator)
         spec, normalization = self.loader.spec, self.loader.normalization
+        evaluation = spec.evaluation().geometry
+        assert isinstance(evaluation, CentreCrop)
         self.recipe = Recipe(
-            args.arch, self.loader.classes, spec.image_size, spec.eval_short, normalization.mean, normalization.std
+            args.arch, self.loader.classes, spec.final_size, evaluation.short, normalization.mean, normalization.std
         )
         self.progress = Progress()
         torch.manual_seed(args.seed)
@@ -139,7 +163,7 @@ class Run:
             self.metrics = MetricsFile(output / "metrics.csv", self.progress.step)
             config = {
                 "command": sys.argv,
-                "arguments": vars(args) | {"scale": spec.scale},
+                "arguments": vars(args) | {"scale": scale_of(spec.geometry)},
                 "precision": accelerator.mixed_precision,
                 "processes": accelerator.num_processes,
                 "engine": self.loader.engine,
@@ -195,17 +219,16 @@ class Run:
         self.accelerator.log(values, step=self.progress.step)
 
     def train(self) -> None:
-        bar = tqdm(
-            total=self.total_steps, initial=self.progress.step, unit=" steps", disable=not self.accelerator.is_main_process
-        )
-        while self.loader.epoch < self.args.epochs:
-            self.train_epoch(bar)
-            best = False
-            epoch = self.loader.epoch  # already the next one's number: how many are done
-            if self.val_loader is not None and (epoch % self.args.eval_every == 0 or epoch == self.args.epochs):
-                best = self.validate(bar)
-            self.save(best)
-        bar.close()
+        done, quiet = self.progress.step, not self.accelerator.is_main_process
+        with tqdm(total=self.total_steps, initial=done, unit=" steps", disable=quiet) as bar:
+            while self.loader.epoch < self.args.epochs:
+                self.train_epoch(bar)
+                self.tell_of_replaced(bar)
+                best = False
+                epoch = self.loader.epoch  # already the next one's number: how many are done
+                if self.val_loader is not None and (epoch % self.args.eval_every == 0 or epoch == self.args.epochs):
+                    best = self.validate(bar)
+                self.save(best)
         if self.accelerator.is_main_process:
             self.write_weights(self.output / "model.safetensors")
         self.accelerator.end_training()
@@ -228,6 +251,13 @@ class Run:
             # The epoch's end has a checkpoint of its own, after validation.
             if progress.step % args.checkpoint_every == 0 and progress.step % len(self.loader):
                 self.save()
+
+    def tell_of_replaced(self, bar: Any) -> None:
+        """Say how many images stood in for corrupt ones since the start, over all processes, if any did."""
+        count = torch.tensor(self.loader.replaced, device=self.accelerator.device)
+        replaced = int(self.accelerator.reduce(count, "sum"))
+        if replaced and self.accelerator.is_main_process:
+            bar.write(f"epoch {self.loader.epoch}: {replaced} images replaced so far that could not be decoded")
 
     def rate(self) -> float:
         """The learning rate of the next step, taken at the step's middle so that neither end of a schedule is wasted."""

@@ -35,7 +35,8 @@ class Statistics:
     def add_image(self, image: Image.Image) -> None:
         """Add one decoded image's centre crop."""
         width, height = image.size
-        crop = augment.resample(image, plan.centre([height], [width], SHORT, SIZE), SIZE)
+        centre = plan.windows(plan.centre([height], [width], SHORT, SIZE), [height], [width], SIZE)[0]
+        crop = augment.resample(image, centre, False, (SIZE, SIZE))
         self.images += 1
         self.image += crop
         pixels = crop.reshape(-1, 3).astype(np.float64)  # products stay far below 2^53: exact

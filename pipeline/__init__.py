@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib
+import importlib.util
+import logging
 from typing import TYPE_CHECKING
 
 from pipeline.errors import UserError
@@ -10,13 +12,21 @@ from pipeline.errors import UserError
 if TYPE_CHECKING:
     from pipeline.loader import Loader, LoaderSpec
 
-# Name -> module with an `open(spec) -> Loader`, best first. Imported only when asked for.
-ENGINES = {"dali": "pipeline.engines.dali"}
+# Name -> module with an `open(spec) -> Loader`. Imported only when asked for.
+ENGINES = {"dali": "pipeline.engines.dali", "ffcv": "pipeline.engines.ffcv", "cpu": "pipeline.engines.cpu"}
+
+log = logging.getLogger("cropfeed")
 
 
 def open_loader(spec: LoaderSpec) -> Loader:
-    """The loader of `spec` by its engine; "auto" takes the first of `ENGINES`. Raises UserError if that cannot be had."""
-    name = next(iter(ENGINES)) if spec.engine == "auto" else spec.engine
+    """The loader of `spec` by its engine; "auto" takes the best for this machine and data, see `choose_engine`.
+
+    Raises UserError if the engine cannot be had.
+    """
+    name = spec.engine
+    if name == "auto":
+        name, why = choose_engine(spec)
+        log.info("engine %s: %s", name, why)
     if name not in ENGINES:
         raise UserError(f"unknown engine {name!r}; choose from {', '.join(ENGINES)}")
     try:
@@ -25,3 +35,17 @@ def open_loader(spec: LoaderSpec) -> Loader:
         raise UserError(f"engine {name} cannot be imported ({error}); install it with: pip install -e '.[{name}]'") from error
     loader: Loader = module.open(spec)
     return loader
+
+
+def choose_engine(spec: LoaderSpec) -> tuple[str, str]:
+    """The engine that feeds `spec` fastest on this machine, and why."""
+    from pipeline.shards import Manifest
+
+    entry = Manifest(spec.data).splits.get(spec.split, {})
+    if not entry.get("shards") and entry.get("beton"):
+        return "ffcv", "the data set holds FFCV files only"
+    if not spec.device.startswith("cuda"):
+        return "cpu", "batches stay on the CPU, where it is the fastest"
+    if importlib.util.find_spec("nvidia.dali") is None:
+        return "cpu", "DALI, which would decode on the GPU, is not installed: pip install -e '.[dali]'"
+    return "dali", "it decodes on the GPU"

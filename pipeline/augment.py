@@ -2,8 +2,9 @@
 
 One picture is made as He et al. 2015 (section 3.4) and Krizhevsky et al. 2012 (section 4.1) describe it:
 
-1. resize with an antialiased bilinear (triangle) filter so that the short side is S, take a whole-pixel crop, as uint8;
-2. mirror left to right if the draw says so;
+1. resample a window with an antialiased bilinear (triangle) filter, as uint8: for scale jitter, that is resizing so that the
+   short side is S and taking a whole-pixel crop (`pipeline.geometry` has the other windows);
+2. mirror left to right if the view says so;
 3. add the lighting (PCA colour) shift, a constant per channel;
 4. subtract the mean, per pixel or per channel, and divide by the standard deviation where one is given (the paper has none).
 
@@ -19,8 +20,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 from PIL import Image
-
-from pipeline.plan import Draws, windows
 
 if TYPE_CHECKING:  # the converter's workers use this module and need no torch
     import torch
@@ -53,6 +52,10 @@ class Normalization:
         ]
         return Normalization(np.ascontiguousarray(np.stack(planes, axis=-1)), self.std)
 
+    def per_channel(self) -> Normalization:
+        """The same with a mean per channel: a per-pixel mean's own mean."""
+        return Normalization(self.mean.reshape(-1, 3).mean(axis=0), self.std)
+
 
 # What torchvision's published weights expect: its ImageNet channel mean and standard deviation, times 255.
 TORCHVISION = Normalization.of(
@@ -78,27 +81,35 @@ def eigenbasis(covariance: npt.ArrayLike) -> tuple[npt.NDArray[np.float64], npt.
     return values, vectors * np.sign(vectors[largest, np.arange(3)])
 
 
-def lighting(draws: Draws, basis: Floats) -> Floats:
-    """The lighting shift of N samples, float32 (N, 3), in units of 0..255. basis: as `lighting_basis` gives it."""
-    return np.ascontiguousarray(draws.alphas @ basis.T)
+def lighting(alphas: Floats, basis: Floats) -> Floats:
+    """The lighting shift of N pictures, float32 (N, 3), in 0..255. alphas: (N, 3). basis: as `lighting_basis` gives it."""
+    return np.ascontiguousarray(alphas @ basis.T)
 
 
-def resample(image: Image.Image, draw: Draws, crop: int) -> Pixels:
-    """Steps 1 and 2 of one image in Pillow: uint8 (crop, crop, 3). draw: of length one; image: any mode, any orientation tag.
+def resample(image: Image.Image, window: npt.ArrayLike, flip: bool, size: tuple[int, int]) -> Pixels:
+    """Steps 1 and 2 of one view in Pillow: uint8 (height, width, 3).
 
+    image: any mode, any orientation tag. window: top, left, bottom, right, source pixels. size: height and width.
     Pillow resamples the window with support outside it, which is resizing the whole image and cropping, without doing all of it.
     """
-    width, height = image.size
-    top, left, bottom, right = windows(draw, [height], [width], crop)[0]
-    small = image.convert("RGB").resize((crop, crop), Image.Resampling.BILINEAR, box=(left, top, right, bottom))
+    top, left, bottom, right = np.asarray(window, np.float64).tolist()
+    small = image.convert("RGB").resize(size[::-1], Image.Resampling.BILINEAR, box=(left, top, right, bottom))
     pixels = np.asarray(small)
-    return np.ascontiguousarray(pixels[:, ::-1]) if draw.flip[0] else pixels
+    return np.ascontiguousarray(pixels[:, ::-1]) if flip else pixels
 
 
-def apply(image: Image.Image, draw: Draws, crop: int, basis: Floats, normalization: Normalization) -> Floats:
-    """The reference: one augmented picture, float32 (crop, crop, 3). draw: of length one. normalization: at size `crop`."""
-    pixels = resample(image, draw, crop).astype(np.float32)
-    return np.asarray((pixels + lighting(draw, basis) - normalization.mean) / normalization.std, np.float32)
+def apply(
+    image: Image.Image,
+    window: npt.ArrayLike,
+    flip: bool,
+    alphas: Floats,
+    size: tuple[int, int],
+    basis: Floats,
+    normalization: Normalization,
+) -> Floats:
+    """The reference: one augmented picture, float32 (height, width, 3). alphas: (3,). normalization: at `size`."""
+    pixels = resample(image, window, flip, size).astype(np.float32)
+    return np.asarray((pixels + lighting(alphas[None], basis) - normalization.mean) / normalization.std, np.float32)
 
 
 def colour_tail(

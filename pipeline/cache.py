@@ -19,6 +19,7 @@ import math
 import os
 import re
 import shutil
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -35,6 +36,10 @@ FREE_SHARE = 0.8  # of what the disk has free, for the cache by default
 _FILE = re.compile(r"[0-9a-f]{64}")
 _PARTIAL = re.compile(r"\.([0-9a-f]{64})\.([0-9]+)\.partial")
 _TOUCH_S, _POLL_S, _RECOUNT_S = 1.0, 0.02, 1.0
+
+
+class StoppedError(Exception):
+    """A download was stopped by another thread."""
 
 
 class _File(NamedTuple):
@@ -75,17 +80,21 @@ class ShardCache:
         with self.open(url, bytes, sha256):
             return self.path(sha256)
 
-    def open(self, url: str, bytes: int, sha256: str) -> FileIO:
+    def open(self, url: str, bytes: int, sha256: str, stop: threading.Event | None = None) -> FileIO:
         """The local copy, downloaded if needed, open for reading; it stays readable if it is evicted meanwhile.
 
-        bytes, sha256: as the manifest says. Raises UserError if the file is not there or another one, or does not fit.
+        bytes, sha256: as the manifest says. Raises UserError if the file is not there or another one, or does not fit, and
+        StoppedError soon after another thread sets `stop`.
         """
         self.check(url, bytes)
+        stop = stop or threading.Event()
         try:
             while (found := self._held(bytes, sha256)) is None:
+                if stop.is_set():
+                    raise StoppedError(url)
                 with self._reserved(url, bytes, sha256) as partial:
                     if partial is not None:
-                        return self._download(url, bytes, sha256, *partial)
+                        return self._download(url, bytes, sha256, *partial, stop)
         except OSError as error:
             raise UserError(
                 f"{self.folder}: the cache cannot be used ({error}); give another --cache (CROPFEED_CACHE) or less --cache-gb"
@@ -179,7 +188,7 @@ class ShardCache:
             )
         return surplus <= 0
 
-    def _download(self, url: str, bytes: int, sha256: str, partial: Path, stream: BinaryIO) -> FileIO:
+    def _download(self, url: str, bytes: int, sha256: str, partial: Path, stream: BinaryIO, stop: threading.Event) -> FileIO:
         """Fill the partial, check it and give it its name; returns it open for reading."""
         found = storage.size(url)
         if found != bytes:
@@ -188,6 +197,8 @@ class ShardCache:
             stream.seek(0)
             digest = hashlib.sha256()
             for piece in storage.pieces(url, bytes):
+                if stop.is_set():
+                    raise StoppedError(url)
                 stream.write(piece)
                 digest.update(piece)
             if digest.hexdigest() == sha256:

@@ -20,7 +20,7 @@ def decoding_tables(tables: dict[tuple[int, int], bytes]) -> tuple[Any, Any, Any
     offsets = np.zeros((8, 18), np.int32)  # a code of that size plus this is its symbol's place
     values = np.zeros((8, 256), np.uint8)
     for (kind, number), table in tables.items():
-        if not _fill_decoding_table(np.frombuffer(table, np.uint8), 4 * kind + number, luts, limits, offsets, values):
+        if not fill_decoding_table(np.frombuffer(table, np.uint8), 4 * kind + number, luts, limits, offsets, values):
             return None
     return luts, limits, offsets, values
 
@@ -32,7 +32,7 @@ def _entry(size: Any, symbol: Any) -> Any:
 
 
 @njit(cache=True, nogil=True)
-def _fill_decoding_table(table: Any, index: Any, luts: Any, limits: Any, offsets: Any, values: Any) -> bool:
+def fill_decoding_table(table: Any, index: Any, luts: Any, limits: Any, offsets: Any, values: Any) -> bool:
     if len(table) - 16 > 256:
         return False
     for i in range(len(table) - 16):

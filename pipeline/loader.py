@@ -1,79 +1,48 @@
-"""What to load (`LoaderSpec`), what comes out (`Batch`), and the contract that every engine keeps (`Loader`).
+"""What comes out (`Batch`), and the contract that every engine keeps (`Loader`). `pipeline.spec` says what can be loaded.
 
-The sequence of global batches depends on the data, the seed and the batch size alone. Rank r of R gets its part of each
-global batch, so it does not depend on R. Training drops the ragged end of an epoch (other samples each time, as the order
-changes); evaluation counts every sample exactly once, for any R and batch size.
+The sequence of global batches depends on the data, the spec's seed, order, geometry and batch size alone. Rank r of R gets its
+part of each global batch, so it does not depend on R. Training drops the ragged end of an epoch (other samples each time, as the
+order changes); evaluation counts every sample exactly once, for any R and batch size.
 
 A checkpoint of the input is two integers: the epoch, and how many samples of it have been handed out over all ranks.
+
+A sample that cannot be decoded is replaced by one that `plan.substitute` names, with that one's draws. Which samples those are is
+a property of the data, so the batches still depend on nothing else, and engines only have to find the corrupt ones.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import logging
+import threading
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from pipeline import plan
-from pipeline.augment import Floats, Normalization
+from pipeline.augment import Floats, Normalization, colour_tail, lighting
+from pipeline.buffers import BufferPool
 from pipeline.errors import UserError
-from pipeline.plan import Draws, Ints
-from pipeline.shards import ShardSet
+from pipeline.geometry import Views, WholeImage
+from pipeline.order import Blocks, ByShape, Full, Order, Sequential
+from pipeline.plan import Ints
+from pipeline.shards import Manifest, ShardSet
+from pipeline.spec import LoaderSpec, check
+from pipeline.tail import STORED, Tail
 
-PRECISIONS = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}  # by Accelerate's names
-
-
-@dataclass(frozen=True)
-class LoaderSpec:
-    """What to load. Everything that decides pixels and order is here; `engine`, `threads` and `prefetch` decide speed alone.
-
-    data: the shards' folder, or its URL. split: "train", "val". training: shuffle and augment, or sequential and centre crop.
-    batch_size: images in a *global* batch, over all ranks. image_size: the crop's side, pixels.
-    scale: the inclusive range of the resized short side in training, pixels; eval_short: the short side in evaluation.
-    normalization: what the colour tail subtracts and divides by; "pixel" and "channel" take the data set's own mean and no
-    division. alpha_std: standard deviation of the PCA coefficients, 0 for no colour augmentation.
-    dtype: of the images (float32, float16 or bfloat16). device: "cpu", "cuda" or "cuda:N".
-    rank, world_size: this process's place. engine: a name in `pipeline.ENGINES`, or "auto".
-    threads: decoding threads. prefetch: batches made ahead.
-    cache, cache_gb: folder and bound of the local copies of remote shards (defaults: `pipeline.cache.choose_cache`).
-    """
-
-    data: str | Path
-    split: str = "train"
-    training: bool = True
-    batch_size: int = 256
-    image_size: int = plan.CROP
-    scale: tuple[int, int] = plan.SCALE
-    eval_short: int = plan.EVAL_SHORT
-    seed: int = 0
-    normalization: Normalization | str = "pixel"
-    alpha_std: float = plan.ALPHA_STD
-    dtype: torch.dtype = torch.float32
-    device: str = "cpu"
-    rank: int = 0
-    world_size: int = 1
-    engine: str = "auto"
-    threads: int = 2
-    prefetch: int = 2
-    cache: str | Path | None = None
-    cache_gb: float | None = None
-
-    def evaluation(self, split: str = "val", batch_size: int | None = None) -> LoaderSpec:
-        """The same for evaluation: sequential, centre crop, every sample once."""
-        return replace(self, split=split, training=False, batch_size=batch_size or self.batch_size)
+log = logging.getLogger("cropfeed")
 
 
 class Batch(NamedTuple):
-    """This rank's part of a global batch of which it holds N images.
+    """This rank's part of a global batch of which it holds N images, each in the geometry's `crops` views.
 
-    images: (N, 3, H, W) in channels-last memory, of the spec's dtype, on its device. labels: int64 (N,), same device.
-    ids: int64 (N,), NumPy: places of the samples in the split.
+    images: (N * crops, 3, H, W) in channels-last memory, of the spec's dtype, on its device; an image's views are next to each
+    other. labels: int64 (N,), same device. ids: int64 (N,), NumPy: places in the split of the samples delivered.
     """
 
     images: torch.Tensor
@@ -93,15 +62,15 @@ class Part(NamedTuple):
 class Work(NamedTuple):
     """A part, planned: what an engine must make.
 
-    ids: int64 (N,). draws: of N. windows: float64 (N, 4), source pixels. heights, widths: int64 (N,), source pixels.
+    ids: int64 (N,). views: of V = N * crops. heights, widths: int64 (N,), source pixels. size: height and width of the pictures.
     """
 
     part: Part
     ids: Ints
-    draws: Draws
-    windows: Any
+    views: Views
     heights: Ints
     widths: Ints
+    size: tuple[int, int]
 
 
 class Loader(ABC):
@@ -109,6 +78,7 @@ class Loader(ABC):
 
     `epoch` and `consumed` (samples of the epoch handed out, over all ranks) are the whole state. A batch counts as consumed
     once it is yielded. Iterating again after a `break` goes on where it stopped; `seek` goes anywhere.
+    `corrupt`: sample -> why it cannot be decoded, of those met so far. `replaced`: samples handed out in such ones' places.
     """
 
     engine: str  # its name in `pipeline.ENGINES`
@@ -116,39 +86,62 @@ class Loader(ABC):
     def __init__(self, spec: LoaderSpec) -> None:
         check(spec)
         self.spec = spec
-        self.shards = ShardSet(spec.data, spec.split, spec.cache, spec.cache_gb)
-        if spec.training and spec.rank == 0:  # in evaluation each shard is downloaded once; one rank says it for all
+        device = torch.device(spec.device)
+        if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+            raise UserError(f"device {spec.device}: torch sees no such CUDA GPU; use device cpu, or check the driver")
+        self.shards = self._open_shards()
+        if spec.order == "full" and spec.rank == 0:  # in other orders each shard is downloaded once; one rank says it for all
             self.shards.check_cache()
         count = len(self.shards)
+        self.order = self._open_order(count)
         self.total = count // spec.batch_size * spec.batch_size if spec.training else count
         if self.total == 0:
             raise UserError(f"{spec.data}: {count} images in {spec.split}, fewer than one batch of {spec.batch_size}")
-        manifest = self.shards.manifest
-        if isinstance(spec.normalization, Normalization):
-            normalization = spec.normalization
-        else:
-            normalization = Normalization.of(manifest.mean_image() if spec.normalization == "pixel" else manifest.channel_mean())
-        self.normalization = normalization.at(spec.image_size)
-        self.basis: Floats = manifest.lighting_basis()
-        self.classes = manifest.classes
+        self.crops = spec.geometry.crops
+        self.classes = self.shards.manifest.classes
+        self.basis: Floats = self.shards.manifest.lighting_basis()
+        self._stored_normalization = choose_normalization(spec, self.shards.manifest)
+        self.normalization = self._stored_normalization.at(spec.final_size)
+        self.buffers = BufferPool(spec.device)
+        self._tails: dict[tuple[int, int], Tail] = {}
+        self._on_device: dict[tuple[int, int], tuple[torch.Tensor, torch.Tensor]] = {}
         self.epoch = 0
         self.consumed = 0
+        self.corrupt: dict[int, str] = {}
+        self.replaced = 0
+        self._marking = threading.Lock()
+        self._hinted: tuple[int, int] | None = None
+
+    # --- What an engine implements
 
     @abstractmethod
     def _make(self, part: Part) -> Batch:
-        """The batch of a part. Parts are asked for in the order of `parts`, epoch after epoch, except after `seek` or `close`."""
+        """The batch of a part: `finish` of the pictures that `plan` asks for.
 
-    def close(self) -> None:  # noqa: B027 - engines without threads or device memory have nothing to free
-        """Free threads and device memory. The loader may be iterated again; it then starts anew."""
+        Parts come in the order of `upcoming`, except after `close`, which `seek` calls. A sample that cannot be decoded goes to
+        `replace`, or to `mark_corrupt` and `plan` anew.
+        """
+
+    def close(self) -> None:
+        """Free threads and device memory. The loader may be iterated again; it then starts anew. Engines extend this."""
+        self.shards.close()
+        self._hinted = None
+
+    # --- What users call
 
     def __len__(self) -> int:
         """Global batches in an epoch."""
-        return -(-self.total // self.spec.batch_size)
+        if self.spec.training:
+            return self.total // self.spec.batch_size
+        return int((-(-self.order.runs() // self.spec.batch_size)).sum())
 
     def __iter__(self) -> Iterator[Batch]:
         for part in self.parts(self.epoch, self.consumed):
             batch = self._make(part)
             self.consumed = part.stop
+            if self.corrupt:
+                planned = self.order.samples(part.epoch, np.arange(part.low, part.high))
+                self.replaced += int(np.count_nonzero(batch.ids != planned))
             yield batch
         self.epoch, self.consumed = self.epoch + 1, 0
 
@@ -156,6 +149,7 @@ class Loader(ABC):
         """Go to a place: `consumed` samples into `epoch`."""
         if epoch < 0 or not 0 <= consumed <= self.total:
             raise ValueError(f"no place {consumed} in epoch {epoch} of {self.total} samples")
+        self.close()  # what is in the making belongs to the old place
         self.epoch, self.consumed = epoch, consumed
 
     def state_dict(self) -> dict[str, Any]:
@@ -166,60 +160,177 @@ class Loader(ABC):
         """Go to a saved place. Raises UserError when it was saved over other data or with other augmentation."""
         if state["fingerprint"] != self.fingerprint():
             raise UserError(
-                f"{self.spec.data}: the checkpoint was made with other data, seed, image size or augmentation; "
+                f"{self.spec.data}: the checkpoint was made with other data, seed, order, image size or augmentation; "
                 "resume with the same, or start a new run"
             )
         self.seek(state["epoch"], state["consumed"])
 
     def fingerprint(self) -> str:
-        """Of the data and of every setting that decides samples or draws; not of batch size, ranks, engine or device."""
+        """Of the data and of every setting that decides samples or draws; not of batch size, ranks, engine, dtype or device."""
         spec = self.spec
-        geometry = [spec.image_size, spec.scale, spec.alpha_std] if spec.training else [spec.image_size, spec.eval_short]
+        order = [spec.order, spec.block_shards] if spec.order == "blocks" else [spec.order]
+        geometry = [repr(spec.geometry), spec.alpha_std if spec.geometry.random else 0]
         mean = hashlib.sha256(self.normalization.mean.tobytes() + self.normalization.std.tobytes()).hexdigest()
-        parts = [self.shards.manifest.fingerprint, spec.split, spec.training, spec.seed, geometry, mean]
+        parts = [self._data_fingerprint(), spec.split, spec.training, spec.seed, order, spec.sizes, geometry, mean]
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
+
+    # --- What engines call
 
     def parts(self, epoch: int, start: int) -> Iterator[Part]:
         """This rank's parts of an epoch's global batches, from sample `start` on; empty ones are left out."""
-        spec = self.spec
-        for first in range(start, self.total, spec.batch_size):
-            stop = min(first + spec.batch_size, self.total)
-            low, high = plan.share(first, stop, spec.rank, spec.world_size)
+        ends = np.cumsum(self.order.runs())
+        while start < self.total:
+            end = int(ends[np.searchsorted(ends, start, "right")])
+            stop = min(start + self.spec.batch_size, end, self.total)
+            if self.spec.training and stop - start < self.spec.batch_size:
+                return  # resumed with another batch size: dropped, since ranks must not differ in their number of batches
+            low, high = plan.share(start, stop, self.spec.rank, self.spec.world_size)
             if low < high:
                 yield Part(epoch, low, high, stop)
+            start = stop
+
+    def upcoming(self, part: Part) -> Iterator[Part]:
+        """This part, then the ones after it, epoch after epoch, for ever; so that an epoch's end costs nothing."""
+        yield part
+        epoch, start = part.epoch, part.stop
+        while True:
+            yield from self.parts(epoch, start)
+            epoch, start = epoch + 1, 0
 
     def plan(self, part: Part) -> Work:
-        """The samples of a part, and their draws."""
-        spec = self.spec
-        positions = np.arange(part.low, part.high)
-        ids = plan.order(spec.seed, part.epoch, positions, len(self.shards)) if spec.training else positions
+        """The samples of a part, known corrupt ones replaced, and their views."""
+        if isinstance(self.order, Blocks):
+            self._prefetch(self.order, part)
+        return self._plan(part, np.arange(part.low, part.high))
+
+    def replace(self, work: Work, place: int, reason: str) -> None:
+        """The sample at `place` of a part cannot be decoded: its substitute, and that one's size and views, take its place.
+
+        For any thread; others may work at other places of the part. Raises UserError as `mark_corrupt` and `plan` do.
+        """
+        self.mark_corrupt(int(work.ids[place]), reason)
+        one = self._plan(work.part, np.array([work.part.low + place]))
+        work.ids[place], work.heights[place], work.widths[place] = one.ids[0], one.heights[0], one.widths[0]
+        views = slice(place * self.crops, (place + 1) * self.crops)
+        work.views.windows[views] = one.views.windows
+        work.views.flip[views] = one.views.flip
+        work.views.alphas[views] = one.views.alphas
+
+    def mark_corrupt(self, sample: int, reason: str) -> None:
+        """A sample cannot be decoded: later plans replace it. Warns once of each; raises UserError if the spec says to stop."""
+        with self._marking:
+            known = sample in self.corrupt
+            self.corrupt[sample] = reason
+        if self.spec.corrupt == "stop":
+            raise UserError(f"{self.where(sample)}: cannot be decoded ({reason}); make the shards again")
+        if not known:
+            log.warning("%s: cannot be decoded (%s); another sample takes its place", self.where(sample), reason)
+
+    def finish(self, pixels: torch.Tensor, work: Work) -> Batch:
+        """The batch of a part's pictures, without waiting for the device.
+
+        pixels: (V, H, W, 3) on the spec's device: uint8, or of the spec's dtype where the engine has applied the colour tail.
+        """
+        labels = self._to_device(self.shards.samples["label"][work.ids].astype(np.int64))
+        if pixels.dtype == self.spec.dtype:
+            return Batch(pixels.permute(0, 3, 1, 2), labels, work.ids)
+        shift = lighting(work.views.alphas, self.basis)
+        if pixels.device.type == "cpu":
+            out, images = self.buffers.lend(tuple(pixels.shape), STORED[self.spec.dtype])
+            self.tail(work.size).batch(pixels.numpy(), shift, out)
+            return Batch(images.view(self.spec.dtype).permute(0, 3, 1, 2), labels, work.ids)
+        if work.size not in self._on_device:
+            normalization = self.normalization_at(work.size)
+            self._on_device[work.size] = self._to_device(normalization.mean), self._to_device(normalization.std)
+        images = colour_tail(pixels, self._to_device(shift), *self._on_device[work.size], self.spec.dtype)
+        return Batch(images, labels, work.ids)
+
+    def tail(self, size: tuple[int, int]) -> Tail:
+        """The colour tail on the CPU for pictures of `size`, height and width. For any thread."""
+        if size not in self._tails:
+            self._tails[size] = Tail(self.normalization_at(size), size[1], self.spec.dtype)
+        return self._tails[size]
+
+    def normalization_at(self, size: tuple[int, int]) -> Normalization:
+        """The normalization of pictures of `size`, height and width.
+
+        A mean image belongs to places in a crop; whole images, which differ in size, get its channel mean.
+        """
+        if isinstance(self.spec.geometry, WholeImage):
+            return self._stored_normalization.per_channel()
+        return self._stored_normalization.at(size[0])
+
+    # --- What an engine with files of its own (FFCV's) does otherwise
+
+    def where(self, sample: int) -> str:
+        """File and key of a sample, for messages."""
+        return self.shards.where(sample)
+
+    def _open_shards(self) -> ShardSet:
+        return ShardSet(self.spec.data, self.spec.split, self.spec.cache, self.spec.cache_gb)
+
+    def _sizes(self, ids: Ints) -> tuple[Ints, Ints]:
+        """Heights and widths of stored images, int64 (N,) each."""
         records = self.shards.samples[ids]
-        heights, widths = records["height"].astype(np.int64), records["width"].astype(np.int64)
-        if spec.training:
-            draws = plan.draw(spec.seed, part.epoch, ids, heights, widths, spec.scale, spec.image_size, spec.alpha_std)
-        else:
-            draws = plan.centre(heights, widths, spec.eval_short, spec.image_size)
-        return Work(part, ids, draws, plan.windows(draws, heights, widths, spec.image_size), heights, widths)
+        return records["height"].astype(np.int64), records["width"].astype(np.int64)
+
+    def _data_fingerprint(self) -> str:
+        """Of the stored bytes and sizes."""
+        return self.shards.manifest.fingerprint
+
+    # --- How it is done
+
+    def _plan(self, part: Part, positions: Ints) -> Work:
+        spec = self.spec
+        ids = self.order.samples(part.epoch, positions)
+        if self.corrupt:
+            ids = np.array([self._decodable(part.epoch, sample) for sample in ids.tolist()])
+        heights, widths = self._sizes(ids)
+        size = spec.size_at(part.epoch)
+        geometry = spec.geometry_at(size)
+        views = geometry.views(spec.seed, part.epoch, ids, heights, widths, size, spec.alpha_std)
+        height, width = geometry.shapes(heights[:1], widths[:1], size)[0].tolist()  # one for all, see ByShape
+        return Work(part, ids, views, heights, widths, (height, width))
+
+    def _open_order(self, count: int) -> Order:
+        spec = self.spec
+        if isinstance(spec.geometry, WholeImage):
+            return ByShape(spec.geometry.shapes(*self._sizes(np.arange(count)), spec.final_size))
+        if spec.order == "full":
+            return Full(count, spec.seed)
+        if spec.order == "blocks":
+            return Blocks(self.shards.sizes, spec.seed, spec.block_shards)
+        return Sequential(count)
+
+    def _decodable(self, epoch: int, sample: int) -> int:
+        """The sample, or its first substitute that is not known to be corrupt."""
+        if sample not in self.corrupt:
+            return sample
+        count = len(self.shards)
+        for attempt in range(plan.MAX_SUBSTITUTES if count > 1 else 0):
+            other = plan.substitute(self.spec.seed, epoch, sample, attempt, count)
+            if other not in self.corrupt:
+                return other
+        raise UserError(f"{self.where(sample)}: cannot be decoded, nor can what should replace it; make the shards again")
+
+    def _prefetch(self, order: Blocks, part: Part) -> None:
+        """At a block's beginning, ask for its shards and the next block's."""
+        place = part.epoch, order.block(part.epoch, part.low)
+        if place != self._hinted:
+            self._hinted = place
+            epoch, block = place
+            following = (epoch, block + 1) if block + 1 < order.blocks else (epoch + 1, 0)
+            self.shards.prefetch([*order.shards(*place), *order.shards(*following)])
+
+    def _to_device(self, array: npt.NDArray[Any]) -> torch.Tensor:
+        tensor = torch.from_numpy(array)
+        if torch.device(self.spec.device).type == "cpu":
+            return tensor
+        return tensor.pin_memory().to(self.spec.device, non_blocking=True)
 
 
-def check(spec: LoaderSpec) -> None:
-    """Raise UserError for a spec that no engine could load."""
-    low, high = spec.scale
-    if spec.image_size < 1:
-        raise UserError(f"image size must be at least 1, not {spec.image_size}")
-    if spec.training and not spec.image_size <= low <= high:
-        raise UserError(f"scale {low} {high}: needs image size ({spec.image_size}) <= low <= high")
-    if not spec.training and spec.eval_short < spec.image_size:
-        raise UserError(f"the evaluation's short side ({spec.eval_short}) must be at least the image size ({spec.image_size})")
-    if spec.batch_size < 1 or spec.threads < 1 or spec.prefetch < 1:
-        raise UserError("batch size, threads and prefetch must be at least 1")
-    if spec.training and spec.batch_size % spec.world_size:
-        raise UserError(f"the global batch ({spec.batch_size}) must be a multiple of the number of processes ({spec.world_size})")
-    if isinstance(spec.normalization, str) and spec.normalization not in ("pixel", "channel"):
-        raise UserError(f"normalization is pixel, channel or a Normalization, not {spec.normalization!r}")
-    if not 0 <= spec.rank < spec.world_size:
-        raise UserError(f"rank {spec.rank} is not in [0, {spec.world_size})")
-    if not 0 <= spec.seed < 1 << 64:
-        raise UserError(f"seed must lie in [0, 2^64), not {spec.seed}")
-    if spec.dtype not in PRECISIONS.values():
-        raise UserError(f"images come as float32, float16 or bfloat16, not {spec.dtype}")
+def choose_normalization(spec: LoaderSpec, manifest: Manifest) -> Normalization:
+    """The spec's normalization; a mean image has the size that it is stored in."""
+    if isinstance(spec.normalization, Normalization):
+        return spec.normalization
+    return Normalization.of(manifest.mean_image() if spec.normalization == "pixel" else manifest.channel_mean())

@@ -4,22 +4,21 @@ An epoch is a pure function. `order` maps (seed, epoch, position) to a sample; `
 width) to the resized short side, the crop's corner, the flip and the three PCA coefficients. No generator state lives
 anywhere, so any engine, worker count, rank count or restart sees the same samples with the same draws.
 
+`pipeline.draws` has the random numbers, `pipeline.geometry` the other ways to place windows in an image.
+
 Sources:
-- Philox4x32-10: Salmon, Moraes, Dror, Shaw, "Parallel random numbers: as easy as 1, 2, 3", SC 2011. Counter-based, so a
-  draw needs no predecessor. Our counter is (sample low, sample high, epoch, stream), our key is the seed.
-- The order is a Feistel network with cycle walking: Black, Rogaway, "Ciphers with arbitrary finite domains", CT-RSA 2002.
 - Scale jitter with S uniform in [256, 480]: He et al., "Deep residual learning for image recognition", section 3.4. PCA
   coefficients N(0, 0.1): Krizhevsky et al., "ImageNet classification with deep convolutional neural networks", section 4.1.
 """
 
 from __future__ import annotations
 
-import math
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
-from numba import njit
+
+from pipeline import draws
 
 Ints = npt.NDArray[np.int64]
 
@@ -29,19 +28,11 @@ CROP = 224
 EVAL_SHORT = 256  # the short side in evaluation
 ALPHA_STD = 0.1  # standard deviation of the PCA coefficients, Krizhevsky et al. 2012, section 4.1
 
-# Streams keep the plan's uses of Philox apart; they are its counter's last word.
-_STREAM_ORDER = 0
-_STREAM_GEOMETRY = 1
-_STREAM_COLOUR = 2
-
-# Measured with 120,000 keys on the permutations of 3, 4 and 5 samples: halves of 2 bits stay visibly biased even after 16
-# rounds, halves of 3 bits need 8 rounds, halves of 4 bits pass a chi-square test from 4 rounds on. We take 4 bits and 8.
-_ROUNDS = 8  # each keyed by 64 bits, two to a Philox block
-_MIN_HALF_BITS = 4
+MAX_SUBSTITUTES = 32  # tried for a corrupt sample
 
 
 class Draws(NamedTuple):
-    """What the plan drew for N samples (or, indexed with `one`, for a single one).
+    """What the plan drew for N samples.
 
     short: int64 (N,), pixels: the short side S after resizing.
     top, left: int64 (N,), pixels: the crop's corner in the resized image.
@@ -54,101 +45,6 @@ class Draws(NamedTuple):
     left: Ints
     flip: npt.NDArray[np.bool_]
     alphas: npt.NDArray[np.float32]
-
-    def one(self, index: int) -> Draws:
-        """The draws of a single sample, kept as arrays of length one."""
-        at = slice(index, index + 1)
-        return Draws(self.short[at], self.top[at], self.left[at], self.flip[at], self.alphas[at])
-
-
-@njit(cache=True, nogil=True)
-def _philox(key: Any, c0: Any, c1: Any, c2: Any, c3: Any) -> Any:
-    """Philox4x32-10 of a 64-bit key and four 32-bit counter words: four 32-bit words, all held in uint64."""
-    low32 = np.uint64(0xFFFFFFFF)
-    shift = np.uint64(32)
-    k0 = key & low32
-    k1 = key >> shift
-    for _ in range(10):
-        product0 = np.uint64(0xD2511F53) * c0
-        product1 = np.uint64(0xCD9E8D57) * c2
-        c0 = (product1 >> shift) ^ c1 ^ k0
-        c1 = product1 & low32
-        c2 = (product0 >> shift) ^ c3 ^ k1
-        c3 = product0 & low32
-        k0 = (k0 + np.uint64(0x9E3779B9)) & low32
-        k1 = (k1 + np.uint64(0xBB67AE85)) & low32
-    return c0, c1, c2, c3
-
-
-@njit(cache=True, nogil=True)
-def _below(word: Any, n: Any) -> Any:
-    """A 32-bit word scaled to an integer in [0, n). The bias is n / 2^32 at most: under one in a million for n < 4096."""
-    return np.int64((word * np.uint64(n)) >> np.uint64(32))
-
-
-@njit(cache=True, nogil=True)
-def _mix(x: Any) -> Any:
-    """SplitMix64's finaliser (Steele, Lea, Flood 2014): every input bit flips every output bit with probability near 1/2."""
-    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return x ^ (x >> np.uint64(31))
-
-
-@njit(cache=True, nogil=True)
-def _order(seed: Any, epoch: Any, positions: Any, n: Any, out: Any) -> None:
-    half_bits = _MIN_HALF_BITS
-    while (1 << (2 * half_bits)) < n:
-        half_bits += 1
-    half = np.uint64(half_bits)
-    mask = np.uint64((1 << half_bits) - 1)
-
-    keys = np.empty(_ROUNDS, np.uint64)
-    for pair in range(_ROUNDS // 2):
-        a, b, c, d = _philox(seed, np.uint64(pair), np.uint64(0), epoch, np.uint64(_STREAM_ORDER))
-        keys[2 * pair] = (a << np.uint64(32)) | b
-        keys[2 * pair + 1] = (c << np.uint64(32)) | d
-
-    for i in range(len(positions)):
-        x = np.uint64(positions[i])
-        while True:  # cycle walking: the network permutes [0, 4^half_bits); step until we are back inside [0, n)
-            left = x >> half
-            right = x & mask
-            for r in range(_ROUNDS):
-                left, right = right, left ^ (_mix(right + keys[r]) >> np.uint64(32)) & mask
-            x = (left << half) | right
-            if x < np.uint64(n):
-                break
-        out[i] = np.int64(x)
-
-
-@njit(cache=True, nogil=True)
-def _draw(
-    seed: Any, epoch: Any, samples: Any, heights: Any, widths: Any, low: Any, high: Any, crop: Any, std: Any,
-    short: Any, top: Any, left: Any, flip: Any, alphas: Any,
-) -> None:  # fmt: skip
-    low32 = np.uint64(0xFFFFFFFF)
-    shift = np.uint64(32)
-    to_unit = 1.0 / 4294967296.0
-    for i in range(len(samples)):
-        sample = np.uint64(samples[i])
-        s0, s1 = sample & low32, sample >> shift
-
-        w0, w1, w2, w3 = _philox(seed, s0, s1, epoch, np.uint64(_STREAM_GEOMETRY))
-        s = low + _below(w0, high - low + 1)
-        side = min(heights[i], widths[i])
-        short[i] = s
-        top[i] = _below(w1, (2 * heights[i] * s + side) // (2 * side) - crop + 1)
-        left[i] = _below(w2, (2 * widths[i] * s + side) // (2 * side) - crop + 1)
-        flip[i] = (w3 >> np.uint64(31)) != np.uint64(0)
-
-        # Box and Muller 1958; the first word is taken from (0, 1] so that its logarithm is finite.
-        w0, w1, w2, w3 = _philox(seed, s0, s1, epoch, np.uint64(_STREAM_COLOUR))
-        radius = math.sqrt(-2.0 * math.log((w0 + np.uint64(1)) * to_unit)) * std
-        angle = 2.0 * math.pi * (w1 * to_unit)
-        alphas[i, 0] = radius * math.cos(angle)
-        alphas[i, 1] = radius * math.sin(angle)
-        radius = math.sqrt(-2.0 * math.log((w2 + np.uint64(1)) * to_unit)) * std
-        alphas[i, 2] = radius * math.cos(2.0 * math.pi * (w3 * to_unit))
 
 
 def order(seed: int, epoch: int, positions: npt.ArrayLike, n: int) -> Ints:
@@ -164,7 +60,7 @@ def order(seed: int, epoch: int, positions: npt.ArrayLike, n: int) -> Ints:
     if len(positions) and not (positions.min() >= 0 and positions.max() < n):
         raise ValueError(f"positions must lie in [0, {n})")
     out = np.empty(len(positions), np.int64)
-    _order(np.uint64(seed), np.uint64(epoch), positions, np.int64(n), out)
+    draws.permute(np.uint64(seed), np.uint64(epoch), 0, draws.ORDER, positions, n, out)
     return out
 
 
@@ -185,29 +81,69 @@ def draw(
     crop: the square crop's side in pixels; its corner is uniform over all whole-pixel places in the resized image.
     alpha_std: standard deviation of the PCA coefficients. Raises ValueError outside these ranges.
     """
-    samples = np.ascontiguousarray(samples, np.int64)
+    samples = _samples(samples)
     heights, widths = _sizes(heights, widths, len(samples))
     low, high = scale
     _check_key(seed, epoch)
     if not 1 <= crop <= low <= high:
         raise ValueError(f"scale must satisfy crop <= low <= high, not crop {crop}, scale {low} to {high}")
-    if len(samples) and not (samples.min() >= 0 and samples.max() < MAX_SAMPLES):
-        raise ValueError("samples must lie in [0, 2^40)")
-    count = len(samples)
-    drawn = Draws(
-        np.empty(count, np.int64),
-        np.empty(count, np.int64),
-        np.empty(count, np.int64),
-        np.empty(count, np.bool_),
-        np.empty((count, 3), np.float32),
-    )
-    _draw(np.uint64(seed), np.uint64(epoch), samples, heights, widths, low, high, crop, float(alpha_std), *drawn)
+    short, top, left = (np.empty(len(samples), np.int64) for _ in range(3))
+    flip = np.empty(len(samples), np.bool_)
+    draws.jitter(np.uint64(seed), np.uint64(epoch), samples, heights, widths, low, high, crop, short, top, left, flip)
+    return Draws(short, top, left, flip, alphas(seed, epoch, samples, alpha_std))
+
+
+def alphas(seed: int, epoch: int, samples: npt.ArrayLike, std: float = ALPHA_STD) -> npt.NDArray[np.float32]:
+    """The PCA coefficients of N samples in one epoch, float32 (N, 3), of standard deviation `std`."""
+    samples = _samples(samples)
+    _check_key(seed, epoch)
+    drawn = np.empty((len(samples), 3), np.float32)
+    draws.colour(np.uint64(seed), np.uint64(epoch), samples, float(std), drawn)
     return drawn
 
 
-def short_at(short: int, size: int) -> int:
-    """What the short side `short`, meant for crops of 224, is for crops of `size`: in the same proportion, whole pixels."""
-    return round(short * size / CROP)
+def resized_crops(
+    seed: int,
+    epoch: int,
+    samples: npt.ArrayLike,
+    heights: npt.ArrayLike,
+    widths: npt.ArrayLike,
+    area: tuple[float, float],
+    aspect: tuple[float, float],
+) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.bool_]]:
+    """torchvision's random resized crops of N samples in one epoch: windows float64 (N, 4) as `windows` has them, flip bool (N,).
+
+    samples, heights, widths: as in `draw`. area: range of the window's share of the image, uniform, 0 < low <= high <= 1.
+    aspect: range of its width over its height, log-uniform, 0 < low <= high. Of ten attempts the first that fits is taken, else
+    the largest central window within the range of aspects.
+    """
+    samples = _samples(samples)
+    heights, widths = _sizes(heights, widths, len(samples))
+    _check_key(seed, epoch)
+    if not (0 < area[0] <= area[1] <= 1 and 0 < aspect[0] <= aspect[1]):
+        raise ValueError(f"areas must lie in (0, 1], aspects above 0, lower ends first, not {area} and {aspect}")
+    found, flip = np.empty((len(samples), 4), np.float64), np.empty(len(samples), np.bool_)
+    ranges = (float(end) for end in (*area, *aspect))
+    draws.resized_crop(np.uint64(seed), np.uint64(epoch), samples, heights, widths, *ranges, found, flip)
+    return found, flip
+
+
+def substitute(seed: int, epoch: int, sample: int, attempt: int, n: int) -> int:
+    """Which of the n samples takes a corrupt one's place in an epoch, if earlier attempts gave corrupt ones, too.
+
+    attempt: 0 <= attempt < 32. n: 2 <= n <= 2^40. The answer is never `sample`, and uniform on the others.
+    """
+    _check_key(seed, epoch)
+    if not (0 <= sample < n and 2 <= n <= MAX_SAMPLES and 0 <= attempt < MAX_SUBSTITUTES):
+        raise ValueError(
+            f"sample {sample} of {n}: must be one of at least 2; attempt {attempt} must lie in [0, {MAX_SUBSTITUTES})"
+        )
+    return int(draws.substitute(np.uint64(seed), np.uint64(epoch), sample, attempt, n))
+
+
+def short_at(short: int, size: int, nominal: int = CROP) -> int:
+    """What the short side `short`, meant for crops of `nominal`, is for crops of `size`: in proportion, at least `size`."""
+    return max(round(short * size / nominal), size)
 
 
 def centre(heights: npt.ArrayLike, widths: npt.ArrayLike, short: int, crop: int) -> Draws:
@@ -231,18 +167,18 @@ def resized(heights: npt.ArrayLike, widths: npt.ArrayLike, short: npt.ArrayLike)
     return (2 * heights * short + side) // (2 * side), (2 * widths * short + side) // (2 * side)
 
 
-def windows(draws: Draws, heights: npt.ArrayLike, widths: npt.ArrayLike, crop: int) -> npt.NDArray[np.float64]:
+def windows(drawn: Draws, heights: npt.ArrayLike, widths: npt.ArrayLike, crop: int) -> npt.NDArray[np.float64]:
     """Where each crop lies in its stored image: float64 (N, 4) of top, left, bottom, right in source pixels.
 
     Resampling this window to crop x crop, with filter support outside it, is resizing the image and taking the crop.
     The scale is short / S on both axes; the rounded size is centred on the image (DALI's `resize_shorter` does the same);
     the window is clamped to the image.
     """
-    heights, widths = _sizes(heights, widths, len(draws.short))
-    scale = np.minimum(heights, widths) / draws.short
+    heights, widths = _sizes(heights, widths, len(drawn.short))
+    scale = np.minimum(heights, widths) / drawn.short
     out = np.empty((len(heights), 4), np.float64)
     for axis, (corner, side, size) in enumerate(
-        zip((draws.top, draws.left), (heights, widths), resized(heights, widths, draws.short), strict=True)
+        zip((drawn.top, drawn.left), (heights, widths), resized(heights, widths, drawn.short), strict=True)
     ):
         low = (corner - size / 2) * scale + side / 2
         out[:, axis] = np.maximum(low, 0.0)
@@ -250,13 +186,14 @@ def windows(draws: Draws, heights: npt.ArrayLike, widths: npt.ArrayLike, crop: i
     return out
 
 
-def regions(windows: npt.NDArray[np.float64], heights: npt.ArrayLike, widths: npt.ArrayLike, crop: int) -> Ints:
+def regions(windows: npt.NDArray[np.float64], heights: npt.ArrayLike, widths: npt.ArrayLike, size: int | tuple[int, int]) -> Ints:
     """The source pixels that resampling each window needs: int64 (N, 4) of top, left, bottom, right, inside the image.
 
-    The triangle filter reaches one output pixel, which is max(scale, 1) source pixels; one more for rounding.
+    size: of the output, pixels: height and width, or one number for both. Along each axis the triangle filter reaches one output
+    pixel, which is max(scale, 1) source pixels; one more for rounding.
     """
     low, high = windows[:, :2], windows[:, 2:]
-    margin = np.maximum((high - low) / crop, 1.0).max(axis=1, keepdims=True) + 1.0
+    margin = np.maximum((high - low) / np.asarray(size), 1.0) + 1.0
     sides = np.stack(_sizes(heights, widths, len(windows)), axis=1)
     region = np.concatenate([np.maximum(np.floor(low - margin), 0), np.minimum(np.ceil(high + margin), sides)], axis=1)
     return region.astype(np.int64)
@@ -275,6 +212,13 @@ def _check_key(seed: int, epoch: int) -> None:
         raise ValueError(f"seed must lie in [0, 2^64), not {seed}")
     if not 0 <= epoch < 1 << 32:
         raise ValueError(f"epoch must lie in [0, 2^32), not {epoch}")
+
+
+def _samples(samples: npt.ArrayLike) -> Ints:
+    samples = np.ascontiguousarray(samples, np.int64)
+    if len(samples) and not (samples.min() >= 0 and samples.max() < MAX_SAMPLES):
+        raise ValueError("samples must lie in [0, 2^40)")
+    return samples
 
 
 def _sizes(heights: npt.ArrayLike, widths: npt.ArrayLike, count: int | None = None) -> tuple[Ints, Ints]:

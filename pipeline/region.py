@@ -117,7 +117,7 @@ def _little32(data: Any, position: Any) -> Any:
 
 
 @njit(cache=True, nogil=True)
-def _big16(data: Any, position: Any) -> Any:
+def big16(data: Any, position: Any) -> Any:
     return np.int64(data[position]) << 8 | np.int64(data[position + 1])
 
 
@@ -139,7 +139,7 @@ def _is_table(data: Any, position: Any) -> bool:
     for i in range(8):
         if data[position + 4 + i] != name[i]:
             return False
-    return data[position + 12] == 1 and position + 2 + _big16(data, position + 2) <= len(data)
+    return data[position + 12] == 1 and position + 2 + big16(data, position + 2) <= len(data)
 
 
 @njit(cache=True, nogil=True)
@@ -148,17 +148,17 @@ def _cut(data: Any, top: Any, left: Any, bottom: Any, right: Any, out: Any, plac
 
     out: uint8, gets the JPEG; len(data) is always enough. place: int64 (4,), gets top, left, height, width.
     """
-    status, table, size, interval, tiles, rows, mcu_width, mcu_height = _read_table(data)
+    status, table, size, interval, tiles, rows, mcu_width, mcu_height = read_table(data)
     if status < 0:
         return status
     starts = np.empty(tiles * rows + 1, np.int64)
-    header = _read_lengths(data, table, size, starts)
+    header = read_lengths(data, table, size, starts)
     if header < 0:
         return header
-    frame, body = _find_frame(data, header)
+    frame, body = find_frame(data, header)
     if frame < 0:
         return _DAMAGED_HEADER
-    height, width = _big16(data, frame + 5), _big16(data, frame + 7)
+    height, width = big16(data, frame + 5), big16(data, frame + 7)
     if -(-width // mcu_width) != interval * tiles or -(-height // mcu_height) != rows:
         return _DAMAGED_TABLE
     if body + starts[tiles * rows] > len(data):
@@ -206,13 +206,13 @@ def _tiles_over(low: Any, high: Any, side: Any, mcu: Any, tile: Any) -> Any:
 
 
 @njit(cache=True, nogil=True)
-def _read_table(data: Any) -> Any:
+def read_table(data: Any) -> Any:
     """Status (0 or a negative reason), where the table begins, bytes of a length, interval, tiles, rows, MCU width and height."""
     if len(data) < 6 or data[0] != 0xFF or data[1] != 0xD8:
         return _NO_TABLE, 0, 0, 0, 0, 0, 0, 0
     at = 2
     if data[2] == 0xFF and data[3] == 0xE0:
-        at = 4 + _big16(data, 4)
+        at = 4 + big16(data, 4)
     if not _is_table(data, at):
         return _NO_TABLE, 0, 0, 0, 0, 0, 0, 0
     size, interval = np.int64(data[at + 13]), _little16(data, at + 14)
@@ -224,7 +224,7 @@ def _read_table(data: Any) -> Any:
 
 
 @njit(cache=True, nogil=True)
-def _read_lengths(data: Any, position: Any, size: Any, starts: Any) -> Any:
+def read_lengths(data: Any, position: Any, size: Any, starts: Any) -> Any:
     """Fill `starts` with where each segment begins, from the first one's beginning. Returns where the table ends, or a reason."""
     starts[0] = 0
     known = 0
@@ -232,7 +232,7 @@ def _read_lengths(data: Any, position: Any, size: Any, starts: Any) -> Any:
         if not _is_table(data, position):
             return _DAMAGED_TABLE
         count = _little32(data, position + 22)
-        end = position + 2 + _big16(data, position + 2)
+        end = position + 2 + big16(data, position + 2)
         if count == 0 or known + count > len(starts) - 1 or position + 26 + count * size != end:
             return _DAMAGED_TABLE
         start = starts[known]
@@ -246,12 +246,12 @@ def _read_lengths(data: Any, position: Any, size: Any, starts: Any) -> Any:
 
 
 @njit(cache=True, nogil=True)
-def _find_frame(data: Any, position: Any) -> Any:
+def find_frame(data: Any, position: Any) -> Any:
     """Where SOF0's marker stands and where the entropy-coded data begins; -1 and -1 in a damaged header."""
     frame = -1
     while position + 4 <= len(data) and data[position] == 0xFF:
         marker = data[position + 1]
-        end = position + 2 + _big16(data, position + 2)
+        end = position + 2 + big16(data, position + 2)
         if end < position + 4 or end > len(data):
             break
         if marker == 0xC0 and end >= position + 10:

@@ -40,11 +40,11 @@ def _has_ff(word: Any) -> Any:
 
 
 @njit(cache=True, nogil=True)
-def _unstuff(stream: Any, position: Any, data: Any) -> Any:
-    """Copy to `data` the bytes before the next marker or the end, less stuffed zeros, and 8 zeros. Returns where, how many."""
+def unstuff(stream: Any, position: Any, stop: Any, data: Any) -> Any:
+    """Copy to `data` the bytes before the next marker or `stop`, less stuffed zeros, and 8 zeros. Returns where, how many."""
     count = 0
-    while position < len(stream):
-        if position + 8 <= len(stream) and not _has_ff(_word(stream, np.uint64(position))):
+    while position < stop:
+        if position + 8 <= stop and not _has_ff(_word(stream, np.uint64(position))):
             for i in range(np.uint64(8)):
                 data[np.uint64(count) + i] = stream[np.uint64(position) + i]
             position += 8
@@ -52,7 +52,7 @@ def _unstuff(stream: Any, position: Any, data: Any) -> Any:
             continue
         byte = stream[position]
         if byte == 0xFF:
-            if position + 1 >= len(stream) or stream[position + 1] != 0:
+            if position + 1 >= stop or stream[position + 1] != 0:
                 break
             position += 1
         position += 1
@@ -63,7 +63,7 @@ def _unstuff(stream: Any, position: Any, data: Any) -> Any:
 
 
 @njit(cache=True, nogil=True)
-def _refill(data: Any, at: Any, bits: Any, have: Any) -> Any:
+def refill(data: Any, at: Any, bits: Any, have: Any) -> Any:
     """Read whole bytes to have 56 bits or more at the top of `bits`. Below may be some of the next byte's, the same each time."""
     return at + np.uint64((63 - have) >> 3), bits | _word(data, at) >> np.uint64(have), have | 56
 
@@ -110,7 +110,7 @@ def read_scan(
     tokens begin and the last one's end. counts: of symbols, 256 a table, added to. Returns the number of tokens, or a reason.
     """
     data = np.empty(len(stream) + _PADDING, np.uint8)
-    position, end = _unstuff(stream, 0, data)
+    position, end = unstuff(stream, 0, len(stream), data)
     at, bits, have = np.uint64(0), np.uint64(0), 0
     total = np.uint64(0)
     old_dc, new_dc = np.zeros(3, np.int64), np.zeros(3, np.int64)
@@ -119,7 +119,7 @@ def read_scan(
             position = _after_restart(stream, position, mcu // interval - 1 & 7)  # bytes left over are skipped, as decoders do
             if position < 0:
                 return TRUNCATED
-            position, end = _unstuff(stream, position, data)
+            position, end = unstuff(stream, position, len(stream), data)
             at, bits, have = np.uint64(0), np.uint64(0), 0
             old_dc[:] = 0
         if mcu % tile == 0:
@@ -129,7 +129,7 @@ def read_scan(
             component = blocks[place]
             table = 2 if component else 0
             dc_row, ac_row = np.uint64(selectors[component, 0]), np.uint64(4 + selectors[component, 1])
-            at, bits, have = _refill(data, at, bits, have)
+            at, bits, have = refill(data, at, bits, have)
             entry = lookup(bits, dc_row, luts, limits, offsets, values)
             size, count = np.int64(entry & 255), np.int64(entry >> 16)
             have -= size
@@ -155,7 +155,7 @@ def read_scan(
 
             k: Any = 1
             while k < 64:
-                at, bits, have = _refill(data, at, bits, have)
+                at, bits, have = refill(data, at, bits, have)
                 entry = lookup(bits, ac_row, luts, limits, offsets, values)
                 size, symbol = np.int64(entry & 255), np.int64(entry >> 16)
                 have -= size

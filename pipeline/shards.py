@@ -20,7 +20,10 @@ import hashlib
 import io
 import json
 import mmap
+import os
+import sys
 import tarfile
+import threading
 import warnings
 import weakref
 import zlib
@@ -35,6 +38,7 @@ from pipeline import storage
 from pipeline.augment import Floats, lighting_basis
 from pipeline.cache import ShardCache, choose_cache
 from pipeline.errors import UserError
+from pipeline.prefetch import Fetch, Prefetcher
 
 FORMAT = "cropfeed-shards"
 VERSION = 2
@@ -136,6 +140,7 @@ class Manifest:
             raise UserError(f"{missing}; make shards first: python tools/make_shards.py SRC --out {self.root}") from error
         if content.get("format") != FORMAT or content.get("version") != VERSION:
             raise UserError(f"{path}: not {FORMAT} version {VERSION}; make the shards again with this version of Cropfeed")
+        self.profile: str = content["profile"]
         self.classes: list[str] = content["classes"]
         self.splits: dict[str, dict[str, Any]] = content["splits"]
         self.statistics: dict[str, Any] = content["statistics"]
@@ -165,16 +170,20 @@ class ShardSet:
 
     root: folder or URL. Local shards are mapped in place when first touched. Remote ones are downloaded then into a cache (see
     `choose_cache` for cache and cache_gb) and read from there; local ones too, from slow disks, if either option is given.
-    samples: one `SAMPLE` record each, mapped. shards: the local file of each shard, there once it is touched.
+    samples: one `SAMPLE` record each, mapped; a shard's are together, shard after shard. sizes: images in each shard.
+    shards: the local file of each shard, there once it is touched.
     """
 
-    def __init__(self, root: str | Path, split: str, cache: str | Path | None = None, cache_gb: float | None = None) -> None:
+    def __init__(
+        self, root: str | Path, split: str, cache: str | Path | None = None, cache_gb: float | None = None, tars: bool = True
+    ) -> None:
+        """tars: whether images are to be read; False also opens a data set that holds FFCV files only."""
         self.manifest = Manifest(root)
         root = self.manifest.root
         if split not in self.manifest.splits:
             raise UserError(f"{root}: has no split {split!r}, only {', '.join(self.manifest.splits)}")
         self.split = split
-        if not self.manifest.splits[split]["shards"]:
+        if tars and not self.manifest.splits[split]["shards"]:
             raise UserError(f"{root}: holds FFCV files only; make the shards again with --format both")
         cached = storage.is_remote(root) or cache is not None or cache_gb is not None
         self.cache = choose_cache(cache, cache_gb) if cached else None
@@ -186,7 +195,10 @@ class ShardSet:
             self.shards = [self.cache.path(shard["sha256"]) for shard in self._entry["shards"]]
         else:
             self.shards = [Path(url) for url in self._urls]
+        self.sizes = [int(shard["images"]) for shard in self._entry["shards"]]
         self._maps: dict[int, npt.NDArray[np.uint8]] = {}
+        self._prefetcher = Prefetcher(_fetcher(self.cache, self._urls, self._entry["shards"]))
+        weakref.finalize(self, self._prefetcher.close)
         self.samples = self._open_samples(storage.join(root, self._entry["samples"]))
 
     def __len__(self) -> int:
@@ -199,6 +211,23 @@ class ShardSet:
         if self.cache:
             return self._read_cached(self.cache, shard, offset, count)
         return self._map(shard)[offset : offset + count]
+
+    def prefetch(self, shards: Iterable[int]) -> None:
+        """A hint that shards are wanted soon, in this order: they are downloaded, or read ahead from a local disk, in background
+        threads; no more of them than the cache holds together. What goes wrong is left for `read` to meet.
+        """
+        room = self.cache.limit - self.samples.nbytes if self.cache else sys.maxsize
+        wanted = []
+        for shard in shards:
+            room -= self._entry["shards"][shard]["bytes"]
+            if room < 0:
+                break
+            wanted.append(shard)
+        self._prefetcher.hint(wanted)
+
+    def close(self) -> None:
+        """End the background threads. What was read stays valid, and more can be read."""
+        self._prefetcher.close()
 
     def key(self, index: int) -> str:
         """The sample's name in its tar, read from the index file: for messages, not for speed."""
@@ -262,3 +291,17 @@ class ShardSet:
                 raise UserError(f"{path}: has {len(mapped)} bytes, manifest.json says {size}; make the shards again")
             self._maps[shard] = mapped
         return mapped
+
+
+def _fetcher(cache: ShardCache | None, urls: list[str], entries: list[dict[str, Any]]) -> Fetch:
+    """What brings a shard near: into the cache or, where there is none, from the disk into the page cache."""
+
+    def download(shard: int, stop: threading.Event) -> None:
+        assert cache is not None
+        cache.open(urls[shard], entries[shard]["bytes"], entries[shard]["sha256"], stop).close()
+
+    def read_ahead(shard: int, stop: threading.Event) -> None:
+        with open(urls[shard], "rb") as stream:
+            os.posix_fadvise(stream.fileno(), 0, 0, os.POSIX_FADV_WILLNEED)
+
+    return download if cache else read_ahead

@@ -84,3 +84,8 @@ class Tail:
     def __call__(self, pixels: Any, shift: Floats, out: Any) -> None:
         """pixels: uint8 (H, W, 3). shift: float32 (3,), the lighting's. out: (H, W, 3) in `STORED`'s dtype, gets the picture."""
         _tail(pixels, shift, self._mean, self._inverse, out, self._store)
+
+    def batch(self, pixels: Any, shift: Floats, out: Any) -> None:
+        """The same for V pictures: uint8 (V, H, W, 3), float32 (V, 3), (V, H, W, 3)."""
+        for one in range(len(pixels)):
+            self(pixels[one], shift[one], out[one])

@@ -11,6 +11,10 @@ from pipeline import storage
 from tests.helpers import run_script, s3_client, s3_server, write_image_folder
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--engine", help="run the contract suite for this engine alone")
+
+
 @pytest.fixture(scope="session")
 def image_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """3 classes, 20 training and 7 validation images each, of every subsampling, sides 40 to 90."""

@@ -18,7 +18,8 @@ from safetensors.torch import load_file
 from model import ARCHS
 from model.weights import Recipe, load_weights
 from pipeline import plan
-from tests.helpers import ROOT, assert_refused, clean_environment, run_script
+from pipeline.shards import ShardSet
+from tests.helpers import ROOT, assert_refused, clean_environment, run_script, without_progress
 from training.metrics import read_metrics
 
 EPOCHS, STEPS = 5, 7  # 60 images in batches of 8
@@ -87,7 +88,7 @@ def traces(stem: Path) -> dict[tuple[int, int], dict[str, Any]]:
         for ranks in processes.values():
             together = [ranks[0]] if len(ranks[0]["ids"]) == 8 else [ranks[0], others[1]]
             ids = [index for row in together for index in row["ids"]]
-            draws = [[value for row in together for value in row["draws"][field]] for field in range(5)]
+            draws = [[value for row in together for value in row["draws"][field]] for field in range(3)]
             whole.append({"ids": ids, "draws": draws})
         assert all(each == whole[0] for each in whole), place
         found[place] = whole[0]
@@ -188,6 +189,32 @@ def test_without_an_output_the_run_is_the_latest(small_shards: Path, tmp_path: P
     assert_refused(run_script("train.py", *options, cwd=tmp_path), "exists already")
 
 
+def test_blocks_random_resized_crops_and_a_corrupt_image(small_shards: Path, tmp_path: Path) -> None:
+    """A run over damaged shards, stopped by nothing, says so once an epoch, and can be plotted and recorded."""
+    data, run = tmp_path / "data", tmp_path / "run"
+    shutil.copytree(small_shards, data)
+    shards = ShardSet(data, "train")
+    record = shards.samples[7]
+    with shards.shards[record["shard"]].open("r+b") as stream:
+        stream.seek(int(record["offset"]))
+        stream.write(bytes(int(record["bytes"])))
+    options = (
+        "--data", data, "--output", run, "--arch", "resnet18", "--epochs", 2, "--batch-size", 20, "--image-size", 32,
+        "--geometry", "rrc", "--order", "blocks", "--block-shards", 2, "--threads", 1, "--log-every", 1,
+    )  # fmt: skip
+    result = run_script("train.py", *options)
+    assert result.returncode == 0, result.stderr
+    assert "epoch 1: 1 images replaced so far that could not be decoded" in result.stdout
+    assert "epoch 2: 2 images replaced so far that could not be decoded" in result.stdout
+    assert result.stderr.count(": cannot be decoded (") == 1
+    assert json.loads((run / "config.json").read_text())["arguments"]["scale"] is None
+    assert run_script("tools/plot_run.py", run, "--data", small_shards).returncode == 0
+    assert run_script("tools/record_run.py", run, "--results", tmp_path / "rows.csv").returncode == 0
+    assert "random resized crops" in (tmp_path / "rows.csv").read_text()
+    stopping = run_script("train.py", *options[:2], "--output", tmp_path / "other", *options[4:], "--corrupt", "stop")
+    assert_refused(without_progress(stopping), f"{shards.where(7)}: cannot be decoded", "make the shards again")
+
+
 def test_launches_that_only_look_parallel_are_refused(small_shards: Path, tmp_path: Path) -> None:
     if torch.cuda.is_available():
         pytest.skip("on a GPU machine these launches are right")
@@ -223,6 +250,9 @@ def test_bad_input_is_refused_and_leaves_nothing(small_shards: Path, finished: P
     refused("--epochs", 0, words="must be at least 1")
     refused("--epochs", "many", words="--epochs")
     refused("--scale", 20, 30, words="image size")
+    refused("--geometry", "rrc", words="--scale belongs to --geometry jitter")
+    refused("--order", "sequential", words="--order")
+    refused("--block-shards", 0, words="--block-shards")
     before = {path: path.stat().st_mtime_ns for path in finished.rglob("*")}
     assert_refused(run_script("train.py", *arguments(small_shards, finished)), "exists already")
     assert_refused(

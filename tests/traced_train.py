@@ -1,4 +1,4 @@
-"""train.py, with every training batch's place, ids and draws written to $TRACE.<process>.<rank> as it is handed out.
+"""train.py, with every training batch's place, ids and draws (as views) written to $TRACE.<process>.<rank> as it is handed out.
 
 What is written are the draws that the engine was given, not a second evaluation of the plan.
 """
@@ -32,9 +32,9 @@ def iterate(self: Loader) -> Iterator[Batch]:
     name = f"{os.environ['TRACE']}.{os.getpid()}.{self.spec.rank}"
     for batch in original_iter(self):
         if self.spec.training:
-            draws = given.pop((self.epoch, *batch.ids.tolist())).draws
+            views = given.pop((self.epoch, *batch.ids.tolist())).views
             row = {"epoch": self.epoch, "consumed": self.consumed, "rank": self.spec.rank, "ids": batch.ids.tolist()}
-            row["draws"] = [[repr(value) for value in field.tolist()] for field in draws]
+            row["draws"] = [[repr(value) for value in field.tolist()] for field in views]
             with Path(name).open("a") as stream:
                 stream.write(json.dumps(row) + "\n")
         yield batch

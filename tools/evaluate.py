@@ -23,8 +23,9 @@ from model.weights import Recipe, load_weights
 from pipeline import open_loader
 from pipeline.augment import TORCHVISION, Normalization
 from pipeline.errors import Parser, UserError, positive, run_cli
-from pipeline.loader import PRECISIONS, LoaderSpec
+from pipeline.geometry import CentreCrop
 from pipeline.shards import Manifest
+from pipeline.spec import PRECISIONS, LoaderSpec
 from training.launch import core_share
 
 
@@ -70,11 +71,8 @@ def load_net(path: Path, arch: str | None, classes: list[str]) -> tuple[ResNet, 
 def evaluate(net: ResNet, recipe: Recipe, args: Any) -> Score:
     spec = LoaderSpec(
         args.data,
-        split=args.split,
-        training=False,
         batch_size=args.batch_size,
         image_size=recipe.image_size,
-        eval_short=recipe.eval_short,
         normalization=Normalization.of(recipe.mean, recipe.std),
         dtype=PRECISIONS[args.precision],
         device=args.device,
@@ -82,7 +80,7 @@ def evaluate(net: ResNet, recipe: Recipe, args: Any) -> Score:
         threads=args.threads,
         cache=args.cache,
         cache_gb=args.cache_gb,
-    )
+    ).evaluation(args.split, geometry=CentreCrop(recipe.eval_short))
     loader = open_loader(spec)
     device = torch.device(args.device)
     net = net.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]

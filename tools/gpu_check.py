@@ -35,7 +35,9 @@ from model import ARCHS
 from pipeline import open_loader, plan
 from pipeline.augment import apply
 from pipeline.errors import Parser, UserError, positive, run_cli
-from pipeline.loader import Batch, Loader, LoaderSpec, Part
+from pipeline.geometry import ScaleJitter
+from pipeline.loader import Batch, Loader
+from pipeline.spec import LoaderSpec
 from training.launch import core_share
 
 MEAN_LIMIT, PERCENTILE_LIMIT = 1.0, 4.0  # of 255; JPEG decoders differ in their inverse DCT
@@ -44,56 +46,54 @@ REPEATS = 5
 
 @dataclass(frozen=True)
 class Difference:
-    """A sample's pixels against the reference. reduction: source pixels to one of the crop. pixels: absolute, (H, W, 3)."""
+    """A view's pixels against the reference. pixels: absolute differences, (H, W, 3)."""
 
-    index: int
-    reduction: float
+    sample: int
     pixels: npt.NDArray[np.float32]
 
     @property
     def percentile(self) -> float:
-        """The 99.9th of all pixels, or of all but the outermost if reduced more than eightfold (`dali.graph` says why)."""
-        return float(np.percentile(self.pixels[1:-1, 1:-1] if self.reduction > 8 else self.pixels, 99.9))
+        """The 99.9th."""
+        return float(np.percentile(self.pixels, 99.9))
 
 
 def pixel_differences(loader: Loader) -> list[Difference]:
-    """The differences of each sample in the rest of an epoch."""
+    """The differences of each view of each sample in the rest of an epoch. For loaders of one process."""
     found = []
-    epoch, low = loader.epoch, loader.consumed
-    for batch in loader:
+    parts = loader.parts(loader.epoch, loader.consumed)
+    for part, batch in zip(parts, loader, strict=True):
+        work = loader.plan(part)
+        normalization = loader.normalization_at(work.size)
         images = batch.images.float().permute(0, 2, 3, 1).cpu().numpy()
-        size = loader.spec.image_size
-        work = loader.plan(Part(epoch, low, low + len(batch.ids), 0))
-        low += len(batch.ids)
-        for place, index in enumerate(batch.ids.tolist()):
-            picture = Image.open(io.BytesIO(loader.shards.read(index).tobytes()))
-            expected = apply(picture, work.draws.one(place), size, loader.basis, loader.normalization)
-            reduction = min(work.heights[place], work.widths[place]) / work.draws.short[place]
-            found.append(Difference(index, float(reduction), np.abs(images[place] - expected)))
+        for place, picture in enumerate(images):
+            sample = int(batch.ids[place // loader.crops])
+            image = Image.open(io.BytesIO(loader.shards.read(sample).tobytes()))
+            window, flip, alphas = (column[place] for column in work.views)
+            expected = apply(image, window, bool(flip), alphas, work.size, loader.basis, normalization)
+            found.append(Difference(sample, np.abs(picture - expected)))
     return found
 
 
 def check_pixels(spec: LoaderSpec, results: Path) -> bool:
     """The graph on the device against Pillow, in training and in evaluation, as float32. True if within the limits."""
     good = True
-    for training in (True, False):
-        loader = open_loader(replace(spec, training=training, dtype=torch.float32, batch_size=min(64, spec.batch_size)))
+    spec = replace(spec, dtype=torch.float32, batch_size=min(64, spec.batch_size))
+    for name, chosen in (("pixels, training", spec), ("pixels, evaluation", spec.evaluation("train"))):
+        loader = open_loader(chosen)
         found = pixel_differences(loader)
         loader.close()
-        name = "pixels, training" if training else "pixels, evaluation"
         means = [float(difference.pixels.mean()) for difference in found]
         percentiles = [difference.percentile for difference in found]
         for figure in (Figure("mean_difference", means), Figure("percentile_99.9_difference", percentiles)):
-            record(results, name, figure, engine="dali", spec=describe(spec), cache="warm")
+            record(results, name, figure, engine="dali", spec=describe(chosen), cache="warm")
         good &= max(means) <= MEAN_LIMIT and max(percentiles) <= PERCENTILE_LIMIT
     print(f"pixels: {'ok' if good else 'FAILED'}", flush=True)
     return good
 
 
 def describe(spec: LoaderSpec) -> str:
-    low, high = spec.scale
     dtype = str(spec.dtype).removeprefix("torch.")
-    crop = f"{spec.image_size} crop, S {low}..{high}"
+    crop = f"{spec.geometry} to {spec.image_size}"
     return f"demo images, {crop}, batch {spec.batch_size}, {dtype}, {spec.device}, {spec.threads} threads"
 
 
@@ -205,8 +205,7 @@ def main() -> None:
             data,
             batch_size=args.batch_size,
             image_size=size,
-            scale=(plan.short_at(plan.SCALE[0], size), plan.short_at(plan.SCALE[1], size)),
-            eval_short=plan.short_at(plan.EVAL_SHORT, size),
+            geometry=ScaleJitter().scaled(size, plan.CROP),
             dtype=torch.bfloat16,
             device=args.device,
             threads=core_share(),

@@ -19,7 +19,8 @@ import numpy as np
 from model.weights import Recipe, load_weights
 from pipeline import open_loader
 from pipeline.errors import Parser, UserError, run_cli
-from pipeline.loader import LoaderSpec
+from pipeline.geometry import Geometry, RandomResizedCrop, ScaleJitter
+from pipeline.spec import LoaderSpec
 from training.metrics import read_metrics
 
 
@@ -44,8 +45,8 @@ def plot_curves(metrics: Path, picture: Path) -> None:
     plt.close(figure)
 
 
-def plot_batch(recipe: Recipe, data: str, scale: tuple[int, int], picture: Path, rows: int = 4, columns: int = 8) -> None:
-    spec = LoaderSpec(data, batch_size=rows * columns, image_size=recipe.image_size, scale=scale)
+def plot_batch(recipe: Recipe, data: str, geometry: Geometry, picture: Path, rows: int = 4, columns: int = 8) -> None:
+    spec = LoaderSpec(data, batch_size=rows * columns, image_size=recipe.image_size, geometry=geometry)
     loader = open_loader(spec)
     batch = next(iter(loader))
     pixels = batch.images.permute(0, 2, 3, 1).numpy() * loader.normalization.std + loader.normalization.mean
@@ -69,8 +70,9 @@ def main() -> None:
     plot_curves(args.run / "metrics.csv", args.run / "curves.png")
     recipe = Recipe.from_header(load_weights(args.run / "model.safetensors")[1])
     assert recipe is not None
-    low, high = json.loads((args.run / "config.json").read_text())["arguments"]["scale"]
-    plot_batch(recipe, args.data, (low, high), args.run / "batch.png")
+    scale = json.loads((args.run / "config.json").read_text())["arguments"]["scale"]
+    geometry = ScaleJitter(*scale) if scale else RandomResizedCrop()
+    plot_batch(recipe, args.data, geometry, args.run / "batch.png")
     print(f"{args.run / 'curves.png'} and {args.run / 'batch.png'} written")
 
 

@@ -36,8 +36,8 @@ def main() -> None:
         figures["images_per_s"] = mean(float(row["images_per_s"]) for row in train)
     if val:
         figures |= {"val_top1": float(val[-1]["val_top1"]), "val_top5": float(val[-1]["val_top5"])}
-    low, high = options["scale"]
-    net = f"{options['arch']} at {options['image_size']}, S {low}..{high}"
+    geometry = "S {}..{}".format(*options["scale"]) if options["scale"] else "random resized crops"
+    net = f"{options['arch']} at {options['image_size']}, {geometry}"
     spec = f"{Path(options['data']).name}, {net}, {options['epochs']} epochs, precision {config['precision']}"
     command = " ".join(Path(part).name if i == 0 else part for i, part in enumerate(config["command"]))
     for metric, value in figures.items():

@@ -1,39 +1,47 @@
 """The DALI engine: one graph for CPU and GPU.
 
-Encoded bytes and draws enter through `external_source`, from mapped shards; DALI decodes the crop's region (`mixed` on a
-GPU), resamples the window, mirrors by swapping its left and right ends, applies the colour tail and hands over NHWC memory,
-which torch sees as channels-last NCHW without a copy.
+What enters DALI are the plan's samples and windows and, where the shards open at the crop, small JPEGs cut from mapped shards:
+all that DALI decodes is what a picture needs. Whole files (profile "original") are decoded at the region by DALI itself. DALI
+decodes (`mixed` on a GPU), resamples each window, mirrors by swapping its left and right ends, and hands over uint8 NHWC memory,
+which torch sees without a copy; the colour tail follows on the same device.
 
-DALI has no bfloat16: 16-bit batches leave it as float16 (finer than bfloat16 over 0..255) and are converted on the device.
+Two things are done on the host, where they are needed, which is rarely:
+- A picture at its image's border that is reduced more than fourfold. Where the filter reaches beyond the image, DALI repeats the
+  image's last pixel and Pillow leaves it out. That shows in the picture's outermost pixels, by up to 1/8 of the step from the
+  last pixel to those beside it. Such pictures are made by `pipeline.picture` and pass DALI's graph unchanged, as binary PPM.
+  (Reduced less, it takes a frame of a pixel or two in full contrast around the image to exceed 4 of 255.)
+- DALI fails a whole batch for one sample that it cannot decode, without saying which. It is sought and replaced, and the pipeline
+  starts again. Where there is none, DALI is stricter than the other engines, and the host makes what DALI had in hand.
 """
 
 from __future__ import annotations
 
-import io
 from collections import deque
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from nvidia.dali import Pipeline, fn, types
-from PIL import Image
 
 from pipeline import plan
-from pipeline.augment import Normalization, lighting
-from pipeline.errors import UserError
-from pipeline.loader import Batch, Loader, LoaderSpec, Part, Work
+from pipeline.loader import Batch, Loader, Part, Work
+from pipeline.picture import CorruptImageError, Decoder, cut_windows, why_corrupt
+from pipeline.region import _NO_TABLE, Bytes
+from pipeline.spec import LoaderSpec
 
-# External inputs, in the order that `inputs` makes them: name, DALI type, dimensions of one sample.
+# External inputs: name, DALI type, dimensions of one sample.
 INPUTS = (
     ("encoded", types.UINT8, 1),
-    ("region_start", types.INT32, 1),
-    ("region_end", types.INT32, 1),
-    ("roi_start", types.FLOAT, 1),
-    ("roi_end", types.FLOAT, 1),
-    ("shift", types.FLOAT, 1),
-    ("label", types.INT64, 0),
+    ("roi_start", types.FLOAT, 2),  # a row for each of an image's views
+    ("roi_end", types.FLOAT, 2),
+    ("size", types.FLOAT, 1),
 )
+SLICE_INPUTS = (("region_start", types.INT32, 1), ("region_end", types.INT32, 1))
+CUT_PROFILES = ("lossless", "compact")  # of the manifest, whose images open at the crop
+MOST_REDUCED = 4  # at an image's border
 
 
 def open(spec: LoaderSpec) -> DaliLoader:
@@ -41,69 +49,43 @@ def open(spec: LoaderSpec) -> DaliLoader:
     return DaliLoader(spec)
 
 
-def graph(sources: Any, size: int, normalization: Normalization, half: bool, gpu: bool) -> tuple[Any, Any]:
-    """The graph's nodes from its inputs (in `INPUTS` order): images (size, size, 3) float32 or float16, and labels.
+def graph(sources: Any, crops: int, gpu: bool, slices: bool, decoder_share: float) -> Any:
+    """The graph's output from its inputs, `INPUTS` and, if it slices, `SLICE_INPUTS`: uint8 (height, width, 3), one picture, or
+    (crops, height, width, 3).
 
-    The decoded region ends on whole pixels with the resampling filter's support around the window, so that resampling it
-    equals resampling the whole image. Orientation tags are ignored, as in every published ImageNet result.
-
-    One difference from Pillow remains: where the filter reaches beyond the image, DALI repeats the image's last pixel and Pillow
-    leaves it out. A picture's outermost pixels then differ by up to 1/8 of the step from their mean to the image's last pixel.
-    It takes an original reduced about tenfold and hard edges along its border for that to exceed 4 of 255.
+    slices: decode the region between region_start and region_end, where the roi's pixels are counted from, instead of all.
+    What is decoded ends on whole pixels with the resampling filter's support around the windows, so that resampling it equals
+    resampling the whole image. Orientation tags are ignored, as in every published ImageNet result.
     """
-    encoded, region_start, region_end, roi_start, roi_end, shift, label = sources
-    pixels = fn.decoders.image_slice(
-        encoded,
-        device="mixed" if gpu else "cpu",
-        start=region_start,
-        end=region_end,
-        axes=[0, 1],
-        output_type=types.RGB,
-        adjust_orientation=False,
-        jpeg_fancy_upsampling=True,  # nvJPEG's default repeats chroma instead of interpolating it as libjpeg-turbo does
-    )
-    crop = fn.resize(pixels, size=(size, size), roi_start=roi_start, roi_end=roi_end)
-    device = "gpu" if gpu else "cpu"
-    if gpu:
-        shift, label = shift.gpu(), label.gpu()
-    images = crop + shift - types.Constant(normalization.mean, device=device)
-    if np.any(normalization.std != 1):
-        images = images * types.Constant(1 / normalization.std, device=device)
-    return fn.cast(images, dtype=types.FLOAT16 if half else types.FLOAT), label
+    encoded, roi_start, roi_end, size, *region = sources
+    options: dict[str, Any] = {
+        "device": "mixed" if gpu else "cpu",
+        "output_type": types.RGB,
+        "adjust_orientation": False,
+        "jpeg_fancy_upsampling": True,  # nvJPEG's default repeats chroma instead of interpolating it as libjpeg-turbo does
+    }
+    if slices:
+        pixels = fn.decoders.image_slice(encoded, start=region[0], end=region[1], axes=[0, 1], **options)
+    else:
+        pixels = fn.decoders.image(encoded, hw_decoder_load=decoder_share, **options)
+    pictures = [fn.resize(pixels, size=size, roi_start=roi_start[c], roi_end=roi_end[c], dtype=types.UINT8) for c in range(crops)]
+    return pictures[0] if crops == 1 else fn.stack(*pictures)
 
 
-def inputs(loader: Loader, work: Work) -> tuple[Any, ...]:
-    """What enters the graph for one batch, in `INPUTS` order: a list of byte views, then arrays of N rows."""
-    region = plan.regions(work.windows, work.heights, work.widths, loader.spec.image_size).astype(np.int32)
-    region_start, region_end = region[:, :2].copy(), region[:, 2:].copy()
-    roi_start = (work.windows[:, :2] - region_start).astype(np.float32)
-    roi_end = (work.windows[:, 2:] - region_start).astype(np.float32)
-    flip = work.draws.flip
-    roi_start[flip, 1], roi_end[flip, 1] = roi_end[flip, 1], roi_start[flip, 1]
-    return (
-        [loader.shards.read(int(index)) for index in work.ids],
-        region_start,
-        region_end,
-        roi_start,
-        roi_end,
-        lighting(work.draws, loader.basis),
-        loader.shards.samples["label"][work.ids].astype(np.int64),
-    )
-
-
-def build_pipeline(source: Any, batch_size: int, spec: LoaderSpec, normalization: Normalization) -> Pipeline:
+def build_pipeline(source: Any, batch_size: int, spec: LoaderSpec, slices: bool) -> Pipeline:
     """The pipeline around `graph`, fed by calling `source()`; on a GPU, `build()` is what first needs one."""
     gpu = torch.device(spec.device).type == "cuda"
     device_id = (torch.device(spec.device).index or 0) if gpu else None
     pipe = Pipeline(batch_size, spec.threads, device_id, prefetch_queue_depth=spec.prefetch)
+    inputs = (*INPUTS, *SLICE_INPUTS) if slices else INPUTS
     with pipe:
         sources = fn.external_source(
             source,
-            num_outputs=len(INPUTS),
-            dtype=[dtype for _, dtype, _ in INPUTS],
-            ndim=[dimensions for _, _, dimensions in INPUTS],
+            num_outputs=len(inputs),
+            dtype=[dtype for _, dtype, _ in inputs],
+            ndim=[dimensions for _, _, dimensions in inputs],
         )
-        pipe.set_outputs(*graph(sources, spec.image_size, normalization, spec.dtype != torch.float32, gpu))
+        pipe.set_outputs(graph(sources, spec.geometry.crops, gpu, slices, spec.decoder_share))
     return pipe
 
 
@@ -114,62 +96,169 @@ class DaliLoader(Loader):
 
     def __init__(self, spec: LoaderSpec) -> None:
         super().__init__(spec)
-        if torch.device(spec.device).type == "cuda" and not torch.cuda.is_available():
-            raise UserError(f"device {spec.device}: torch sees no CUDA GPU; use device cpu, or check the driver")
+        gpu = torch.device(spec.device).type == "cuda"
+        self._cuts = self.shards.manifest.profile in CUT_PROFILES
+        # A GPU's hardware decoder takes whole streams only; on the CPU the rest of a cut need not be decoded in full.
+        self._slices = not (gpu and self._cuts)
         self._pipe: Pipeline | None = None
         self._schedule: Iterator[Part] = iter(())
         self._in_flight: deque[Work] = deque()
+        self._by_host: set[Part] = set()  # parts that DALI failed on
+        self._threads: ThreadPoolExecutor | None = None
 
     def close(self) -> None:
-        self._pipe = None
-        self._in_flight.clear()
+        super().close()
+        self._drop_pipeline()
+        if self._threads:
+            self._threads.shutdown()
+            self._threads = None
 
     def _make(self, part: Part) -> Batch:
-        pipe = self._pipe or self._start(part)
         try:
-            images, labels = pipe.run()
-        except RuntimeError as error:
-            in_flight = list(self._in_flight)
-            self.close()
-            raise self._explain(error, in_flight) from error
+            pictures = self._run(part)
         except BaseException:
             self.close()
             raise
         work = self._in_flight.popleft()
         if work.part != part:
             raise RuntimeError("two iterations over one loader at a time; open a loader for each")
-        tensor = torch.from_dlpack(images.as_tensor()).permute(0, 3, 1, 2)
-        return Batch(tensor.to(self.spec.dtype), torch.from_dlpack(labels.as_tensor()), work.ids)
+        # from_dlpack tells DALI torch's current stream, and DALI makes that stream wait for its own; the memory is bound to it.
+        pixels = torch.from_dlpack(pictures.as_tensor())
+        return self.finish(pixels.reshape(-1, *work.size, 3), work)
 
-    def seek(self, epoch: int, consumed: int) -> None:
-        super().seek(epoch, consumed)
-        self.close()  # what is in flight belongs to the old place
+    def _run(self, part: Part) -> Any:
+        """DALI's next batch. Where it fails on corrupt samples, these are marked and the pipeline starts again at `part`."""
+        while True:
+            pipe = self._pipe or self._start(part)
+            stream = torch.cuda.current_stream(self.spec.device) if pipe.device_id is not None else None
+            try:
+                return pipe.run(stream)[0]
+            except RuntimeError:
+                failed = list(self._in_flight)
+                self._drop_pipeline()
+                if not self._mark_corrupt_of(failed):
+                    parts = {work.part for work in failed}
+                    if parts <= self._by_host:
+                        raise
+                    self._by_host = parts
+
+    def _mark_corrupt_of(self, works: list[Work]) -> bool:
+        """Mark the samples that cannot be decoded; False if there are none."""
+        samples = (int(sample) for work in works for sample in work.ids)
+        found = [(sample, reason) for sample in samples if (reason := why_corrupt(self.shards.read(sample)))]
+        for sample, reason in found:
+            self.mark_corrupt(sample, reason)
+        return bool(found)
 
     def _start(self, part: Part) -> Pipeline:
         """A new pipeline whose first batch is `part`."""
-        self._schedule = self._endless(part)
+        self._schedule = self.upcoming(part)
         largest = -(-self.spec.batch_size // self.spec.world_size)
-        self._pipe = build_pipeline(self._source, largest, self.spec, self.normalization)
+        self._pipe = build_pipeline(self._source, largest, self.spec, self._slices)
         self._pipe.build()
         return self._pipe
 
-    def _endless(self, part: Part) -> Iterator[Part]:
-        yield part
-        epoch, start = part.epoch, part.stop
-        while True:
-            yield from self.parts(epoch, start)
-            epoch, start = epoch + 1, 0
+    def _drop_pipeline(self) -> None:
+        self._pipe = None
+        self._in_flight.clear()
 
     def _source(self) -> tuple[Any, ...]:
+        """What enters the graph for the next part: a list of byte arrays, then arrays of N rows."""
         work = self.plan(next(self._schedule))
+        feed = _Feed(self, work)
+        count = len(work.ids)
+        if self.spec.threads == 1:
+            feed.encode(0, count)
+        else:
+            self._threads = self._threads or ThreadPoolExecutor(self.spec.threads, "cropfeed-cut")
+            bounds = [count * i // self.spec.threads for i in range(self.spec.threads + 1)]
+            list(self._threads.map(feed.encode, bounds[:-1], bounds[1:]))  # raises what a thread raised
         self._in_flight.append(work)
-        return inputs(self, work)
+        return feed.inputs()
 
-    def _explain(self, error: RuntimeError, in_flight: list[Work]) -> Exception:
-        """DALI fails a whole batch without saying where: name the sample that Pillow cannot decode either."""
-        for index in (int(index) for work in in_flight for index in work.ids):
-            try:
-                Image.open(io.BytesIO(self.shards.read(index).tobytes())).load()
-            except Exception as cause:  # whatever a decoder raises, this is the sample
-                return UserError(f"{self.shards.where(index)}: cannot be decoded ({cause}); make the shards again")
-        return error
+
+class _Feed:
+    """What DALI gets for one part: of each image a stream, and where its views' windows lie in that."""
+
+    def __init__(self, loader: DaliLoader, work: Work) -> None:
+        count = len(work.ids)
+        self._loader, self._work = loader, work
+        self._encoded: list[Bytes] = [np.empty(0, np.uint8)] * count
+        self._boxes = np.empty((count, 4), np.int64)  # top, left, height, width of what each stream shows of its image
+        self._by_host = self._needs_host()
+
+    def encode(self, first: int, last: int) -> None:
+        """Make the streams of images [first, last). For any thread, each with images of its own."""
+        for place in range(first, last):
+            while True:
+                try:
+                    self._encoded[place] = self._encode(place)
+                    break
+                except CorruptImageError as error:
+                    self._loader.replace(self._work, place, str(error))
+                    self._by_host[place] = self._needs_host()[place]
+
+    def _encode(self, place: int) -> Bytes:
+        work, box = self._work, self._boxes[place]
+        data = self._loader.shards.read(int(work.ids[place]))
+        height, width = int(work.heights[place]), int(work.widths[place])
+        views = self._views(place)
+        if self._by_host[place]:
+            pictures = np.empty((self._loader.crops, *work.size, 3), np.uint8)
+            Decoder().pictures(data, height, width, work.views.windows[views], work.views.flip[views], pictures)
+            box[:] = 0, 0, pictures.shape[0] * pictures.shape[1], pictures.shape[2]
+            return to_ppm(pictures.reshape(-1, *pictures.shape[2:]))
+        box[:] = 0, 0, height, width
+        if self._loader._cuts:
+            piece = np.empty(len(data), np.uint8)
+            length = cut_windows(data, height, width, work.views.windows[views], *work.size, piece, box)
+            if length > 0:
+                return piece[:length]
+            if length != _NO_TABLE and (reason := why_corrupt(data)):
+                raise CorruptImageError(reason)
+        return data
+
+    def _needs_host(self) -> npt.NDArray[np.bool_]:
+        """Which images the host makes: bool (N,)."""
+        return at_border(self._work) | (self._work.part in self._loader._by_host)
+
+    def _views(self, place: int) -> slice:
+        return slice(place * self._loader.crops, (place + 1) * self._loader.crops)
+
+    def inputs(self) -> tuple[Any, ...]:
+        """What enters the graph, once every stream is made."""
+        work, crops = self._work, self._loader.crops
+        count, (rows, columns) = len(work.ids), work.size
+        windows, flip = work.views.windows.copy(), work.views.flip.copy()
+        heights, widths = work.heights.copy(), work.widths.copy()
+        for place in np.flatnonzero(self._by_host).tolist():  # its pictures, finished, stand one below the other
+            tops = np.arange(crops) * rows
+            windows[self._views(place)] = np.stack([tops, 0 * tops, tops + rows, 0 * tops + columns], axis=1)
+            flip[self._views(place)] = False
+            heights[place], widths[place] = crops * rows, columns
+        regions = plan.regions(windows, heights.repeat(crops), widths.repeat(crops), work.size).reshape(count, crops, 4)
+        corner = self._boxes[:, :2]
+        start, end = regions[:, :, :2].min(axis=1) - corner, regions[:, :, 2:].max(axis=1) - corner
+        origin = (corner + start if self._loader._slices else corner).repeat(crops, axis=0)
+        roi_start, roi_end = (windows[:, ends] - origin for ends in (slice(0, 2), slice(2, 4)))
+        roi_start[flip, 1], roi_end[flip, 1] = roi_end[flip, 1], roi_start[flip, 1]
+        rois = (roi.astype(np.float32).reshape(count, crops, 2) for roi in (roi_start, roi_end))
+        size = np.tile(np.array(work.size, np.float32), (count, 1))
+        region = (start.astype(np.int32), end.astype(np.int32)) if self._loader._slices else ()
+        return self._encoded, *rois, size, *region
+
+
+def at_border(work: Work) -> npt.NDArray[np.bool_]:
+    """Which images have a view that is much reduced at the image's border: bool (N,)."""
+    crops = len(work.views.flip) // len(work.ids)
+    low, high = work.views.windows[:, :2], work.views.windows[:, 2:]
+    scale = (high - low) / work.size
+    sides = np.stack([work.heights, work.widths], axis=1).repeat(crops, axis=0)
+    reaches: npt.NDArray[np.bool_] = (scale > MOST_REDUCED) & ((low < scale) | (high > sides - scale))
+    return np.asarray(reaches.reshape(len(work.ids), -1).any(axis=1))
+
+
+def to_ppm(pixels: npt.NDArray[np.uint8]) -> Bytes:
+    """Pixels, uint8 (H, W, 3), as a binary PPM, uint8 (bytes,)."""
+    header = f"P6\n{pixels.shape[1]} {pixels.shape[0]}\n255\n".encode()
+    return np.concatenate([np.frombuffer(header, np.uint8), pixels.reshape(-1)])

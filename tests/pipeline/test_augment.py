@@ -17,8 +17,10 @@ ZERO = augment.Normalization.of([0, 0, 0])
 NO_LIGHT = np.zeros((3, 3), np.float32)
 
 
-def draw(short: int, top: int, left: int, flip: bool = False, alphas: tuple[float, float, float] = (0, 0, 0)) -> plan.Draws:
-    return plan.Draws(np.array([short]), np.array([top]), np.array([left]), np.array([flip]), np.array([alphas], np.float32))
+def window(short: int, top: int, left: int, size: tuple[int, int]) -> tuple[float, float, float, float]:
+    """A 100 x 100 crop at a corner of an image of `size` (height, width) that is resized exactly, in source pixels."""
+    scale = min(size) / short
+    return top * scale, left * scale, (top + 100) * scale, (left + 100) * scale
 
 
 @pytest.mark.parametrize(
@@ -38,20 +40,21 @@ def test_reference_is_resize_then_crop(size: tuple[int, int], short: int, corner
     whole = np.asarray(image.resize((width * short // min(size), height * short // min(size)), Image.Resampling.BILINEAR))
     top, left = corner
     expected = whole[top : top + 100, left : left + 100].astype(int)
-    found = augment.resample(image, draw(short, top, left), 100)
+    found = augment.resample(image, window(short, top, left, size), False, (100, 100))
     assert np.abs(found - expected).max() <= 1
 
 
 def test_flip_mirrors_left_to_right() -> None:
     image = Image.fromarray(picture(300, 400))
-    plain, flipped = (augment.resample(image, draw(150, 3, 40, flip), 100) for flip in (False, True))
+    plain, flipped = (augment.resample(image, (6, 80, 206, 280), flip, (100, 100)) for flip in (False, True))
     assert np.array_equal(flipped, np.fliplr(plain))
     assert not np.array_equal(flipped, plain)
 
 
 def test_grey_palette_and_cmyk_become_rgb() -> None:
     for mode in ("L", "P", "CMYK", "RGBA"):
-        assert augment.resample(Image.fromarray(picture(120, 130)).convert(mode), draw(110, 1, 2), 100).shape == (100, 100, 3)
+        image = Image.fromarray(picture(120, 130)).convert(mode)
+        assert augment.resample(image, (1, 2, 100, 110), False, (100, 70)).shape == (100, 70, 3)
 
 
 def test_orientation_tags_are_ignored() -> None:
@@ -63,26 +66,25 @@ def test_orientation_tags_are_ignored() -> None:
     Image.fromarray(picture(120, 200)).save(stream, "JPEG", exif=exif)
     image = Image.open(stream)
     assert image.size == (200, 120)
-    assert np.array_equal(
-        augment.resample(image, draw(100, 0, 66), 100), augment.resample(image.convert("RGB"), draw(100, 0, 66), 100)
-    )
+    place = (0, 80, 120, 200), False, (100, 100)
+    assert np.array_equal(augment.resample(image, *place), augment.resample(image.convert("RGB"), *place))
 
 
 def test_lighting_is_alexnets_formula() -> None:
     """[p1, p2, p3] [a1 l1, a2 l2, a3 l3]^T, written out; a component's sign is arbitrary, so each may come negated."""
     basis = augment.lighting_basis(COVARIANCE)
     for component in range(3):
-        alphas = (0.1 * (component == 0), 0.1 * (component == 1), 0.1 * (component == 2))
+        alphas = np.zeros((1, 3), np.float32)
+        alphas[0, component] = 0.1
         expected = PUBLISHED_VECTORS[:, component] * 0.1 * PUBLISHED_VALUES[component] * 255
-        found = augment.lighting(draw(256, 0, 0, alphas=alphas), basis)[0]
+        found = augment.lighting(alphas, basis)[0]
         assert min(np.abs(found - expected).max(), np.abs(found + expected).max()) < 0.01
 
 
 def test_lighting_varies_as_its_law_says() -> None:
     basis = augment.lighting_basis(COVARIANCE)
     count = 100_000
-    drawn = plan.draw(0, 0, np.arange(count), np.full(count, 300), np.full(count, 300))
-    shifts = augment.lighting(drawn, basis)
+    shifts = augment.lighting(plan.alphas(0, 0, np.arange(count)), basis)
     expected = 0.01 * 255**2 * PUBLISHED_VECTORS @ np.diag(PUBLISHED_VALUES**2) @ PUBLISHED_VECTORS.T
     assert np.allclose(np.cov(shifts.T), expected, atol=0.03 * expected.max())
     assert np.abs(shifts.mean(axis=0)).max() < 0.1
@@ -103,10 +105,14 @@ def test_colour_tail_on_tensors_is_the_references(per_pixel: bool, dtype: torch.
     normalization = augment.Normalization.of(mean, (58.0, 57.0, 57.5))
     basis = augment.lighting_basis(COVARIANCE)
     image = Image.fromarray(picture(300, 400))
-    draws = [draw(150, 7, 30, True, (0.1, -0.2, 0.3)), draw(140, 0, 12, False, (-0.1, 0.0, 0.05))]
-    expected = np.stack([augment.apply(image, each, 100, basis, normalization) for each in draws])
-    pixels = torch.from_numpy(np.stack([augment.resample(image, each, 100) for each in draws]))
-    shift = torch.from_numpy(np.concatenate([augment.lighting(each, basis) for each in draws]))
+    places = [((14, 60, 214, 260), True), ((0, 25.5, 210.25, 240), False)]
+    alphas = np.array([[0.1, -0.2, 0.3], [-0.1, 0.0, 0.05]], np.float32)
+    size = (100, 100)
+    expected = np.stack(
+        [augment.apply(image, *place, light, size, basis, normalization) for place, light in zip(places, alphas, strict=True)]
+    )
+    pixels = torch.from_numpy(np.stack([augment.resample(image, *place, size) for place in places]))
+    shift = torch.from_numpy(augment.lighting(alphas, basis))
     found = augment.colour_tail(pixels, shift, torch.from_numpy(normalization.mean), torch.from_numpy(normalization.std), dtype)
     assert found.shape == (2, 3, 100, 100)
     assert found.dtype == dtype
@@ -121,8 +127,9 @@ def test_mean_is_subtracted_at_the_pixel_that_comes_out() -> None:
     mean[:, 0] = 50
     image = Image.fromarray(picture(200, 200))
     for flip in (False, True):
-        with_mean = augment.apply(image, draw(100, 0, 0, flip), 100, NO_LIGHT, augment.Normalization.of(mean))
-        without = augment.apply(image, draw(100, 0, 0, flip), 100, NO_LIGHT, ZERO)
+        place = (0, 0, 200, 200), flip, np.zeros(3, np.float32), (100, 100), NO_LIGHT
+        with_mean = augment.apply(image, *place, augment.Normalization.of(mean))
+        without = augment.apply(image, *place, ZERO)
         assert np.allclose(without - with_mean, mean)
 
 
@@ -132,3 +139,5 @@ def test_a_mean_image_is_resized_with_the_crop() -> None:
     assert half.shape == (112, 112, 3)
     assert np.allclose(half, ramp.reshape(112, 2, 224, 3)[:, :, ::2].mean(axis=1), atol=0.5)
     assert augment.Normalization.of([1, 2, 3]).at(112).mean.tolist() == [1, 2, 3]
+    assert np.allclose(augment.Normalization.of(ramp).per_channel().mean, 100, atol=0.01)
+    assert augment.Normalization.of([1, 2, 3]).per_channel().mean.tolist() == [1, 2, 3]

@@ -1,213 +1,218 @@
-"""The contract that every engine keeps: samples, order, ranks, resuming. Pixels are in engines/test_dali.py."""
+"""What all engines have from `Loader`, shown by one that makes no pictures. The contract suite runs the real ones."""
 
 from __future__ import annotations
 
-import shutil
+import threading
 from collections import Counter
 from dataclasses import replace
+from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
-from pipeline import ENGINES, open_loader, plan
-from pipeline.augment import Normalization
+from pipeline import open_loader, plan
 from pipeline.errors import UserError
-from pipeline.loader import Loader, LoaderSpec
+from pipeline.geometry import CentreCrop, ScaleJitter, WholeImage
+from pipeline.loader import Batch, Loader, Part
+from pipeline.shards import SAMPLE, Manifest
+from pipeline.spec import LoaderSpec
 
-pytestmark = pytest.mark.parametrize("engine", list(ENGINES))
+
+class Blank(Loader):
+    """Black pictures at once, but for samples in `bad`, which cannot be decoded."""
+
+    engine = "blank"
+    bad: frozenset[int] = frozenset()
+
+    def _make(self, part: Part) -> Batch:
+        work = self.plan(part)
+        for place in range(len(work.ids)):
+            while int(work.ids[place]) in self.bad:
+                self.replace(work, place, "it is bad")
+        return self.finish(torch.zeros(len(work.views.flip), *work.size, 3, dtype=torch.uint8), work)
 
 
-def spec_for(data: Path, engine: str, **changes: object) -> LoaderSpec:
-    spec = LoaderSpec(data, batch_size=8, image_size=32, scale=(36, 68), eval_short=36, threads=1, engine=engine)
-    return replace(spec, **changes)  # type: ignore[arg-type]
+def spec_for(data: Path, **changes: Any) -> LoaderSpec:
+    return replace(LoaderSpec(data, batch_size=8, image_size=4, geometry=ScaleJitter(5, 8)), **changes)
 
 
 def ids(loader: Loader) -> list[int]:
-    """The ids of the rest of an epoch, in order."""
-    return [int(index) for batch in loader for index in batch.ids]
-
-
-def test_training_follows_the_plan(small_shards: Path, engine: str) -> None:
-    loader = open_loader(spec_for(small_shards, engine, seed=3))
-    assert len(loader) == 7
-    for epoch in range(3):
-        assert loader.epoch == epoch
-        assert ids(loader) == plan.order(3, epoch, np.arange(56), 60).tolist()
-
-
-def test_the_dropped_samples_differ_from_epoch_to_epoch(small_shards: Path, engine: str) -> None:
-    loader = open_loader(spec_for(small_shards, engine))
-    dropped = [frozenset(range(60)) - set(ids(loader)) for _ in range(4)]
-    assert all(len(each) == 4 for each in dropped)
-    assert len(set(dropped)) > 1
+    return [int(sample) for batch in loader for sample in batch.ids]
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3, 4, 8])
-@pytest.mark.parametrize("batch_size", [1, 5, 8, 64])
-def test_evaluation_counts_every_sample_once(small_shards: Path, engine: str, world_size: int, batch_size: int) -> None:
+@pytest.mark.parametrize("batch_size", [1, 5, 8, 59, 60, 64])
+@pytest.mark.parametrize("order", ["full", "blocks", "sequential"])
+def test_every_sample_comes_once(small_shards: Path, world_size: int, batch_size: int, order: str) -> None:
+    spec = spec_for(small_shards, training=False, batch_size=batch_size, order=order, block_shards=3, world_size=world_size)
+    for epoch in (0, 3):
+        seen: Counter[int] = Counter()
+        for rank in range(world_size):
+            loader = Blank(replace(spec, rank=rank))
+            loader.seek(epoch, 0)
+            seen.update(ids(loader))
+        assert seen == Counter(range(60))
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3, 4, 8])
+@pytest.mark.parametrize("batch_size", [1, 4, 60])
+def test_whole_images_come_once_and_never_in_one_batch_with_others(small_shards: Path, world_size: int, batch_size: int) -> None:
+    spec = spec_for(small_shards, batch_size=batch_size, world_size=world_size).evaluation("train", geometry=WholeImage(20))
     seen: Counter[int] = Counter()
     for rank in range(world_size):
-        spec = spec_for(small_shards, engine, batch_size=batch_size, world_size=world_size, rank=rank)
-        loader = open_loader(spec.evaluation())
+        loader = Blank(replace(spec, rank=rank))
+        sizes = {}
         for batch in loader:
-            assert batch.labels.tolist() == loader.shards.samples["label"][batch.ids].tolist()
-            assert len(batch.images) == len(batch.ids)
             seen.update(batch.ids.tolist())
-        loader.close()
-    assert seen == Counter(range(21))
+            sizes.update(dict.fromkeys(batch.ids.tolist(), tuple(batch.images.shape[2:])))
+        records = loader.shards.samples
+        for sample, size in sizes.items():
+            height, width = plan.resized([records[sample]["height"]], [records[sample]["width"]], 20)
+            assert size == (height[0], width[0])
+    assert seen == Counter(range(60))
 
 
-def test_the_global_sequence_does_not_depend_on_the_ranks(small_shards: Path, engine: str) -> None:
-    whole = list(open_loader(spec_for(small_shards, engine)))
-    parts = [list(open_loader(spec_for(small_shards, engine, world_size=4, rank=rank))) for rank in range(4)]
-    for step, batch in enumerate(whole):
-        assert batch.ids.tolist() == [index for part in parts for index in part[step].ids.tolist()]
-        assert torch.equal(batch.images, torch.cat([part[step].images for part in parts]))
-        assert torch.equal(batch.labels, torch.cat([part[step].labels for part in parts]))
+@pytest.mark.parametrize("order", ["full", "blocks"])
+def test_any_place_can_be_resumed_with_other_ranks_and_batch_sizes(small_shards: Path, order: str) -> None:
+    spec = spec_for(small_shards, order=order, block_shards=2)
+    expected = ids(Blank(replace(spec, training=False)))
+    for consumed in range(0, 57, 7):
+        for world_size, batch_size in ((1, 8), (2, 4), (3, 3)):
+            batches = []
+            for rank in range(world_size):
+                loader = Blank(replace(spec, world_size=world_size, rank=rank, batch_size=batch_size))
+                loader.load_state_dict(loader.state_dict() | {"consumed": consumed})
+                batches.append([batch.ids.tolist() for batch in loader])
+            found = [sample for step in zip(*batches, strict=True) for part in step for sample in part]
+            whole = (60 // batch_size * batch_size - consumed) // batch_size * batch_size
+            assert found == expected[consumed : consumed + whole]
 
 
-@pytest.mark.parametrize("prefetch", [1, 2, 4])
-@pytest.mark.parametrize("stop", [0, 1, 3, 6, 7])
-def test_a_saved_place_gives_the_very_next_batch(small_shards: Path, engine: str, stop: int, prefetch: int) -> None:
-    spec = spec_for(small_shards, engine, prefetch=prefetch)
-    loader = open_loader(spec)
-    ids(loader)
-    batches = iter(loader)
-    for _ in range(stop):
-        next(batches)
-    state = loader.state_dict()
-    expected = list(batches)  # the rest of epoch 1
-    resumed = open_loader(replace(spec, threads=2))
-    resumed.load_state_dict(state)
-    assert (resumed.epoch, resumed.consumed) == (1, stop * 8)
-    found = list(resumed)
-    assert len(found) == 7 - stop
-    for ours, theirs in zip(found, expected, strict=True):
-        assert np.array_equal(ours.ids, theirs.ids)
-        assert torch.equal(ours.images, theirs.images)
-    assert resumed.epoch == 2
+def test_upcoming_parts_go_on_through_epochs(small_shards: Path) -> None:
+    loader = Blank(spec_for(small_shards, world_size=2, rank=1))
+    parts = list(loader.parts(0, 0))
+    found = list(islice(loader.upcoming(parts[5]), 4))
+    assert found == [parts[5], parts[6], *islice(loader.parts(1, 0), 2)]
 
 
-def test_resuming_with_other_ranks_and_batch_size_goes_on_at_the_sample(small_shards: Path, engine: str) -> None:
-    loader = open_loader(spec_for(small_shards, engine))
-    order = plan.order(0, 0, np.arange(60), 60).tolist()
-    batches = iter(loader)
-    next(batches)
-    next(batches)
-    state = loader.state_dict()
-    parts = []
-    for rank in range(2):
-        resumed = open_loader(spec_for(small_shards, engine, world_size=2, rank=rank, batch_size=4))
-        resumed.load_state_dict(state)
-        parts.append([batch.ids.tolist() for batch in resumed])
-    assert [index for pair in zip(*parts, strict=True) for part in pair for index in part] == order[16:]
+# --- Specs
 
 
-def test_seeking_drops_what_was_in_flight(small_shards: Path, engine: str) -> None:
-    loader = open_loader(spec_for(small_shards, engine))
-    first = next(iter(loader))
-    loader.seek(5, 16)
-    assert ids(loader) == plan.order(0, 5, np.arange(16, 56), 60).tolist()
-    loader.seek(0, 0)
-    again = next(iter(loader))
-    assert torch.equal(first.images, again.images)
-    with pytest.raises(ValueError, match="no place"):
-        loader.seek(0, 57)
+def test_image_sizes_are_a_function_of_the_epoch() -> None:
+    spec = LoaderSpec("nowhere", image_size=((0, 128), (6, 160), (12, 224)))
+    assert [spec.size_at(epoch) for epoch in (0, 5, 6, 11, 12, 90)] == [128, 128, 160, 160, 224, 224]
+    assert spec.final_size == 224
+    assert spec.geometry_at(224) == ScaleJitter(256, 480)
+    assert spec.geometry_at(128) == ScaleJitter(146, 274)
+    assert LoaderSpec("nowhere", image_size=96).size_at(7) == 96
 
 
-def test_batches_kept_by_the_caller_stay_as_they_were(small_shards: Path, engine: str) -> None:
-    loader = open_loader(spec_for(small_shards, engine))
-    kept, copies = [], []
-    for _ in range(5):
-        for batch in loader:
-            kept.append(batch.images)
-            copies.append(batch.images.clone())
-    assert all(torch.equal(one, other) for one, other in zip(kept, copies, strict=True))
+def test_evaluation_is_the_central_crop_in_proportion() -> None:
+    spec = LoaderSpec("nowhere", image_size=((0, 56), (3, 112)), order="blocks", batch_size=64)
+    found = spec.evaluation()
+    assert (found.split, found.training, found.order, found.corrupt) == ("val", False, "sequential", "stop")
+    assert (found.image_size, found.geometry, found.batch_size) == (112, CentreCrop(128), 64)
+    assert spec.evaluation("train", 5, WholeImage(64)).geometry == WholeImage(64)
+    assert spec.evaluation("train", 5).batch_size == 5
 
 
-def test_a_place_in_other_data_is_refused(small_shards: Path, engine: str) -> None:
-    state = open_loader(spec_for(small_shards, engine)).state_dict()
-    for changes in (
-        {"seed": 1},
-        {"image_size": 36},
-        {"scale": (36, 69)},
-        {"normalization": "channel"},
-        {"split": "val"},
-        {"alpha_std": 0.0},
-    ):
-        with pytest.raises(UserError, match="other data"):
-            open_loader(spec_for(small_shards, engine, **changes)).load_state_dict(state)
+def test_an_unknown_engine_is_refused(small_shards: Path) -> None:
+    with pytest.raises(UserError, match=r"unknown engine 'warp'; choose from .*dali"):
+        open_loader(spec_for(small_shards, engine="warp"))
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-def test_batches_are_channels_last_in_the_training_dtype(small_shards: Path, engine: str, dtype: torch.dtype) -> None:
-    batch = next(iter(open_loader(spec_for(small_shards, engine, dtype=dtype))))
-    exact = next(iter(open_loader(spec_for(small_shards, engine))))
-    assert batch.images.dtype == dtype
-    assert batch.images.shape == (8, 3, 32, 32)
-    assert batch.images.is_contiguous(memory_format=torch.channels_last)
-    assert batch.labels.dtype == torch.int64
-    tolerance = {torch.float32: 0.0, torch.float16: 0.07, torch.bfloat16: 0.6}[
-        dtype
-    ]  # half a step at 128..256, and a rounding before
-    assert (batch.images.float() - exact.images).abs().max() <= tolerance
+# --- Corrupt samples
 
 
-def test_a_standard_deviation_divides(small_shards: Path, engine: str) -> None:
-    plain = next(iter(open_loader(spec_for(small_shards, engine, normalization=Normalization.of([10, 20, 30])))))
-    scaled = next(iter(open_loader(spec_for(small_shards, engine, normalization=Normalization.of([10, 20, 30], [2, 4, 5])))))
-    assert torch.allclose(scaled.images * torch.tensor([2.0, 4, 5])[:, None, None], plain.images, atol=1e-4)
+def test_the_result_does_not_depend_on_what_is_known(small_shards: Path) -> None:
+    """Corrupt samples met on the way, known from an epoch before, or met after resuming: the same batches."""
+    bad = frozenset(range(0, 60, 3))
+    loaders = [Blank(spec_for(small_shards)) for _ in range(2)]
+    for loader in loaders:
+        loader.bad = bad
+    first = [ids(loaders[0]) for _ in range(3)]
+    assert not bad & {sample for epoch in first for sample in epoch}
+    loaders[1].seek(2, 0)
+    assert ids(loaders[1]) == first[2]
+    loaders[0].seek(0, 0)
+    assert ids(loaders[0]) == first[0]
+    assert loaders[0].corrupt == dict.fromkeys(bad, "it is bad")
+    planned = [plan.order(0, epoch, np.arange(56), 60) for epoch in (0, 1, 2, 0)]
+    assert loaders[0].replaced == sum(int(np.isin(epoch, list(bad)).sum()) for epoch in planned)
 
 
-def test_a_damaged_image_is_named(small_shards: Path, engine: str, tmp_path: Path) -> None:
-    copy = tmp_path / "copy"
-    shutil.copytree(small_shards, copy)
-    loader = open_loader(spec_for(copy, engine))
-    victim = int(plan.order(0, 0, [19], 60)[0])
-    record = loader.shards.samples[victim]
-    path = loader.shards.shards[record["shard"]]
-    data = bytearray(path.read_bytes())
-    data[int(record["offset"]) : int(record["offset"]) + int(record["bytes"])] = b"\0" * int(record["bytes"])
-    path.write_bytes(data)
-    with pytest.raises(UserError, match=f"{path.name}: {loader.shards.key(victim)}: cannot be decoded"):
-        ids(loader)
+def test_a_replacement_has_its_own_draws(small_shards: Path) -> None:
+    loader = Blank(spec_for(small_shards))
+    part = next(loader.parts(0, 0))
+    before = loader.plan(part)
+    victim = int(before.ids[3])
+    after = loader.plan(part)
+    loader.replace(after, 3, "it is bad")
+    other = plan.substitute(0, 0, victim, 0, 60)
+    assert after.ids[3] == other
+    record = loader.shards.samples[other]
+    assert (after.heights[3], after.widths[3]) == (record["height"], record["width"])
+    views = ScaleJitter(5, 8).views(0, 0, np.array([other]), after.heights[3:4], after.widths[3:4], 4, plan.ALPHA_STD)
+    planned_anew = loader.plan(part).views
+    for column in range(3):
+        assert np.array_equal(after.views[column][3], views[column][0])
+        assert np.array_equal(np.delete(after.views[column], 3, 0), np.delete(before.views[column], 3, 0))
+        assert np.array_equal(after.views[column], planned_anew[column])
 
 
-def test_a_truncated_shard_is_named(small_shards: Path, engine: str, tmp_path: Path) -> None:
-    copy = tmp_path / "copy"
-    shutil.copytree(small_shards, copy)
-    tar = copy / "train" / "000002.tar"
-    tar.write_bytes(tar.read_bytes()[:9000])
-    with pytest.raises(UserError, match=r"000002.tar: has 9000 bytes"):
-        ids(open_loader(spec_for(copy, engine)))
+def test_threads_may_replace_at_once(small_shards: Path) -> None:
+    loader = Blank(spec_for(small_shards, batch_size=60))
+    loader.bad = frozenset(range(50))
+    work = loader.plan(next(loader.parts(0, 0)))
+
+    def mend(place: int) -> None:
+        while int(work.ids[place]) in loader.bad:
+            loader.replace(work, place, "it is bad")
+
+    threads = [threading.Thread(target=mend, args=(place,)) for place in range(60)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert np.array_equal(work.ids, loader.plan(work.part).ids)
+    assert set(work.ids.tolist()) <= set(range(50, 60))
 
 
-@pytest.mark.parametrize(
-    ("changes", "words"),
-    [
-        ({"scale": (20, 68)}, "image size"),
-        ({"scale": (68, 36)}, "low <= high"),
-        ({"batch_size": 61}, "fewer than one batch"),
-        ({"batch_size": 9, "world_size": 2}, "multiple of the number of processes"),
-        ({"rank": 1}, "rank"),
-        ({"seed": -1}, "seed"),
-        ({"threads": 0}, "threads"),
-        ({"dtype": torch.float64}, "float64"),
-        ({"normalization": "median"}, "median"),
-        ({"training": False, "eval_short": 20}, "at least the image size"),
-        ({"split": "test"}, "no split"),
-        ({"device": "cuda:7"}, "no CUDA GPU"),
-    ],
-)
-def test_a_bad_spec_is_refused(small_shards: Path, engine: str, changes: dict[str, object], words: str) -> None:
-    if changes.get("device") and torch.cuda.is_available():
-        pytest.skip("this machine has a GPU")
-    with pytest.raises(UserError, match=words):
-        open_loader(spec_for(small_shards, engine, **changes))
+# --- Size
 
 
-def test_an_unknown_engine_is_refused(small_shards: Path, engine: str) -> None:
-    with pytest.raises(UserError, match=f"unknown engine 'warp'; choose from {engine}"):
-        open_loader(spec_for(small_shards, "warp"))
+class BillionSamples:
+    """What `Loader` asks of a ShardSet and of its samples, each of which exists only when it is looked at."""
+
+    count, nbytes = 10**9 + 1, 0
+    sizes = [10_000] * 100_000 + [1]
+
+    def __init__(self, manifest: Manifest) -> None:
+        self.manifest, self.samples = manifest, self
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, ids: Any) -> Any:
+        assert len(ids) <= 256, "more were asked for than a batch has"
+        return np.array([(0, 0, 0, 375, 500, 0, 0)] * len(ids), SAMPLE)
+
+    def check_cache(self) -> None: ...
+
+    def prefetch(self, shards: list[int]) -> None:
+        assert len(shards) == 16
+
+
+@pytest.mark.parametrize("order", ["full", "blocks", "sequential"])
+def test_start_up_and_planning_do_not_grow_with_the_samples(
+    small_shards: Path, monkeypatch: pytest.MonkeyPatch, order: str
+) -> None:
+    shards = BillionSamples(Manifest(small_shards))
+    monkeypatch.setattr(Loader, "_open_shards", lambda self: shards)
+    loader = Blank(spec_for(small_shards, order=order, batch_size=256, training=False))
+    assert len(loader) == 10**9 // 256 + 1
+    work = loader.plan(next(loader.parts(1, 123_456 * 256)))
+    assert len(np.unique(work.ids)) == 256

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from pipeline import plan
+from pipeline import draws, plan
 
 GOLDEN_ORDER_10 = [5, 9, 3, 4, 8, 1, 7, 6, 0, 2]
 GOLDEN_ORDER_IMAGENET = [375850, 1060278, 1136484]
@@ -24,6 +24,8 @@ GOLDEN_DRAW: dict[str, list[Any]] = {
         [-0.0500361174, -0.069876723, 0.119355239],
     ],
 }
+
+GOLDEN_SUBSTITUTES = [85503524845, 1023384016225]
 
 MANY = 225 * 1000
 
@@ -56,7 +58,7 @@ def draw_many(count: int, seed: int = 1, epoch: int = 0, height: int = 375, widt
     ],
 )
 def test_philox_known_answers(key: int, counter: tuple[int, ...], expected: tuple[int, ...]) -> None:
-    words = plan._philox(np.uint64(key), *(np.uint64(word) for word in counter))
+    words = draws.philox(np.uint64(key), *(np.uint64(word) for word in counter))
     assert tuple(int(word) for word in words) == expected
 
 
@@ -288,3 +290,49 @@ def test_shares_tile_the_global_batch(world_size: int) -> None:
         assert max(sizes) - min(sizes) <= 1
     with pytest.raises(ValueError, match="rank"):
         plan.share(0, 10, world_size, world_size)
+
+
+# --- Regions
+
+
+def test_regions_hold_the_filters_support_on_each_axis_of_its_own() -> None:
+    windows = np.array([[100.5, 200.5, 300.5, 250.5], [0.0, 0.0, 50.0, 50.0]])
+    heights, widths = np.array([400, 50]), np.array([400, 50])
+    found = plan.regions(windows, heights, widths, (50, 100))  # reduced fourfold down the rows, enlarged along them
+    assert found.tolist() == [[95, 198, 306, 253], [0, 0, 50, 50]]
+    assert np.array_equal(plan.regions(windows, heights, widths, 50), plan.regions(windows, heights, widths, (50, 50)))
+
+
+def test_short_sides_go_with_the_size_and_never_below_it() -> None:
+    assert [plan.short_at(256, size) for size in (224, 112, 56, 64)] == [256, 128, 64, 73]
+    assert plan.short_at(36, 16, nominal=32) == 18
+    assert plan.short_at(224, 3, nominal=225) == 3
+
+
+# --- Substitutes
+
+
+def test_substitutes_are_uniform_on_the_other_samples() -> None:
+    n, keys = 20, 20_000
+    counts = np.bincount([plan.substitute(key, 3, 7, key % 32, n) for key in range(keys)], minlength=n)
+    assert counts[7] == 0
+    assert chi_square_is_ordinary(np.delete(counts, 7), keys / (n - 1))
+
+
+def test_substitutes_of_neighbours_are_unrelated() -> None:
+    n = 10_000
+    base = np.array([plan.substitute(1, 0, sample, 0, n) for sample in range(n)])
+    for other in ((1, 0, 1), (1, 1, 0), (2, 0, 0)):
+        seed, epoch, attempt = other
+        found = np.array([plan.substitute(seed, epoch, sample, attempt, n) for sample in range(n)])
+        assert uncorrelated(base, found)
+        assert (base == found).sum() < 10
+
+
+def test_substitute_golden_values() -> None:
+    """Any change here changes every user's epochs: it needs a new major version."""
+    assert [plan.substitute(2**63 + 5, 89, 2**40 - 1, attempt, 2**40) for attempt in (0, 31)] == GOLDEN_SUBSTITUTES
+    assert {plan.substitute(0, epoch, sample, 0, 2) for epoch in range(9) for sample in (1,)} == {0}
+    for sample, attempt, n in ((0, 0, 1), (5, 0, 5), (-1, 0, 5), (0, 32, 5), (0, -1, 5)):
+        with pytest.raises(ValueError, match="must"):
+            plan.substitute(0, 0, sample, attempt, n)

@@ -5,7 +5,10 @@ from __future__ import annotations
 import csv
 import json
 import os
+import threading
+import time
 import warnings
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,11 +17,13 @@ import numpy as np
 import pytest
 import torch
 
-from pipeline import open_loader
+from pipeline import open_loader, storage
 from pipeline.cache import GIGABYTE
 from pipeline.errors import UserError
-from pipeline.loader import LoaderSpec
+from pipeline.geometry import ScaleJitter
+from pipeline.order import Blocks
 from pipeline.shards import Manifest, ShardSet
+from pipeline.spec import LoaderSpec
 from tests.helpers import assert_refused, run_script, s3_client, upload
 
 SMALL = ("--arch", "resnet18", "--epochs", 1, "--batch-size", 20, "--image-size", 32, "--threads", 1, "--log-every", 1)
@@ -48,7 +53,7 @@ def deleted_but_held(folder: Path) -> list[str]:
 
 
 def spec_for(data: Any, **changes: Any) -> LoaderSpec:
-    return replace(LoaderSpec(data, batch_size=8, image_size=32, scale=(36, 68), eval_short=36, threads=1), **changes)
+    return replace(LoaderSpec(data, batch_size=8, image_size=32, geometry=ScaleJitter(36, 68), threads=1), **changes)
 
 
 @pytest.mark.parametrize("split", ["train", "val"])
@@ -72,8 +77,8 @@ def test_remote_shards_are_the_local_ones(
 
 @pytest.mark.parametrize("training", [True, False])
 def test_remote_batches_are_the_local_ones(small_shards: Path, remote: str, tmp_path: Path, training: bool) -> None:
-    local = open_loader(spec_for(small_shards, training=training))
-    ours = open_loader(spec_for(remote, training=training, cache=tmp_path))
+    spec = spec_for(small_shards) if training else spec_for(small_shards).evaluation()
+    local, ours = open_loader(spec), open_loader(replace(spec, data=remote, cache=tmp_path))
     assert ours.fingerprint() == local.fingerprint()
     for theirs, found in zip(local, ours, strict=True):
         assert np.array_equal(theirs.ids, found.ids)
@@ -111,6 +116,102 @@ def test_local_shards_go_through_a_cache_only_when_asked(small_shards: Path, tmp
     assert np.array_equal(cached.read(5), ShardSet(small_shards, "train").read(5))
     assert cached.shards[0].parent == tmp_path
     assert cached.shards[0].exists()
+
+
+# --- Blocks of shards, fetched ahead
+
+
+def test_the_shards_of_a_block_and_the_next_are_fetched_ahead(remote: str, tmp_path: Path, downloads: list[str]) -> None:
+    spec = spec_for(remote, cache=tmp_path, order="blocks", block_shards=1, engine="cpu", prefetch=1)
+    loader = open_loader(spec)
+    assert isinstance(loader.order, Blocks)
+    next(iter(loader))  # 8 of the first shard's 16 images, or of 12
+    first = [loader.shards._urls[shard] for block in (0, 1) for shard in loader.order.shards(0, block)]
+    wait_until(lambda: set(downloads) >= set(first))
+    assert threads_named("cropfeed-prefetch")
+    loader.close()
+    assert not threads_named("cropfeed-prefetch")
+    local = open_loader(replace(spec, data=remote, cache=tmp_path))
+    assert [batch.ids.tolist() for batch in local]  # a closed cache is as good as before
+
+
+def test_batches_of_blocks_are_the_local_ones(small_shards: Path, remote: str, tmp_path: Path) -> None:
+    """With room for little more than a block in the cache."""
+    spec = spec_for(small_shards, order="blocks", block_shards=2)
+    ours = open_loader(replace(spec, data=remote, cache=tmp_path, cache_gb=gigabytes(small_shards, 3)))
+    for theirs, found in zip(open_loader(spec), ours, strict=True):
+        assert np.array_equal(theirs.ids, found.ids)
+        assert torch.equal(theirs.images, found.images)
+    ours.close()
+
+
+def test_no_more_is_fetched_ahead_than_the_cache_holds(
+    small_shards: Path, remote: str, tmp_path: Path, downloads: list[str]
+) -> None:
+    shards = ShardSet(remote, "train", tmp_path, gigabytes(small_shards, 2))
+    shards.prefetch([3, 1, 0, 2])
+    wait_until(lambda: len(downloads) == 3)  # samples.npy and two shards
+    time.sleep(0.3)
+    shards.close()
+    assert [url.rsplit("/", 1)[1] for url in downloads] in (
+        ["samples.npy", "000003.tar", "000001.tar"],
+        ["samples.npy", "000001.tar", "000003.tar"],
+    )
+
+
+def test_what_goes_wrong_ahead_is_said_at_reading(remote: str, s3: str, tmp_path: Path) -> None:
+    shards = ShardSet(remote, "train", tmp_path)
+    s3_client().delete_object(Bucket=s3.removeprefix("s3://"), Key="imagenet/shards/train/000001.tar")
+    shards.prefetch([0, 1])
+    wait_until(lambda: shards.shards[0].exists())
+    shards.close()
+    with pytest.raises(UserError, match=rf"{remote}/train/000001.tar: not found"):
+        shards.read(20)
+
+
+def test_closing_stops_a_download(remote: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shards = ShardSet(remote, "train", tmp_path)
+    begun = threading.Event()
+
+    def endless(url: str, count: int) -> Iterator[bytes]:
+        while True:
+            begun.set()
+            time.sleep(0.01)
+            yield b"x"
+
+    monkeypatch.setattr(storage, "pieces", endless)
+    shards.prefetch([0, 1, 2, 3])
+    assert begun.wait(10)
+    began = time.monotonic()
+    shards.close()
+    assert time.monotonic() - began < 5
+    assert not threads_named("cropfeed-prefetch")
+    assert not list(tmp_path.glob("*.partial"))
+    monkeypatch.undo()
+
+
+def test_local_shards_are_read_ahead(small_shards: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    advised = []
+    monkeypatch.setattr(
+        os, "posix_fadvise", lambda fd, start, count, advice: advised.append((os.readlink(f"/proc/self/fd/{fd}"), advice))
+    )
+    shards = ShardSet(small_shards, "train")
+    shards.prefetch([2, 0])
+    wait_until(lambda: len(advised) == 2)
+    shards.close()
+    assert {Path(path).name for path, _ in advised} == {"000000.tar", "000002.tar"}
+    assert {advice for _, advice in advised} == {os.POSIX_FADV_WILLNEED}
+
+
+def wait_until(done: Callable[[], bool], seconds: float = 20) -> None:
+    deadline = time.monotonic() + seconds
+    while not done():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def threads_named(name: str) -> list[threading.Thread]:
+    return [thread for thread in threading.enumerate() if thread.name == name]
 
 
 def test_what_is_not_there_is_named(remote: str, s3: str, tmp_path: Path) -> None:

@@ -8,7 +8,6 @@ import io
 import numpy as np
 import numpy.typing as npt
 import pytest
-import simplejpeg
 import torch
 from PIL import Image
 
@@ -140,20 +139,17 @@ def test_pictures_of_other_files_are_pillows(kind: str) -> None:
     assert_pictures_are_pillows(stream.getvalue(), 250, 350)
 
 
-def test_a_cut_is_what_is_decoded(monkeypatch: pytest.MonkeyPatch) -> None:
-    decoded = []
-    original = simplejpeg.decode_jpeg
-
-    def watching(data: Pixels, buffer: Pixels) -> Pixels:
-        decoded.append(original(data, buffer=buffer))
-        return decoded[-1]
-
-    monkeypatch.setattr(simplejpeg, "decode_jpeg", watching)
-    data = np.frombuffer(transcode(jpeg(picture(480, 640))), np.uint8)
-    Decoder().pictures(data, 480, 640, np.array([[100.0, 200.0, 200.0, 300.0]]), FLIPS[:1], np.empty((1, 64, 64, 3), np.uint8))
-    height, width, _ = decoded[0].shape
+@pytest.mark.parametrize("subsampling", ["420", "411"])
+def test_no_more_than_the_region_is_decoded(subsampling: str) -> None:
+    """By our decoder, to whole MCUs; 4:1:1 by libjpeg-turbo from a cut, to whole tiles."""
+    data = np.frombuffer(transcode(jpeg(picture(480, 640), subsampling)), np.uint8)
+    decoder, window = Decoder(), np.array([[100.0, 200.0, 200.0, 300.0]])
+    decoder.pictures(data, 480, 640, window, FLIPS[:1], np.empty((1, 64, 64, 3), np.uint8))
+    top, left, height, width = decoder._place.tolist()
+    assert 84 <= top <= 98
     assert 104 <= height <= 104 + 2 * 16
-    assert 104 <= width <= 104 + 2 * 64
+    assert 200 - 3 - 64 <= left <= 197
+    assert 104 <= width <= 104 + 2 * (16 if subsampling == "420" else 64)
 
 
 @pytest.mark.parametrize("transcoded", [False, True])
@@ -173,7 +169,7 @@ def test_damage_is_said(transcoded: bool) -> None:
 
 
 def test_memory_comes_back_when_the_last_tensor_is_gone() -> None:
-    pool = BufferPool()
+    pool = BufferPool("cpu")
     array, tensor = pool.lend((2, 3, 4), np.float32)
     address = tensor.data_ptr()
     array[:] = 5

@@ -1,108 +1,137 @@
-"""The DALI engine's pixels against the reference, and its GPU graph without a GPU."""
+"""What is the DALI engine's own: its GPU graph without a GPU, its way around DALI's borders, and DALI's own reader."""
 
 from __future__ import annotations
 
-import tarfile
+from collections import Counter
+from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from gpu_check import pixel_differences
+from nvidia.dali import Pipeline, fn
 from PIL import Image
 
-from pipeline import open_loader
-from pipeline.augment import Normalization, apply
-from pipeline.engines import dali
-from pipeline.loader import Loader, LoaderSpec, Part
-from tests.helpers import SHARED, SUBSAMPLINGS, jpeg, open_image, picture, run_script
-
-# Height and width: ordinary both ways up, small enough to be enlarged, tiny, extreme, large.
-SIZES = ((375, 500), (500, 333), (131, 97), (9, 13), (40, 700), (1500, 2000))
+from pipeline import plan
+from pipeline.augment import Normalization, resample
+from pipeline.engines import dali, dali_reader
+from pipeline.errors import UserError
+from pipeline.geometry import CentreCrop, RandomResizedCrop, ScaleJitter, TenCrop
+from pipeline.shards import ShardSet
+from pipeline.spec import LoaderSpec
+from tests.helpers import jpeg, open_image, picture, run_script
+from tests.pipeline.contract.helpers import differences, spec_for
 
 
 @pytest.fixture(scope="module")
-def varied_shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A class per subsampling, an image per size; and a class of what is no baseline YCbCr JPEG."""
-    root = tmp_path_factory.mktemp("varied")
-    for subsampling in SUBSAMPLINGS:
-        folder = root / "images" / subsampling
-        folder.mkdir(parents=True)
-        for index, (height, width) in enumerate(SIZES):
-            (folder / f"{index}.JPEG").write_bytes(jpeg(picture(height, width, index), subsampling))
-    odd = root / "images" / "odd"
-    odd.mkdir()
-    image = Image.fromarray(picture(300, 400))
-    image.save(odd / "progressive.JPEG", "JPEG", progressive=True)
-    image.convert("CMYK").save(odd / "cmyk.JPEG", "JPEG")
-    image.save(odd / "png.JPEG", "PNG")
-    image.convert("L").save(odd / "grey_png.JPEG", "PNG")
-    exif = Image.Exif()
-    exif[0x0112] = 6
-    image.save(odd / "turned.JPEG", "JPEG", exif=exif)
-    result = run_script("tools/make_shards.py", root / "images", "--out", root / "shards")
+def large_shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Large images with hard edges along their borders, and a small one without."""
+    root = tmp_path_factory.mktemp("large")
+    (root / "images" / "a").mkdir(parents=True)
+    for index, (height, width) in enumerate(((2000, 1500), (1300, 1800), (900, 3000), (150, 190))):
+        pixels = picture(height, width, index)
+        if height > 150:
+            pixels[:3], pixels[-2:], pixels[:, :3], pixels[:, -1:] = 255, 0, 0, 255
+        (root / "images" / "a" / f"{index}.JPEG").write_bytes(jpeg(pixels, "444"))
+    result = run_script("tools/make_shards.py", root / "images", "--out", root / "shards", "--workers", 1)
     assert result.returncode == 0, result.stderr
     return root / "shards"
 
 
-def assert_like_the_reference(loader: Loader, epochs: int) -> set[str]:
-    """Every sample over some epochs is within the limits; returns the names of the classes seen."""
-    seen = set()
-    for _ in range(epochs):
-        for difference in pixel_differences(loader):
-            key = loader.shards.key(difference.index)
-            seen.add(key.split("/")[0])
-            assert difference.pixels.mean() <= 1, key
-            assert difference.percentile <= 4, key
-            assert difference.pixels.max() <= 16, key
-    return seen
+@pytest.mark.parametrize("geometry", [RandomResizedCrop(area=(0.8, 1)), TenCrop(64), CentreCrop(56)])
+def test_much_reduced_borders_are_pillows(large_shards: Path, geometry: RandomResizedCrop | TenCrop | CentreCrop) -> None:
+    spec = LoaderSpec(large_shards, batch_size=4, image_size=56, geometry=geometry)
+    loader = dali.open(spec if geometry.random else spec.evaluation("train", geometry=geometry))
+    part = next(loader.parts(0, 0))
+    work = loader.plan(part)
+    assert 0 < dali.at_border(work).sum() < 4
+    found = differences(loader, work, next(iter(loader)))
+    border = np.concatenate([found[:, [0, -1]].reshape(len(found), -1), found[:, :, [0, -1]].reshape(len(found), -1)], axis=1)
+    assert np.percentile(border, 99.9, axis=1).max() <= 4
+    loader.close()
 
 
-@pytest.mark.parametrize("training", [True, False])
-@pytest.mark.parametrize("size", [224, 64])
-@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
-def test_pixels_are_the_references(varied_shards: Path, training: bool, size: int, device: str) -> None:
-    spec = LoaderSpec(
-        varied_shards,
-        training=training,
-        batch_size=41,
-        image_size=size,
-        scale=(size * 8 // 7, size * 15 // 7),
-        eval_short=size * 8 // 7,
-        device=device,
-    )
-    seen = assert_like_the_reference(open_loader(spec), epochs=3 if training else 1)
-    assert seen == {*SUBSAMPLINGS, "odd"}
+@pytest.mark.parametrize("decoder", ["image", "image_slice"])
+def test_finished_pictures_pass_the_graph_bit_by_bit(decoder: str) -> None:
+    """Two views in one PPM, through the graph of both decoders."""
+    pixels = np.random.default_rng(0).integers(0, 256, (2 * 37, 41, 3), np.uint8)
+    tops = np.array([0, 37], np.float32)
+    pipe = Pipeline(1, 1, None)
+    with pipe:
+        values = [
+            np.stack([tops, tops * 0], axis=1),
+            np.stack([tops + 37, tops * 0 + 41], axis=1),
+            np.array([37, 41], np.float32),
+        ]
+        if slices := decoder == "image_slice":
+            values += [np.array([0, 0], np.int32), np.array([74, 41], np.int32)]
+        sources = fn.external_source(
+            lambda: ([dali.to_ppm(pixels)], *(value[None] for value in values)), num_outputs=1 + len(values)
+        )
+        pipe.set_outputs(dali.graph(sources, 2, gpu=False, slices=slices, decoder_share=0.65))
+    pipe.build()
+    assert np.array_equal(np.array(pipe.run()[0].as_tensor())[0], pixels.reshape(2, 37, 41, 3))
 
 
-def test_a_rounded_window_would_fail(varied_shards: Path) -> None:
-    """The bounds above can tell a window that is off by up to half a source pixel."""
-    loader = open_loader(LoaderSpec(varied_shards, batch_size=41))
-    original = loader.plan
-    loader.plan = lambda part: original(part)._replace(windows=original(part).windows.round())  # type: ignore[method-assign]
-    batch = next(iter(loader))
-    worst = 0.0
-    for place, index in enumerate(batch.ids):
-        draws = original(Part(0, 0, 41, 41)).draws.one(place)
-        expected = apply(open_image(loader.shards.read(int(index)).tobytes()), draws, 224, loader.basis, loader.normalization)
-        worst = max(worst, float(np.percentile(np.abs(batch.images[place].permute(1, 2, 0).numpy() - expected), 99.9)))
-    assert worst > 4
+def test_whole_cuts_give_the_same_pictures_as_slices_of_them(large_shards: Path) -> None:
+    """What a GPU does, whose hardware decoder takes whole streams only."""
+    spec = LoaderSpec(large_shards, batch_size=4, image_size=224, dtype=torch.uint8)
+    slices, whole = dali.open(spec), dali.open(spec)
+    whole._slices = False
+    for ours, theirs in zip(whole, slices, strict=True):
+        assert (ours.images.int() - theirs.images.int()).abs().max() <= 1  # their windows begin elsewhere, in float32
 
 
-@pytest.mark.skipif(not SHARED.exists(), reason="the real ImageNet images are not on this machine")
-def test_pixels_of_real_images_are_the_references(tmp_path: Path) -> None:
-    with tarfile.open(SHARED / "imagenet-400.tar") as tar:
-        members = [member for member in tar if member.isfile()][::10]
-        tar.extractall(tmp_path, members, filter="data")
-    assert run_script("tools/make_shards.py", tmp_path / "imagenet-400", "--out", tmp_path / "shards").returncode == 0
-    seen = assert_like_the_reference(open_loader(LoaderSpec(tmp_path / "shards", batch_size=20)), epochs=2)
-    assert len(seen) == 40
+def test_cuts_are_what_enters_dali(large_shards: Path) -> None:
+    loader = dali.open(LoaderSpec(large_shards, batch_size=4, threads=2))
+    loader._schedule = loader.parts(0, 0)
+    encoded = loader._source()[0]
+    for data, sample in zip(encoded, loader._in_flight[0].ids.tolist(), strict=True):
+        stored = loader.shards.read(sample)
+        if stored[0] == 0xFF and len(data) and data[0] == 0xFF:  # a JPEG that was not made on the host
+            cut, whole = (open_image(part.tobytes()).size for part in (data, stored))
+            assert cut[0] * cut[1] < 0.9 * whole[0] * whole[1]
+            assert len(data) < 0.9 * len(stored)
+    loader.close()
 
 
-def test_images_leave_dali_without_a_copy(small_shards: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_dali_alone_cannot_decode_is_made_on_the_host(
+    small_shards: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """A JPEG with a stray byte before a marker, as Pillow and libjpeg-turbo take it."""
+    loader = dali.open(spec_for(small_shards, "dali"))
+    expected = list(loader)
+    victim, read = int(expected[3].ids[2]), ShardSet.read
+
+    def reading(self: ShardSet, index: int) -> Any:
+        data = read(self, index)
+        frame = data.tobytes().index(b"\xff\xc0") if index == victim else 0
+        return np.concatenate([data[:frame], np.zeros(1, np.uint8), data[frame:]]) if index == victim else data
+
+    monkeypatch.setattr(ShardSet, "read", reading)
+    loader.seek(0, 0)
+    for ours, theirs in zip(loader, expected, strict=True):
+        assert ours.ids.tolist() == theirs.ids.tolist()
+        assert (ours.images - theirs.images).abs().mean() < 1
+    assert not loader.corrupt
+    assert "Invalid marker" in capfd.readouterr().err + capfd.readouterr().out
+    loader.close()
+
+
+def test_a_failure_of_dalis_own_is_not_hidden(small_shards: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(self: object, stream: object) -> None:
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(Pipeline, "run", broken)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        next(iter(dali.open(spec_for(small_shards, "dali"))))
+
+
+def test_pixels_leave_dali_without_a_copy(small_shards: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """torch's tensor is DALI's memory: same address."""
-    loader = open_loader(LoaderSpec(small_shards, batch_size=8, image_size=32, scale=(36, 68)))
+    loader = dali.open(spec_for(small_shards, "dali", dtype=torch.uint8))
     addresses = []
     original = torch.from_dlpack
 
@@ -111,25 +140,29 @@ def test_images_leave_dali_without_a_copy(small_shards: Path, monkeypatch: pytes
         return original(tensor)
 
     monkeypatch.setattr(torch, "from_dlpack", watching)
-    batch = next(iter(loader))
-    assert batch.images.data_ptr() == addresses[0]
+    assert next(iter(loader)).images.data_ptr() == addresses[0]
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("std", [(1, 1, 1), (58, 57, 57)])
-def test_the_gpu_graph_is_whole(dtype: torch.dtype, std: tuple[int, int, int]) -> None:
-    """Tracing needs no GPU: decoding is `mixed`, everything after it runs on the GPU, and so do both outputs."""
-    spec = LoaderSpec("nowhere", device="cuda:1", dtype=dtype)
-    normalization = Normalization.of(np.zeros((224, 224, 3)), std)
-    pipe = dali.build_pipeline(lambda: None, 256, spec, normalization)
+@pytest.mark.parametrize("slices", [True, False])
+@pytest.mark.parametrize("geometry", [ScaleJitter(), TenCrop()])
+def test_the_gpu_graph_is_whole(geometry: ScaleJitter | TenCrop, slices: bool) -> None:
+    """Tracing needs no GPU: decoding is `mixed`, resampling runs on the GPU, and so does the output."""
+    spec = LoaderSpec("nowhere", device="cuda:1", geometry=geometry, decoder_share=0.3)
+    pipe = dali.build_pipeline(lambda: None, 256, spec, slices)
     assert pipe.device_id == 1
     outputs = pipe._graph_out  # what set_outputs was given
-    assert [node.device for node in outputs] == ["gpu", "gpu"]
+    assert [node.device for node in outputs] == ["gpu"]
     operators = reachable(outputs)
-    assert operators.pop("ImageSlice") == {"mixed"}
-    assert operators.pop("ExternalSource") == {"cpu"}
-    assert operators.keys() >= {"Resize", "Cast", "Constant"}
-    assert all(devices == {"gpu"} for devices in operators.values()), operators
+    assert operators["ImageSlice" if slices else "Image"] == {"mixed"}
+    assert operators["Resize"] == {"gpu"}
+    assert operators["ExternalSource"] == {"cpu"}
+
+
+def test_the_gpu_graph_of_the_reader_is_whole(small_shards: Path) -> None:
+    pipe = dali_reader.build_pipeline(LoaderSpec(small_shards, device="cuda:1"), ShardSet(small_shards, "train"))
+    operators = reachable(pipe._graph_out)
+    assert operators["ImageSlice"] == {"mixed"}
+    assert operators["Resize"] == {"gpu"}
 
 
 def reachable(outputs: Any) -> dict[str, set[str]]:
@@ -141,3 +174,75 @@ def reachable(outputs: Any) -> dict[str, set[str]]:
         found.setdefault(source.name.strip("_").rsplit("_", 1)[0], set()).add(source._op._device)
         queue += source.inputs
     return found
+
+
+# --- DALI's own reader
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+def test_the_reader_evaluates_every_sample_once(small_shards: Path, world_size: int) -> None:
+    spec = spec_for(small_shards, "dali", world_size=world_size, batch_size=6).evaluation()
+    loader = dali.open(replace(spec, world_size=1, batch_size=21))
+    ours = next(iter(loader))
+    seen: Counter[int] = Counter()
+    for rank in range(world_size):
+        for batch in dali_reader.reader(replace(spec, rank=rank)):
+            seen.update(batch.ids.tolist())
+            assert torch.equal(batch.labels, ours.labels[batch.ids])
+            assert (batch.images - ours.images[batch.ids]).abs().max() <= 1  # DALI computes windows in float32
+    assert seen == Counter(range(21))
+
+
+def test_the_reader_trains_on_the_same_distribution(small_shards: Path) -> None:
+    """Each picture is one of all possible jittered crops of its sample, or the mirror image of one, half the time."""
+    spec = spec_for(small_shards, "dali", batch_size=60, dtype=torch.uint8, seed=2**64 - 1)
+    batches = list(islice(dali_reader.reader(spec), 3))
+    shards = ShardSet(small_shards, "train")
+    for batch in batches:
+        assert batch.images.shape == (60, 3, 32, 32)
+        assert batch.labels.tolist() == shards.samples["label"][batch.ids].tolist()
+    flips = [
+        closest(open_image(shards.read(sample).tobytes()), image.permute(1, 2, 0).numpy())
+        for image, sample in zip(batches[0].images[:24], batches[0].ids.tolist(), strict=False)
+    ]
+    assert 4 <= sum(flips) <= 20
+    assert sorted(np.concatenate([batch.ids for batch in batches]).tolist()) == sorted(list(range(60)) * 3)
+    assert not torch.equal(batches[0].images, batches[1].images)
+
+
+def closest(image: Image.Image, picture: Any) -> bool:
+    """Whether a picture is the mirror image of a jittered crop, found by trying all of them."""
+    best = []
+    height, width = image.size[::-1]
+    for short in range(36, 69):
+        rows, columns = (int(side[0]) for side in plan.resized([height], [width], [short]))
+        whole = resample(image, (0, 0, height, width), False, (rows, columns)).astype(int)
+        patches = np.lib.stride_tricks.sliding_window_view(whole, (32, 32), axis=(0, 1))
+        for flip in (False, True):
+            target = picture[:, :: -1 if flip else 1].transpose(2, 0, 1).astype(int)
+            coarse = np.abs(patches[..., ::5, ::5] - target[:, ::5, ::5]).mean(axis=(2, 3, 4))
+            best.append((coarse.min(), flip))
+    distance, flip = min(best)
+    assert distance < 3
+    return flip
+
+
+def test_the_reader_adds_lighting(small_shards: Path) -> None:
+    """Over one picture's pixels, what it adds is a constant per channel, and varies between pictures."""
+    spec = spec_for(small_shards, "dali", batch_size=60, alpha_std=1.0, normalization=Normalization.of([0, 0, 0]))
+    with_light, plain = (next(dali_reader.reader(each)).images.float() for each in (spec, replace(spec, dtype=torch.uint8)))
+    shift = (with_light - plain).mean(dim=(2, 3))
+    assert (with_light - plain - shift[..., None, None]).abs().max() < 1e-3
+    assert shift.std(dim=0).min() > 1
+
+
+def test_the_reader_refuses_what_it_cannot_do(small_shards: Path) -> None:
+    for changes, words in (
+        ({"geometry": RandomResizedCrop()}, "takes ScaleJitter in order full"),
+        ({"order": "blocks"}, "takes ScaleJitter in order full"),
+        ({"image_size": ((0, 16), (1, 32))}, "one image size"),
+        ({"seed": -1}, "seed"),
+        ({"data": "/nowhere"}, "no such folder"),
+    ):
+        with pytest.raises(UserError, match=words):
+            dali_reader.reader(replace(spec_for(small_shards, "dali"), **changes))

@@ -1,0 +1,120 @@
+"""The CPU engine: WebDataset shards, libjpeg-turbo and compiled resampling in threads that hold no GIL.
+
+A batch is memory lent by a pool. Its images are made in chunks by worker threads, `prefetch` batches ahead: an image's region is
+cut from its mapped shard, decoded, resampled into the batch and, if the batch stays on the CPU, sent through the colour tail while
+it is in the cache. For a GPU, plain pixels are made in pinned memory and copied on a stream of their own, so that the copy runs
+beside the training step; the colour tail follows on the GPU.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+
+from pipeline.augment import lighting
+from pipeline.loader import Batch, Loader, Part, Work
+from pipeline.picture import CorruptImageError, Decoder
+from pipeline.spec import LoaderSpec
+from pipeline.tail import STORED
+
+_CHUNK = 16  # images that a thread makes at a time: enough to forget the hand-over, few enough to keep all threads busy
+
+
+def open(spec: LoaderSpec) -> CpuLoader:
+    """A loader of `spec`. Raises UserError for a bad spec or a device that is not there."""
+    return CpuLoader(spec)
+
+
+@dataclass
+class _Job:
+    """A batch in the making. images: what the pictures are written to, (V, H, W, 3). tensor: the same memory."""
+
+    work: Work
+    images: Any
+    tensor: torch.Tensor
+    chunks: list[Future[None]] = field(default_factory=list)
+
+
+class CpuLoader(Loader):
+    """Keeps `prefetch` batches in the making, across epochs, in a thread pool that ends with `close`."""
+
+    engine = "cpu"
+
+    def __init__(self, spec: LoaderSpec) -> None:
+        super().__init__(spec)
+        self._tail_in_threads = torch.device(spec.device).type == "cpu" and spec.dtype != torch.uint8
+        self._own = threading.local()  # each thread's decoder and pixels
+        self._threads: ThreadPoolExecutor | None = None
+        self._schedule: Iterator[Part] = iter(())
+        self._jobs: deque[_Job] = deque()
+
+    def close(self) -> None:
+        super().close()
+        self._jobs.clear()
+        if self._threads:
+            self._threads.shutdown(cancel_futures=True)
+            self._threads = None
+
+    def _make(self, part: Part) -> Batch:
+        if not self._jobs:
+            self._schedule = self.upcoming(part)
+        try:
+            while len(self._jobs) <= self.spec.prefetch:
+                self._jobs.append(self._begin(next(self._schedule)))
+            job = self._jobs.popleft()
+            if job.work.part != part:
+                raise RuntimeError("two iterations over one loader at a time; open a loader for each")
+            for chunk in job.chunks:
+                chunk.result()
+        except BaseException:
+            self.close()
+            raise
+        images = job.tensor.view(self.spec.dtype) if self._tail_in_threads else self.buffers.deliver(job.tensor)
+        return self.finish(images, job.work)
+
+    def _begin(self, part: Part) -> _Job:
+        """Hand a part's chunks to the threads."""
+        self._threads = self._threads or ThreadPoolExecutor(self.spec.threads, "cropfeed")
+        work = self.plan(part)
+        shape = (len(work.views.flip), *work.size, 3)
+        job = _Job(work, *self.buffers.lend(shape, STORED[self.spec.dtype] if self._tail_in_threads else np.uint8))
+        for first in range(0, len(work.ids), _CHUNK):
+            places = range(first, min(first + _CHUNK, len(work.ids)))
+            job.chunks.append(self._threads.submit(self._fill, job, places))
+        return job
+
+    def _fill(self, job: _Job, places: range) -> None:
+        """Make the pictures of some images of a batch. Runs in a thread."""
+        own = self._own
+        if not hasattr(own, "decoder"):
+            own.decoder, own.pixels = Decoder(), np.empty(0, np.uint8)
+        work, crops = job.work, self.crops
+        shape = (crops, *work.size, 3)
+        if self._tail_in_threads and own.pixels.shape != shape:
+            own.pixels = np.empty(shape, np.uint8)
+        for place in places:
+            views = slice(place * crops, (place + 1) * crops)
+            pictures = own.pixels if self._tail_in_threads else job.images[views]
+            while not self._decode(own.decoder, work, place, pictures):
+                pass  # its substitute comes next, which may be corrupt, too
+            if self._tail_in_threads:
+                self.tail(work.size).batch(pictures, lighting(work.views.alphas[views], self.basis), job.images[views])
+
+    def _decode(self, decoder: Decoder, work: Work, place: int, out: Any) -> bool:
+        """Make the pictures of one image; False if it is corrupt, and by now replaced in `work`."""
+        views = slice(place * self.crops, (place + 1) * self.crops)
+        windows, flip = work.views.windows[views], work.views.flip[views]
+        try:
+            data = self.shards.read(int(work.ids[place]))
+            decoder.pictures(data, int(work.heights[place]), int(work.widths[place]), windows, flip, out)
+        except CorruptImageError as error:
+            self.replace(work, place, str(error))
+            return False
+        return True

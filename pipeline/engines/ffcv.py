@@ -1,0 +1,312 @@
+"""The FFCV engine: FFCV's loader over our .beton files, its samples and draws the plan's.
+
+FFCV reads the file, compiles a decoder and runs it in its threads. What is decoded is ours to say: the plan's samples at the plan's
+windows. (FFCV's own random numbers come from one generator a thread, seeded by chance, and its orders cannot be resumed.) Images
+of mode jpg are decoded by libjpeg-turbo's exact inverse DCT; FFCV's own decoder takes the fast one, 1 of 255 off on average. They
+are decoded at the crop if they have a table of segments (`make_shards.py --beton region`), whole otherwise. Raw ones are resampled
+as they are.
+
+What FFCV leaves open is closed here:
+- an exception in its thread leaves the consumer waiting for ever: here it reaches the consumer;
+- its batches are views of memory that it writes again: these are lent by a pool, for as long as they are kept;
+- making a Loader marks numba's type of byte arrays as read-only for all code compiled later: here it is unmarked again.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import ctypes.util
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from dataclasses import replace
+from functools import cache
+from pathlib import Path
+from queue import Empty, Full
+from typing import Any
+
+import numba
+import numpy as np
+import torch
+from ffcv.fields.rgb_image import IMAGE_MODES, SimpleRGBImageDecoder
+from ffcv.loader import Loader as StockLoader
+from ffcv.loader.epoch_iterator import EpochIterator
+from ffcv.pipeline.allocation_query import AllocationQuery
+from ffcv.pipeline.compiler import Compiler
+from ffcv.pipeline.state import State
+from ffcv.reader import Reader
+from ffcv.utils import cast_int_to_byte_ptr
+from numba import carray, njit
+
+from pipeline import storage
+from pipeline.decode import decode
+from pipeline.errors import UserError
+from pipeline.loader import Batch, Loader, Part, Work
+from pipeline.picture import CorruptImageError, Decoder, region_of, resample_windows
+from pipeline.plan import Ints
+from pipeline.shards import ShardSet
+from pipeline.spec import LoaderSpec
+
+_RAW = IMAGE_MODES["raw"]
+_WINDOWS, _FLIP, _OUT, _CROPS, _ROWS, _COLUMNS = range(6)  # what an order of `_Orders` holds
+
+
+def open(spec: LoaderSpec) -> FfcvLoader:
+    """A loader of `spec` over the split's .beton. Raises UserError for a bad spec, or where there is no such file."""
+    return FfcvLoader(spec)
+
+
+class _Orders:
+    """What the decoder is to make of the next batch, at an address that is compiled into it: FFCV passes sample numbers alone.
+
+    int64: addresses of windows, float64 (B * C, 4); of flip, uint8 (B * C,); of the pictures, uint8 (B * C, H, W, 3); C, H, W.
+    """
+
+    def __init__(self) -> None:
+        self._fields = np.zeros(6, np.int64)
+        self._kept: tuple[Any, ...] = ()
+
+    @property
+    def address(self) -> int:
+        return self._fields.ctypes.data
+
+    def place(self, windows: Any, flip: Any, out: Any, crops: int) -> None:
+        self._kept = windows, flip, out
+        self._fields[:] = [*(array.ctypes.data for array in self._kept), crops, *out.shape[1:3]]
+
+
+@cache
+def _compiled() -> Any:
+    """Compile, once: (address of orders, place in the batch, mode, height, width, address of the data, bytes) -> 0 or a reason.
+
+    Everything is addresses and numbers, and compiled here and now: see above for what FFCV does to arrays.
+    """
+    library = ctypes.CDLL(ctypes.util.find_library("turbojpeg") or "libturbojpeg.so.0")  # which FFCV itself is linked with
+    pointer, number = ctypes.c_int64, ctypes.c_int32
+    begin, decompress, end = library.tjInitDecompress, library.tjDecompress2, library.tjDestroy
+    begin.restype, begin.argtypes = pointer, []
+    decompress.argtypes = [pointer, pointer, ctypes.c_uint64, pointer, number, number, number, number, number]
+    end.argtypes = [pointer]
+
+    @njit(nogil=True)
+    def decode_jpeg(jpeg: Any, pixels: Any) -> Any:
+        """A function of its own: numba frees an array after its last use, and taking its address is none; arguments live on."""
+        decoder = begin()
+        rgb_exact = 0, 0
+        status = decompress(
+            decoder, jpeg.ctypes.data, len(jpeg), pixels.ctypes.data, pixels.shape[1], 0, pixels.shape[0], *rgb_exact
+        )
+        end(decoder)
+        return status
+
+    @njit("int64(int64, int64, int64, int64, int64, int64, int64)", nogil=True)
+    def make(orders: Any, number: Any, mode: Any, height: Any, width: Any, data: Any, size: Any) -> Any:
+        order = carray(cast_int_to_byte_ptr(orders), (6 * 8,)).view(np.int64)
+        crops, rows, columns = order[_CROPS], order[_ROWS], order[_COLUMNS]
+        picture = crops * rows * columns * 3
+        windows = (
+            carray(cast_int_to_byte_ptr(order[_WINDOWS] + number * crops * 32), (crops * 32,)).view(np.float64).reshape(crops, 4)
+        )
+        flip = carray(cast_int_to_byte_ptr(order[_FLIP] + number * crops), (crops,))
+        out = carray(cast_int_to_byte_ptr(order[_OUT] + number * picture), (picture,)).reshape(crops, rows, columns, 3)
+        stored = carray(cast_int_to_byte_ptr(data), (size,))
+        place = np.array([0, 0, height, width])
+        if mode == _RAW:
+            resample_windows(stored.reshape(height, width, 3), place, windows, flip, out)
+            return 0
+        top, left, bottom, right = region_of(height, width, windows, rows, columns)
+        room = np.empty(6 * (bottom - top + 64) * (right - left + 64), np.uint8)  # for whole MCUs and their samples
+        if decode(stored, top, left, bottom, right, room, place) == 0:
+            resample_windows(room[: 3 * place[2] * place[3]].reshape(place[2], place[3], 3), place, windows, flip, out)
+            return 0
+        pixels = np.empty((height, width, 3), np.uint8)
+        status = decode_jpeg(stored, pixels)
+        if status == 0:
+            resample_windows(pixels, np.array([0, 0, height, width]), windows, flip, out)
+        return status
+
+    return make
+
+
+class _PlannedDecoder(SimpleRGBImageDecoder):
+    """FFCV's first operation of the image field: makes the pictures that `orders` tells. Its own output is int64 (B, 1): 0, or
+    another number for an image that could not be decoded. (numba leaves out a parallel loop that writes to no argument.)"""
+
+    def __init__(self, orders: _Orders) -> None:
+        super().__init__()
+        self._orders = orders
+
+    def declare_state_and_memory(self, previous_state: State) -> tuple[State, AllocationQuery]:
+        return replace(previous_state, jit_mode=True, shape=(1,), dtype=np.dtype(np.int64)), AllocationQuery(
+            (1,), np.dtype(np.int64)
+        )
+
+    def generate_code(self) -> Callable[..., Any]:
+        make, orders, read, each = _compiled(), self._orders.address, self.memory_read, Compiler.get_iterator()
+
+        def decode(batch_indices: Any, destination: Any, metadata: Any, storage_state: Any) -> Any:
+            for i in each(len(batch_indices)):
+                field = metadata[batch_indices[i]]
+                data = read(field["data_ptr"], storage_state)
+                destination[i, 0] = make(orders, i, field["mode"], field["height"], field["width"], data.ctypes.data, len(data))
+            return destination[: len(batch_indices)]
+
+        decode.is_parallel = True  # type: ignore[attr-defined]
+        return decode
+
+
+class _PlannedBatches(EpochIterator):
+    """FFCV's thread, which runs its compiled code over batches: here over parts of the plan, epoch after epoch.
+
+    Its queue gets (work, pixels), or the exception that ended it.
+    """
+
+    def __init__(self, owner: FfcvLoader, stock: StockLoader, schedule: Iterator[Part]) -> None:
+        self._owner, self._schedule = owner, schedule
+        super().__init__(stock, np.empty(0, np.uint64))  # starts the thread
+
+    def run(self) -> None:
+        threads = torch.get_num_threads()
+        Compiler.set_num_threads(self.loader.num_workers)  # numba's in this thread, and torch's in all
+        torch.set_num_threads(threads)
+        for part in self._schedule:
+            try:
+                result: Any = self._make(part)
+            except BaseException as error:  # the consumer waits for whatever comes
+                result = error
+            self._put(result)
+            if self.terminate_event.is_set() or isinstance(result, BaseException):
+                return
+
+    def next(self) -> tuple[Work, torch.Tensor]:
+        result = self.output_queue.get()
+        if isinstance(result, BaseException):
+            raise result
+        made: tuple[Work, torch.Tensor] = result
+        return made
+
+    def stop(self) -> None:
+        """End the thread and wait for that."""
+        self.close()
+        while self.is_alive():
+            with suppress(Empty):
+                self.output_queue.get_nowait()
+            self.join(0.01)
+
+    def _put(self, result: Any) -> None:
+        while not self.terminate_event.is_set():
+            with suppress(Full):
+                self.output_queue.put(result, timeout=0.1)
+                return
+
+    def _make(self, part: Part) -> tuple[Work, torch.Tensor]:
+        owner = self._owner
+        work = owner.plan(part)
+        images, tensor = owner.buffers.lend((len(work.views.flip), *work.size, 3), np.uint8)
+        owner.orders.place(work.views.windows, work.views.flip.view(np.uint8), images, owner.crops)
+        (statuses,) = self.run_pipeline(0, work.ids.astype(np.uint64), 0, None)
+        for place in np.flatnonzero(statuses[:, 0]).tolist():
+            owner.make_by_hand(work, place, images)
+        return work, tensor
+
+
+class FfcvLoader(Loader):
+    """Feeds FFCV's compiled code with the plan, in FFCV's thread. Start-up is FFCV's: it reads the metadata of all samples."""
+
+    engine = "ffcv"
+
+    def __init__(self, spec: LoaderSpec) -> None:
+        super().__init__(spec)
+        self.orders = _Orders()
+        self._stock: StockLoader | None = None
+        self._batches: _PlannedBatches | None = None
+        self._decoder = Decoder()
+
+    def close(self) -> None:
+        super().close()
+        if self._batches:
+            self._batches.stop()
+            self._batches = None
+
+    def where(self, index: int) -> str:
+        return f"{self._path}: sample {index}"
+
+    def make_by_hand(self, work: Work, place: int, images: Any) -> None:
+        """Make one image's pictures outside the compiled code, which could not decode it; or those of its substitute."""
+        views = slice(place * self.crops, (place + 1) * self.crops)
+        while True:
+            index = int(work.ids[place])
+            height, width = int(work.heights[place]), int(work.widths[place])
+            windows, flip = work.views.windows[views], work.views.flip[views]
+            stored = self._stored(index)
+            try:
+                if self._images["mode"][index] == _RAW:
+                    whole = np.array([0, 0, height, width])
+                    resample_windows(stored.reshape(height, width, 3), whole, windows, flip, images[views])
+                else:
+                    self._decoder.pictures(stored, height, width, windows, flip, images[views])
+                return
+            except CorruptImageError as error:
+                self.replace(work, place, str(error))
+
+    def _make(self, part: Part) -> Batch:
+        self._batches = self._batches or _PlannedBatches(self, self._open_stock(), self.upcoming(part))
+        try:
+            work, pixels = self._batches.next()
+            if work.part != part:
+                raise RuntimeError("two iterations over one loader at a time; open a loader for each")
+        except BaseException:
+            self.close()
+            raise
+        return self.finish(self.buffers.deliver(pixels), work)
+
+    def _open_stock(self) -> StockLoader:
+        if self._stock is None:
+            _compiled()  # before FFCV changes numba's types
+            threads = torch.get_num_threads()
+            self._stock = StockLoader(
+                str(self._path),
+                batch_size=-(-self.spec.batch_size // self.spec.world_size),
+                num_workers=self.spec.threads,
+                os_cache=True,
+                pipelines={"image": [_PlannedDecoder(self.orders)], "label": None},
+                batches_ahead=self.spec.prefetch,
+                drop_last=False,
+            )
+            numba.uint8[::1].mutable = True
+            torch.set_num_threads(threads)
+        return self._stock
+
+    def _open_shards(self) -> ShardSet:
+        spec = self.spec
+        shards = ShardSet(spec.data, spec.split, spec.cache, spec.cache_gb, tars=False)
+        root, entry = shards.manifest.root, shards.manifest.splits[spec.split].get("beton")
+        if storage.is_remote(root):
+            raise UserError(f"{root}: FFCV reads local files; copy the .beton, or take engine cpu or dali")
+        if entry is None:
+            raise UserError(f"{root}: has no FFCV file of {spec.split}; make the shards again with --format both")
+        self._path, self._entry = Path(root) / entry["file"], entry
+        try:
+            reader = Reader(str(self._path))
+        except (OSError, ValueError, AssertionError) as error:
+            raise UserError(f"{self._path}: cannot be read ({error}); make the shards again with --format both") from error
+        if reader.num_samples != len(shards):
+            raise UserError(f"{self._path}: holds {reader.num_samples} samples, not {len(shards)}; make the shards again")
+        self._images = reader.metadata["f0"]
+        self._addresses, self._lengths = reader.alloc_table["ptr"], reader.alloc_table["size"]
+        self._content = np.memmap(self._path, np.uint8, "r")
+        return shards
+
+    def _stored(self, index: int) -> Any:
+        """What the file holds of an image, uint8 (bytes,)."""
+        start = int(self._images["data_ptr"][index])
+        size = int(self._lengths[np.searchsorted(self._addresses, start)])
+        return np.asarray(self._content[start : start + size])
+
+    def _sizes(self, ids: Ints) -> tuple[Ints, Ints]:
+        records = self._images[ids]  # larger images may have been shrunk
+        return records["height"].astype(np.int64), records["width"].astype(np.int64)
+
+    def _data_fingerprint(self) -> str:
+        """The shards' own where the file holds the same bytes, so that a run may go on with another engine."""
+        of_shards = super()._data_fingerprint()
+        return of_shards if self._entry["settings"]["mode"] == "region" else f"{of_shards} {self._entry['sha256']}"

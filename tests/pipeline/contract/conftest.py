@@ -1,0 +1,81 @@
+"""The contract suite runs once for every engine: python -m pytest -k contract [--engine NAME].
+
+An engine that cannot be imported fails; CROPFEED_WITHOUT=NAME[,NAME] leaves it out, and says so.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from pipeline import ENGINES
+from tests.helpers import SUBSAMPLINGS, jpeg, picture, run_script
+
+WITHOUT = os.environ.get("CROPFEED_WITHOUT", "").split(",")
+FORMAT = "webdataset" if "ffcv" in WITHOUT else "both"  # FFCV reads a file of its own beside the tars
+
+# Height and width: ordinary both ways up, small enough to be enlarged, tiny, extreme, large.
+SIZES = ((375, 500), (500, 333), (131, 97), (9, 13), (40, 700), (1500, 2000))
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if "engine" in metafunc.fixturenames:
+        asked = metafunc.config.getoption("--engine")
+        metafunc.parametrize("engine", [asked] if asked else list(ENGINES), indirect=True)
+
+
+@pytest.fixture
+def engine(request: pytest.FixtureRequest) -> str:
+    name: str = request.param
+    if name in WITHOUT:
+        pytest.skip(f"without engine {name}, as CROPFEED_WITHOUT says")
+    return name
+
+
+@pytest.fixture(scope="session")
+def small(image_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Shards of `image_folder`, 8 images each, the files as they were."""
+    return make(image_folder, tmp_path_factory.mktemp("small") / "data", "--profile", "original", "--shard-size", 8)
+
+
+@pytest.fixture(scope="session")
+def varied(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """Shards by profile: a class per subsampling with an image per size, and a class of what is no baseline YCbCr JPEG."""
+    root = tmp_path_factory.mktemp("varied")
+    write_varied_images(root / "images")
+
+    @cache
+    def of_profile(profile: str) -> Path:
+        mode = "jpg" if profile == "original" else "region"  # which takes nothing but JPEGs
+        return make(root / "images", root / profile, "--profile", profile, "--ffcv-mode", mode)
+
+    return of_profile
+
+
+def make(images: Path, out: Path, *options: object) -> Path:
+    result = run_script("tools/make_shards.py", images, "--out", out, "--format", FORMAT, "--workers", 1, *options)
+    assert result.returncode == 0, result.stderr
+    return out
+
+
+def write_varied_images(root: Path) -> None:
+    for subsampling in SUBSAMPLINGS:
+        folder = root / subsampling
+        folder.mkdir(parents=True)
+        for index, (height, width) in enumerate(SIZES):
+            (folder / f"{index}.JPEG").write_bytes(jpeg(picture(height, width, index), subsampling))
+    odd = root / "odd"
+    odd.mkdir()
+    image = Image.fromarray(picture(300, 400))
+    image.save(odd / "progressive.JPEG", "JPEG", progressive=True)
+    image.convert("CMYK").save(odd / "cmyk.JPEG", "JPEG")
+    image.save(odd / "png.JPEG", "PNG")
+    image.convert("L").save(odd / "grey_png.JPEG", "PNG")
+    exif = Image.Exif()
+    exif[0x0112] = 6  # turn by 90 degrees
+    image.save(odd / "turned.JPEG", "JPEG", exif=exif)

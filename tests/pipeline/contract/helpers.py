@@ -1,0 +1,47 @@
+"""What the contract's tests share."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image
+
+from pipeline.augment import apply
+from pipeline.geometry import ScaleJitter
+from pipeline.loader import Batch, Loader, Work
+from pipeline.spec import LoaderSpec
+from tests.helpers import open_image
+
+
+def spec_for(data: Path, engine: str, **changes: Any) -> LoaderSpec:
+    """Small and quick: crops of 32, batches of 8, one thread."""
+    spec = LoaderSpec(data, batch_size=8, image_size=32, geometry=ScaleJitter(36, 68), threads=1, engine=engine)
+    return replace(spec, **changes)
+
+
+def ids(loader: Loader) -> list[int]:
+    """The ids of the rest of an epoch, in order."""
+    return [int(sample) for batch in loader for sample in batch.ids]
+
+
+def stored_image(loader: Loader, sample: int) -> Image.Image:
+    """A sample as the engine's file holds it."""
+    stored = getattr(loader, "_stored", loader.shards.read)  # FFCV's file is another one
+    return open_image(stored(sample).tobytes())
+
+
+def differences(loader: Loader, work: Work, batch: Batch) -> npt.NDArray[np.float32]:
+    """Absolute differences of a batch from the reference: (V, H, W, 3)."""
+    assert batch.ids.tolist() == work.ids.tolist()
+    normalization = loader.normalization_at(work.size)
+    found = np.empty((len(work.views.flip), *work.size, 3), np.float32)
+    for place, sample in enumerate(work.ids.tolist()):
+        image = stored_image(loader, sample).convert("RGB")
+        for view in range(place * loader.crops, (place + 1) * loader.crops):
+            window, flip, alphas = (column[view] for column in work.views)
+            found[view] = apply(image, window, bool(flip), alphas, work.size, loader.basis, normalization)
+    return np.abs(found - batch.images.float().permute(0, 2, 3, 1).cpu().numpy())

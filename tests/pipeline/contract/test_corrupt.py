@@ -1,0 +1,133 @@
+"""Samples that cannot be decoded: replaced alike by every engine, or named."""
+
+from __future__ import annotations
+
+import logging
+import re
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from pipeline import open_loader, plan
+from pipeline.errors import UserError
+from pipeline.shards import ShardSet
+from tests.pipeline.contract.helpers import differences, ids, spec_for
+
+VICTIM = 7
+SECOND = plan.substitute(0, 0, VICTIM, 0, 60)  # what would take its place in epoch 0, were it not corrupt, too
+TRUNCATED = 31
+
+
+@pytest.fixture
+def damaged(small: Path, tmp_path: Path) -> Path:
+    """Three training samples are gone: two are zeros, of one only the first bytes are left."""
+    copy = tmp_path / "damaged"
+    shutil.copytree(small, copy)
+    for sample, kept in ((VICTIM, 0), (SECOND, 0), (TRUNCATED, 60)):
+        damage(copy, sample, kept)
+    return copy
+
+
+def damage(data: Path, sample: int, kept: int) -> None:
+    """Overwrite a training sample by zeros, but for its first bytes, in its tar and in FFCV's file."""
+    shards = ShardSet(data, "train")
+    record = shards.samples[sample]
+    overwrite(shards.shards[record["shard"]], int(record["offset"]) + kept, int(record["bytes"]) - kept)
+    beton = data / "train.beton"
+    if beton.exists():
+        from ffcv.reader import Reader
+
+        reader = Reader(str(beton))
+        start = reader.metadata["f0"]["data_ptr"][sample]
+        size = reader.alloc_table["size"][reader.alloc_table["ptr"] == start][0]
+        overwrite(beton, int(start) + kept, int(size) - kept)
+
+
+def overwrite(path: Path, start: int, count: int) -> None:
+    with path.open("r+b") as stream:
+        stream.seek(start)
+        stream.write(bytes(count))
+
+
+def expected_ids(epoch: int, corrupt: set[int]) -> list[int]:
+    """The epoch's samples by the plan alone."""
+    found = []
+    for sample in plan.order(0, epoch, np.arange(56), 60).tolist():
+        candidates = [sample, *(plan.substitute(0, epoch, sample, attempt, 60) for attempt in range(32))]
+        found.append(next(candidate for candidate in candidates if candidate not in corrupt))
+    return found
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+def test_corrupt_samples_are_replaced_as_the_plan_says(
+    damaged: Path, engine: str, threads: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    corrupt = {VICTIM, SECOND, TRUNCATED}
+    loader = open_loader(spec_for(damaged, engine, threads=threads))
+    replaced = 0
+    for epoch in range(3):
+        expected = expected_ids(epoch, corrupt)
+        assert ids(loader) == expected
+        replaced += sum(a != b for a, b in zip(expected, plan.order(0, epoch, np.arange(56), 60).tolist(), strict=True))
+        assert loader.replaced == replaced > 0
+    loader.close()
+    assert loader.corrupt.keys() == corrupt
+    warnings = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
+    for sample in corrupt:
+        assert sum(f"{loader.where(sample)}: cannot be decoded (" in message for message in warnings) == 1
+
+
+def test_a_replacement_comes_with_its_own_draws_and_label(damaged: Path, engine: str) -> None:
+    loader = open_loader(spec_for(damaged, engine))
+    for part, batch in zip(loader.parts(0, 0), loader, strict=True):
+        work = loader.plan(part)
+        assert differences(loader, work, batch).mean() <= 1
+        assert batch.labels.tolist() == loader.shards.samples["label"][batch.ids].tolist()
+    loader.close()
+
+
+def test_resuming_among_corrupt_samples_gives_the_same(damaged: Path, engine: str) -> None:
+    loader = open_loader(spec_for(damaged, engine))
+    batches = list(loader)
+    resumed = open_loader(spec_for(damaged, engine, threads=2))
+    resumed.seek(0, 24)
+    for ours, theirs in zip(resumed, batches[3:], strict=True):
+        assert np.array_equal(ours.ids, theirs.ids)
+        assert torch.equal(ours.images, theirs.images)
+    loader.close()
+    resumed.close()
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+def test_the_policy_stop_names_the_sample(damaged: Path, engine: str, threads: int) -> None:
+    loader = open_loader(spec_for(damaged, engine, corrupt="stop", threads=threads))
+    names = "|".join(re.escape(loader.where(sample)) for sample in (VICTIM, SECOND, TRUNCATED))
+    with pytest.raises(UserError, match=rf"({names}): cannot be decoded \(.+\); make the shards again") as caught:
+        ids(loader)
+    assert "\n" not in str(caught.value)
+    loader.close()
+
+
+def test_data_without_one_good_sample_is_refused(small: Path, engine: str, tmp_path: Path) -> None:
+    copy = tmp_path / "copy"
+    shutil.copytree(small, copy)
+    for sample in range(60):
+        damage(copy, sample, 0)
+    loader = open_loader(spec_for(copy, engine))
+    with pytest.raises(UserError, match="nor can what should replace it"):
+        ids(loader)
+    loader.close()
+
+
+def test_a_truncated_shard_is_named(small: Path, engine: str, tmp_path: Path) -> None:
+    if engine == "ffcv":
+        pytest.skip("FFCV reads a file of its own")
+    copy = tmp_path / "copy"
+    shutil.copytree(small, copy)
+    tar = copy / "train" / "000002.tar"
+    tar.write_bytes(tar.read_bytes()[:9000])
+    with pytest.raises(UserError, match=r"000002.tar: has 9000 bytes"):
+        ids(open_loader(spec_for(copy, engine)))

@@ -1,0 +1,90 @@
+"""No engine leaks memory, threads or processes, however an iteration ends."""
+
+from __future__ import annotations
+
+import gc
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+import psutil
+import pytest
+
+from pipeline import open_loader
+from tests.helpers import ROOT, clean_environment
+from tests.pipeline.contract.helpers import ids, spec_for
+
+EPOCHS, WARM_UP = 50, 15
+SLOPE_LIMIT = 100_000  # bytes an epoch, of 56 images of 3 KB each
+
+
+def test_memory_stays_flat(small: Path, engine: str) -> None:
+    loader = open_loader(spec_for(small, engine, threads=2))
+    memory = []
+    for _ in range(EPOCHS):
+        ids(loader)
+        memory.append(psutil.Process().memory_info().rss)
+    loader.close()
+    slope = np.polyfit(np.arange(EPOCHS - WARM_UP), memory[WARM_UP:], 1)[0]
+    assert slope < SLOPE_LIMIT, memory
+
+
+def test_opening_again_and_again_leaves_nothing(small: Path, engine: str) -> None:
+    before = threading.active_count(), len(psutil.Process().children(recursive=True)), psutil.Process().num_fds()
+    for _ in range(8):
+        loader = open_loader(spec_for(small, engine, threads=2, order="blocks"))
+        next(iter(loader))
+        loader.close()
+    gc.collect()  # DALI's pipelines are in cycles
+    assert threading.active_count() <= before[0]
+    assert len(psutil.Process().children(recursive=True)) == before[1]
+    assert psutil.Process().num_fds() <= before[2] + 8  # what is opened once and kept
+
+
+# Iterates over sys.argv[1] with engine sys.argv[2], and ends it as sys.argv[3] says, without closing the loader.
+PROGRAM = f"""
+import sys
+sys.path.insert(0, {str(ROOT)!r})
+from pathlib import Path
+from pipeline import open_loader
+from tests.pipeline.contract.helpers import spec_for
+loader = open_loader(spec_for(Path(sys.argv[1]), sys.argv[2], threads=3, order="blocks"))
+for number, batch in enumerate(batch for _ in range(1_000_000) for batch in loader):
+    if number == 3:
+        print("running", flush=True)
+        if sys.argv[3] == "break":
+            break
+        if sys.argv[3] == "exception":
+            raise RuntimeError("the training failed")
+"""
+
+
+@pytest.mark.parametrize(
+    ("end", "code", "words"),
+    [("break", 0, ""), ("exception", 1, "the training failed"), ("interrupt", -signal.SIGINT, "KeyboardInterrupt")],
+)
+def test_a_program_ends_at_once(small: Path, engine: str, end: str, code: int, words: str) -> None:
+    program = [sys.executable, "-c", PROGRAM, str(small), engine, end]
+    with subprocess.Popen(
+        program, env=clean_environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+    ) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "running\n", process.communicate()
+        children = psutil.Process(process.pid).children(recursive=True) if end == "interrupt" else []
+        began = time.monotonic()
+        if end == "interrupt":
+            time.sleep(0.2)
+            process.send_signal(signal.SIGINT)
+        try:
+            _, errors = process.communicate(timeout=20)
+        finally:
+            process.kill()
+    assert process.returncode == code, errors
+    assert words in errors
+    assert "Exception ignored" not in errors
+    assert time.monotonic() - began < 10
+    assert not any(child.is_running() for child in children)
