@@ -35,7 +35,7 @@ from ffcv.pipeline.compiler import Compiler
 from ffcv.pipeline.state import State
 from ffcv.reader import Reader
 from ffcv.utils import cast_int_to_byte_ptr
-from numba import carray, njit
+from numba import carray, njit, prange
 
 from pipeline import storage
 from pipeline.decode import decode
@@ -47,7 +47,8 @@ from pipeline.shards import ShardSet
 from pipeline.spec import LoaderSpec
 
 _RAW = IMAGE_MODES["raw"]
-_WINDOWS, _FLIP, _OUT, _CROPS, _ROWS, _COLUMNS = range(6)  # what an order of `_Orders` holds
+_STATUS, _WINDOWS, _FLIP, _OUT, _CROPS, _ROWS, _COLUMNS = range(7)  # of an order
+_ORDER = 7
 
 
 def open(spec: LoaderSpec) -> FfcvLoader:
@@ -55,30 +56,13 @@ def open(spec: LoaderSpec) -> FfcvLoader:
     return FfcvLoader(spec)
 
 
-class _Orders:
-    """What the decoder is to make of the next batch, at an address that is compiled into it: FFCV passes sample numbers alone.
-
-    int64: addresses of windows, float64 (B * C, 4); of flip, uint8 (B * C,); of the pictures, uint8 (B * C, H, W, 3); C, H, W.
-    """
-
-    def __init__(self) -> None:
-        self._fields = np.zeros(6, np.int64)
-        self._kept: tuple[Any, ...] = ()
-
-    @property
-    def address(self) -> int:
-        return self._fields.ctypes.data
-
-    def place(self, windows: Any, flip: Any, out: Any, crops: int) -> None:
-        self._kept = windows, flip, out
-        self._fields[:] = [*(array.ctypes.data for array in self._kept), crops, *out.shape[1:3]]
-
-
 @cache
-def _compiled() -> Any:
-    """Compile, once: (address of orders, place in the batch, mode, height, width, address of the data, bytes) -> 0 or a reason.
+def _compiled_picture_maker() -> Any:
+    """Compile, once: (an order's address, the image's mode, height, width, address and bytes) -> 0, or what FFCV's library says.
 
-    Everything is addresses and numbers, and compiled here and now: see above for what FFCV does to arrays.
+    An order is int64 (7,): room for the status; addresses of the image's windows, float64 (C, 4), of flip, uint8 (C,), and of its
+    pictures, uint8 (C, H, W, 3); C, H, W. All is addresses and numbers, and compiled before FFCV makes a Loader: see above for
+    what that does to arrays.
     """
     library = ctypes.CDLL(ctypes.util.find_library("turbojpeg") or "libturbojpeg.so.0")  # which FFCV itself is linked with
     pointer, number = ctypes.c_int64, ctypes.c_int32
@@ -88,7 +72,7 @@ def _compiled() -> Any:
     end.argtypes = [pointer]
 
     @njit(nogil=True)
-    def decode_jpeg(jpeg: Any, pixels: Any) -> Any:
+    def decode_whole(jpeg: Any, pixels: Any) -> Any:
         """A function of its own: numba frees an array after its last use, and taking its address is none; arguments live on."""
         decoder = begin()
         rgb_exact = 0, 0
@@ -98,59 +82,67 @@ def _compiled() -> Any:
         end(decoder)
         return status
 
-    @njit("int64(int64, int64, int64, int64, int64, int64, int64)", nogil=True)
-    def make(orders: Any, number: Any, mode: Any, height: Any, width: Any, data: Any, size: Any) -> Any:
-        order = carray(cast_int_to_byte_ptr(orders), (6 * 8,)).view(np.int64)
+    @njit("int64(int64, int64, int64, int64, int64, int64)", nogil=True)
+    def make(address: Any, mode: Any, height: Any, width: Any, data: Any, size: Any) -> Any:
+        order = carray(cast_int_to_byte_ptr(address), (8 * _ORDER,)).view(np.int64)
         crops, rows, columns = order[_CROPS], order[_ROWS], order[_COLUMNS]
-        picture = crops * rows * columns * 3
-        windows = (
-            carray(cast_int_to_byte_ptr(order[_WINDOWS] + number * crops * 32), (crops * 32,)).view(np.float64).reshape(crops, 4)
-        )
-        flip = carray(cast_int_to_byte_ptr(order[_FLIP] + number * crops), (crops,))
-        out = carray(cast_int_to_byte_ptr(order[_OUT] + number * picture), (picture,)).reshape(crops, rows, columns, 3)
+        windows = carray(cast_int_to_byte_ptr(order[_WINDOWS]), (crops * 32,)).view(np.float64).reshape(crops, 4)
+        flip = carray(cast_int_to_byte_ptr(order[_FLIP]), (crops,))
+        out = carray(cast_int_to_byte_ptr(order[_OUT]), (crops * rows * columns * 3,)).reshape(crops, rows, columns, 3)
         stored = carray(cast_int_to_byte_ptr(data), (size,))
-        place = np.array([0, 0, height, width])
+        whole = np.array([0, 0, height, width])
         if mode == _RAW:
-            resample_windows(stored.reshape(height, width, 3), place, windows, flip, out)
+            resample_windows(stored.reshape(height, width, 3), whole, windows, flip, out)
             return 0
         top, left, bottom, right = region_of(height, width, windows, rows, columns)
         room = np.empty(6 * (bottom - top + 64) * (right - left + 64), np.uint8)  # for whole MCUs and their samples
+        place = np.empty(4, np.int64)
         if decode(stored, top, left, bottom, right, room, place) == 0:
             resample_windows(room[: 3 * place[2] * place[3]].reshape(place[2], place[3], 3), place, windows, flip, out)
             return 0
         pixels = np.empty((height, width, 3), np.uint8)
-        status = decode_jpeg(stored, pixels)
+        status = decode_whole(stored, pixels)
         if status == 0:
-            resample_windows(pixels, np.array([0, 0, height, width]), windows, flip, out)
+            resample_windows(pixels, whole, windows, flip, out)
         return status
 
     return make
 
 
-class _PlannedDecoder(SimpleRGBImageDecoder):
-    """FFCV's first operation of the image field: makes the pictures that `orders` tells. Its own output is int64 (B, 1): 0, or
-    another number for an image that could not be decoded. (numba leaves out a parallel loop that writes to no argument.)"""
+@cache
+def _compiled_batch_maker(parallel: bool) -> Any:
+    """The loop over a batch, compiled once for all loaders: (samples, orders, metadata, FFCV's storage) -> None.
 
-    def __init__(self, orders: _Orders) -> None:
-        super().__init__()
-        self._orders = orders
+    numba leaves out a parallel loop that writes to no argument: hence the status in the orders.
+    """
+    make, each = _compiled_picture_maker(), prange if parallel else range
+
+    @njit(nogil=True, parallel=parallel)
+    def make_batch(samples: Any, orders: Any, metadata: Any, storage: Any) -> None:
+        content, pointers, sizes = storage
+        for i in each(len(samples)):
+            field = metadata[samples[i]]
+            start = field["data_ptr"]
+            size = sizes[np.searchsorted(pointers, start)]
+            order, data = orders.ctypes.data + i * 8 * _ORDER, content.ctypes.data + np.int64(start)
+            orders[i, _STATUS] = make(order, field["mode"], field["height"], field["width"], data, size)
+
+    return make_batch
+
+
+class _PlannedDecoder(SimpleRGBImageDecoder):
+    """FFCV's first operation of the image field. Its memory, which is also its output, holds the orders for the batch."""
 
     def declare_state_and_memory(self, previous_state: State) -> tuple[State, AllocationQuery]:
-        return replace(previous_state, jit_mode=True, shape=(1,), dtype=np.dtype(np.int64)), AllocationQuery(
-            (1,), np.dtype(np.int64)
-        )
+        dtype = np.dtype(np.int64)
+        return replace(previous_state, shape=(_ORDER,), dtype=dtype), AllocationQuery((_ORDER,), dtype)
 
     def generate_code(self) -> Callable[..., Any]:
-        make, orders, read, each = _compiled(), self._orders.address, self.memory_read, Compiler.get_iterator()
+        """What FFCV would compile anew, for seconds, in each Loader: `_open_stock` puts the compiled batch maker in its place."""
 
         def decode(batch_indices: Any, destination: Any, metadata: Any, storage_state: Any) -> Any:
-            for i in each(len(batch_indices)):
-                field = metadata[batch_indices[i]]
-                data = read(field["data_ptr"], storage_state)
-                destination[i, 0] = make(orders, i, field["mode"], field["height"], field["width"], data.ctypes.data, len(data))
             return destination[: len(batch_indices)]
 
-        decode.is_parallel = True  # type: ignore[attr-defined]
         return decode
 
 
@@ -202,9 +194,15 @@ class _PlannedBatches(EpochIterator):
         owner = self._owner
         work = owner.plan(part)
         images, tensor = owner.buffers.lend((len(work.views.flip), *work.size, 3), np.uint8)
-        owner.orders.place(work.views.windows, work.views.flip.view(np.uint8), images, owner.crops)
-        (statuses,) = self.run_pipeline(0, work.ids.astype(np.uint64), 0, None)
-        for place in np.flatnonzero(statuses[:, 0]).tolist():
+        (orders,) = self.memory_allocations["operation"].values()
+        orders = orders[0][: len(work.ids)]
+        windows, flip = np.ascontiguousarray(work.views.windows), np.ascontiguousarray(work.views.flip)
+        for column, array in ((_WINDOWS, windows), (_FLIP, flip), (_OUT, images)):
+            stride = array.strides[0] * owner.crops
+            orders[:, column] = array.ctypes.data + stride * np.arange(len(orders))
+        orders[:, _CROPS:] = owner.crops, *work.size
+        (made,) = self.run_pipeline(0, work.ids.astype(np.uint64), 0, None)
+        for place in np.flatnonzero(made[:, _STATUS]).tolist():
             owner.make_by_hand(work, place, images)
         return work, tensor
 
@@ -216,7 +214,6 @@ class FfcvLoader(Loader):
 
     def __init__(self, spec: LoaderSpec) -> None:
         super().__init__(spec)
-        self.orders = _Orders()
         self._stock: StockLoader | None = None
         self._batches: _PlannedBatches | None = None
         self._decoder = Decoder()
@@ -261,19 +258,27 @@ class FfcvLoader(Loader):
 
     def _open_stock(self) -> StockLoader:
         if self._stock is None:
-            _compiled()  # before FFCV changes numba's types
+            _compiled_picture_maker()  # before FFCV changes numba's types
             threads = torch.get_num_threads()
             self._stock = StockLoader(
                 str(self._path),
                 batch_size=-(-self.spec.batch_size // self.spec.world_size),
-                num_workers=self.spec.threads,
+                num_workers=min(self.spec.threads, numba.config.NUMBA_NUM_THREADS),
                 os_cache=True,
-                pipelines={"image": [_PlannedDecoder(self.orders)], "label": None},
+                pipelines={"image": [_PlannedDecoder()], "label": None},
                 batches_ahead=self.spec.prefetch,
                 drop_last=False,
             )
             numba.uint8[::1].mutable = True
             torch.set_num_threads(threads)
+            make_batch, (stages, outputs) = _compiled_batch_maker(self._stock.num_workers > 1), self._stock.code
+
+            def stage(batch_indices: Any, metadata: Any, storage_state: Any, **memory: Any) -> tuple[Any]:
+                orders = next(array for array in memory.values() if array is not None)
+                make_batch(batch_indices, orders, metadata["f0"], storage_state)
+                return (orders,)
+
+            self._stock.code = [(stage, defined) for _, defined in stages], outputs
         return self._stock
 
     def _open_shards(self) -> ShardSet:

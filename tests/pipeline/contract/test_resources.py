@@ -35,7 +35,7 @@ def test_memory_stays_flat(small: Path, engine: str) -> None:
 
 def test_opening_again_and_again_leaves_nothing(small: Path, engine: str) -> None:
     before = threading.active_count(), len(psutil.Process().children(recursive=True)), psutil.Process().num_fds()
-    for _ in range(8):
+    for _ in range(4):
         loader = open_loader(spec_for(small, engine, threads=2, order="blocks"))
         next(iter(loader))
         loader.close()

@@ -43,13 +43,10 @@ def test_the_dropped_samples_differ_from_epoch_to_epoch(small: Path, engine: str
         (1, 1, 3, "full"),
         (1, 64, 1, "blocks"),
         (2, 5, 3, "full"),
-        (2, 8, 1, "blocks"),
-        (3, 5, 1, "blocks"),
+        (3, 8, 1, "blocks"),
         (3, 64, 3, "sequential"),
-        (4, 1, 1, "sequential"),
-        (4, 8, 3, "full"),
+        (4, 1, 1, "full"),
         (8, 5, 3, "blocks"),
-        (8, 8, 1, "sequential"),
     ],
 )
 def test_every_sample_comes_once(small: Path, engine: str, world_size: int, batch_size: int, threads: int, order: str) -> None:
@@ -85,19 +82,27 @@ def count(spec: LoaderSpec) -> Counter[int]:
 def test_the_global_sequence_does_not_depend_on_ranks_and_threads(small: Path, engine: str, order: str) -> None:
     spec = spec_for(small, engine, order=order, block_shards=3)
     whole = list(open_loader(spec))
-    parts = [list(open_loader(replace(spec, world_size=4, rank=rank, threads=3))) for rank in range(4)]
+    parts = [list(open_loader(replace(spec, world_size=2, rank=rank, threads=3))) for rank in range(2)]
     for step, batch in enumerate(whole):
         assert batch.ids.tolist() == [sample for part in parts for sample in part[step].ids.tolist()]
         assert torch.equal(batch.images, torch.cat([part[step].images for part in parts]))
         assert torch.equal(batch.labels, torch.cat([part[step].labels for part in parts]))
 
 
-@pytest.mark.parametrize("changes", [{}, {"order": "blocks", "block_shards": 3}, {"geometry": RandomResizedCrop()}], ids=str)
-@pytest.mark.parametrize(("stop", "prefetch"), [(0, 2), (1, 1), (3, 4), (7, 2)])
-def test_a_saved_place_gives_the_very_next_batch(
-    small: Path, engine: str, stop: int, prefetch: int, changes: dict[str, object]
-) -> None:
-    spec = spec_for(small, engine, prefetch=prefetch, **changes)
+@pytest.mark.parametrize(
+    ("stop", "changes"),
+    [
+        (0, {}),
+        (1, {"prefetch": 1}),
+        (3, {"prefetch": 4}),
+        (3, {"order": "blocks", "block_shards": 3}),
+        (6, {"geometry": RandomResizedCrop()}),
+        (7, {}),
+    ],
+    ids=str,
+)
+def test_a_saved_place_gives_the_very_next_batch(small: Path, engine: str, stop: int, changes: dict[str, object]) -> None:
+    spec = spec_for(small, engine, **changes)
     loader = open_loader(spec)
     ids(loader)
     batches = iter(loader)
