@@ -6,8 +6,8 @@ order changes); evaluation counts every sample exactly once, for any R and batch
 
 A checkpoint of the input is two integers: the epoch, and how many samples of it have been handed out over all ranks.
 
-A sample that cannot be decoded is replaced by one that `plan.substitute` names, with that one's draws. Which samples those are is
-a property of the data, so the batches still depend on nothing else, and engines only have to find the corrupt ones.
+A sample that cannot be decoded at its draw is replaced by one that `plan.substitute` names, with that one's draws. Which samples
+those are is a property of data and plan, so the batches still depend on nothing else; engines only have to find them.
 """
 
 from __future__ import annotations
@@ -30,7 +30,9 @@ from pipeline.buffers import BufferPool
 from pipeline.errors import UserError
 from pipeline.geometry import Views, WholeImage
 from pipeline.order import Blocks, ByShape, Full, Order, Sequential
+from pipeline.picture import Decoder, Pixels
 from pipeline.plan import Ints
+from pipeline.region import Bytes
 from pipeline.shards import Manifest, ShardSet
 from pipeline.spec import LoaderSpec, check
 from pipeline.tail import STORED, Tail
@@ -108,6 +110,7 @@ class Loader(ABC):
         self.epoch = 0
         self.consumed = 0
         self.corrupt: dict[int, str] = {}
+        self._unreadable: set[tuple[int, int]] = set()  # (epoch, sample)
         self.replaced = 0
         self._marking = threading.Lock()
         self._hinted: tuple[int, int] | None = None
@@ -208,7 +211,7 @@ class Loader(ABC):
 
         For any thread; others may work at other places of the part. Raises UserError as `mark_corrupt` and `plan` do.
         """
-        self.mark_corrupt(int(work.ids[place]), reason)
+        self.mark_corrupt(work.part.epoch, int(work.ids[place]), reason)
         one = self._plan(work.part, np.array([work.part.low + place]))
         work.ids[place], work.heights[place], work.widths[place] = one.ids[0], one.heights[0], one.widths[0]
         views = slice(place * self.crops, (place + 1) * self.crops)
@@ -216,11 +219,24 @@ class Loader(ABC):
         work.views.flip[views] = one.views.flip
         work.views.alphas[views] = one.views.alphas
 
-    def mark_corrupt(self, sample: int, reason: str) -> None:
-        """A sample cannot be decoded: later plans replace it. Warns once of each; raises UserError if the spec says to stop."""
+    def make_pictures(self, decoder: Decoder, work: Work, place: int, out: Pixels) -> None:
+        """Make the pictures of one image of a part on the host. out: uint8 (crops, H, W, 3). Raises CorruptImageError."""
+        views = slice(place * self.crops, (place + 1) * self.crops)
+        windows, flip = work.views.windows[views], work.views.flip[views]
+        stored = self.stored(int(work.ids[place]))
+        decoder.pictures(stored, int(work.heights[place]), int(work.widths[place]), windows, flip, out)
+
+    def mark_corrupt(self, epoch: int, sample: int, reason: str) -> None:
+        """A sample's views of an epoch cannot be decoded: plans of that epoch replace it. Warns once of each sample; raises
+        UserError if the spec says to stop.
+
+        By epoch, because another epoch's crop may miss the damage: a loader that knows the sample must not give other batches
+        than one that was resumed and does not.
+        """
         with self._marking:
             known = sample in self.corrupt
             self.corrupt[sample] = reason
+            self._unreadable.add((epoch, sample))
         if self.spec.corrupt == "stop":
             raise UserError(f"{self.where(sample)}: cannot be decoded ({reason}); make the shards again")
         if not known:
@@ -248,7 +264,7 @@ class Loader(ABC):
     def tail(self, size: tuple[int, int]) -> Tail:
         """The colour tail on the CPU for pictures of `size`, height and width. For any thread."""
         if size not in self._tails:
-            self._tails[size] = Tail(self.normalization_at(size), size[1], self.spec.dtype)
+            self._tails[size] = Tail(self.normalization_at(size), size[1])
         return self._tails[size]
 
     def normalization_at(self, size: tuple[int, int]) -> Normalization:
@@ -261,6 +277,10 @@ class Loader(ABC):
         return self._stored_normalization.at(size[0])
 
     # --- What an engine with files of its own (FFCV's) does otherwise
+
+    def stored(self, sample: int) -> Bytes:
+        """A sample's encoded image: uint8 (bytes,)."""
+        return self.shards.read(sample)
 
     def where(self, sample: int) -> str:
         """File and key of a sample, for messages."""
@@ -283,7 +303,7 @@ class Loader(ABC):
     def _plan(self, part: Part, positions: Ints) -> Work:
         spec = self.spec
         ids = self.order.samples(part.epoch, positions)
-        if self.corrupt:
+        if self._unreadable:
             ids = np.array([self._decodable(part.epoch, sample) for sample in ids.tolist()])
         heights, widths = self._sizes(ids)
         size = spec.size_at(part.epoch)
@@ -303,13 +323,13 @@ class Loader(ABC):
         return Sequential(count)
 
     def _decodable(self, epoch: int, sample: int) -> int:
-        """The sample, or its first substitute that is not known to be corrupt."""
-        if sample not in self.corrupt:
+        """The sample, or its first substitute, that is not known to be unreadable in this epoch."""
+        if (epoch, sample) not in self._unreadable:
             return sample
         count = len(self.shards)
         for attempt in range(plan.MAX_SUBSTITUTES if count > 1 else 0):
             other = plan.substitute(self.spec.seed, epoch, sample, attempt, count)
-            if other not in self.corrupt:
+            if (epoch, other) not in self._unreadable:
                 return other
         raise UserError(f"{self.where(sample)}: cannot be decoded, nor can what should replace it; make the shards again")
 

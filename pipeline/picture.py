@@ -1,8 +1,8 @@
 """One stored image to pictures on the CPU: decode the region that they need, resample each window.
 
-Region-addressable JPEGs go through `pipeline.decode`, in one call that holds no GIL. What that refuses goes to libjpeg-turbo, from
-the simplejpeg wheel (at the crop where the image has a table of segments), and what that refuses to Pillow: what Pillow cannot
-decode either is corrupt.
+Region-addressable JPEGs go through `pipeline.decode`, in one call that holds no GIL. What that refuses goes to libjpeg-turbo,
+from the simplejpeg wheel (at the crop where the image has a table of segments), and what that refuses to Pillow: what Pillow
+cannot decode either is corrupt.
 """
 
 from __future__ import annotations

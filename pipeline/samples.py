@@ -1,7 +1,7 @@
-"""From a JPEG's coefficients to pixels, compiled: inverse DCT, interpolation of chroma, colour; bit for bit as libjpeg-turbo does it.
+"""From a JPEG's coefficients to pixels, compiled, bit for bit as libjpeg-turbo: inverse DCT, interpolation of chroma, colour.
 
-Sources: jidctint.c, jdsample.c and jdcolor.c of libjpeg-turbo 3. The inverse DCT and the conversion of colour are written in LLVM's
-vector instructions, which numba passes on; the other loops LLVM makes vectors of by itself.
+Sources: jidctint.c, jdsample.c and jdcolor.c of libjpeg-turbo 3. The inverse DCT and the conversion of colour are written in
+LLVM's vector instructions, which numba passes on; the other loops LLVM makes vectors of by itself.
 """
 
 from __future__ import annotations
@@ -125,7 +125,7 @@ def _widen(sums: Any, count: Any, tall: Any, out: Any) -> None:
 def _chroma_row(
     plane: Any, start: Any, stride: Any, y: Any, rows: Any, count: Any, wide: Any, tall: Any, sums: Any, out: Any
 ) -> None:
-    """Row y of a chroma component in full resolution. rows, count: of its samples. wide, tall: which way it is halved. out: uint8."""
+    """Row y of a chroma component in full resolution. rows, count: of its samples. wide, tall: how it is halved. out: uint8."""
     near = start + (y >> 1 if tall else y) * stride
     one = plane[near : near + count]
     if tall:
@@ -147,7 +147,7 @@ def _chroma_row(
 
 @intrinsic
 def _rgb_chunk(typing: Any, luma: Any, luma_at: Any, cb: Any, cb_at: Any, cr: Any, cr_at: Any, out: Any, out_at: Any) -> Any:
-    """`_CHUNK` pixels: YCbCr samples of three flat uint8 arrays to RGB, as jdcolor.c rounds it (jdcolext-avx2.asm's way there)."""
+    """`_CHUNK` pixels: YCbCr samples of three flat uint8 arrays to RGB, rounded as by jdcolor.c, the way of jdcolext-avx2.asm."""
 
     def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         add, sub = builder.add, builder.sub

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from llvmlite import ir
 from numba import njit, types
-from numba.extending import intrinsic
+from numba.extending import intrinsic, overload
 
 from pipeline.augment import Floats, Normalization
 
@@ -30,11 +30,35 @@ def _to_half(typing: Any, value: Any) -> Any:
     return types.int16(types.float32), codegen
 
 
+def _store(row: Any, out: Any) -> None:
+    """A row of float32 to a row in one of `STORED`'s types; compiled code only."""
+    raise NotImplementedError
+
+
+@overload(_store)
+def _compile_store(row: Any, out: Any) -> Any:
+    def to_float32(row: Any, out: Any) -> None:
+        for i in range(len(row)):
+            out[i] = row[i]
+
+    def to_float16(row: Any, out: Any) -> None:
+        for i in range(len(row)):
+            out[i] = _to_half(row[i])
+
+    def to_bfloat16(row: Any, out: Any) -> None:
+        """Round to the nearest, ties to even: bfloat16 is float32's upper half."""
+        bits = row.view(np.uint32)
+        for i in range(len(row)):
+            out[i] = (bits[i] + np.uint32(0x7FFF) + ((bits[i] >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16)
+
+    return {types.float32: to_float32, types.int16: to_float16, types.uint16: to_bfloat16}[out.dtype]
+
+
 @njit(nogil=True, cache=True)
-def _tail(pixels: Any, shift: Any, mean: Any, inverse: Any, out: Any, store: Any) -> None:
+def _tail(pixels: Any, shift: Any, mean: Any, inverse: Any, out: Any) -> None:
     """One picture. pixels: uint8 (H, W, 3). shift: float32 (3,). mean: float32 (H or 1, W * 3). inverse: float32 (W * 3,).
 
-    out: (H, W, 3) of `STORED`. store: writes a row of float32 to a row of `out`.
+    out: (H, W, 3) of `STORED`.
     """
     height, width, _ = pixels.shape
     row = np.empty(3 * width, np.float32)
@@ -45,45 +69,21 @@ def _tail(pixels: Any, shift: Any, mean: Any, inverse: Any, out: Any, store: Any
         source, means = pixels[y].reshape(-1), mean[y if len(mean) > 1 else 0]
         for i in range(3 * width):
             row[i] = (np.float32(source[i]) + shifts[i] - means[i]) * inverse[i]
-        store(row, out[y].reshape(-1))
-
-
-@njit(nogil=True, cache=True)
-def _store_float32(row: Any, out: Any) -> None:
-    for i in range(len(row)):
-        out[i] = row[i]
-
-
-@njit(nogil=True, cache=True)
-def _store_float16(row: Any, out: Any) -> None:
-    for i in range(len(row)):
-        out[i] = _to_half(row[i])
-
-
-@njit(nogil=True, cache=True)
-def _store_bfloat16(row: Any, out: Any) -> None:
-    """Round to the nearest, ties to even: bfloat16 is float32's upper half."""
-    bits = row.view(np.uint32)
-    for i in range(len(row)):
-        out[i] = (bits[i] + np.uint32(0x7FFF) + ((bits[i] >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16)
-
-
-_STORES = {torch.float32: _store_float32, torch.float16: _store_float16, torch.bfloat16: _store_bfloat16}
+        _store(row, out[y].reshape(-1))
 
 
 class Tail:
     """The colour tail for pictures of one size. Used by many threads."""
 
-    def __init__(self, normalization: Normalization, width: int, dtype: torch.dtype) -> None:
-        """normalization: at the pictures' size. width: of the pictures. dtype: float32, float16 or bfloat16."""
+    def __init__(self, normalization: Normalization, width: int) -> None:
+        """normalization: at the pictures' size. width: of the pictures."""
         mean = normalization.mean
         self._mean = np.tile(mean, width)[None] if mean.ndim == 1 else mean.reshape(len(mean), -1)
         self._inverse = np.tile(1 / normalization.std, width).astype(np.float32)
-        self._store = _STORES[dtype]
 
     def __call__(self, pixels: Any, shift: Floats, out: Any) -> None:
         """pixels: uint8 (H, W, 3). shift: float32 (3,), the lighting's. out: (H, W, 3) in `STORED`'s dtype, gets the picture."""
-        _tail(pixels, shift, self._mean, self._inverse, out, self._store)
+        _tail(pixels, shift, self._mean, self._inverse, out)
 
     def batch(self, pixels: Any, shift: Floats, out: Any) -> None:
         """The same for V pictures: uint8 (V, H, W, 3), float32 (V, 3), (V, H, W, 3)."""

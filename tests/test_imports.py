@@ -40,6 +40,8 @@ ALLOWED: dict[str, tuple[str, ...]] = {
         "pipeline.buffers",
         "pipeline.geometry",
         "pipeline.order",
+        "pipeline.picture",
+        "pipeline.region",
         "pipeline.shards",
         "pipeline.spec",
         "pipeline.tail",

@@ -1,9 +1,9 @@
 """The CPU engine: WebDataset shards, libjpeg-turbo and compiled resampling in threads that hold no GIL.
 
 A batch is memory lent by a pool. Its images are made in chunks by worker threads, `prefetch` batches ahead: an image's region is
-cut from its mapped shard, decoded, resampled into the batch and, if the batch stays on the CPU, sent through the colour tail while
-it is in the cache. For a GPU, plain pixels are made in pinned memory and copied on a stream of their own, so that the copy runs
-beside the training step; the colour tail follows on the GPU.
+cut from its mapped shard, decoded, resampled into the batch and, if the batch stays on the CPU, sent through the colour tail
+while it is in the cache. For a GPU, plain pixels are made in pinned memory and copied on a stream of their own, so that the copy
+runs beside the training step; the colour tail follows on the GPU.
 """
 
 from __future__ import annotations
@@ -109,11 +109,8 @@ class CpuLoader(Loader):
 
     def _decode(self, decoder: Decoder, work: Work, place: int, out: Any) -> bool:
         """Make the pictures of one image; False if it is corrupt, and by now replaced in `work`."""
-        views = slice(place * self.crops, (place + 1) * self.crops)
-        windows, flip = work.views.windows[views], work.views.flip[views]
         try:
-            data = self.shards.read(int(work.ids[place]))
-            decoder.pictures(data, int(work.heights[place]), int(work.widths[place]), windows, flip, out)
+            self.make_pictures(decoder, work, place, out)
         except CorruptImageError as error:
             self.replace(work, place, str(error))
             return False

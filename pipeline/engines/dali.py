@@ -144,11 +144,16 @@ class DaliLoader(Loader):
 
     def _mark_corrupt_of(self, works: list[Work]) -> bool:
         """Mark the samples that cannot be decoded; False if there are none."""
-        samples = (int(sample) for work in works for sample in work.ids)
-        found = [(sample, reason) for sample in samples if (reason := why_corrupt(self.shards.read(sample)))]
-        for sample, reason in found:
-            self.mark_corrupt(sample, reason)
-        return bool(found)
+        found = False
+        for work in works:
+            pictures = np.empty((self.crops, *work.size, 3), np.uint8)
+            for place in range(len(work.ids)):
+                try:
+                    self.make_pictures(Decoder(), work, place, pictures)
+                except CorruptImageError as error:
+                    self.mark_corrupt(work.part.epoch, int(work.ids[place]), str(error))
+                    found = True
+        return found
 
     def _start(self, part: Part) -> Pipeline:
         """A new pipeline whose first batch is `part`."""
@@ -205,7 +210,7 @@ class _Feed:
         views = self._views(place)
         if self._by_host[place]:
             pictures = np.empty((self._loader.crops, *work.size, 3), np.uint8)
-            Decoder().pictures(data, height, width, work.views.windows[views], work.views.flip[views], pictures)
+            self._loader.make_pictures(Decoder(), work, place, pictures)
             box[:] = 0, 0, pictures.shape[0] * pictures.shape[1], pictures.shape[2]
             return to_ppm(pictures.reshape(-1, *pictures.shape[2:]))
         box[:] = 0, 0, height, width

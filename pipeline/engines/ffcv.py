@@ -1,15 +1,15 @@
 """The FFCV engine: FFCV's loader over our .beton files, its samples and draws the plan's.
 
-FFCV reads the file, compiles a decoder and runs it in its threads. What is decoded is ours to say: the plan's samples at the plan's
-windows. (FFCV's own random numbers come from one generator a thread, seeded by chance, and its orders cannot be resumed.) Images
-of mode jpg are decoded by libjpeg-turbo's exact inverse DCT; FFCV's own decoder takes the fast one, 1 of 255 off on average. They
-are decoded at the crop if they have a table of segments (`make_shards.py --beton region`), whole otherwise. Raw ones are resampled
-as they are.
+FFCV reads the file, compiles a decoder and runs it in its threads. What is decoded is ours to say: the plan's samples at the
+plan's windows. (FFCV's own random numbers come from one generator a thread, seeded by chance, and its orders cannot be resumed.)
+Images of mode jpg are decoded by libjpeg-turbo's exact inverse DCT; FFCV's own decoder takes the fast one, 1 of 255 off on
+average. They are decoded at the crop if they have a table of segments (`make_shards.py --beton region`), whole otherwise. Raw
+ones are resampled as they are.
 
 What FFCV leaves open is closed here:
 - an exception in its thread leaves the consumer waiting for ever: here it reaches the consumer;
 - its batches are views of memory that it writes again: these are lent by a pool, for as long as they are kept;
-- making a Loader marks numba's type of byte arrays as read-only for all code compiled later: here it is unmarked again.
+- making a Loader marks numba's type of byte arrays as read-only for all code compiled later: here it does not (`_Storage`).
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from __future__ import annotations
 import ctypes
 import ctypes.util
 from collections.abc import Callable, Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -29,7 +29,9 @@ import numpy as np
 import torch
 from ffcv.fields.rgb_image import IMAGE_MODES, SimpleRGBImageDecoder
 from ffcv.loader import Loader as StockLoader
+from ffcv.loader import loader as loader_module
 from ffcv.loader.epoch_iterator import EpochIterator
+from ffcv.memory_managers import OSCacheManager
 from ffcv.pipeline.allocation_query import AllocationQuery
 from ffcv.pipeline.compiler import Compiler
 from ffcv.pipeline.state import State
@@ -43,6 +45,7 @@ from pipeline.errors import UserError
 from pipeline.loader import Batch, Loader, Part, Work
 from pipeline.picture import CorruptImageError, Decoder, region_of, resample_windows
 from pipeline.plan import Ints
+from pipeline.region import Bytes
 from pipeline.shards import ShardSet
 from pipeline.spec import LoaderSpec
 
@@ -61,8 +64,7 @@ def _compiled_picture_maker() -> Any:
     """Compile, once: (an order's address, the image's mode, height, width, address and bytes) -> 0, or what FFCV's library says.
 
     An order is int64 (7,): room for the status; addresses of the image's windows, float64 (C, 4), of flip, uint8 (C,), and of its
-    pictures, uint8 (C, H, W, 3); C, H, W. All is addresses and numbers, and compiled before FFCV makes a Loader: see above for
-    what that does to arrays.
+    pictures, uint8 (C, H, W, 3); C, H, W.
     """
     library = ctypes.CDLL(ctypes.util.find_library("turbojpeg") or "libturbojpeg.so.0")  # which FFCV itself is linked with
     pointer, number = ctypes.c_int64, ctypes.c_int32
@@ -146,6 +148,24 @@ class _PlannedDecoder(SimpleRGBImageDecoder):
         return decode
 
 
+class _Storage(OSCacheManager):
+    """FFCV's, for decoders that find their data themselves. Its compiled reader costs 0.4 s and, because maps are read-only, sets
+    `mutable` of numba's own type of byte arrays to False: code compiled later could not write to any."""
+
+    def compile_reader(self) -> None:
+        return None
+
+
+@contextmanager
+def _without_reader() -> Iterator[None]:
+    """FFCV's Loader takes `_Storage` meanwhile; it has no option for that."""
+    stock, loader_module.OSCacheManager = loader_module.OSCacheManager, _Storage
+    try:
+        yield
+    finally:
+        loader_module.OSCacheManager = stock
+
+
 class _PlannedBatches(EpochIterator):
     """FFCV's thread, which runs its compiled code over batches: here over parts of the plan, epoch after epoch.
 
@@ -224,23 +244,22 @@ class FfcvLoader(Loader):
             self._batches.stop()
             self._batches = None
 
-    def where(self, index: int) -> str:
-        return f"{self._path}: sample {index}"
+    def where(self, sample: int) -> str:
+        return f"{self._path}: sample {sample}"
 
     def make_by_hand(self, work: Work, place: int, images: Any) -> None:
         """Make one image's pictures outside the compiled code, which could not decode it; or those of its substitute."""
         views = slice(place * self.crops, (place + 1) * self.crops)
         while True:
-            index = int(work.ids[place])
-            height, width = int(work.heights[place]), int(work.widths[place])
-            windows, flip = work.views.windows[views], work.views.flip[views]
-            stored = self._stored(index)
             try:
-                if self._images["mode"][index] == _RAW:
-                    whole = np.array([0, 0, height, width])
-                    resample_windows(stored.reshape(height, width, 3), whole, windows, flip, images[views])
+                if self._images["mode"][work.ids[place]] == _RAW:
+                    size = int(work.heights[place]), int(work.widths[place])
+                    pixels = self.stored(int(work.ids[place])).reshape(*size, 3)
+                    resample_windows(
+                        pixels, np.array([0, 0, *size]), work.views.windows[views], work.views.flip[views], images[views]
+                    )
                 else:
-                    self._decoder.pictures(stored, height, width, windows, flip, images[views])
+                    self.make_pictures(self._decoder, work, place, images[views])
                 return
             except CorruptImageError as error:
                 self.replace(work, place, str(error))
@@ -258,18 +277,17 @@ class FfcvLoader(Loader):
 
     def _open_stock(self) -> StockLoader:
         if self._stock is None:
-            _compiled_picture_maker()  # before FFCV changes numba's types
             threads = torch.get_num_threads()
-            self._stock = StockLoader(
-                str(self._path),
-                batch_size=-(-self.spec.batch_size // self.spec.world_size),
-                num_workers=min(self.spec.threads, numba.config.NUMBA_NUM_THREADS),
-                os_cache=True,
-                pipelines={"image": [_PlannedDecoder()], "label": None},
-                batches_ahead=self.spec.prefetch,
-                drop_last=False,
-            )
-            numba.uint8[::1].mutable = True
+            with _without_reader():
+                self._stock = StockLoader(
+                    str(self._path),
+                    batch_size=-(-self.spec.batch_size // self.spec.world_size),
+                    num_workers=min(self.spec.threads, numba.config.NUMBA_NUM_THREADS),
+                    os_cache=True,
+                    pipelines={"image": [_PlannedDecoder()], "label": None},
+                    batches_ahead=self.spec.prefetch,
+                    drop_last=False,
+                )
             torch.set_num_threads(threads)
             make_batch, (stages, outputs) = _compiled_batch_maker(self._stock.num_workers > 1), self._stock.code
 
@@ -301,9 +319,8 @@ class FfcvLoader(Loader):
         self._content = np.memmap(self._path, np.uint8, "r")
         return shards
 
-    def _stored(self, index: int) -> Any:
-        """What the file holds of an image, uint8 (bytes,)."""
-        start = int(self._images["data_ptr"][index])
+    def stored(self, sample: int) -> Bytes:
+        start = int(self._images["data_ptr"][sample])
         size = int(self._lengths[np.searchsorted(self._addresses, start)])
         return np.asarray(self._content[start : start + size])
 

@@ -93,7 +93,7 @@ def test_the_compiled_tail_is_torchs(dtype: torch.dtype, std: tuple[int, ...], p
     shift = rng.normal(0, 20, 3).astype(np.float32)
     normalization = Normalization.of(rng.uniform(0, 255, (30, 41, 3)) if per_pixel else (123, 117, 104), std)
     out = np.empty(pixels.shape, STORED[dtype])
-    Tail(normalization, 41, dtype)(pixels, shift, out)
+    Tail(normalization, 41)(pixels, shift, out)
     mean, deviation = torch.from_numpy(normalization.mean), torch.from_numpy(normalization.std)
     expected = colour_tail(torch.from_numpy(pixels)[None], torch.from_numpy(shift)[None], mean, deviation, dtype)[0]
     found = torch.from_numpy(out).view(dtype).permute(2, 0, 1)

@@ -5,6 +5,7 @@ An engine that cannot be imported fails; CROPFEED_WITHOUT=NAME[,NAME] leaves it 
 
 from __future__ import annotations
 
+import importlib.util
 import os
 from collections.abc import Callable
 from functools import cache
@@ -17,7 +18,8 @@ from pipeline import ENGINES
 from tests.helpers import SUBSAMPLINGS, jpeg, picture, run_script
 
 WITHOUT = os.environ.get("CROPFEED_WITHOUT", "").split(",")
-FORMAT = "webdataset" if "ffcv" in WITHOUT else "both"  # FFCV reads a file of its own beside the tars
+# FFCV reads a file of its own beside the tars.
+FORMAT = "both" if importlib.util.find_spec("ffcv") and "ffcv" not in WITHOUT else "webdataset"
 
 # Height and width: ordinary both ways up, small enough to be enlarged, tiny, extreme, large.
 SIZES = ((375, 500), (500, 333), (131, 97), (9, 13), (40, 700), (1500, 2000))
@@ -39,8 +41,8 @@ def engine(request: pytest.FixtureRequest) -> str:
 
 @pytest.fixture(scope="session")
 def small(image_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Shards of `image_folder`, 8 images each, the files as they were."""
-    return make(image_folder, tmp_path_factory.mktemp("small") / "data", "--profile", "original", "--shard-size", 8)
+    """Shards of `image_folder`, 8 images each, that open at the crop."""
+    return make(image_folder, tmp_path_factory.mktemp("small") / "data", "--shard-size", 8)
 
 
 @pytest.fixture(scope="session")

@@ -30,8 +30,7 @@ def ids(loader: Loader) -> list[int]:
 
 def stored_image(loader: Loader, sample: int) -> Image.Image:
     """A sample as the engine's file holds it."""
-    stored = getattr(loader, "_stored", loader.shards.read)  # FFCV's file is another one
-    return open_image(stored(sample).tobytes())
+    return open_image(loader.stored(sample).tobytes())
 
 
 def differences(loader: Loader, work: Work, batch: Batch) -> npt.NDArray[np.float32]:
