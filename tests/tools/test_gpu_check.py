@@ -14,13 +14,21 @@ from tests.helpers import assert_refused, run_script
 def test_the_script_is_whole(tmp_path: Path) -> None:
     result = run_script(
         "tools/gpu_check.py", "--device", "cpu", "--arch", "resnet18", "--batch-size", 8, "--image-size", 64, "--images", 8,
-        "--seconds", 0.2, "--results", tmp_path / "rows.csv",
+        "--seconds", 0.05, "--results", tmp_path / "rows.csv",
     )  # fmt: skip
     assert result.returncode == 0, result.stdout + result.stderr
     rows = list(csv.DictReader((tmp_path / "rows.csv").open()))
-    assert [row["benchmark"] for row in rows] == ["pixels, training"] * 2 + ["pixels, evaluation"] * 2 + ["feed"] + [
-        "train resnet18 bf16"
-    ] * 4
+    benchmarks = [row["benchmark"] for row in rows]
+    assert benchmarks[:4] == ["pixels, training"] * 2 + ["pixels, evaluation"] * 2
+    assert benchmarks[-4:] == ["train resnet18 bf16"] * 4
+    feeds = benchmarks[4:-4:2]
+    assert feeds[0] == "feed: stock DALI, original"
+    for profile in ("original", "lossless", "compact"):
+        assert {f"feed: dali, {profile}, hardware share {share}" for share in (0.0, 0.5, 0.9)} <= set(feeds)
+    assert {"feed: dali, lossless, whole streams", "feed: cpu, lossless", "feed: cpu, compact"} <= set(feeds)
+    ratios = {row["benchmark"]: float(row["value"]) for row in rows if row["metric"] == "ratio_to_stock_dali"}
+    assert ratios.pop("feed: stock DALI, original") == 1
+    assert all(ratio > 0 for ratio in ratios.values())
     assert all(float(row["low"]) <= float(row["value"]) <= float(row["high"]) for row in rows)
     assert int(rows[4]["repeats"]) == 5
 
