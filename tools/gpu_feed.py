@@ -97,7 +97,7 @@ def ways(data: dict[str, Path], spec: LoaderSpec) -> Iterator[tuple[str, Callabl
 def measure_feeds(
     data: dict[str, Path], spec: LoaderSpec, results: Path, seconds: float, repeats: int, images: str
 ) -> dict[str, float]:
-    """Images/s of every way, in turns, and the ratio to the stock pipeline's; returns the median ratios. images: what they are."""
+    """Images/s of every way, in turns, and its ratio to the stock pipeline; returns the median ratios. images: what they are."""
     device = torch.device(spec.device)
     feeds = {name: opened() for name, opened in ways(data, spec)}
     rates: dict[str, list[float]] = {name: [] for name in feeds}
