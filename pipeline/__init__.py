@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import importlib.util
-import logging
 from typing import TYPE_CHECKING
 
 from pipeline.errors import UserError
@@ -15,18 +13,13 @@ if TYPE_CHECKING:
 # Name -> module with an `open(spec) -> Loader`. Imported only when asked for.
 ENGINES = {"dali": "pipeline.engines.dali", "ffcv": "pipeline.engines.ffcv", "cpu": "pipeline.engines.cpu"}
 
-log = logging.getLogger("cropfeed")
-
 
 def open_loader(spec: LoaderSpec) -> Loader:
     """The loader of `spec` by its engine; "auto" takes the best for this machine and data, see `choose_engine`.
 
     Raises UserError if the engine cannot be had.
     """
-    name = spec.engine
-    if name == "auto":
-        name, why = choose_engine(spec)
-        log.info("engine %s: %s", name, why)
+    name, why = choose_engine(spec) if spec.engine == "auto" else (spec.engine, "as asked for")
     if name not in ENGINES:
         raise UserError(f"unknown engine {name!r}; choose from {', '.join(ENGINES)}")
     try:
@@ -34,6 +27,7 @@ def open_loader(spec: LoaderSpec) -> Loader:
     except ImportError as error:
         raise UserError(f"engine {name} cannot be imported ({error}); install it with: pip install -e '.[{name}]'") from error
     loader: Loader = module.open(spec)
+    loader.why = why
     return loader
 
 
@@ -46,6 +40,8 @@ def choose_engine(spec: LoaderSpec) -> tuple[str, str]:
         return "ffcv", "the data set holds FFCV files only"
     if not spec.device.startswith("cuda"):
         return "cpu", "batches stay on the CPU, where it is the fastest"
-    if importlib.util.find_spec("nvidia.dali") is None:
+    try:
+        importlib.import_module("nvidia.dali")
+    except ImportError:
         return "cpu", "DALI, which would decode on the GPU, is not installed: pip install -e '.[dali]'"
     return "dali", "it decodes on the GPU"

@@ -84,6 +84,7 @@ class Loader(ABC):
     """
 
     engine: str  # its name in `pipeline.ENGINES`
+    why: str = ""  # it was chosen, where `open_loader` did
 
     def __init__(self, spec: LoaderSpec) -> None:
         check(spec)

@@ -3,7 +3,7 @@
 FFCV reads the file, compiles a decoder and runs it in its threads. What is decoded is ours to say: the plan's samples at the
 plan's windows. (FFCV's own random numbers come from one generator a thread, seeded by chance, and its orders cannot be resumed.)
 Images of mode jpg are decoded by libjpeg-turbo's exact inverse DCT; FFCV's own decoder takes the fast one, 1 of 255 off on
-average. They are decoded at the crop if they have a table of segments (`make_shards.py --beton region`), whole otherwise. Raw
+average. They are decoded at the crop if they have a table of segments (`make_shards.py --format both`), whole otherwise. Raw
 ones are resampled as they are.
 
 What FFCV leaves open is closed here:

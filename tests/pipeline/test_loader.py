@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import sys
 import threading
 from collections import Counter
 from dataclasses import replace
@@ -13,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 
-from pipeline import open_loader, plan
+from pipeline import choose_engine, open_loader, plan
 from pipeline.errors import UserError
 from pipeline.geometry import CentreCrop, ScaleJitter, WholeImage
 from pipeline.loader import Batch, Loader, Part
@@ -122,6 +124,41 @@ def test_evaluation_is_the_central_crop_in_proportion() -> None:
 def test_an_unknown_engine_is_refused(small_shards: Path) -> None:
     with pytest.raises(UserError, match=r"unknown engine 'warp'; choose from .*dali"):
         open_loader(spec_for(small_shards, engine="warp"))
+
+
+@pytest.mark.parametrize(
+    ("device", "dali", "tars", "engine", "words"),
+    [
+        ("cpu", True, True, "cpu", "stay on the CPU"),
+        ("cuda", True, True, "dali", "decodes on the GPU"),
+        ("cuda:1", False, True, "cpu", "DALI, which would decode on the GPU, is not installed"),
+        ("cuda", True, False, "ffcv", "FFCV files only"),
+    ],
+)
+def test_auto_takes_the_best_engine_and_says_why(
+    small_shards: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    device: str,
+    dali: bool,
+    tars: bool,
+    engine: str,
+    words: str,
+) -> None:
+    manifest = json.loads((small_shards / "manifest.json").read_text())
+    if not tars:
+        manifest["splits"]["train"] |= {"shards": [], "beton": {"file": "train.beton"}}
+    (tmp_path / "manifest.json").write_text(json.dumps(manifest))
+    if not dali:
+        monkeypatch.setitem(sys.modules, "nvidia.dali", None)
+    name, why = choose_engine(spec_for(tmp_path, device=device))
+    assert name == engine
+    assert words in why
+
+
+def test_the_loader_tells_its_engine(small_shards: Path) -> None:
+    loader = open_loader(spec_for(small_shards, engine="auto"))
+    assert (loader.engine, loader.why) == ("cpu", "batches stay on the CPU, where it is the fastest")
 
 
 # --- Corrupt samples
