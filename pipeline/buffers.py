@@ -6,8 +6,8 @@ A fresh batch of 40 MB would cost the kernel 10,000 page faults, 10 ms of one co
 from __future__ import annotations
 
 import math
+import threading
 import weakref
-from collections import deque
 from typing import Any
 
 import numpy as np
@@ -25,8 +25,10 @@ class BufferPool:
         """device: where batches go in the end; for a GPU, memory is pinned."""
         self._device = torch.device(device)
         self._copies = torch.cuda.Stream(self._device) if self._device.type == "cuda" else None
-        self._free: deque[npt.NDArray[np.uint8]] = deque()
-        self._bytes = 0
+        self._bytes = 0  # of each array
+        self._free: list[npt.NDArray[np.uint8]] = []
+        self._lent: list[tuple[weakref.ref[Any], npt.NDArray[np.uint8]]] = []
+        self._taking = threading.Lock()
 
     def lend(self, shape: tuple[int, ...], dtype: npt.DTypeLike) -> tuple[npt.NDArray[Any], torch.Tensor]:
         """An array of undefined content and a tensor on the same memory, on the host."""
@@ -35,11 +37,10 @@ class BufferPool:
         if self._copies and dtype == np.uint8:  # torch itself keeps pinned memory, and knows when a copy from it has ended
             pinned = torch.empty(shape, dtype=torch.uint8, pin_memory=True)
             return pinned.numpy(), pinned
-        if wanted > self._bytes:  # batches grow rarely (progressive resizing): then all arrays are replaced
-            self._bytes = wanted
-        memory = self._take()
-        lent = memory[:wanted].view(dtype).reshape(shape)
-        weakref.finalize(lent, self._give_back, memory).atexit = False  # torch keeps `lent` as long as a tensor lives on it
+        with self._taking:
+            memory = self._take(wanted)
+            lent = memory[:wanted].view(dtype).reshape(shape)
+            self._lent.append((weakref.ref(lent), memory))  # torch keeps `lent` as long as a tensor lives on it
         return lent, torch.from_numpy(lent)
 
     def deliver(self, tensor: torch.Tensor) -> torch.Tensor:
@@ -53,13 +54,19 @@ class BufferPool:
         copy.record_stream(current)
         return copy
 
-    def _take(self) -> npt.NDArray[np.uint8]:
-        while self._free:
-            memory = self._free.pop()
-            if len(memory) == self._bytes:
-                return memory
-        return np.empty(self._bytes, np.uint8)
+    def _take(self, wanted: int) -> npt.NDArray[np.uint8]:
+        """At least so many bytes, which nobody holds any more, or new.
 
-    def _give_back(self, memory: npt.NDArray[np.uint8]) -> None:
-        if len(memory) == self._bytes:
-            self._free.append(memory)
+        What has come back is looked for here: a callback of the weak references would swallow an interrupt that falls into it.
+        """
+        if wanted > self._bytes:  # batches grow rarely (progressive resizing): then all arrays are replaced
+            self._bytes = wanted
+            self._free.clear()
+        held = []
+        for reference, memory in self._lent:
+            if reference() is not None:
+                held.append((reference, memory))
+            elif len(memory) == self._bytes:
+                self._free.append(memory)
+        self._lent = held
+        return self._free.pop() if self._free else np.empty(self._bytes, np.uint8)

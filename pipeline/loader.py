@@ -141,8 +141,12 @@ class Loader(ABC):
 
     def __iter__(self) -> Iterator[Batch]:
         for part in self.parts(self.epoch, self.consumed):
-            batch = self._make(part)
-            self.consumed = part.stop
+            try:
+                batch = self._make(part)
+                self.consumed = part.stop
+            except BaseException:  # an interrupt, too: what is in the making may have lost its place
+                self.close()
+                raise
             if self.corrupt:
                 planned = self.order.samples(part.epoch, np.arange(part.low, part.high))
                 self.replaced += int(np.count_nonzero(batch.ids != planned))
@@ -355,3 +359,9 @@ def choose_normalization(spec: LoaderSpec, manifest: Manifest) -> Normalization:
     if isinstance(spec.normalization, Normalization):
         return spec.normalization
     return Normalization.of(manifest.mean_image() if spec.normalization == "pixel" else manifest.channel_mean())
+
+
+def check_turn(work: Work, part: Part) -> None:
+    """An engine's next batch must be the one that is asked for; it is not where two iterations take turns."""
+    if work.part != part:
+        raise RuntimeError("two iterations over one loader at a time; open a loader for each")

@@ -44,7 +44,8 @@ class Prefetcher:
         for _ in self._threads:
             self._wanted.put(None)
         for thread in self._threads:
-            thread.join()
+            if thread.ident is not None:  # an interrupt may have come before its start
+                thread.join()
         self._threads.clear()
         self._waiting.clear()
 

@@ -1,9 +1,9 @@
 """Start-up, memory and planning against the number of samples: python tools/bench_scale.py SHARDS
 
-Makes data sets of 10^4, 1,281,167 and 10^9 samples that exist on paper alone, from the statistics in SHARDS' manifest: a manifest,
-and a sparse samples.npy whose records are all zeros. For each, in a process of its own: opening a loader, planning batches at random
-places of random epochs (order, draws, windows; sizes are made up), loading a saved place near an epoch's end, and what memory all
-of that took. No image is read. Rows go to tools/results/scale.csv.
+Makes data sets of 10^4, 1,281,167 and 10^9 samples that exist on paper alone, from the statistics in SHARDS' manifest: a
+manifest, and a sparse samples.npy whose records are all zeros. For each, in a process of its own: opening a loader, planning
+batches at random places of random epochs (order, draws, windows; sizes are made up), loading a saved place near an epoch's end,
+and what memory all of that took. No image is read. Rows go to tools/results/scale.csv.
 """
 
 from __future__ import annotations

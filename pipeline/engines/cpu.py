@@ -19,7 +19,7 @@ import numpy as np
 import torch
 
 from pipeline.augment import lighting
-from pipeline.loader import Batch, Loader, Part, Work
+from pipeline.loader import Batch, Loader, Part, Work, check_turn
 from pipeline.picture import CorruptImageError, Decoder
 from pipeline.spec import LoaderSpec
 from pipeline.tail import STORED
@@ -65,17 +65,12 @@ class CpuLoader(Loader):
     def _make(self, part: Part) -> Batch:
         if not self._jobs:
             self._schedule = self.upcoming(part)
-        try:
-            while len(self._jobs) <= self.spec.prefetch:
-                self._jobs.append(self._begin(next(self._schedule)))
-            job = self._jobs.popleft()
-            if job.work.part != part:
-                raise RuntimeError("two iterations over one loader at a time; open a loader for each")
-            for chunk in job.chunks:
-                chunk.result()
-        except BaseException:
-            self.close()
-            raise
+        while len(self._jobs) <= self.spec.prefetch:
+            self._jobs.append(self._begin(next(self._schedule)))
+        job = self._jobs.popleft()
+        check_turn(job.work, part)
+        for chunk in job.chunks:
+            chunk.result()
         images = job.tensor.view(self.spec.dtype) if self._tail_in_threads else self.buffers.deliver(job.tensor)
         return self.finish(images, job.work)
 

@@ -27,7 +27,7 @@ import torch
 from nvidia.dali import Pipeline, fn, types
 
 from pipeline import plan
-from pipeline.loader import Batch, Loader, Part, Work
+from pipeline.loader import Batch, Loader, Part, Work, check_turn
 from pipeline.picture import CorruptImageError, Decoder, cut_windows, why_corrupt
 from pipeline.region import _NO_TABLE, Bytes
 from pipeline.spec import LoaderSpec
@@ -114,14 +114,9 @@ class DaliLoader(Loader):
             self._threads = None
 
     def _make(self, part: Part) -> Batch:
-        try:
-            pictures = self._run(part)
-        except BaseException:
-            self.close()
-            raise
+        pictures = self._run(part)
         work = self._in_flight.popleft()
-        if work.part != part:
-            raise RuntimeError("two iterations over one loader at a time; open a loader for each")
+        check_turn(work, part)
         # from_dlpack tells DALI torch's current stream, and DALI makes that stream wait for its own; the memory is bound to it.
         pixels = torch.from_dlpack(pictures.as_tensor())
         return self.finish(pixels.reshape(-1, *work.size, 3), work)

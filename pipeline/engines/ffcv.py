@@ -42,7 +42,7 @@ from numba import carray, njit, prange
 from pipeline import storage
 from pipeline.decode import decode
 from pipeline.errors import UserError
-from pipeline.loader import Batch, Loader, Part, Work
+from pipeline.loader import Batch, Loader, Part, Work, check_turn
 from pipeline.picture import CorruptImageError, Decoder, region_of, resample_windows
 from pipeline.plan import Ints
 from pipeline.region import Bytes
@@ -266,13 +266,8 @@ class FfcvLoader(Loader):
 
     def _make(self, part: Part) -> Batch:
         self._batches = self._batches or _PlannedBatches(self, self._open_stock(), self.upcoming(part))
-        try:
-            work, pixels = self._batches.next()
-            if work.part != part:
-                raise RuntimeError("two iterations over one loader at a time; open a loader for each")
-        except BaseException:
-            self.close()
-            raise
+        work, pixels = self._batches.next()
+        check_turn(work, part)
         return self.finish(self.buffers.deliver(pixels), work)
 
     def _open_stock(self) -> StockLoader:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import os
 import signal
 import subprocess
 import sys
@@ -14,7 +15,7 @@ import numpy as np
 import psutil
 import pytest
 
-from pipeline import open_loader
+from pipeline import open_loader, plan
 from tests.helpers import ROOT, clean_environment
 from tests.pipeline.contract.helpers import ids, spec_for
 
@@ -45,12 +46,30 @@ def test_opening_again_and_again_leaves_nothing(small: Path, engine: str) -> Non
     assert psutil.Process().num_fds() <= before[2] + 8  # what is opened once and kept
 
 
+def test_no_interrupt_is_swallowed_and_the_place_is_kept(small: Path, engine: str) -> None:
+    """As in a notebook: interrupted anywhere, the loader goes on at its place when it is iterated again."""
+    loader = open_loader(spec_for(small, engine, threads=2))
+    next(iter(loader))
+    rng = np.random.default_rng(0)
+    for delay in rng.uniform(0.001, 0.03, 60).tolist():
+        timer = threading.Timer(delay, os.kill, (os.getpid(), signal.SIGINT))
+        with pytest.raises(KeyboardInterrupt):  # noqa: PT012 - it comes anywhere
+            timer.start()
+            deadline = time.monotonic() + 10
+            while time.monotonic() < deadline:
+                ids(loader)
+        timer.join()
+    epoch, consumed = loader.epoch, loader.consumed
+    assert ids(loader) == plan.order(0, epoch, np.arange(consumed, 56), 60).tolist()
+    loader.close()
+
+
 # Iterates over sys.argv[1] with engine sys.argv[2], and ends it as sys.argv[3] says, without closing the loader.
 PROGRAM = f"""
 import sys
 sys.path.insert(0, {str(ROOT)!r})
 from pathlib import Path
-from pipeline import open_loader
+from pipeline import open_loader, plan
 from tests.pipeline.contract.helpers import spec_for
 loader = open_loader(spec_for(Path(sys.argv[1]), sys.argv[2], threads=3, order="blocks"))
 for number, batch in enumerate(batch for _ in range(1_000_000) for batch in loader):
