@@ -159,7 +159,7 @@ class Run:
         self.total_steps = args.epochs * len(self.loader)
         self.started = time.perf_counter() - self.progress.seconds
         if accelerator.is_main_process:
-            print(f"engine {self.loader.engine}: {self.loader.why}", file=sys.stderr)
+            print(f"engine {self.loader.engine}: {self.loader.why}", flush=True)
             output.mkdir(parents=True, exist_ok=True)
             self.metrics = MetricsFile(output / "metrics.csv", self.progress.step)
             config = {

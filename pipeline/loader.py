@@ -324,6 +324,8 @@ class Loader(ABC):
         if spec.order == "full":
             return Full(count, spec.seed)
         if spec.order == "blocks":
+            if not self.shards.sizes:
+                raise UserError(f"{spec.data}: holds FFCV files only, which have no shards to make blocks of; take order full")
             return Blocks(self.shards.sizes, spec.seed, spec.block_shards)
         return Sequential(count)
 

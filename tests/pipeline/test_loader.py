@@ -253,3 +253,11 @@ def test_start_up_and_planning_do_not_grow_with_the_samples(
     assert len(loader) == 10**9 // 256 + 1
     work = loader.plan(next(loader.parts(1, 123_456 * 256)))
     assert len(np.unique(work.ids)) == 256
+
+
+def test_blocks_need_shards(small_shards: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shards = BillionSamples(Manifest(small_shards))
+    shards.sizes = []  # as where the data set holds FFCV files only
+    monkeypatch.setattr(Loader, "_open_shards", lambda self: shards)
+    with pytest.raises(UserError, match="no shards to make blocks of"):
+        Blank(spec_for(small_shards, order="blocks"))
