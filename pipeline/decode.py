@@ -209,6 +209,27 @@ def _decode_tiles(
 
 
 @njit(cache=True, nogil=True)
+def _blocks_of_mcu(parts: Any, count: Any, wide: Any, tall: Any, bases: Any, strides: Any) -> Any:
+    """What `_decode_tiles` must know of each block of an MCU: its `blocks`, `places` and `downs`.
+
+    parts: as `_read_header` leaves them. bases, strides: int64 (3,), where each component's samples begin, and their rows' bytes.
+    """
+    lumas = wide * tall
+    blocks, corners = np.zeros((lumas + count - 1, 7), np.uint64), np.empty(lumas + count - 1, np.int64)
+    downs = np.empty(lumas + count - 1, np.int64)
+    for i in range(len(blocks)):
+        component = max(i - lumas + 1, 0)
+        across, down = (wide, tall) if component == 0 else (1, 1)
+        blocks[i, 0], blocks[i, 1], blocks[i, 2] = component, parts[component, 3], 4 + parts[component, 4]
+        blocks[i, 3], blocks[i, 4], blocks[i, 5] = 64 * parts[component, 2], 8 * across, strides[component]
+        blocks[i, 6] = parts[component, 4] << _LOOK
+        corners[i], downs[i] = bases[component], 8 * down * strides[component]
+        if component == 0:
+            corners[i] += i // wide * 8 * strides[0] + i % wide * 8
+    return blocks, corners, downs
+
+
+@njit(cache=True, nogil=True)
 def decode(data: Any, top: Any, left: Any, bottom: Any, right: Any, room: Any, place: Any) -> Any:
     """Decode what a region needs of a region-addressable JPEG to `room`. Returns 0, REFUSED, or bytes that `room` lacks.
 
@@ -240,7 +261,9 @@ def decode(data: Any, top: Any, left: Any, bottom: Any, right: Any, room: Any, p
         wide, tall = 1, 1
     elif not (1 <= wide <= 2 and 1 <= tall <= 2) or (parts[1:, :2] != 1).any():
         return REFUSED
-    if mcu_width != 8 * wide or mcu_height != 8 * tall or -(-width // mcu_width) != interval * tiles:
+    if mcu_width != 8 * wide or mcu_height != 8 * tall:
+        return REFUSED
+    if -(-width // mcu_width) != interval * tiles or -(-height // mcu_height) != tile_rows:
         return REFUSED
     if wide == 2 and width <= 4:
         return REFUSED  # libjpeg then repeats chroma instead of interpolating it
@@ -262,18 +285,7 @@ def decode(data: Any, top: Any, left: Any, bottom: Any, right: Any, room: Any, p
     if needed > len(room):
         return needed
 
-    lumas = wide * tall
-    blocks, corners = np.zeros((lumas + count - 1, 7), np.uint64), np.empty(lumas + count - 1, np.int64)
-    downs = np.empty(lumas + count - 1, np.int64)
-    for i in range(len(blocks)):
-        component = max(i - lumas + 1, 0)
-        across, down = (wide, tall) if component == 0 else (1, 1)
-        blocks[i, 0], blocks[i, 1], blocks[i, 2] = component, parts[component, 3], 4 + parts[component, 4]
-        blocks[i, 3], blocks[i, 4], blocks[i, 5] = 64 * parts[component, 2], 8 * across, strides[component]
-        blocks[i, 6] = parts[component, 4] << _LOOK
-        corners[i], downs[i] = bases[component], 8 * down * strides[component]
-        if component == 0:
-            corners[i] += i // wide * 8 * strides[0] + i % wide * 8
+    blocks, corners, downs = _blocks_of_mcu(parts, count, wide, tall, bases, strides)
     if not _decode_tiles(
         data, body, starts, tiles, interval, first_row, last_row, first_column, last_column,
         blocks, quant.reshape(-1), luts, limits, offsets, values, symbols.reshape(-1), room, corners, downs,

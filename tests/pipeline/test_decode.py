@@ -93,6 +93,10 @@ def test_what_it_does_not_decode_is_refused() -> None:
     written = transcode(jpeg(pixels))
     for window in ((0, 0, 101, 120), (0, 0, 100, 121), (-1, 0, 9, 9), (5, 5, 5, 9), (9, 9, 5, 20)):
         assert decoded(written, window)[0] == REFUSED
+    rows = written.index(b"CROPFEED") + 14
+    for table_rows in (1, 60_000):  # a table that is not of this image
+        damaged = written[:rows] + table_rows.to_bytes(2, "little") + written[rows + 2 :]
+        assert decoded(damaged, whole)[0] == REFUSED
     stream = io.BytesIO()
     Image.fromarray(pixels).save(stream, "JPEG", keep_rgb=True, subsampling=0)
     assert decoded(transcode(stream.getvalue()), whole)[0] == REFUSED
