@@ -18,7 +18,7 @@ import numpy as np
 from numba import njit
 
 from pipeline.huffman import fill_decoding_table, lookup
-from pipeline.region import big16, find_frame, read_lengths, read_table
+from pipeline.region import big16, open_tiles
 from pipeline.samples import finish, idct_2, idct_4, idct_8
 from pipeline.scan import refill, unstuff
 
@@ -236,17 +236,9 @@ def decode(data: Any, top: Any, left: Any, bottom: Any, right: Any, room: Any, p
     data: uint8 (bytes,). top, left, bottom, right: pixels, a region of the image. room: uint8 (bytes,), gets the pixels first,
     RGB (height, width, 3). place: int64 (4,), gets top, left, height, width of what was decoded, the region at least.
     """
-    status, table, size, interval, tiles, tile_rows, mcu_width, mcu_height = read_table(data)
+    status, starts, _, header, frame, body, interval, tiles, mcu_width, mcu_height, height, width = open_tiles(data)
     if status < 0:
         return REFUSED
-    starts = np.empty(tiles * tile_rows + 1, np.int64)
-    header = read_lengths(data, table, size, starts)
-    if header < 0:
-        return REFUSED
-    frame, body = find_frame(data, header)
-    if frame < 0 or body + starts[tiles * tile_rows] > len(data):
-        return REFUSED
-    height, width = big16(data, frame + 5), big16(data, frame + 7)
     if not (0 <= top < bottom <= height and 0 <= left < right <= width):
         return REFUSED
     quant, parts = np.zeros((4, 64), np.int32), np.zeros((3, 5), np.int64)
@@ -262,8 +254,6 @@ def decode(data: Any, top: Any, left: Any, bottom: Any, right: Any, room: Any, p
     elif not (1 <= wide <= 2 and 1 <= tall <= 2) or (parts[1:, :2] != 1).any():
         return REFUSED
     if mcu_width != 8 * wide or mcu_height != 8 * tall:
-        return REFUSED
-    if -(-width // mcu_width) != interval * tiles or -(-height // mcu_height) != tile_rows:
         return REFUSED
     if wide == 2 and width <= 4:
         return REFUSED  # libjpeg then repeats chroma instead of interpolating it

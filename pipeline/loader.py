@@ -30,7 +30,7 @@ from pipeline.buffers import BufferPool
 from pipeline.errors import UserError
 from pipeline.geometry import Views, WholeImage
 from pipeline.order import Blocks, ByShape, Full, Order, Sequential
-from pipeline.picture import Decoder, Pixels
+from pipeline.picture import CorruptImageError, Decoder, Pixels
 from pipeline.plan import Ints
 from pipeline.region import Bytes
 from pipeline.shards import Manifest, ShardSet
@@ -230,6 +230,14 @@ class Loader(ABC):
         windows, flip = work.views.windows[views], work.views.flip[views]
         stored = self.stored(int(work.ids[place]))
         decoder.pictures(stored, int(work.heights[place]), int(work.widths[place]), windows, flip, out)
+
+    def make_or_replace(self, decoder: Decoder, work: Work, place: int, out: Pixels) -> None:
+        """The same; an image that cannot be decoded is replaced in `work`, again if its substitute cannot be either."""
+        while True:
+            try:
+                return self.make_pictures(decoder, work, place, out)
+            except CorruptImageError as error:
+                self.replace(work, place, str(error))
 
     def mark_corrupt(self, epoch: int, sample: int, reason: str) -> None:
         """A sample's views of an epoch cannot be decoded: plans of that epoch replace it. Warns once of each sample; raises

@@ -148,21 +148,9 @@ def _cut(data: Any, top: Any, left: Any, bottom: Any, right: Any, out: Any, plac
 
     out: uint8, gets the JPEG; len(data) is always enough. place: int64 (4,), gets top, left, height, width.
     """
-    status, table, size, interval, tiles, rows, mcu_width, mcu_height = read_table(data)
+    status, starts, table, header, frame, body, interval, tiles, mcu_width, mcu_height, height, width = open_tiles(data)
     if status < 0:
         return status
-    starts = np.empty(tiles * rows + 1, np.int64)
-    header = read_lengths(data, table, size, starts)
-    if header < 0:
-        return header
-    frame, body = find_frame(data, header)
-    if frame < 0:
-        return _DAMAGED_HEADER
-    height, width = big16(data, frame + 5), big16(data, frame + 7)
-    if -(-width // mcu_width) != interval * tiles or -(-height // mcu_height) != rows:
-        return _DAMAGED_TABLE
-    if body + starts[tiles * rows] > len(data):
-        return _DAMAGED_DATA
     if not (0 <= top < bottom <= height and 0 <= left < right <= width):
         return _BAD_WINDOW
 
@@ -195,6 +183,30 @@ def _cut(data: Any, top: Any, left: Any, bottom: Any, right: Any, out: Any, plac
         written = end
     out[written - 1] = 0xD9  # EOI in place of the last restart marker
     return written
+
+
+@njit(cache=True, nogil=True)
+def open_tiles(data: Any) -> Any:
+    """Status (0 or a negative reason); where each tile begins from the entropy-coded data on, int64 (T + 1,); where the table,
+    the header behind it, SOF0 and the entropy-coded data begin; MCUs in a tile, tiles in a row; MCU width and height; the image's
+    height and width. With status 0 all of it fits together and lies within `data`.
+    """
+    status, table, size, interval, tiles, rows, mcu_width, mcu_height = read_table(data)
+    starts = np.empty(tiles * rows + 1 if status == 0 else 1, np.int64)
+    header, frame, body, height, width = np.int64(0), np.int64(-1), np.int64(0), np.int64(0), np.int64(0)
+    if status == 0:
+        header = read_lengths(data, table, size, starts)
+        status = min(header, 0)
+    if status == 0:
+        frame, body = find_frame(data, header)
+        status = _DAMAGED_HEADER if frame < 0 else 0
+    if status == 0:
+        height, width = big16(data, frame + 5), big16(data, frame + 7)
+        if -(-width // mcu_width) != interval * tiles or -(-height // mcu_height) != rows:
+            status = _DAMAGED_TABLE
+        elif body + starts[tiles * rows] > len(data):
+            status = _DAMAGED_DATA
+    return status, starts, table, header, frame, body, interval, tiles, mcu_width, mcu_height, height, width
 
 
 @njit(cache=True, nogil=True)

@@ -20,7 +20,7 @@ import torch
 
 from pipeline.augment import lighting
 from pipeline.loader import Batch, Loader, Part, Work, check_turn
-from pipeline.picture import CorruptImageError, Decoder
+from pipeline.picture import Decoder
 from pipeline.spec import LoaderSpec
 from pipeline.tail import STORED
 
@@ -97,16 +97,6 @@ class CpuLoader(Loader):
         for place in places:
             views = slice(place * crops, (place + 1) * crops)
             pictures = own.pixels if self._tail_in_threads else job.images[views]
-            while not self._decode(own.decoder, work, place, pictures):
-                pass  # its substitute comes next, which may be corrupt, too
+            self.make_or_replace(own.decoder, work, place, pictures)
             if self._tail_in_threads:
                 self.tail(work.size).batch(pictures, lighting(work.views.alphas[views], self.basis), job.images[views])
-
-    def _decode(self, decoder: Decoder, work: Work, place: int, out: Any) -> bool:
-        """Make the pictures of one image; False if it is corrupt, and by now replaced in `work`."""
-        try:
-            self.make_pictures(decoder, work, place, out)
-        except CorruptImageError as error:
-            self.replace(work, place, str(error))
-            return False
-        return True

@@ -43,7 +43,7 @@ from pipeline import storage
 from pipeline.decode import decode
 from pipeline.errors import UserError
 from pipeline.loader import Batch, Loader, Part, Work, check_turn
-from pipeline.picture import CorruptImageError, Decoder, region_of, resample_windows
+from pipeline.picture import Decoder, Pixels, region_of, resample_windows
 from pipeline.plan import Ints
 from pipeline.region import Bytes
 from pipeline.shards import ShardSet
@@ -173,7 +173,7 @@ class _PlannedBatches(EpochIterator):
     """
 
     def __init__(self, owner: FfcvLoader, stock: StockLoader, schedule: Iterator[Part]) -> None:
-        self._owner, self._schedule = owner, schedule
+        self._owner, self._schedule, self._decoder = owner, schedule, Decoder()
         super().__init__(stock, np.empty(0, np.uint64))  # starts the thread
 
     def run(self) -> None:
@@ -223,7 +223,8 @@ class _PlannedBatches(EpochIterator):
         orders[:, _CROPS:] = owner.crops, *work.size
         (made,) = self.run_pipeline(0, work.ids.astype(np.uint64), 0, None)
         for place in np.flatnonzero(made[:, _STATUS]).tolist():
-            owner.make_by_hand(work, place, images)
+            views = slice(place * owner.crops, (place + 1) * owner.crops)
+            owner.make_or_replace(self._decoder, work, place, images[views])  # what the compiled code could not decode
         return work, tensor
 
 
@@ -236,7 +237,6 @@ class FfcvLoader(Loader):
         super().__init__(spec)
         self._stock: StockLoader | None = None
         self._batches: _PlannedBatches | None = None
-        self._decoder = Decoder()
 
     def close(self) -> None:
         super().close()
@@ -247,22 +247,15 @@ class FfcvLoader(Loader):
     def where(self, sample: int) -> str:
         return f"{self._path}: sample {sample}"
 
-    def make_by_hand(self, work: Work, place: int, images: Any) -> None:
-        """Make one image's pictures outside the compiled code, which could not decode it; or those of its substitute."""
+    def make_pictures(self, decoder: Decoder, work: Work, place: int, out: Pixels) -> None:
+        sample = int(work.ids[place])
+        if self._images["mode"][sample] != _RAW:
+            super().make_pictures(decoder, work, place, out)
+            return
         views = slice(place * self.crops, (place + 1) * self.crops)
-        while True:
-            try:
-                if self._images["mode"][work.ids[place]] == _RAW:
-                    size = int(work.heights[place]), int(work.widths[place])
-                    pixels = self.stored(int(work.ids[place])).reshape(*size, 3)
-                    resample_windows(
-                        pixels, np.array([0, 0, *size]), work.views.windows[views], work.views.flip[views], images[views]
-                    )
-                else:
-                    self.make_pictures(self._decoder, work, place, images[views])
-                return
-            except CorruptImageError as error:
-                self.replace(work, place, str(error))
+        size = int(work.heights[place]), int(work.widths[place])
+        pixels = self.stored(sample).reshape(*size, 3)
+        resample_windows(pixels, np.array([0, 0, *size]), work.views.windows[views], work.views.flip[views], out)
 
     def _make(self, part: Part) -> Batch:
         self._batches = self._batches or _PlannedBatches(self, self._open_stock(), self.upcoming(part))
