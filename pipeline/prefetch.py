@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import queue
 import threading
+from collections import deque
 from collections.abc import Callable, Iterable
 from contextlib import suppress
 
@@ -13,45 +13,54 @@ Fetch = Callable[[int, threading.Event], None]
 
 
 class Prefetcher:
-    """Calls `fetch(number, stop)` for numbered things in a few threads, started at the first hint.
+    """Calls `fetch(number, stop)` for numbered things in up to four threads, which end when nothing waits any more.
 
     fetch returns or raises soon once `stop` is set. Whatever it raises is dropped: who needs the thing meets the error again.
-    The threads are daemons, so a program that forgets to close does not wait for downloads at its end.
+    As no thread waits idle, a loader that is dropped without being closed leaves none behind; as they are daemons, a program
+    that forgets to close does not wait for downloads at its end.
     """
 
     def __init__(self, fetch: Fetch) -> None:
         self._fetch = fetch
-        self._wanted: queue.SimpleQueue[int | None] = queue.SimpleQueue()
-        self._waiting: set[int] = set()
+        self._lock = threading.Lock()  # guards the three below
+        self._queue: deque[int] = deque()
+        self._wanted: set[int] = set()  # what is queued or being fetched
+        self._threads: set[threading.Thread] = set()
         self._stop = threading.Event()
-        self._threads: list[threading.Thread] = []
 
     def hint(self, numbers: Iterable[int]) -> None:
-        """Fetch these, in this order, unless they are waiting already."""
-        if not self._threads:
-            self._stop.clear()
-            self._threads = [threading.Thread(target=self._run, name="cropfeed-prefetch", daemon=True) for _ in range(_THREADS)]
-            for thread in self._threads:
+        """Fetch these, in this order, unless they are queued or being fetched already."""
+        with self._lock:
+            for number in numbers:
+                if number not in self._wanted:
+                    self._wanted.add(number)
+                    self._queue.append(number)
+            while len(self._threads) < min(_THREADS, len(self._wanted)):
+                thread = threading.Thread(target=self._run, name="cropfeed-prefetch", daemon=True)
                 thread.start()
-        for number in numbers:
-            if number not in self._waiting:
-                self._waiting.add(number)
-                self._wanted.put(number)
+                self._threads.add(thread)
 
     def close(self) -> None:
-        """Stop fetching and end the threads. A later hint starts them again."""
+        """Stop fetching and end the threads. A later hint starts new ones."""
         self._stop.set()
-        for _ in self._threads:
-            self._wanted.put(None)
-        for thread in self._threads:
-            if thread.ident is not None:  # an interrupt may have come before its start
-                thread.join()
-        self._threads.clear()
-        self._waiting.clear()
+        with self._lock:
+            self._queue.clear()
+            threads = list(self._threads)
+        for thread in threads:
+            thread.join()
+        self._wanted.clear()
+        self._stop.clear()
 
     def _run(self) -> None:
-        while (number := self._wanted.get()) is not None:
-            if not self._stop.is_set():
-                with suppress(Exception):
-                    self._fetch(number, self._stop)
-            self._waiting.discard(number)
+        while (number := self._next()) is not None:
+            with suppress(Exception):
+                self._fetch(number, self._stop)
+            with self._lock:
+                self._wanted.discard(number)
+
+    def _next(self) -> int | None:
+        with self._lock:
+            if self._queue:
+                return self._queue.popleft()
+            self._threads.discard(threading.current_thread())
+            return None

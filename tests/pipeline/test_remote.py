@@ -128,9 +128,8 @@ def test_the_shards_of_a_block_and_the_next_are_fetched_ahead(remote: str, tmp_p
     next(iter(loader))  # 8 of the first shard's 16 images, or of 12
     first = [loader.shards._urls[shard] for block in (0, 1) for shard in loader.order.shards(0, block)]
     wait_until(lambda: set(downloads) >= set(first))
-    assert threads_named("cropfeed-prefetch")
     loader.close()
-    assert not threads_named("cropfeed-prefetch")
+    wait_until(lambda: not threads_named("cropfeed-prefetch"))
     local = open_loader(replace(spec, data=remote, cache=tmp_path))
     assert [batch.ids.tolist() for batch in local]  # a closed cache is as good as before
 
@@ -185,9 +184,15 @@ def test_closing_stops_a_download(remote: str, tmp_path: Path, monkeypatch: pyte
     began = time.monotonic()
     shards.close()
     assert time.monotonic() - began < 5
-    assert not threads_named("cropfeed-prefetch")
+    wait_until(lambda: not threads_named("cropfeed-prefetch"))
     assert not list(tmp_path.glob("*.partial"))
     monkeypatch.undo()
+
+
+def test_a_loader_never_closed_leaves_no_thread(remote: str, tmp_path: Path) -> None:
+    loader = open_loader(spec_for(remote, cache=tmp_path, order="blocks", block_shards=1, engine="cpu"))
+    next(iter(loader))
+    wait_until(lambda: not threads_named("cropfeed-prefetch"))
 
 
 def test_local_shards_are_read_ahead(small_shards: Path, monkeypatch: pytest.MonkeyPatch) -> None:
