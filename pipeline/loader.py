@@ -131,6 +131,10 @@ class Loader(ABC):
         self.shards.close()
         self._hinted = None
 
+    def ready(self) -> int | None:
+        """Batches that lie ready now, of `prefetch`; None where the engine cannot tell. Engines that can extend this."""
+        return None
+
     # --- What users call
 
     def __len__(self) -> int:

@@ -51,6 +51,19 @@ class Decoder:
                 )
             resample_windows(pixels, self._place, windows, flip, out)
 
+    def decoded(
+        self, data: Bytes, height: int, width: int, windows: npt.NDArray[np.float64], size: tuple[int, int]
+    ) -> tuple[Pixels, npt.NDArray[np.int64]]:
+        """The first half of `pictures` alone: what windows of `size` need of an image, uint8 (H, W, 3), in this decoder's memory,
+        and where that lies in it: top, left, height, width. Raises CorruptImageError.
+        """
+        while (lacking := _decode(data, height, width, windows, *size, self._room, self._place)) > 0:
+            self._room = np.empty(2 * lacking, np.uint8)
+        if lacking < 0:
+            return self._pixels(data, height, width, windows, size), self._place
+        rows, columns = self._place[2:].tolist()
+        return self._room[: 3 * rows * columns].reshape(rows, columns, 3), self._place
+
     def _pixels(self, data: Bytes, height: int, width: int, windows: Any, size: tuple[int, int]) -> Pixels:
         """What the windows need of an image, by libjpeg-turbo or Pillow: uint8 (H, W, 3), at `_place`."""
         piece = np.empty(len(data), np.uint8)
@@ -132,11 +145,18 @@ def resample_windows(pixels: Any, place: Any, windows: Any, flip: Any, out: Any)
 
 
 @njit(nogil=True, cache=True)
-def _make(data: Any, height: Any, width: Any, windows: Any, flip: Any, out: Any, room: Any, place: Any) -> Any:
-    """Decode and resample. Returns 0, a negative number where `decode` refuses, or the bytes that `room` lacks."""
-    _, rows, columns, _ = out.shape
+def _decode(data: Any, height: Any, width: Any, windows: Any, rows: Any, columns: Any, room: Any, place: Any) -> Any:
+    """Decode what resampling to (rows, columns) needs. Returns 0, a negative number where `decode` refuses, or the bytes that
+    `room` lacks."""
     top, left, bottom, right = region_of(height, width, windows, rows, columns)
-    status = decode(data, top, left, bottom, right, room, place)
+    return decode(data, top, left, bottom, right, room, place)
+
+
+@njit(nogil=True, cache=True)
+def _make(data: Any, height: Any, width: Any, windows: Any, flip: Any, out: Any, room: Any, place: Any) -> Any:
+    """Decode and resample. Returns as `_decode` does."""
+    _, rows, columns, _ = out.shape
+    status = _decode(data, height, width, windows, rows, columns, room, place)
     if status == 0:
         pixels = room[: 3 * place[2] * place[3]].reshape(place[2], place[3], 3)
         resample_windows(pixels, place, windows, flip, out)

@@ -62,6 +62,9 @@ class CpuLoader(Loader):
             self._threads.shutdown(cancel_futures=True)
             self._threads = None
 
+    def ready(self) -> int:
+        return sum(all(chunk.done() for chunk in job.chunks) for job in self._jobs.copy())
+
     def _make(self, part: Part) -> Batch:
         if not self._jobs:
             self._schedule = self.upcoming(part)

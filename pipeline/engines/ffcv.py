@@ -244,6 +244,9 @@ class FfcvLoader(Loader):
             self._batches.stop()
             self._batches = None
 
+    def ready(self) -> int:
+        return self._batches.output_queue.qsize() if self._batches else 0
+
     def where(self, sample: int) -> str:
         return f"{self._path}: sample {sample}"
 

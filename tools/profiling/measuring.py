@@ -1,0 +1,153 @@
+"""Speeds with their intervals, the processor's and the GPU's utilisation, and taking turns."""
+
+from __future__ import annotations
+
+import math
+import os
+import random
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from statistics import mean, stdev
+from typing import Any, TypeVar
+
+import psutil
+from scipy.stats import t as students_t
+
+K = TypeVar("K")
+CONFIDENCE = 0.95
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A mean over repeats, and the interval [low, high] that holds the true one with 95 % confidence (Student's t)."""
+
+    mean: float
+    low: float
+    high: float
+
+    @staticmethod
+    def of(values: Sequence[float]) -> Estimate:
+        """values: at least two repeats."""
+        reach = float(students_t.ppf((1 + CONFIDENCE) / 2, len(values) - 1)) * stdev(values) / math.sqrt(len(values))
+        middle = mean(values)
+        return Estimate(middle, middle - reach, middle + reach)
+
+    @staticmethod
+    def of_speeds(values: Sequence[float]) -> Estimate:
+        """The same for what cannot be negative."""
+        found = Estimate.of(values)
+        return Estimate(found.mean, max(found.low, 0.0), found.high)
+
+    def json(self) -> dict[str, float]:
+        return {"images_per_s": self.mean, "low": self.low, "high": self.high}
+
+
+def in_turns(ways: Sequence[K], repeats: int, turn: Callable[[K], None]) -> None:
+    """Every way has its turn in every repeat, in an order drawn anew: what disturbs the machine for a while meets all alike."""
+    order = random.Random(0)
+    for _ in range(repeats):
+        for way in order.sample(ways, len(ways)):
+            turn(way)
+
+
+def cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0))
+
+
+@dataclass
+class Usage:
+    """What a piece of work took. seconds: wall. cpu_share: CPU time of this process and its children over that of all cores.
+
+    gpu_share, jpeg_share: NVML's mean utilisation of the GPU and of its JPEG engine, None where there is no such thing.
+    """
+
+    seconds: float = 0.0
+    cpu_share: float = 0.0
+    gpu_share: float | None = None
+    jpeg_share: float | None = None
+
+
+@contextmanager
+def usage(device: str) -> Iterator[Usage]:
+    """Measures what runs inside; the fields are set at its end."""
+    found = Usage()
+    with GpuSampler(device) as gpu:
+        began, cpu = time.perf_counter(), cpu_seconds()
+        yield found
+        found.seconds = time.perf_counter() - began
+        found.cpu_share = (cpu_seconds() - cpu) / (found.seconds * cores())
+    found.gpu_share, found.jpeg_share = gpu.shares()
+
+
+def cpu_seconds() -> float:
+    """User and system time of this process and of the children that live or have been waited for."""
+    process = psutil.Process()
+    own = process.cpu_times()
+    total = own.user + own.system + own.children_user + own.children_system
+    for child in process.children(recursive=True):
+        try:
+            times = child.cpu_times()
+        except psutil.NoSuchProcess:
+            continue
+        total += times.user + times.system
+    return float(total)
+
+
+@dataclass
+class GpuSampler:
+    """Asks NVML (the package nvidia-ml-py) ten times a second how busy a GPU and its JPEG engine are; does nothing without."""
+
+    device: str
+    gpu: list[float] = field(default_factory=list)
+    jpeg: list[float] = field(default_factory=list)
+
+    def __enter__(self) -> GpuSampler:
+        self._stop = threading.Event()
+        self._thread: threading.Thread | None = None
+        handle = nvml_handle(self.device)
+        if handle is not None:
+            self._thread = threading.Thread(target=self._sample, args=(handle,), daemon=True)
+            self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        if self._thread:
+            self._thread.join()
+
+    def shares(self) -> tuple[float | None, float | None]:
+        """Mean utilisations, 0..1; None where nothing was told."""
+        gpu, jpeg = (mean(values) if values else None for values in (self.gpu, self.jpeg))
+        return gpu, jpeg
+
+    def _sample(self, handle: Any) -> None:
+        import pynvml
+
+        while not self._stop.wait(0.1):
+            try:
+                self.gpu.append(pynvml.nvmlDeviceGetUtilizationRates(handle).gpu / 100)
+                self.jpeg.append(pynvml.nvmlDeviceGetJpgUtilization(handle)[0] / 100)
+            except pynvml.NVMLError:  # GPUs before Ampere have no JPEG engine
+                continue
+
+
+def nvml_handle(device: str) -> Any:
+    """NVML's handle of a torch device, or None without a GPU, NVML or its Python package."""
+    if not device.startswith("cuda"):
+        return None
+    try:
+        import pynvml
+        import torch
+
+        pynvml.nvmlInit()
+        # By UUID: CUDA_VISIBLE_DEVICES renumbers torch's devices, not NVML's.
+        uuid = torch.cuda.get_device_properties(torch.device(device)).uuid
+        return pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{uuid}".encode())
+    except (ImportError, AttributeError):
+        return None
+    except pynvml.NVMLError:
+        return None

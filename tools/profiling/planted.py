@@ -1,0 +1,87 @@
+"""--plant: a fault put in on purpose, to see that the profiler finds it.
+
+    reader=20   the storage of the shards gives 20 MB/s, whatever the page cache holds
+    model=5     the train step takes 5 ms an image longer; the CPU is idle meanwhile
+    threads=1   decoding threads, as by --threads 1
+"""
+
+from __future__ import annotations
+
+import argparse
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+from pipeline.shards import ShardSet
+from profiling import storage
+
+KINDS = ("reader", "model", "threads")
+
+
+@dataclass(frozen=True)
+class Planted:
+    """kind: one of KINDS. amount: MB/s, ms or threads."""
+
+    kind: str
+    amount: float
+
+    @staticmethod
+    def parse(text: str) -> Planted:
+        """KIND=AMOUNT, for argparse."""
+        kind, _, amount = text.partition("=")
+        try:
+            value = float(amount)
+        except ValueError:
+            value = 0.0
+        if kind not in KINDS or not 0 < value < float("inf") or (kind == "threads" and value != int(value)):
+            raise argparse.ArgumentTypeError(f"{text!r} is not one of reader=MB/S, model=MS, threads=N")
+        return Planted(kind, value)
+
+    def __str__(self) -> str:
+        return {
+            "reader": f"a storage that gives {self.amount:g} MB/s",
+            "model": f"a train step {self.amount:g} ms an image slower",
+            "threads": f"{self.amount:g} decoding threads",
+        }[self.kind]
+
+
+class Throttle:
+    """Lets so many bytes a second pass, over all threads together."""
+
+    def __init__(self, bytes_per_s: float) -> None:
+        self._bytes_per_s = bytes_per_s
+        self._lock = threading.Lock()
+        self._free_at = 0.0  # when what has been let through will have passed
+
+    def passing(self, count: int) -> None:
+        """Wait until `count` more bytes have passed."""
+        with self._lock:
+            self._free_at = max(self._free_at, time.perf_counter()) + count / self._bytes_per_s
+            until = self._free_at
+        if (wait := until - time.perf_counter()) > 0:
+            time.sleep(wait)
+
+
+@contextmanager
+def slow_reader(megabytes_per_s: float) -> Iterator[None]:
+    """Shards on their own storage are read no faster than so; copies of them in a cache are not slowed down."""
+    throttle = Throttle(megabytes_per_s * 1e6)
+    read, read_piece = ShardSet.read, storage.read_piece
+
+    def slow_read(self: ShardSet, index: int) -> Any:
+        if self.cache is None:
+            throttle.passing(int(self.samples[index]["bytes"]))
+        return read(self, index)
+
+    def slow_piece(file: Path, offset: int) -> int:
+        count = read_piece(file, offset)
+        throttle.passing(count)
+        return count
+
+    with patch.object(ShardSet, "read", slow_read), patch.object(storage, "read_piece", slow_piece):
+        yield

@@ -1,0 +1,259 @@
+"""Each stage of an image's way alone, on real samples with the plan's own crops, at several numbers of threads.
+
+    read       touch every page of the stored image; cold: the shards' pages dropped before each turn, and mapped anew
+    cut        splice the tiles under the crop into a small JPEG (what the DALI engine gives to DALI)
+    decode     what the crop needs of the image, to pixels
+    resample   the pixels to the picture, mirrored or not
+    tail       PCA colour and mean, to the training dtype, on the CPU
+    assembly   in one thread: the plan of a batch, its memory, labels
+    copy       from pinned memory to the GPU, in one thread
+"""
+
+from __future__ import annotations
+
+import gc
+import threading
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
+from itertools import islice
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from numba import njit
+
+from pipeline.augment import lighting
+from pipeline.engines.cpu import CpuLoader
+from pipeline.loader import Work
+from pipeline.picture import CorruptImageError, Decoder, cut_windows, resample_windows
+from pipeline.shards import ShardSet
+from pipeline.spec import LoaderSpec
+from pipeline.tail import STORED
+from profiling.measuring import Estimate, in_turns
+from profiling.storage import drop_pages, storage_bytes
+
+SAMPLES = 256  # whose decoded pixels, about 60 MB, are kept for the stages behind decoding
+PAGE = 4096
+Stage = Callable[[int], object]  # works on one sample, by its place in the list; on one batch for assembly and copy
+
+
+@dataclass
+class Measured:
+    """A stage: images a second in every turn, at each number of threads."""
+
+    name: str
+    speeds: dict[int, list[float]] = field(default_factory=dict)
+
+    def at(self, threads: int) -> Estimate:
+        """At so many threads, or at the one number that it was measured at."""
+        return Estimate.of_speeds(self.speeds[threads] if threads in self.speeds else next(iter(self.speeds.values())))
+
+    def ms_per_image(self, threads: int) -> float:
+        """Of one thread."""
+        known = threads if threads in self.speeds else next(iter(self.speeds))
+        return 1e3 * known / self.at(known).mean
+
+
+@dataclass(frozen=True)
+class Stages:
+    """What `measure_stages` found. cold_bytes: that the storage delivered for an image read cold; None if the kernel is silent."""
+
+    measured: dict[str, Measured]
+    cold_bytes: float | None
+
+
+class Samples:
+    """Images of the data set with the plan's views of them, and each stage as a function of one image's number.
+
+    Images that cannot be decoded are left out. Every thread has memory of its own.
+    """
+
+    def __init__(self, spec: LoaderSpec) -> None:
+        self.loader = CpuLoader(replace(spec, engine="cpu", device="cpu", rank=0, world_size=1))
+        self.works = list(islice(self._plans(), -(-SAMPLES // spec.batch_size)))
+        self.places: list[tuple[Work, int]] = []
+        self.decoded: list[tuple[npt.NDArray[np.uint8], npt.NDArray[np.int64]]] = []
+        decoder = Decoder()
+        for work, place in ((work, place) for work in self.works for place in range(len(work.ids))):
+            if len(self.places) == SAMPLES:
+                break
+            try:
+                pixels, where = self._decoded(decoder, work, place)
+            except CorruptImageError:
+                continue
+            self.places.append((work, place))
+            self.decoded.append((pixels.copy(), where.copy()))
+        self.size = self.works[0].size
+        self._own = threading.local()
+
+    def _plans(self) -> Any:
+        loader = self.loader
+        return (loader.plan(part) for part in loader.parts(0, 0))
+
+    def close(self) -> None:
+        self.loader.close()
+
+    def _views(self, work: Work, place: int) -> slice:
+        return slice(place * self.loader.crops, (place + 1) * self.loader.crops)
+
+    def _decoded(self, decoder: Decoder, work: Work, place: int) -> Any:
+        stored = self.loader.stored(int(work.ids[place]))
+        windows = work.views.windows[self._views(work, place)]
+        return decoder.decoded(stored, int(work.heights[place]), int(work.widths[place]), windows, work.size)
+
+    def _memory(self) -> Any:
+        """This thread's decoder, picture, batch row, and room for a cut."""
+        own = self._own
+        if not hasattr(own, "decoder"):
+            shape = (self.loader.crops, *self.size, 3)
+            own.decoder, own.picture, own.cut = Decoder(), np.empty(shape, np.uint8), np.empty(0, np.uint8)
+            own.row = np.empty(shape, STORED.get(self.loader.spec.dtype, np.uint8))
+            own.place = np.empty(4, np.int64)
+        return own
+
+    def read(self, number: int) -> object:
+        work, place = self.places[number]
+        return touch(self.loader.stored(int(work.ids[place])))
+
+    def cut(self, number: int) -> object:
+        (work, place), own = self.places[number], self._memory()
+        stored = self.loader.stored(int(work.ids[place]))
+        if len(own.cut) < len(stored):
+            own.cut = np.empty(2 * len(stored), np.uint8)
+        windows = work.views.windows[self._views(work, place)]
+        return cut_windows(stored, int(work.heights[place]), int(work.widths[place]), windows, *self.size, own.cut, own.place)
+
+    def decode(self, number: int) -> object:
+        return self._decoded(self._memory().decoder, *self.places[number])
+
+    def resample(self, number: int) -> object:
+        (work, place), own = self.places[number], self._memory()
+        pixels, where = self.decoded[number]
+        views = self._views(work, place)
+        return resample_windows(pixels, where, work.views.windows[views], work.views.flip[views], own.picture)
+
+    def tail(self, number: int) -> object:
+        (work, place), own = self.places[number], self._memory()
+        shift = lighting(work.views.alphas[self._views(work, place)], self.loader.basis)
+        return self.loader.tail(self.size).batch(own.picture, shift, own.row)
+
+    def assembly(self, number: int) -> object:
+        """A whole batch."""
+        loader = self.loader
+        work = loader.plan(self.works[number % len(self.works)].part)
+        _, tensor = loader.buffers.lend((len(work.views.flip), *work.size, 3), STORED.get(loader.spec.dtype, np.uint8))
+        return loader.finish(tensor.view(loader.spec.dtype), work)
+
+
+@njit(nogil=True, cache=True)
+def touch(data: Any) -> Any:
+    """The sum of one byte of each page."""
+    total = 0
+    for at in range(0, len(data), PAGE):
+        total += data[at]
+    return total + data[-1]
+
+
+def measure_stages(spec: LoaderSpec, threads: Sequence[int], repeats: int, seconds: float) -> Stages:
+    """threads: the numbers of threads to try. seconds: of a turn. Raises UserError as opening the data does."""
+    measured = measure_warm(spec, threads, repeats, seconds)
+    gc.collect()  # or the maps of the shards just read would keep their pages in the cache
+    cold, cold_bytes = read_cold(spec, threads, repeats, seconds)
+    return Stages({cold.name: cold} | measured, cold_bytes)
+
+
+def measure_warm(spec: LoaderSpec, threads: Sequence[int], repeats: int, seconds: float) -> dict[str, Measured]:
+    """All stages but cold reading."""
+    samples = Samples(spec)
+    stages: dict[str, Stage] = {"read warm": samples.read}
+    if samples.loader.shards.manifest.profile != "original":
+        stages["cut"] = samples.cut
+    stages |= {"decode": samples.decode, "resample": samples.resample}
+    if spec.dtype != torch.uint8:
+        stages["tail"] = samples.tail
+    measured = {name: Measured(name) for name in stages}
+
+    def turn(way: tuple[str, int]) -> None:
+        name, count = way
+        measured[name].speeds.setdefault(count, []).append(speed(stages[name], len(samples.places), count, seconds))
+
+    ways = [(name, count) for name in stages for count in threads]
+    for name, count in ways:  # compiled, and every image touched
+        speed(stages[name], len(samples.places), count, seconds / 5)
+    in_turns(ways, repeats, turn)
+    for name, alone, items in (("assembly", samples.assembly, len(samples.works[0].ids)), *copying(spec, samples)):
+        speed(alone, len(samples.works), 1, seconds / 5)
+        speeds = [items * speed(alone, len(samples.works), 1, seconds) for _ in range(repeats)]
+        measured[name] = Measured(name, {1: speeds})
+    samples.close()
+    return measured
+
+
+def speed(stage: Stage, count: int, threads: int, seconds: float) -> float:
+    """Calls a second over `threads` threads, each of which goes round its own share of the `count` numbers until time is up; it
+    takes one at least."""
+    began = time.perf_counter()
+
+    def run(first: int) -> int:
+        done = 0
+        while True:
+            for number in range(first, count, threads):
+                stage(number)
+                done += 1
+                if time.perf_counter() - began > seconds:
+                    return done
+
+    if threads == 1:
+        return run(0) / (time.perf_counter() - began)
+    with ThreadPoolExecutor(threads) as pool:
+        calls = sum(pool.map(run, range(min(threads, count))))
+        return calls / (time.perf_counter() - began)
+
+
+def read_cold(spec: LoaderSpec, threads: Sequence[int], repeats: int, seconds: float) -> tuple[Measured, float | None]:
+    """Read images in random order, once each, the page cache dropped before every turn; and what the storage delivered for one."""
+    measured, delivered, images = Measured("read cold"), 0, 0
+
+    def turn(count: int) -> None:
+        nonlocal delivered, images
+        shards = ShardSet(spec.data, spec.split, spec.cache, spec.cache_gb)  # anew: pages that are mapped stay in the cache
+        drop_pages([file for file in shards.shards if file.exists()])
+        order = np.random.default_rng(0).permutation(len(shards))
+        before, began = storage_bytes(), time.perf_counter()
+
+        def run(first: int) -> int:
+            done = 0
+            for sample in order[first::count].tolist():
+                touch(shards.read(sample))
+                done += 1
+                if time.perf_counter() - began > seconds:
+                    break
+            return done
+
+        with ThreadPoolExecutor(count) as pool:
+            done = sum(pool.map(run, range(min(count, len(order)))))
+            measured.speeds.setdefault(count, []).append(done / (time.perf_counter() - began))
+        if before is not None:
+            delivered += (storage_bytes() or 0) - before
+        images += done
+        shards.close()
+
+    in_turns(list(threads), repeats, turn)
+    return measured, delivered / images if delivered else None
+
+
+def copying(spec: LoaderSpec, samples: Samples) -> list[tuple[str, Stage, int]]:
+    """The stage `copy`, if batches go to a GPU: pictures of a batch, uint8."""
+    if not spec.device.startswith("cuda"):
+        return []
+    work = samples.works[0]
+    pinned = torch.empty((len(work.views.flip), *work.size, 3), dtype=torch.uint8, pin_memory=True)
+
+    def copy(_: int) -> None:
+        pinned.to(spec.device, non_blocking=True)
+        torch.cuda.synchronize(spec.device)
+
+    return [("copy", copy, len(work.ids))]

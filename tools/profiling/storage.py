@@ -1,0 +1,81 @@
+"""What the storage of the shards gives: pages dropped, the read ceiling, and what of it reading images cold takes."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+from profiling.measuring import Estimate, in_turns
+
+PIECE = 4 << 20  # bytes read at once
+STREAMS = (1, 4, 16)
+
+
+def drop_pages(files: Sequence[Path]) -> None:
+    """Make the next read of these files come from the storage, as far as its file system obeys."""
+    for file in files:
+        with file.open("rb") as stream:
+            os.fsync(stream.fileno())  # pages not yet written cannot be dropped
+            os.posix_fadvise(stream.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+def read_piece(file: Path, offset: int) -> int:
+    """Read a piece of a file; returns its bytes. Apart, so that a planted fault can slow it down."""
+    with file.open("rb", buffering=0) as stream:
+        stream.seek(offset)
+        return len(stream.read(PIECE))
+
+
+@dataclass(frozen=True)
+class Ceiling:
+    """Bytes a second that the storage gives at most, at so many concurrent streams."""
+
+    bytes_per_s: Estimate
+    streams: int
+
+
+def read_ceiling(files: Sequence[Path], repeats: int, seconds: float) -> Ceiling:
+    """Read the files in large pieces, cold, at several numbers of streams; the best. seconds: at most, of each turn."""
+    pieces = [(file, offset) for file in files for offset in range(0, file.stat().st_size, PIECE)]
+    speeds: dict[int, list[float]] = {streams: [] for streams in STREAMS}
+
+    def turn(streams: int) -> None:
+        drop_pages(files)
+        began = time.perf_counter()
+
+        def read(piece: tuple[Path, int]) -> int:
+            return read_piece(*piece) if time.perf_counter() - began < seconds else 0
+
+        with ThreadPoolExecutor(streams) as pool:
+            count = sum(pool.map(read, pieces))
+        speeds[streams].append(count / (time.perf_counter() - began))
+
+    in_turns(STREAMS, repeats, turn)
+    found = {streams: Estimate.of_speeds(values) for streams, values in speeds.items()}
+    best = max(found, key=lambda streams: found[streams].mean)
+    return Ceiling(found[best], best)
+
+
+def storage_bytes() -> int | None:
+    """Bytes that this process has had the storage deliver so far; None where the kernel does not say."""
+    try:
+        lines = Path("/proc/self/io").read_text().splitlines()
+    except OSError:
+        return None
+    return next((int(line.split()[1]) for line in lines if line.startswith("read_bytes:")), None)
+
+
+def available_memory() -> int:
+    """Bytes that new work can have, page cache included, by the machine and by the control group that we are in."""
+    fields = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
+    available = int(fields["MemAvailable"].split()[0]) << 10
+    try:
+        limit = Path("/sys/fs/cgroup/memory.max").read_text().strip()
+        used = int(Path("/sys/fs/cgroup/memory.current").read_text())
+    except OSError:
+        return available
+    return available if limit == "max" else min(available, int(limit) - used)
