@@ -33,8 +33,10 @@ from training.checkpoint import load_checkpoint, save_checkpoint
 from training.launch import check_launch, core_share
 from training.metrics import Meter, MetricsFile
 from training.schedule import SCHEDULES, learning_rate
+from training.tuned import with_tuned
 
 MOMENTUM = 0.9  # He et al. 2015, section 3.4
+WAITING = 0.05  # share of the time spent waiting for data above which the profiler is named
 
 
 @dataclass
@@ -74,7 +76,12 @@ def parser() -> Parser:
     parse.add_argument("--mixed-precision", choices=PRECISIONS, help="default: what accelerate was told")
     parse.add_argument("--compile", action="store_true", help="torch.compile the model")
     parse.add_argument("--engine", default="auto", help=", ".join(("auto", *ENGINES)))
-    parse.add_argument("--threads", type=positive, help="decoding threads per process (default: its share of the cores)")
+    parse.add_argument(
+        "--threads", type=positive, help="decoding threads per process (default: as tuned; its share of the cores)"
+    )
+    parse.add_argument(
+        "--prefetch", type=positive, help="batches made ahead (default: as tuned by profile_pipeline.py --tune; 2)"
+    )
     parse.add_argument("--eval-every", type=positive, default=1, help="epochs between validations; the last epoch always has one")
     parse.add_argument("--log-every", type=positive, default=20, help="steps between rows of metrics.csv")
     parse.add_argument("--checkpoint-every", type=positive, default=500, help="steps between checkpoints within an epoch")
@@ -119,15 +126,26 @@ def open_loaders(args: Any, accelerator: Accelerator) -> tuple[Loader, Loader | 
         rank=accelerator.process_index,
         world_size=accelerator.num_processes,
         engine=args.engine,
-        threads=args.threads or core_share(),
         cache=args.cache,
         cache_gb=args.cache_gb,
     )
     if args.batch_size % (accelerator.num_processes * args.accumulate):
         raise UserError(f"--batch-size {args.batch_size} must be a multiple of processes x --accumulate")
+    spec = with_tuned(spec, args.threads, args.prefetch)
     train_loader = open_loader(spec)
     has_val = "val" in train_loader.shards.manifest.splits
     return train_loader, open_loader(spec.evaluation()) if has_val else None
+
+
+def profile_command(args: Any, precision: str) -> str:
+    """The profiler's command for a run of these arguments."""
+    command = ["python tools/profile_pipeline.py", args.data, f"--arch {args.arch} --precision {precision}"]
+    default = parser().get_default
+    for name in ("batch_size", "image_size", "geometry", "scale", "order", "engine", "threads", "prefetch"):
+        value = getattr(args, name)
+        if value != default(name):
+            command += [f"--{name.replace('_', '-')}", *(map(str, value) if name == "scale" else [str(value)])]
+    return " ".join(command)
 
 
 def scale_of(geometry: Geometry) -> tuple[int, int] | None:
@@ -147,6 +165,7 @@ class Run:
             args.arch, self.loader.classes, spec.final_size, evaluation.short, normalization.mean, normalization.std
         )
         self.progress = Progress()
+        self.rows, self.told_of_waiting = 0, False
         torch.manual_seed(args.seed)
         self.net = ARCHS[args.arch](num_classes=len(self.loader.classes)).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         optimizer = torch.optim.SGD(self.net.parameters(), args.lr, MOMENTUM, weight_decay=args.weight_decay)
@@ -159,7 +178,10 @@ class Run:
         self.total_steps = args.epochs * len(self.loader)
         self.started = time.perf_counter() - self.progress.seconds
         if accelerator.is_main_process:
-            print(f"engine {self.loader.engine}: {self.loader.why}", flush=True)
+            print(
+                f"engine {self.loader.engine}: {self.loader.why}; {spec.threads} threads, {spec.prefetch} batches ahead",
+                flush=True,
+            )
             output.mkdir(parents=True, exist_ok=True)
             self.metrics = MetricsFile(output / "metrics.csv", self.progress.step)
             config = {
@@ -244,14 +266,24 @@ class Run:
             progress.step += 1
             bar.update()
             if progress.step % args.log_every == 0:
-                row = meter.read(args.batch_size, lambda loss: self.accelerator.reduce(loss, "mean"))
+                row = meter.read(args.batch_size, self.accelerator.gather)
                 self.log({"lr": rate} | row)
+                self.tell_of_waiting(bar, row["wait_share"])
                 bar.set_postfix_str(
                     f"loss {row['train_loss']:.3f}, {row['images_per_s']:.0f} images/s, waiting for data {row['wait_share']:.1%}"
                 )
             # The epoch's end has a checkpoint of its own, after validation.
             if progress.step % args.checkpoint_every == 0 and progress.step % len(self.loader):
                 self.save()
+
+    def tell_of_waiting(self, bar: Any, share: float) -> None:
+        """Name the profiler, once, if training waits for data; the first row does not count, as the loader starts in it."""
+        self.rows += 1
+        if share > WAITING and self.rows > 1 and not self.told_of_waiting:
+            self.told_of_waiting = True
+            if self.accelerator.is_main_process:
+                command = profile_command(self.args, self.accelerator.mixed_precision)
+                bar.write(f"waiting for data {share:.0%} of the time; this says what to change: {command}")
 
     def tell_of_replaced(self, bar: Any) -> None:
         """Say how many images stood in for corrupt ones since the start, over all processes, if any did."""

@@ -7,7 +7,7 @@ import os
 import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 
@@ -18,24 +18,50 @@ COLUMNS = (
 )  # fmt: skip
 
 
+class Clock:
+    """Moments of a device's own time. On a GPU, the host runs ahead: that it waits for a batch costs nothing while the GPU still
+    computes. There a moment is an event in the current stream, which comes when all work queued before it has ended.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._cuda = device.type == "cuda"
+
+    def now(self) -> Any:
+        """This moment, opaque; does not wait for the device."""
+        if not self._cuda:
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def seconds(self, first: Any, last: Any) -> float:
+        """Between two moments. Waits for the device to come to the last."""
+        if not self._cuda:
+            return float(last - first)
+        last.synchronize()
+        return float(first.elapsed_time(last)) / 1e3
+
+
 class Meter:
     """Mean loss, speed and waiting of the steps since it was made or last read. Adding a loss does not wait for the device."""
 
     def __init__(self, device: torch.device) -> None:
         self._losses = torch.zeros((), device=device)
+        self._clock = Clock(device)
         self._start()
 
     def _start(self) -> None:
         self._losses.zero_()
-        self._steps, self._waited, self._began = 0, 0.0, time.perf_counter()
+        self._steps, self._began = 0, time.perf_counter()
+        self._waits: list[tuple[Any, Any]] = []
 
     def timed(self, batches: Iterable[T]) -> Iterator[T]:
-        """The same batches, with the time spent waiting for each."""
+        """The same batches, with the time that the device spends waiting for each."""
         iterator = iter(batches)
         while True:
-            asked = time.perf_counter()
+            asked = self._clock.now()
             batch = next(iterator, None)
-            self._waited += time.perf_counter() - asked
+            self._waits.append((asked, self._clock.now()))
             if batch is None:
                 return
             yield batch
@@ -44,14 +70,16 @@ class Meter:
         self._losses += loss
         self._steps += 1
 
-    def read(self, batch_size: int, mean: Callable[[torch.Tensor], torch.Tensor]) -> dict[str, float]:
-        """train_loss, images_per_s and wait_share (0..1), and start anew. batch_size: global; mean: over processes."""
-        loss = float(mean(self._losses)) / self._steps
+    def read(self, batch_size: int, gather: Callable[[torch.Tensor], torch.Tensor]) -> dict[str, float]:
+        """train_loss, images_per_s and wait_share (0..1), and start anew. batch_size: global. gather: a tensor's values over all
+        processes. The loss is their mean; the waiting theirs who wait longest, for all others then wait for these."""
+        loss = float(gather(self._losses).mean()) / self._steps
         elapsed = time.perf_counter() - self._began
+        waited = sum(self._clock.seconds(*wait) for wait in self._waits)
         figures = {
             "train_loss": loss,
             "images_per_s": batch_size * self._steps / elapsed,
-            "wait_share": self._waited / elapsed,
+            "wait_share": float(gather(torch.tensor(waited / elapsed, device=self._losses.device)).max()),
         }
         self._start()
         return figures

@@ -95,7 +95,7 @@ def test_what_is_asked_wrongly(images: Path, tmp_path: Path) -> None:
         data.find_images(tmp_path / "x.tar", tmp_path)
     with pytest.raises(UserError, match=r"holds no <class>/\*\.JPEG"):
         data.find_images(tmp_path, tmp_path)
-    good = Options(images, None, tmp_path / "x.csv", 1, 1.0, 8, (), "uint8", SIZE, (LOW, HIGH), 1, {})
+    good = Options(images, tmp_path / "x.csv", 1, 1.0, 8, (), "uint8", SIZE, (LOW, HIGH), 1, {})
     check(good)
     for wrong, words in (
         (replace(good, scale=(20, 30)), "--scale 20 30"),

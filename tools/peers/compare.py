@@ -13,6 +13,7 @@ import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import _path  # noqa: F401
 
@@ -28,10 +29,9 @@ from pipeline.shards import ShardSet
 class Options:
     """images: folder or tar. repeats, seconds: of each contender's turns. only: names, or name:data; empty for all. out: uint8 or
     float32. size, scale: the crop's side and the range of S, pixels. threads: cores, and each contender's threads or workers.
-    pythons: name -> the Python that runs it, where that is not this one. json, results: files to write."""
+    pythons: name -> the Python that runs it, where that is not this one. results: the file for rows."""
 
     images: Path
-    json: Path | None
     results: Path
     repeats: int
     seconds: float
@@ -44,8 +44,8 @@ class Options:
     pythons: dict[str, str]
 
 
-def compare(options: Options) -> None:
-    """Prepare, measure, write the figures and print the table."""
+def compare(options: Options) -> dict[str, Any]:
+    """Prepare, measure, write the rows, print the table. Returns what a JSON file is to hold, see `peers.report`."""
     chosen = choose(options.only)
     check(options)
     os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: options.threads])  # inherited by every contender
@@ -60,9 +60,8 @@ def compare(options: Options) -> None:
     figures = report.figures(results)
     spec = describe(options, next(iter(jobs.values())).images)
     report.write_csv(options.results, figures, touched, spec)
-    if options.json:
-        report.write_json(options.json, figures, touched, spec)
     print(report.table(figures, touched))
+    return report.content(figures, touched, spec)
 
 
 def choose(only: Sequence[str]) -> list[Contender]:

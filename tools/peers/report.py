@@ -1,15 +1,14 @@
-"""The comparison's figures: rows of tools/results/compare.csv, a JSON file, a table.
+"""The comparison's figures: rows of tools/results/compare.csv, what a JSON file holds of them, a table.
 
-The JSON file holds {"spec", "rows", "bytes_touched"}. A row: name; data (original, 500, lossless, compact); images_per_s, the
-median of the repeats, with its low and high; cpu_ms_per_image, user and system time over the process tree, median; ratio to the
-fastest peer on the same data, median; cpu_over_decode, CPU time over that of decoding the same cuts alone, median, for ours on
-lossless and compact; versions; error, why it was not measured. What does not apply is null. bytes_touched (null without
-`lossless`): name -> mean over the images and ratio of the sums, see `bytes_touched`.
+That is {"compared", "rows", "bytes_touched"}: compared says in words what was asked for. A row: name; data (original, 500,
+lossless, compact); images_per_s, the median of the repeats, with its low and high; cpu_ms_per_image, user and system time over
+the process tree, median; ratio to the fastest peer on the same data, median; cpu_over_decode, CPU time over that of decoding the
+same cuts alone, median, for ours on lossless and compact; versions; error, why it was not measured. What does not apply is null.
+bytes_touched (null without `lossless`): name -> mean over the images and ratio of the sums, see `bytes_touched`.
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from contextlib import redirect_stdout
 from dataclasses import dataclass
@@ -123,14 +122,13 @@ def write_csv(file: Path, rows: list[Row], touched: Touched | None, spec: str) -
                 record(file, "bytes touched", figure, engine=name, spec=f"lossless: {spec}", cache="cold")
 
 
-def write_json(file: Path, rows: list[Row], touched: Touched | None, spec: str) -> None:
-    content = {
-        "spec": spec,
+def content(rows: list[Row], touched: Touched | None, spec: str) -> dict[str, Any]:
+    """What a JSON file is to hold."""
+    return {
+        "compared": spec,
         "rows": [row.summary() for row in rows],
         "bytes_touched": bytes_touched(touched) if touched else None,
     }
-    file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(json.dumps(content, indent=1) + "\n")
 
 
 def table(rows: list[Row], touched: Touched | None) -> str:

@@ -1,8 +1,8 @@
 """--plant: a fault put in on purpose, to see that the profiler finds it.
 
-    reader=20   the storage of the shards gives 20 MB/s, whatever the page cache holds
-    model=5     the train step takes 5 ms an image longer; the CPU is idle meanwhile
-    threads=1   decoding threads, as by --threads 1
+reader=20   the storage of the shards gives 20 MB/s, whatever the page cache holds
+model=5     the train step takes 5 ms an image longer; the CPU is idle meanwhile
+threads=1   decoding threads, as by --threads 1
 """
 
 from __future__ import annotations

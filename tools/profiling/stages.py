@@ -1,12 +1,12 @@
 """Each stage of an image's way alone, on real samples with the plan's own crops, at several numbers of threads.
 
-    read       touch every page of the stored image; cold: the shards' pages dropped before each turn, and mapped anew
-    cut        splice the tiles under the crop into a small JPEG (what the DALI engine gives to DALI)
-    decode     what the crop needs of the image, to pixels
-    resample   the pixels to the picture, mirrored or not
-    tail       PCA colour and mean, to the training dtype, on the CPU
-    assembly   in one thread: the plan of a batch, its memory, labels
-    copy       from pinned memory to the GPU, in one thread
+read       touch every page of the stored image; cold: the shards' pages dropped before each turn, and mapped anew
+cut        splice the tiles under the crop into a small JPEG (what the DALI engine gives to DALI)
+decode     what the crop needs of the image, to pixels
+resample   the pixels to the picture, mirrored or not
+tail       PCA colour and mean, to the training dtype, on the CPU
+assembly   in one thread: the plan of a batch, its memory, labels
+copy       from pinned memory to the GPU, in one thread
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from pipeline.shards import ShardSet
 from pipeline.spec import LoaderSpec
 from pipeline.tail import STORED
 from profiling.measuring import Estimate, in_turns
-from profiling.storage import drop_pages, storage_bytes
+from profiling.storage import drop_pages, local_files, storage_bytes
 
 SAMPLES = 256  # whose decoded pixels, about 60 MB, are kept for the stages behind decoding
 PAGE = 4096
@@ -59,7 +59,7 @@ class Measured:
 
 @dataclass(frozen=True)
 class Stages:
-    """What `measure_stages` found. cold_bytes: that the storage delivered for an image read cold; None if the kernel is silent."""
+    """What `measure_stages` found. cold_bytes: what the storage delivers for an image read cold; None if the kernel is silent."""
 
     measured: dict[str, Measured]
     cold_bytes: float | None
@@ -77,9 +77,7 @@ class Samples:
         self.places: list[tuple[Work, int]] = []
         self.decoded: list[tuple[npt.NDArray[np.uint8], npt.NDArray[np.int64]]] = []
         decoder = Decoder()
-        for work, place in ((work, place) for work in self.works for place in range(len(work.ids))):
-            if len(self.places) == SAMPLES:
-                break
+        for work, place in [(each, place) for each in self.works for place in range(len(each.ids))][:SAMPLES]:
             try:
                 pixels, where = self._decoded(decoder, work, place)
             except CorruptImageError:
@@ -138,7 +136,8 @@ class Samples:
     def tail(self, number: int) -> object:
         (work, place), own = self.places[number], self._memory()
         shift = lighting(work.views.alphas[self._views(work, place)], self.loader.basis)
-        return self.loader.tail(self.size).batch(own.picture, shift, own.row)
+        self.loader.tail(self.size).batch(own.picture, shift, own.row)
+        return own.row
 
     def assembly(self, number: int) -> object:
         """A whole batch."""
@@ -214,13 +213,13 @@ def speed(stage: Stage, count: int, threads: int, seconds: float) -> float:
 
 
 def read_cold(spec: LoaderSpec, threads: Sequence[int], repeats: int, seconds: float) -> tuple[Measured, float | None]:
-    """Read images in random order, once each, the page cache dropped before every turn; and what the storage delivered for one."""
+    """Read images in random order, once each, the page cache dropped before every turn; and the bytes delivered for one."""
     measured, delivered, images = Measured("read cold"), 0, 0
 
     def turn(count: int) -> None:
         nonlocal delivered, images
         shards = ShardSet(spec.data, spec.split, spec.cache, spec.cache_gb)  # anew: pages that are mapped stay in the cache
-        drop_pages([file for file in shards.shards if file.exists()])
+        drop_pages(local_files(spec))
         order = np.random.default_rng(0).permutation(len(shards))
         before, began = storage_bytes(), time.perf_counter()
 

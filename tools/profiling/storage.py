@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import os
+import tempfile
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+
+from pipeline.shards import ShardSet
+from pipeline.spec import LoaderSpec
 from profiling.measuring import Estimate, in_turns
 
 PIECE = 4 << 20  # bytes read at once
 STREAMS = (1, 4, 16)
+MEMORY = "/dev/shm"  # a file system in memory
 
 
 def drop_pages(files: Sequence[Path]) -> None:
@@ -21,6 +27,14 @@ def drop_pages(files: Sequence[Path]) -> None:
         with file.open("rb") as stream:
             os.fsync(stream.fileno())  # pages not yet written cannot be dropped
             os.posix_fadvise(stream.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+def local_files(spec: LoaderSpec) -> list[Path]:
+    """The local files that hold the images of `spec`, in either format, those that are there."""
+    shards = ShardSet(spec.data, spec.split, spec.cache, spec.cache_gb, tars=False)
+    beton = shards.manifest.splits[spec.split].get("beton")
+    files = [*shards.shards, *([Path(shards.manifest.root) / beton["file"]] if beton else [])]
+    return [file for file in files if file.exists()]
 
 
 def read_piece(file: Path, offset: int) -> int:
@@ -67,6 +81,21 @@ def storage_bytes() -> int | None:
     except OSError:
         return None
     return next((int(line.split()[1]) for line in lines if line.startswith("read_bytes:")), None)
+
+
+def cached_read_ms(mean_bytes: float, seconds: float = 0.1) -> float:
+    """Milliseconds to read an image from a copy of its shard in memory, as a `ShardSet` with a cache reads: seek, then copy."""
+    image = np.empty(max(1, int(mean_bytes)), np.uint8)
+    places = range(0, max(1, (64 << 20) - len(image)), max(1, len(image)))
+    with tempfile.TemporaryFile(dir=MEMORY) as stream:
+        stream.write(bytes(64 << 20))
+        began, count = time.perf_counter(), 0
+        while time.perf_counter() - began < seconds:
+            for place in places:
+                stream.seek(place)
+                stream.readinto(image.data)
+            count += len(places)
+        return 1e3 * (time.perf_counter() - began) / count
 
 
 def available_memory() -> int:

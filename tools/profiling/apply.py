@@ -1,0 +1,76 @@
+"""--apply: the nearest remedy tried, in turns with the configuration as it was."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import replace
+from typing import Any
+
+from pipeline.errors import UserError
+from pipeline.shards import ShardSet
+from pipeline.spec import LoaderSpec
+from profiling.loaders import measure_feeds
+from profiling.measuring import Estimate
+from profiling.remedies import Remedy, Situation
+from profiling.storage import MEMORY
+from profiling.training import Consumer, measure_training
+from profiling.verdict import Verdict
+
+MOST_COPIED = 8 << 30  # bytes of shards that are copied to memory for a try
+
+MakeConsumer = Callable[..., Consumer | None]
+
+
+def apply(
+    verdict: Verdict, situation: Situation, cold: bool, repeats: int, seconds: float, consumer: MakeConsumer
+) -> dict[str, Any]:
+    """Measure the gain of the chosen remedy, in the schema's form. consumer: makes what trains, by precision or demand."""
+    remedy = verdict.chosen or Remedy("none", "nothing", 1.0)
+    found = remedy.json() | {"measured_gain": None, "low": None, "high": None, "error": None}
+    if verdict.chosen is None or remedy.spec is None:
+        return found | {"error": f"{remedy.change}: cannot be tried here"}
+    with ExitStack() as stack:
+        try:
+            spec = copied(remedy.spec, situation, stack) if remedy.kind == "cache" else remedy.spec
+            gains = measure_gains(remedy, situation, spec, cold, repeats, seconds, consumer)
+        except UserError as error:
+            return found | {"error": " ".join(str(error).split())}
+    gain = Estimate.of(gains)
+    return found | {"measured_gain": gain.mean, "low": gain.low, "high": gain.high}
+
+
+def measure_gains(
+    remedy: Remedy, situation: Situation, spec: LoaderSpec, cold: bool, repeats: int, seconds: float, consumer: MakeConsumer
+) -> list[float]:
+    """Speed with the remedy over speed without, in each repeat."""
+    before = situation.now.spec
+    if situation.training is None:
+        old, new = measure_feeds([before, spec], cold, repeats, seconds, "remedy")
+        for feed in (old, new):
+            if feed.error:
+                raise UserError(feed.error)
+        return [b / a for a, b in zip(old.speeds, new.speeds, strict=True)]
+    trains: Consumer | None = situation.training.consumer
+    changed = trains
+    if remedy.kind == "precision":
+        changed = consumer(precision=remedy.change.split()[-1])
+    elif remedy.kind == "device":
+        changed = consumer(demand=2 * situation.training.demand.mean)
+    assert trains
+    assert changed
+    old_run, new_run = measure_training([(before, trains), (spec, changed)], cold, repeats, 2 * seconds, "remedy")
+    return [b.images_per_s / a.images_per_s for a, b in zip(old_run.windows, new_run.windows, strict=True)]
+
+
+def copied(spec: LoaderSpec, situation: Situation, stack: ExitStack) -> LoaderSpec:
+    """The spec with a cache in memory that holds all shards already, until `stack` ends."""
+    if situation.data_bytes > MOST_COPIED:
+        raise UserError(f"would copy {situation.data_bytes / 1e9:.0f} GB to {MEMORY} for a try; train with --cache to see")
+    folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="cropfeed-profile-", dir=MEMORY))
+    spec = replace(spec, cache=folder)
+    shards = ShardSet(spec.data, spec.split, spec.cache, spec.cache_gb)
+    for shard in range(len(shards.sizes)):
+        shards.read(sum(shards.sizes[:shard]))  # any image brings its whole shard
+    return spec

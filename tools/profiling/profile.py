@@ -1,0 +1,301 @@
+"""A profile: everything measured and judged, in the form of schema.json."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from peers import data as images
+from recording import commit, hardware, versions
+
+from model import ARCHS
+from pipeline import choose_engine, storage
+from pipeline.errors import UserError
+from pipeline.shards import ShardSet
+from pipeline.spec import LoaderSpec
+from profiling import verdict
+from profiling.ahead import Host, plan_ahead
+from profiling.apply import apply
+from profiling.convert import convert_sample
+from profiling.loaders import Feed, grid, measure_feeds
+from profiling.measuring import cores
+from profiling.planted import Planted, slow_reader
+from profiling.remedies import Situation
+from profiling.stages import Stages, measure_stages
+from profiling.storage import MEMORY, Ceiling, available_memory, cached_read_ms, local_files, read_ceiling
+from profiling.training import Consumer, Emulated, Model, Training, measure_training
+from profiling.tune import tune
+from training import tuned
+
+FITS = 0.8  # of the available memory that the page cache may take in the long run
+PREFETCHES = (1, 2, 4)
+
+
+@dataclass(frozen=True)
+class Options:
+    """data: shards, or images to make shards of. spec: what to load, but for `data`. arch, precision: the net to train; demand:
+    images a second of an emulated accelerator; one of both or neither. cache: auto, warm or cold. engines: to measure, all if
+    empty. repeats, seconds: of each turn. gpus, hosts: a cluster to plan, or None. planted: a fault."""
+
+    spec: LoaderSpec
+    arch: str | None
+    precision: str
+    demand: float | None
+    cache: str
+    engines: tuple[str, ...]
+    repeats: int
+    seconds: float
+    apply: bool
+    tune: bool
+    gpus: int | None
+    hosts: int | None
+    planted: Planted | None
+
+
+def profile(options: Options) -> dict[str, Any]:
+    """Measure, judge, try. Raises UserError for what cannot be measured."""
+    with ExitStack() as stack:
+        if options.planted and options.planted.kind == "reader":
+            stack.enter_context(slow_reader(options.planted.amount))
+        return Profiler(options, stack).run()
+
+
+class Profiler:
+    """The steps of a profile; `stack` holds temporary folders."""
+
+    def __init__(self, options: Options, stack: ExitStack) -> None:
+        self.options, self.stack = options, stack
+        engine, self.why = choose_engine(options.spec) if options.spec.engine == "auto" else (options.spec.engine, "")
+        self.spec = replace(options.spec, engine=engine)
+        shards = ShardSet(self.spec.data, self.spec.split, self.spec.cache, self.spec.cache_gb)
+        self.manifest = shards.manifest
+        self.images = len(shards)
+        self.bytes = sum(entry["bytes"] for entry in self.manifest.splits[self.spec.split]["shards"])
+        self.mean_bytes = float(shards.samples["bytes"].mean())
+        self.memory = int(FITS * available_memory())
+        self.cold, self.cold_why = self._page_cache()
+
+    def _page_cache(self) -> tuple[bool, str]:
+        if self.options.cache != "auto":
+            return self.options.cache == "cold", "as asked for"
+        if self.bytes < self.memory:
+            return False, "the split fits into memory: after an epoch no page of it comes from the storage"
+        return True, "the split exceeds the memory: images come from the storage in every epoch"
+
+    def run(self) -> dict[str, Any]:
+        options, spec = self.options, self.spec
+        ceiling = read_ceiling(local_files(spec), options.repeats, options.seconds)
+        stages = measure_stages(spec, self._threads(), options.repeats, options.seconds / 2)
+        feeds = self._feeds()
+        now = next(feed for feed in feeds if feed.spec == spec)
+        if now.error:
+            raise UserError(now.error)
+        training = self._training()
+        situation = self._situation(now, feeds, stages, training)
+        limits = verdict.ceilings(situation, ceiling, stages.cold_bytes)
+        judged = verdict.judge(situation, limits)
+        found = self._head() | now.estimate.json()
+        found |= {
+            "stages": [self._stage(stages, name) for name in stages.measured],
+            "loaders": [feed.json(self.mean_bytes) for feed in feeds],
+            "storage": storage_json(ceiling, stages.cold_bytes),
+            "demand": training.json() if training else None,
+            "ceilings": limits,
+            "verdict": judged.json(),
+            "applied": None,
+            "tuned": None,
+            "ahead": self._ahead(situation, ceiling, stages) if options.gpus or options.hosts else None,
+        }
+        if options.apply:
+            found["applied"] = apply(judged, situation, self.cold, options.repeats, options.seconds, self._consumer)
+        if options.tune:
+            found["tuned"] = self._tune()
+        return found
+
+    def _threads(self) -> list[int]:
+        """Numbers of threads to try: powers of two, all cores, as configured; at cold storage twice the cores, for its delays."""
+        most = cores() * (2 if self.cold else 1)
+        powers = [1 << bits for bits in range(most.bit_length()) if 1 << bits <= most]
+        return sorted({*powers, cores(), self.spec.threads})
+
+    def _feeds(self) -> list[Feed]:
+        specs = grid(self.spec, self._engines(), self._threads(), sorted({*PREFETCHES, self.spec.prefetch}))
+        return measure_feeds(specs, self.cold, self.options.repeats, self.options.seconds, "loaders")
+
+    def _engines(self) -> list[str]:
+        """The configured one, and the others that can run here on this data."""
+        beton = self.manifest.splits[self.spec.split].get("beton")
+        tars_only = self.options.planted is not None and self.options.planted.kind == "reader"  # only these are slow
+        here = {
+            "cpu": True,
+            "dali": importlib.util.find_spec("nvidia.dali") is not None if importlib.util.find_spec("nvidia") else False,
+            "ffcv": bool(beton) and importlib.util.find_spec("ffcv") is not None and not tars_only,
+        }
+        wanted = self.options.engines or tuple(here)
+        return list(dict.fromkeys([self.spec.engine, *(name for name in wanted if here[name])]))
+
+    def _consumer(self, precision: str | None = None, demand: float | None = None) -> Consumer | None:
+        """What trains, by the options; another precision, or emulated at another demand, if given. None if nothing does."""
+        options = self.options
+        planted = options.planted
+        slower = planted.amount if planted and planted.kind == "model" else 0.0
+        if demand:
+            return Emulated(demand, self.spec.dtype)
+        if options.arch:
+            return Model(options.arch, precision or options.precision, self.spec, len(self.manifest.classes), slower)
+        return Emulated(options.demand, self.spec.dtype, slower) if options.demand else None
+
+    def _training(self) -> Training | None:
+        consumer = self._consumer()
+        if consumer is None:
+            return None
+        ways = [(self.spec, consumer)]
+        return measure_training(ways, self.cold, self.options.repeats, 2 * self.options.seconds, "training")[0]
+
+    def _situation(self, now: Feed, feeds: list[Feed], stages: Stages, training: Training | None) -> Situation:
+        situation = Situation(
+            now, feeds, stages, self._used(stages), training, cores(), self.mean_bytes, self.bytes,
+            min(self.memory, free_bytes(MEMORY)), cached_read_ms(self.mean_bytes),
+        )  # fmt: skip
+        options = self.options
+        limit = verdict.limit_of(situation)
+        if limit == "input" and self.manifest.profile != "compact":
+            other = "lossless" if self.manifest.profile == "original" else "compact"
+            folder = Path(self.stack.enter_context(tempfile.TemporaryDirectory(prefix="cropfeed-profile-")))
+            sample = convert_sample(self.spec, other, folder, options.repeats, options.seconds / 2)
+            situation = replace(situation, other=sample)
+        if limit == "compute" and training and options.arch and options.precision == "no":
+            consumer = self._consumer("bf16")
+            assert consumer
+            (faster,) = measure_training([(self.spec, consumer)], self.cold, options.repeats, options.seconds, "bf16")
+            situation = replace(situation, faster=("bf16", faster.demand.mean))
+        return situation
+
+    def _used(self, stages: Stages) -> tuple[str, ...]:
+        """The stages that the engine's threads go through."""
+        if self.spec.engine == "dali":
+            own = ["cut"]
+        else:
+            own = ["decode", "resample", *(["tail"] if self.spec.device == "cpu" else [])]
+        names = ["read cold" if self.cold else "read warm", *own, "assembly"]
+        return tuple(name for name in names if name in stages.measured)
+
+    def _stage(self, stages: Stages, name: str) -> dict[str, Any]:
+        measured = stages.measured[name]
+        at = [
+            {"threads": count, **measured.at(count).json(), "ms_per_image": measured.ms_per_image(count)}
+            for count in sorted(measured.speeds)
+        ]
+        return {"name": name, "used": name in self._used(stages) or name == "copy", "at": at}
+
+    def _ahead(self, situation: Situation, ceiling: Ceiling, stages: Stages) -> dict[str, Any]:
+        options, spec = self.options, self.spec
+        demand = options.demand or (situation.training.demand.mean if situation.training else None)
+        if demand is None:
+            raise UserError("--gpus and --hosts need to know what a GPU eats: give --demand IMAGES_PER_S, or --arch on a GPU")
+        decoding = next(limit for limit in verdict.ceilings(situation, ceiling, None) if limit["name"] == "decoding")
+        picture = 3 * spec.final_size**2
+        copy = stages.measured["copy"].at(1).mean * picture if "copy" in stages.measured else None
+        host = Host(
+            cores=cores(),
+            per_core=decoding["images_per_s"] / cores(),
+            image_bytes=stages.cold_bytes or self.mean_bytes,
+            data_bytes=self.bytes,
+            memory=self.memory,
+            storage=ceiling.bytes_per_s.mean,
+            copy=copy,
+            picture_bytes=picture,
+        )
+        parameters = sum(p.numel() for p in ARCHS[options.arch]().parameters()) if options.arch else None
+        return plan_ahead(host, options.gpus or 1, options.hosts or 1, demand, parameters, spec.batch_size)
+
+    def _tune(self) -> dict[str, Any]:
+        specs = [replace(self.spec, threads=count, prefetch=depth) for count in self._threads() for depth in PREFETCHES]
+        found = tune(specs, self.cold)
+        file = tuned.save(self.spec, found.spec.threads, found.spec.prefetch, found.images_per_s)
+        return {
+            "threads": found.spec.threads,
+            "prefetch": found.spec.prefetch,
+            "images_per_s": found.images_per_s,
+            "seconds": found.seconds,
+            "file": str(file),
+        }
+
+    def _head(self) -> dict[str, Any]:
+        spec = self.spec
+        return {
+            "format": "cropfeed-profile",
+            "version": 1,
+            "made": {
+                "date": datetime.now(UTC).strftime("%Y-%m-%d"),
+                "commit": commit(),
+                "command": " ".join(["python", *sys.argv]),
+                "hardware": hardware(),
+                "versions": versions(),
+                "planted": str(self.options.planted) if self.options.planted else None,
+            },
+            "data": {
+                "path": str(spec.data),
+                "split": spec.split,
+                "profile": self.manifest.profile,
+                "images": self.images,
+                "bytes": self.bytes,
+                "mean_bytes": self.mean_bytes,
+                "cache": "cold" if self.cold else "warm",
+                "cache_why": self.cold_why,
+            },
+            "spec": {
+                "threads": spec.threads,
+                "prefetch": spec.prefetch,
+                "batch_size": spec.batch_size,
+                "image_size": spec.final_size,
+                "geometry": str(spec.geometry),
+                "dtype": str(spec.dtype).removeprefix("torch."),
+                "device": spec.device,
+                "cores": cores(),
+            },
+            "engine": spec.engine,
+        }
+
+
+def storage_json(ceiling: Ceiling, cold_bytes: float | None) -> dict[str, Any]:
+    found = ceiling.bytes_per_s
+    return {
+        "bytes_per_s": found.mean,
+        "low": found.low,
+        "high": found.high,
+        "streams": ceiling.streams,
+        "cold_bytes_per_image": cold_bytes,
+    }
+
+
+def free_bytes(folder: str) -> int:
+    """Of a file system; 0 where there is none."""
+    try:
+        found = os.statvfs(folder)
+    except OSError:
+        return 0
+    return found.f_bavail * found.f_frsize
+
+
+@contextmanager
+def shards_of(data: str) -> Iterator[str]:
+    """The data set itself or, of a folder or tar of images, lossless shards in a temporary folder."""
+    if storage.is_remote(data) or (Path(data) / "manifest.json").exists():
+        yield data
+        return
+    with tempfile.TemporaryDirectory(prefix="cropfeed-profile-") as name:
+        folder = Path(name)
+        print(f"{data}: makes lossless shards of these images first, in {folder}", file=sys.stderr)
+        count, source = images.find_images(Path(data), folder)
+        images.convert(source, folder / "shards", "lossless", max(1, count // images.SHARDS))
+        images.write_beton(folder / "shards")
+        yield str(folder / "shards")

@@ -1,0 +1,83 @@
+"""Threads and prefetch depth that `tools/profile_pipeline.py --tune` found best, kept for train.py.
+
+One JSON file of the user's, an entry for each machine, data set, engine, device and number of cores: what is best on one is not
+on another. $CROPFEED_TUNED names it; by default it is ~/.config/cropfeed/tuned.json ($XDG_CONFIG_HOME). Entries are hints alone:
+one that cannot be read is as good as none.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+from dataclasses import replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from pipeline import choose_engine
+from pipeline.errors import UserError
+from pipeline.shards import Manifest
+from pipeline.spec import LoaderSpec
+from training.launch import core_share
+
+
+def file() -> Path:
+    """Where tuned settings are kept."""
+    named = os.environ.get("CROPFEED_TUNED")
+    folder = Path(os.environ.get("XDG_CONFIG_HOME") or Path.home() / ".config")
+    return Path(named) if named else folder / "cropfeed" / "tuned.json"
+
+
+def key(spec: LoaderSpec) -> str:
+    """What the settings of a spec depend on."""
+    engine = choose_engine(spec)[0] if spec.engine == "auto" else spec.engine
+    device = torch.cuda.get_device_name(torch.device(spec.device)) if spec.device.startswith("cuda") else spec.device
+    return f"{platform.node()}, data {Manifest(spec.data).fingerprint}, {engine}, {device}, {core_share()} cores"
+
+
+def load(spec: LoaderSpec) -> tuple[int, int] | None:
+    """Threads and prefetch depth for a spec, if it has been tuned here."""
+    entry = _read().get(key(spec), {})
+    try:
+        threads, prefetch = int(entry["threads"]), int(entry["prefetch"])
+    except (KeyError, TypeError, ValueError):
+        return None
+    return (threads, prefetch) if threads > 0 and prefetch > 0 else None
+
+
+def save(spec: LoaderSpec, threads: int, prefetch: int, images_per_s: float) -> Path:
+    """Keep what was found for a spec; returns the file. Raises UserError where it cannot be written."""
+    path, content = file(), _read()
+    content[key(spec)] = {
+        "threads": threads,
+        "prefetch": prefetch,
+        "images_per_s": round(images_per_s, 1),
+        "data": str(spec.data),
+        "date": datetime.now(UTC).strftime("%Y-%m-%d"),
+    }
+    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial.write_text(json.dumps(content, indent=1) + "\n")
+        os.replace(partial, path)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written ({error.strerror}); name another file in CROPFEED_TUNED") from error
+    return path
+
+
+def with_tuned(spec: LoaderSpec, threads: int | None, prefetch: int | None) -> LoaderSpec:
+    """The spec with these settings; for None, what was tuned for it, else this process's share of the cores and the default."""
+    found = load(spec) if threads is None or prefetch is None else None
+    best_threads, best_prefetch = found or (core_share(), spec.prefetch)
+    return replace(spec, threads=threads or best_threads, prefetch=prefetch or best_prefetch)
+
+
+def _read() -> dict[str, Any]:
+    try:
+        content = json.loads(file().read_text())
+    except (OSError, ValueError):
+        return {}
+    return content if isinstance(content, dict) else {}
