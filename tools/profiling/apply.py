@@ -29,8 +29,8 @@ def apply(
     """Measure the gain of the chosen remedy, in the schema's form. consumer: makes what trains, by precision or demand."""
     remedy = verdict.chosen or Remedy("none", "nothing", 1.0)
     found = remedy.json() | {"measured_gain": None, "low": None, "high": None, "error": None}
-    if verdict.chosen is None or remedy.spec is None:
-        return found | {"error": f"{remedy.change}: cannot be tried here"}
+    if remedy.spec is None:
+        return found | {"error": "there is no remedy to try" if verdict.chosen is None else "cannot be tried on this machine"}
     with ExitStack() as stack:
         try:
             spec = copied(remedy.spec, situation, stack) if remedy.kind == "cache" else remedy.spec

@@ -62,15 +62,18 @@ def endless(loader: Loader) -> Iterator[Batch]:
 
 
 class Opened:
-    """A loader that is iterated for ever; cold: opened anew at every `begin`, the pages of its shards dropped."""
+    """A loader that is iterated for ever, in turns: between them it makes nothing, so that others are not disturbed.
+
+    cold: opened anew for every turn, the pages of its shards dropped.
+    """
 
     def __init__(self, spec: LoaderSpec, cold: bool) -> None:
         self._spec, self._cold = spec, cold
         self.loader: Loader | None = None
         self._batches: Iterator[Batch] = iter(())
 
-    def begin(self, discard: bool = True) -> None:
-        """discard: the first batches, which may lie ready or come from a start, are taken and left."""
+    def begin(self) -> None:
+        """Start, and take and leave the first batches."""
         if self.loader is None or self._cold:
             self.close()
             if self._cold:
@@ -78,8 +81,13 @@ class Opened:
                 drop_pages(local_files(self._spec))
             self.loader = open_loader(self._spec)
             self._batches = endless(self.loader)
-        for _ in range(self._spec.prefetch + 1 if discard else 0):
+        for _ in range(self._spec.prefetch + 1):
             next(self._batches)
+
+    def end(self) -> None:
+        """Stop making batches ahead."""
+        if self.loader is not None:
+            self.loader.close()
 
     def next(self) -> Batch:
         return next(self._batches)
@@ -140,6 +148,7 @@ def run(opened: Opened, spec: LoaderSpec, seconds: float) -> tuple[float, Usage]
         while time.perf_counter() - began < seconds and count + spec.batch_size <= left:
             count += len(opened.next().ids)
         synchronise(spec.device)
+    opened.end()
     if count == 0:
         raise UserError(
             f"{spec.data}: a cold page cache cannot be measured with so few images ({left} are left behind the first batches); "

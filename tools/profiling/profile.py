@@ -100,7 +100,7 @@ class Profiler:
             raise UserError(now.error)
         training = self._training()
         situation = self._situation(now, feeds, stages, training)
-        limits = verdict.ceilings(situation, ceiling, stages.cold_bytes)
+        limits = verdict.ceilings(situation, ceiling)
         judged = verdict.judge(situation, limits)
         found = self._head() | now.estimate.json()
         found |= {
@@ -181,10 +181,8 @@ class Profiler:
 
     def _used(self, stages: Stages) -> tuple[str, ...]:
         """The stages that the engine's threads go through."""
-        if self.spec.engine == "dali":
-            own = ["cut"]
-        else:
-            own = ["decode", "resample", *(["tail"] if self.spec.device == "cpu" else [])]
+        on_host = ["tail"] if self.spec.device == "cpu" else []
+        own = ["cut"] if self.spec.engine == "dali" else ["decode", "resample", *on_host]
         names = ["read cold" if self.cold else "read warm", *own, "assembly"]
         return tuple(name for name in names if name in stages.measured)
 
@@ -201,13 +199,13 @@ class Profiler:
         demand = options.demand or (situation.training.demand.mean if situation.training else None)
         if demand is None:
             raise UserError("--gpus and --hosts need to know what a GPU eats: give --demand IMAGES_PER_S, or --arch on a GPU")
-        decoding = next(limit for limit in verdict.ceilings(situation, ceiling, None) if limit["name"] == "decoding")
+        decoding = next(limit for limit in verdict.ceilings(situation, ceiling) if limit["name"] == "decoding")
         picture = 3 * spec.final_size**2
         copy = stages.measured["copy"].at(1).mean * picture if "copy" in stages.measured else None
         host = Host(
             cores=cores(),
             per_core=decoding["images_per_s"] / cores(),
-            image_bytes=stages.cold_bytes or self.mean_bytes,
+            image_bytes=stages.cold_bytes or self.mean_bytes if self.bytes >= self.memory else self.mean_bytes,
             data_bytes=self.bytes,
             memory=self.memory,
             storage=ceiling.bytes_per_s.mean,

@@ -75,14 +75,17 @@ class Samples:
         self.loader = CpuLoader(replace(spec, engine="cpu", device="cpu", rank=0, world_size=1))
         self.works = list(islice(self._plans(), -(-SAMPLES // spec.batch_size)))
         self.places: list[tuple[Work, int]] = []
+        self.stored: list[npt.NDArray[np.uint8]] = []
         self.decoded: list[tuple[npt.NDArray[np.uint8], npt.NDArray[np.int64]]] = []
         decoder = Decoder()
         for work, place in [(each, place) for each in self.works for place in range(len(each.ids))][:SAMPLES]:
             try:
-                pixels, where = self._decoded(decoder, work, place)
+                stored = self.loader.stored(int(work.ids[place]))
+                pixels, where = self._decoded(decoder, stored, work, place)
             except CorruptImageError:
                 continue
             self.places.append((work, place))
+            self.stored.append(stored)
             self.decoded.append((pixels.copy(), where.copy()))
         self.size = self.works[0].size
         self._own = threading.local()
@@ -97,8 +100,7 @@ class Samples:
     def _views(self, work: Work, place: int) -> slice:
         return slice(place * self.loader.crops, (place + 1) * self.loader.crops)
 
-    def _decoded(self, decoder: Decoder, work: Work, place: int) -> Any:
-        stored = self.loader.stored(int(work.ids[place]))
+    def _decoded(self, decoder: Decoder, stored: Any, work: Work, place: int) -> Any:
         windows = work.views.windows[self._views(work, place)]
         return decoder.decoded(stored, int(work.heights[place]), int(work.widths[place]), windows, work.size)
 
@@ -117,15 +119,14 @@ class Samples:
         return touch(self.loader.stored(int(work.ids[place])))
 
     def cut(self, number: int) -> object:
-        (work, place), own = self.places[number], self._memory()
-        stored = self.loader.stored(int(work.ids[place]))
+        (work, place), stored, own = self.places[number], self.stored[number], self._memory()
         if len(own.cut) < len(stored):
             own.cut = np.empty(2 * len(stored), np.uint8)
         windows = work.views.windows[self._views(work, place)]
         return cut_windows(stored, int(work.heights[place]), int(work.widths[place]), windows, *self.size, own.cut, own.place)
 
     def decode(self, number: int) -> object:
-        return self._decoded(self._memory().decoder, *self.places[number])
+        return self._decoded(self._memory().decoder, self.stored[number], *self.places[number])
 
     def resample(self, number: int) -> object:
         (work, place), own = self.places[number], self._memory()

@@ -161,6 +161,7 @@ def measure_training(
         for training, loader in zip(trainings, opened, strict=True):
             loader.begin()
             batches.append(loader.next())
+            loader.end()
             for _ in range(2):  # the first steps allocate and choose algorithms
                 training.consumer.step(batches[-1])
                 bar.update()
@@ -184,15 +185,11 @@ def run_alone(consumer: Consumer, batch: Batch, device: str, seconds: float) -> 
 
 
 def run_window(training: Training, opened: Opened, seconds: float) -> Window:
-    """Train from the loader for so long. What lay ready before is used up first, as far as that takes half as long at most."""
+    """Train from the loader for so long, after a step that does not count."""
     spec, consumer = training.spec, training.consumer
     clock = Clock(torch.device(spec.device))
-    began = time.perf_counter()
-    opened.begin(discard=False)
-    for _ in range(spec.prefetch + 1):
-        consumer.step(opened.next())
-        if time.perf_counter() - began > seconds / 2:
-            break
+    opened.begin()
+    consumer.step(opened.next())
     synchronise(spec.device)
     moments: list[tuple[Any, Any, Any]] = []
     ready: list[float] = []
@@ -210,5 +207,6 @@ def run_window(training: Training, opened: Opened, seconds: float) -> Window:
             if waiting is not None:
                 ready.append(min(1.0, waiting / spec.prefetch))
         synchronise(spec.device)
+    opened.end()
     first = moments[0][0]
     return Window(images, taken, [tuple(clock.seconds(first, moment) for moment in step) for step in moments], ready)  # type: ignore[misc]

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from profiling.figures import bytes_rate, gain, milliseconds, share, speed
+from profiling.figures import bytes_rate, gain, milliseconds, share, size, speed
 from profiling.remedies import Remedy, Situation, compute_remedies, nearest, remedies
 from profiling.storage import Ceiling
 
@@ -15,7 +15,7 @@ AMPLE = 1.2  # times the demand that the loader gives from which the input has r
 
 NAMES = {
     "read cold": "reading from the storage",
-    "read warm": "reading, though no page of it need come from the disk,",
+    "read warm": "reading",
     "cut": "cutting",
     "decode": "decoding",
     "resample": "resampling",
@@ -46,12 +46,11 @@ class Verdict:
         }
 
 
-def ceilings(situation: Situation, storage: Ceiling, cold_bytes: float | None) -> list[dict[str, Any]]:
+def ceilings(situation: Situation, storage: Ceiling) -> list[dict[str, Any]]:
     """What this machine could feed at most, in the schema's form."""
     stages = situation.stages.measured
     own = [name for name in ("decode", "resample", "tail", "assembly") if name in stages]
     total_ms = sum(stages[name].ms_per_image(1) for name in own)
-    bytes_each = cold_bytes or situation.mean_bytes
     found = [
         {
             "name": "decoding",
@@ -60,8 +59,8 @@ def ceilings(situation: Situation, storage: Ceiling, cold_bytes: float | None) -
         },
         {
             "name": "storage",
-            "images_per_s": storage.bytes_per_s.mean / bytes_each,
-            "why": f"{bytes_rate(storage.bytes_per_s.mean)}, {bytes_each / 1e3:.0f} kB an image",
+            "images_per_s": storage.bytes_per_s.mean / situation.mean_bytes,
+            "why": f"{bytes_rate(storage.bytes_per_s.mean)}, {size(situation.mean_bytes)} an image, each read once",
         },
     ]
     if "copy" in stages:

@@ -1,0 +1,273 @@
+"""A profile's pictures: `draw` gives {"stages", "threads", "timeline"} -> PNG bytes; without demand there is no timeline.
+
+Blue is work, red is what holds it up, grey is what is not used, in all of them; the report's tag has the same colours. Figures
+are made without pyplot: nothing global changes, and nothing needs closing.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+from typing import Any
+
+from matplotlib import rc_context
+from matplotlib.axes import Axes
+from matplotlib.axis import Axis
+from matplotlib.figure import Figure
+from matplotlib.patches import Patch
+from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, MaxNLocator, NullLocator
+
+from profiling.figures import at_threads, count, loader_milliseconds, milliseconds, seconds, share, speed
+
+Profile = dict[str, Any]
+INK, GREY, PALE = "#1f2933", "#6b7680", "#d5dade"
+WORK, HELD_UP = "#2f6690", "#c0392b"
+SHADES = (WORK, "#4a7da6")
+OTHERS = ("#b7791f", "#3b8070", "#7a5195", "#8c564b", "#5f6b75")  # engines other than the one configured
+WIDTH, DPI = 6.25, 224  # inches: narrow, so that the letters can be read where a phone shrinks it
+LOG_FROM = 6  # speeds further apart than this factor get a logarithmic axis
+STEPS_A_ROW, ROWS = 50, 6  # of the timeline
+STYLE: Any = {
+    "font.family": "DejaVu Sans",
+    "font.size": 9.5,
+    "text.color": INK,
+    "axes.edgecolor": PALE,
+    "axes.labelcolor": GREY,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "xtick.color": GREY,
+    "ytick.color": GREY,
+    "hatch.linewidth": 0.6,
+}
+
+
+def draw(profile: Profile) -> dict[str, bytes]:
+    """The PNGs, 1400 pixels wide."""
+    return {name: png(figure) for name, figure in figures(profile).items()}
+
+
+def figures(profile: Profile) -> dict[str, Figure]:
+    """The same before they become pixels."""
+    with rc_context(STYLE):
+        made = {"stages": stages(profile), "threads": threads(profile)}
+        if profile["demand"] and profile["demand"]["steps"]:
+            made["timeline"] = timeline(profile)
+        return made
+
+
+def png(figure: Figure) -> bytes:
+    stream = io.BytesIO()
+    with rc_context(STYLE):
+        figure.savefig(stream, format="png", dpi=DPI)
+    return stream.getvalue()
+
+
+def blank(height: float, title: str, subtitle: str, left: float, right: float) -> tuple[Figure, Axes]:
+    """A figure of so many inches with its title above one empty pair of axes; left, right: their margins in inches."""
+    figure = Figure(figsize=(WIDTH, height))
+    figure.text(0.15 / WIDTH, 1 - 0.14 / height, title, size=11, weight="bold", va="top")
+    figure.text(0.15 / WIDTH, 1 - 0.42 / height, subtitle, size=8.5, color=GREY, va="top")
+    bottom, top = 0.52 / height, 1 - 0.72 / height
+    axes = figure.add_axes((left / WIDTH, bottom, 1 - (left + right) / WIDTH, top - bottom))
+    axes.tick_params(length=0)
+    return figure, axes
+
+
+def stages(profile: Profile) -> Figure:
+    """Waterfall: what each stage takes of a thread's time, one after another on an image's way, and the whole loader."""
+    whole, limit = loader_milliseconds(profile), profile["verdict"]["stage"]
+    bars = [(stage, at_threads(stage, profile["spec"]["threads"])) for stage in profile["stages"]]
+    known = [(stage["name"], stage["used"], at["ms_per_image"]) for stage, at in bars if at]
+    way = sum(took for _, used, took in known if used)
+    right = 1.22 * max(way, whole if math.isfinite(whole) else 0.0, 1e-6)
+    some_unused = not all(used for _, used, _ in known)
+    subtitle = f"Milliseconds of one thread per image, at {count(profile['spec']['threads'], 'thread')}."
+    subtitle += " Hatched: not done as a stage of its own here." if some_unused else ""
+    figure, axes = blank(1.5 + 0.3 * (len(known) + 1), stages_title(profile, known, whole), subtitle, 1.25, 0.35)
+    reached = 0.0
+    for place, (name, used, took) in enumerate(known):
+        bar(axes, place, reached, took, right, HELD_UP if name == limit else WORK, used)
+        if used:
+            axes.plot([reached + took] * 2, [place + 0.32, place + 1.0], color=PALE, lw=0.8, zorder=0)
+            reached += took
+    last = len(known) + 0.25
+    if math.isfinite(whole):
+        bar(axes, last, 0.0, whole, right, HELD_UP if limit == "engine" else INK, True)
+    axes.set(xlim=(0, right), ylim=(last + 0.6, -0.6))
+    axes.set_yticks([*range(len(known)), last], [*(name for name, _, _ in known), "whole loader"])
+    for label, (name, used, _) in zip(axes.get_yticklabels(), [*known, ("engine", True, whole)], strict=True):
+        label.set(color=HELD_UP if name == limit else INK if used else GREY, weight="bold" if name == limit else "normal")
+    axes.xaxis.set_major_locator(MaxNLocator(6))
+    plain_numbers(axes.xaxis)
+    axes.set_xlabel("ms")
+    axes.grid(axis="x", color=PALE, lw=0.5)
+    axes.set_axisbelow(True)
+    return figure
+
+
+def stages_title(profile: Profile, known: list[tuple[str, bool, float]], whole: float) -> str:
+    limit = profile["verdict"]["stage"]
+    took = next((took for name, _, took in known if name == limit), None)
+    if took is not None:
+        return f"{limit.capitalize()} limits the loader: {milliseconds(took)} an image"
+    if limit == "model":
+        return f"The model limits, not the loader: {milliseconds(whole)} an image"
+    return f"The engine limits the loader: {milliseconds(whole)} an image"
+
+
+def bar(axes: Axes, place: float, start: float, length: float, right: float, colour: str, used: bool) -> None:
+    """With its length written after it; what leaves the axes is cut off at their edge and says so."""
+    edge = 0.86 * right  # leaves room for the label
+    cut = start + length > edge and not used
+    shown = max(min(length, edge - start) if cut else length, 0.004 * right)
+    if used:
+        axes.barh(place, shown, 0.64, left=start, color=colour, linewidth=0)
+    else:
+        axes.barh(place, shown, 0.64, left=start, facecolor="#f1f3f4", edgecolor="#a9b2b9", hatch="////", linewidth=0.6)
+    text = f"{milliseconds(length)} →" if cut else milliseconds(length)
+    ink = colour if colour == HELD_UP and used else INK if used else GREY
+    axes.annotate(text, (start + shown, place), (4, 0), textcoords="offset points", va="center", size=9, color=ink)
+
+
+def threads(profile: Profile) -> Figure:
+    """Throughput against threads: a line an engine with its intervals, and what it stands against at the right."""
+    lines, demand = best_loaders(profile), profile["demand"]
+    levels = [("model takes", demand["images_per_s"], INK, (0, (5, 3)), 1.4)] if demand else []
+    levels += [(f"{each['name']} ceiling", each["images_per_s"], GREY, (0, (1, 2)), 1.0) for each in profile["ceilings"]]
+    subtitle = "Images per second against threads. Ring: as configured. Bars: 95 % intervals, at the best prefetch."
+    figure, axes = blank(4.0, threads_title(profile), subtitle, 0.75, 1.7)
+    now, counts = (profile["spec"]["threads"], profile["images_per_s"]), {profile["spec"]["threads"]}
+    labels = []
+    for (engine, points), colour in zip(lines.items(), [WORK, *OTHERS * len(lines)], strict=False):
+        ways = [point["threads"] for point in points]
+        speeds = [point["images_per_s"] for point in points]
+        reach = [[max(s - p["low"], 0.0) for s, p in zip(speeds, points, strict=True)]]
+        reach += [[max(p["high"] - s, 0.0) for s, p in zip(speeds, points, strict=True)]]
+        axes.errorbar(ways, speeds, reach, color=colour, lw=1.8, marker="o", ms=4, elinewidth=1.2, capsize=2.5, zorder=3)
+        labels.append((f"{engine} {speed(speeds[-1])}", speeds[-1], colour))
+        counts.update(ways)
+    axes.plot(*now, "o", ms=11, mfc="none", mec=INK, mew=1.4, zorder=4, clip_on=False)
+    if profile["engine"] not in lines:
+        labels.append((f"{profile['engine']} {speed(now[1])}", now[1], INK))
+    for name, level, colour, dashes, width in levels:
+        axes.axhline(level, color=colour, ls=dashes, lw=width, zorder=2)
+        labels.append((f"{name} {speed(level)}", level, colour))
+    thread_axis(axes, sorted(counts))
+    speed_axis(axes, [now[1], *(value for _, value, _ in labels), *(p["images_per_s"] for ps in lines.values() for p in ps)])
+    label_right(axes, labels)
+    return figure
+
+
+def threads_title(profile: Profile) -> str:
+    gives = f"gives {speed(profile['images_per_s'])} images/s"
+    if profile["demand"]:
+        return f"The loader {gives}, the model takes {speed(profile['demand']['images_per_s'])}"
+    return f"{profile['engine']} with {count(profile['spec']['threads'], 'thread')} {gives}"
+
+
+def best_loaders(profile: Profile) -> dict[str, list[Profile]]:
+    """Engine -> the loader of the best prefetch at each thread count, ascending; the configured engine first."""
+    best: dict[str, dict[int, Profile]] = {}
+    measured = [loader for loader in profile["loaders"] if loader["error"] is None and loader["images_per_s"] is not None]
+    for loader in sorted(measured, key=lambda loader: (loader["engine"] != profile["engine"], loader["images_per_s"])):
+        best.setdefault(loader["engine"], {})[loader["threads"]] = loader
+    return {engine: [points[threads] for threads in sorted(points)] for engine, points in best.items()}
+
+
+def plain_numbers(axis: Axis) -> None:
+    """10,000 and 0.1, whatever the scale; to be called after that is set."""
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.10g}"))
+
+
+def thread_axis(axes: Axes, counts: list[int]) -> None:
+    """Ticks at the thread counts measured, as far as they have room."""
+    if counts[-1] > 8:
+        axes.set_xscale("log", base=2)
+        places = [math.log2(number) for number in counts]
+        axes.set_xlim(counts[0] / 1.15, counts[-1] * 1.15)
+    else:
+        places = [float(number) for number in counts]
+        axes.set_xlim(counts[0] - 0.4, counts[-1] + 0.4)
+    room = max((places[-1] - places[0]) / 12, 0.2)
+    shown = [counts[-1]]
+    for number, place in reversed(list(zip(counts, places, strict=True))):
+        if places[counts.index(shown[-1])] - place >= room:
+            shown.append(number)
+    axes.xaxis.set_major_locator(FixedLocator([float(number) for number in shown]))
+    axes.xaxis.set_minor_locator(NullLocator())
+    plain_numbers(axes.xaxis)
+    axes.set_xlabel("threads")
+
+
+def speed_axis(axes: Axes, values: list[float]) -> None:
+    """From 0 where the speeds are alike, logarithmic where they lie far apart."""
+    positive = [value for value in values if value > 0]
+    low, high = min(positive, default=1.0), max(positive, default=1.0)
+    if high > LOG_FROM * low:
+        axes.set_yscale("log")
+        margin = (high / low) ** 0.08
+        axes.set_ylim(low / margin, high * margin)
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if high < 200 * low else (1,)))
+        axes.yaxis.set_minor_locator(NullLocator())
+    else:
+        axes.set_ylim(0, high * 1.12)
+        axes.yaxis.set_major_locator(MaxNLocator(6))
+    plain_numbers(axes.yaxis)
+    axes.grid(axis="y", color=PALE, lw=0.5)
+    axes.set_axisbelow(True)
+
+
+def label_right(axes: Axes, labels: list[tuple[str, float, str]]) -> None:
+    """Name each level at the right of the axes, moved apart where they would overlap, with a hair to the level itself."""
+    labels = sorted(labels, key=lambda label: label[1])
+    height = axes.get_position().height * axes.figure.get_figheight()  # type: ignore[union-attr]  # inches
+    gap = 0.175 / height
+    to_axes = axes.transData + axes.transAxes.inverted()
+    levels = [float(to_axes.transform((axes.get_xlim()[1], max(value, axes.get_ylim()[0])))[1]) for _, value, _ in labels]
+    places: list[float] = []
+    for level in levels:  # upwards from the lowest ...
+        places.append(max(level, places[-1] + gap) if places else max(level, 0.0))
+    top = 1.0
+    for index in reversed(range(len(places))):  # ... and back down from the top, where they have left the axes
+        places[index] = min(places[index], top)
+        top = places[index] - gap
+    for (text, _, colour), level, place in zip(labels, levels, places, strict=True):
+        axes.plot([1.005, 1.035], [level, place], color=colour, lw=0.7, transform=axes.transAxes, clip_on=False)
+        axes.text(1.045, place, text, color=colour, size=8.5, va="center", transform=axes.transAxes)
+
+
+def timeline(profile: Profile) -> Figure:
+    """The steps of a window of training along time, computing in blue, waiting for a batch in red."""
+    demand = profile["demand"]
+    steps = demand["steps"][: STEPS_A_ROW * ROWS]
+    rows = math.ceil(len(steps) / STEPS_A_ROW)
+    start, end = steps[0]["asked"], max(steps[-1]["done"], steps[0]["asked"] + 1e-9)
+    span = (end - start) / rows
+    title = f"Training waits {share(demand['wait_share'])} of its time for batches"
+    those = "" if len(steps) == len(demand["steps"]) else f"the first {len(steps):,} of "
+    subtitle = f"{those}{count(len(demand['steps']), 'step')} in a row, {seconds(end - start)} in all"
+    figure, axes = blank(1.75 + 0.34 * rows, title, subtitle[0].upper() + subtitle[1:], 0.95 if rows > 1 else 0.2, 0.3)
+    for place, step in enumerate(steps):  # two shades tell steps apart where nothing waits
+        strips(axes, step["asked"] - start, step["got"] - start, span, HELD_UP)
+        strips(axes, step["got"] - start, step["done"] - start, span, SHADES[place % 2])
+    axes.set(xlim=(0, span), ylim=(rows - 0.4, -0.6))
+    axes.set_yticks(range(rows), [f"from {seconds(row * span)}" for row in range(rows)] if rows > 1 else [""])
+    axes.xaxis.set_major_locator(MaxNLocator(6))
+    plain_numbers(axes.xaxis)
+    axes.set_xlabel("seconds")
+    axes.spines["left"].set_visible(False)
+    keys = [Patch(color=WORK, label="computing"), Patch(color=HELD_UP, label="waiting for a batch")]
+    corner = (1 - 0.15 / WIDTH, 1 - 0.36 / figure.get_figheight())
+    figure.legend(handles=keys, loc="upper right", bbox_to_anchor=corner, ncols=2, frameon=False, fontsize=8.5, borderpad=0)
+    return figure
+
+
+def strips(axes: Axes, begin: float, end: float, span: float, colour: str) -> None:
+    """A stretch of time, over as many rows as it reaches."""
+    row = int(begin / span)
+    while row * span < end:
+        left, right = max(begin - row * span, 0.0), min(end - row * span, span)
+        if right > left:
+            # Unsnapped: what is narrower than a pixel tints it, neither vanishing nor growing to a whole one.
+            axes.barh(row, right - left, 0.7, left=left, color=colour, linewidth=0, snap=False)
+        row += 1

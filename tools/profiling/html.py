@@ -1,0 +1,195 @@
+"""A profile as one HTML file that needs nothing else, and `write_report`, which puts it and its charts into a folder."""
+
+from __future__ import annotations
+
+import base64
+import os
+from collections.abc import Iterator
+from html import escape
+from pathlib import Path
+from typing import Any
+
+from pipeline.errors import UserError
+from profiling.figures import Row, Section, gain, gain_interval, interval, share, speed
+from profiling.table import sections
+
+Profile = dict[str, Any]
+TAGS = {"input": "INPUT-BOUND", "compute": "COMPUTE-BOUND", "balanced": "BALANCED"}
+CHARTS = {
+    "stages": "Where an image's time goes, stage by stage",
+    "threads": "Images per second against threads",
+    "timeline": "Steps of training along time",
+}
+CSS = """
+:root { --ink: #1f2933; --grey: #5c6770; --line: #e3e7ea; --work: #2f6690; --held-up: #c0392b; --even: #3b7a57; }
+* { box-sizing: border-box; }
+html { -webkit-text-size-adjust: 100%; }
+body { margin: 0 auto; max-width: 900px; padding: 32px 24px 48px; background: #fff; color: var(--ink);
+  font: 16px/1.5 system-ui, -apple-system, "Segoe UI", Roboto, "DejaVu Sans", sans-serif; font-variant-numeric: tabular-nums; }
+header p { margin: 0; color: var(--grey); font-size: 14px; overflow-wrap: anywhere; }
+h1 { display: inline-block; margin: 10px 0 0; padding: 5px 12px; border-radius: 4px; color: #fff; font-size: 21px;
+  line-height: 1.3; letter-spacing: .05em; print-color-adjust: exact; -webkit-print-color-adjust: exact; }
+h1.input { background: var(--held-up); } h1.compute { background: var(--work); } h1.balanced { background: var(--even); }
+h1.alone { background: var(--grey); }
+h2 { margin: 40px 0 8px; font-size: 17px; line-height: 1.3; }
+.numbers { display: grid; grid-template-columns: repeat(auto-fit, minmax(145px, 1fr)); gap: 20px 24px;
+  margin: 24px 0 0; padding: 0; }
+header h1 + p { margin-top: 6px; }
+.numbers dt { color: var(--grey); font-size: 13px; }
+.numbers dd { margin: 0; }
+.numbers b { display: block; font-size: 30px; line-height: 1.2; font-weight: 600; white-space: nowrap; }
+.numbers b.bad { color: var(--held-up); }
+.numbers i { color: var(--grey); font-size: 13px; font-style: normal; }
+.verdict { margin: 24px 0 0; font-size: 17px; overflow-wrap: anywhere; }
+.remedy { margin: 24px 0 0; padding: 4px 0 4px 16px; border-left: 4px solid var(--work); }
+.remedy p { margin: 0; overflow-wrap: anywhere; }
+.remedy .label { color: var(--grey); font-size: 13px; }
+.remedy .change { font-size: 19px; font-weight: 600; }
+figure { margin: 32px 0 0; }
+img { display: block; width: 100%; max-width: 760px; height: auto; margin-left: max(-18px, -2.4%); }
+.wide { overflow-x: auto; }
+table { border-collapse: collapse; font-size: 14px; line-height: 1.35; }
+th, td { padding: 5px 0 5px 20px; border-bottom: 1px solid var(--line); text-align: right; vertical-align: top;
+  white-space: nowrap; }
+th { color: var(--grey); font-weight: 400; font-size: 13px; vertical-align: bottom; }
+.text, .note { text-align: left; } th:first-child, td:first-child { padding-left: 0; }
+.note { color: var(--grey); } .roomy .note { min-width: 230px; white-space: normal; overflow-wrap: anywhere; }
+tr.limit td { color: var(--held-up); font-weight: 600; } tr.limit .note { font-weight: 400; }
+tr.now td { font-weight: 600; } tr.now .note { font-weight: 400; }
+tr.unused td, tr.error td { color: var(--grey); }
+.under { margin: 8px 0 0; color: var(--grey); font-size: 13px; max-width: 760px; overflow-wrap: anywhere; }
+@media (max-width: 520px) { body { padding: 20px 14px 32px; } .numbers { grid-template-columns: 1fr 1fr; gap: 16px; }
+  .numbers b { font-size: 25px; } th, td { padding-left: 14px; }
+  .note { min-width: 150px; white-space: normal; } }
+@media print { body { max-width: none; padding: 0; font-size: 11pt; } figure, tr, .numbers, .remedy { break-inside: avoid; }
+  h2 { break-after: avoid; } .wide { overflow: visible; }
+  img { margin-left: 0; } table { font-size: 8.5pt; } th, td { padding-left: 10px; } }
+"""
+
+
+def html(profile: Profile, pngs: dict[str, bytes]) -> str:
+    """The report. pngs: as charts.draw gives them."""
+    title = f"Cropfeed profile: {profile['data']['path']}"
+    parts = [
+        "<!DOCTYPE html>",
+        '<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">',
+        f"<title>{escape(title)}</title><style>{CSS}</style></head><body>",
+        *header(profile),
+        *numbers(profile),
+        f'<p class="verdict">{escape(profile["verdict"]["text"])}</p>',
+        *remedy(profile),
+        *(picture(CHARTS[name], pngs[name]) for name in CHARTS if name in pngs),
+        *(part for section in sections(profile) for part in tabulated(section)),
+        "</body></html>",
+    ]
+    return "\n".join(parts) + "\n"
+
+
+def header(profile: Profile) -> Iterator[str]:
+    """What was measured, and the tag: what training waits for. Where no demand was measured, what limits the loader itself."""
+    verdict, data, made = profile["verdict"], profile["data"], profile["made"]
+    kind, tag = verdict["limit"], TAGS[verdict["limit"]]
+    if not profile["demand"]:
+        kind, tag = "alone", f"LOADER LIMITED BY {verdict['stage'].upper()}"
+    yield f"<header><p>Cropfeed input profile · {escape(data['path'])}, {escape(data['split'])} · {escape(made['date'])}</p>"
+    yield f'<h1 class="{kind}">{escape(tag)}</h1>'
+    if made["planted"]:
+        yield f"<p>Planted on purpose: {escape(made['planted'])}</p>"
+    yield "</header>"
+
+
+def numbers(profile: Profile) -> Iterator[str]:
+    """The big ones."""
+    demand = profile["demand"]
+    yield '<dl class="numbers">'
+    yield number("Loader alone, images/s", speed(profile["images_per_s"]), interval(profile["low"], profile["high"]))
+    if demand:
+        both, bad = demand["training"], profile["verdict"]["limit"] == "input"
+        yield number("Model takes, images/s", speed(demand["images_per_s"]), interval(demand["low"], demand["high"]))
+        yield number("Training gets, images/s", speed(both["images_per_s"]), interval(both["low"], both["high"]))
+        yield number("Waiting for batches", share(demand["wait_share"]), "of the time of training", bad)
+    yield "</dl>"
+
+
+def number(name: str, value: str, under: str, bad: bool = False) -> str:
+    return f"<div><dt>{escape(name)}</dt><dd><b{' class=bad' * bad}>{escape(value)}</b><i>{escape(under)}</i></dd></div>"
+
+
+def remedy(profile: Profile) -> Iterator[str]:
+    """What to do first and what it brings, as predicted and, if it was tried, as measured."""
+    verdict, tried = profile["verdict"], profile["applied"]
+    brings = f"{gain(verdict['predicted_gain'])} predicted"
+    if tried and tried["remedy"] == verdict["remedy"] and tried["change"] == verdict["change"]:
+        brings = f"{gain(tried['predicted_gain'])} predicted"
+        if tried["measured_gain"] is not None:
+            brings += f", {gain(tried['measured_gain'])} measured ({gain_interval(tried['low'], tried['high'])})"
+    yield '<div class="remedy"><p class="label">What to change first</p>'
+    yield f'<p class="change">{escape(verdict["change"])}</p>'
+    yield f"<p>{escape(brings)}</p></div>" if verdict["remedy"] != "none" else "</div>"
+
+
+def picture(alt: str, png: bytes) -> str:
+    data = base64.b64encode(png).decode()
+    return f'<figure><img alt="{escape(alt)}" src="data:image/png;base64,{data}"></figure>'
+
+
+def tabulated(section: Section) -> Iterator[str]:
+    """A section as a heading, a table and its notes."""
+    yield f"<h2>{escape(section.title)}</h2>"
+    if section.rows:
+        roomy = any(len(row.note) > 40 for row in section.rows)
+        noted = any(row.note and len(row.cells) == len(section.columns) for row in section.rows)
+        width = len(section.columns) + noted
+        yield f'<div class="wide"><table{" class=roomy" * roomy}>'
+        if any(section.columns):
+            heads = (cell("th", heading, place < section.texts) for place, heading in enumerate(section.columns))
+            yield f"<thead><tr>{''.join(heads)}{'<th></th>' * noted}</tr></thead>"
+        yield "<tbody>"
+        yield from (line(row, section, width) for row in section.rows)
+        yield "</tbody></table></div>"
+    for note in section.notes:
+        yield f'<p class="under">{escape(note)}</p>'
+
+
+def line(row: Row, section: Section, width: int) -> str:
+    """A row of a table that is `width` columns wide; its note takes those that are left."""
+    cells = "".join(cell("td", text, place < section.texts) for place, text in enumerate(row.cells))
+    left = width - len(row.cells)
+    if left:
+        cells += f'<td class="note" colspan="{left}">{escape(row.note)}</td>'
+    return f"<tr{f' class={row.kind}' if row.kind else ''}>{cells}</tr>"
+
+
+def cell(tag: str, text: str, is_text: bool) -> str:
+    return f"<{tag}{' class=text' if is_text else ''}>{escape(text)}</{tag}>"
+
+
+def write_report(profile: Profile, folder: Path) -> Path:
+    """Write folder/report.html and its charts as PNGs, none of them by halves; returns the report's path."""
+    try:
+        from profiling import charts
+    except ImportError as error:
+        raise UserError(f"{folder}: matplotlib is not installed; pip install -e '.[dev]', or do without --report") from error
+    pngs = charts.draw(profile)
+    report = folder / "report.html"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for name in CHARTS:
+            if name in pngs:
+                replace(folder / f"{name}.png", pngs[name])
+            else:
+                (folder / f"{name}.png").unlink(missing_ok=True)  # of an earlier report: it would belie this one
+        replace(report, html(profile, pngs).encode())
+    except OSError as error:
+        raise UserError(f"{folder}: the report cannot be written there ({error.strerror}); name another folder") from error
+    return report
+
+
+def replace(file: Path, content: bytes) -> None:
+    """Put a file in its place whole."""
+    temporary = file.with_name(f".{file.name}.{os.getpid()}")
+    try:
+        temporary.write_bytes(content)
+        os.replace(temporary, file)
+    finally:
+        temporary.unlink(missing_ok=True)

@@ -1,0 +1,261 @@
+"""A profile as tables: `sections`, which the HTML report shows too, and `table`, their text for a terminal."""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Iterator
+from typing import Any
+
+from profiling.figures import (
+    DASH,
+    Row,
+    Section,
+    amount,
+    bytes_rate,
+    count,
+    gain,
+    gain_interval,
+    interval,
+    milliseconds,
+    seconds,
+    share,
+    size,
+    speed,
+)
+
+WIDTH = 100
+Profile = dict[str, Any]
+
+
+def table(profile: Profile) -> str:
+    """The terminal's output: the verdict's paragraph, then every figure. No newline at the end."""
+    blocks = ["\n".join(wrapped(profile["verdict"]["text"]))]
+    blocks += [text(section) for section in sections(profile)]
+    return "\n\n".join(blocks)
+
+
+def sections(profile: Profile) -> list[Section]:
+    """All tables of a profile, in the order in which they are read; parts that it lacks are left out."""
+    made = [
+        remedies(profile),
+        stages(profile),
+        loaders(profile),
+        training(profile),
+        ceilings(profile),
+        *(part(profile) for name, part in (("tuned", tuned), ("ahead", ahead), ("rows", rows)) if profile.get(name)),
+        environment(profile),
+    ]
+    return [section.without_empty_columns() for section in made]
+
+
+def remedies(profile: Profile) -> Section:
+    verdict, tried = profile["verdict"], profile["applied"]
+    lines = []
+    for remedy in (verdict, *verdict["others"]):
+        mine = tried and (tried["remedy"], tried["change"]) == (remedy["remedy"], remedy["change"])
+        lines.append(remedy_row(remedy, tried if mine else None, "now" if remedy is verdict else ""))
+        tried = None if mine else tried
+    if tried:
+        lines.append(remedy_row(tried, tried, ""))
+    kind = "training" if profile["demand"] else "the loader"
+    return Section(
+        "What to change",
+        ("remedy", "predicted", "measured", "95 % interval"),
+        lines,
+        notes=[f"Speed of {kind} with the remedy over its speed now."],
+    )
+
+
+def remedy_row(remedy: Profile, tried: Profile | None, kind: str) -> Row:
+    """tried: `applied`, if it is this remedy that was; its prediction is the one that was made then."""
+    cells = (remedy["remedy"], gain((tried or remedy)["predicted_gain"]))
+    if not tried:
+        return Row((*cells, DASH, DASH), remedy["change"], kind)
+    error = tried.get("error")
+    note = f"{remedy['change']} (not tried: {error})" if error else remedy["change"]
+    return Row((*cells, gain(tried["measured_gain"]), gain_interval(tried["low"], tried["high"])), note, kind)
+
+
+def stages(profile: Profile) -> Section:
+    limits, threads = profile["verdict"]["stage"], profile["spec"]["threads"]
+    lines = []
+    for stage in profile["stages"]:
+        for place, at in enumerate(stage["at"]):
+            limit = stage["name"] == limits and at["threads"] == threads
+            lines.append(
+                Row(
+                    (
+                        stage["name"] if place == 0 else "",
+                        f"{at['threads']:,}",
+                        speed(at["images_per_s"]),
+                        interval(at["low"], at["high"]),
+                        milliseconds(at["ms_per_image"]),
+                    ),
+                    "limits" if limit else "not used here" if not stage["used"] and place == 0 else "",
+                    "limit" if limit else "" if stage["used"] else "unused",
+                )
+            )
+    columns = ("stage", "threads", "images/s", "95 % interval", "per image")
+    return Section("Stages, each alone", columns, lines, notes=["Per image: the time of one thread."])
+
+
+def loaders(profile: Profile) -> Section:
+    spec, ceiling = profile["spec"], profile["storage"]["bytes_per_s"]
+    now = (profile["engine"], spec["threads"], spec["prefetch"])
+    lines = []
+    for loader in profile["loaders"]:
+        way = (loader["engine"], loader["threads"], loader["prefetch"])
+        cells: tuple[str, ...] = (way[0], f"{way[1]:,}", f"{way[2]:,}")
+        if loader["error"] is not None:
+            lines.append(Row(cells, f"not measured: {loader['error']}", "error"))
+            continue
+        rate = loader["bytes_per_s"]
+        cells += (
+            speed(loader["images_per_s"]),
+            interval(loader["low"], loader["high"]),
+            *(share(loader[name]) for name in ("cpu_share", "gpu_share", "jpeg_share")),
+            bytes_rate(rate),
+            share(rate / ceiling if rate is not None and ceiling > 0 else None),
+        )
+        lines.append(Row(cells, *(("as configured", "now") if way == now else ())))
+    columns = ("engine", "threads", "prefetch", "images/s", "95 % interval", "CPU", "GPU", "JPEG", "encoded", "of ceiling")
+    notes = [f"Read ceiling of the storage: {bytes_rate(ceiling)}."] if lines else ["None measured."]
+    return Section("Loaders, nobody training", columns, lines, notes=notes)
+
+
+def training(profile: Profile) -> Section:
+    """The speeds as configured: of the loader, of the train step, of both together."""
+    spec, demand = profile["spec"], profile["demand"]
+    way = f"{profile['engine']}, {count(spec['threads'], 'thread')}, prefetch {spec['prefetch']:,}"
+    lines = [Row(("loader alone", speed(profile["images_per_s"]), interval(profile["low"], profile["high"])), way)]
+    notes = []
+    if demand:
+        both = demand["training"]
+        shares = (share(demand[name]) for name in ("wait_share", "ready", "cpu_share", "gpu_share", "jpeg_share"))
+        emulated = ", emulated by waiting" if demand["emulated"] and "emulated" not in demand["what"] else ""
+        alone = ("train step alone", speed(demand["images_per_s"]), interval(demand["low"], demand["high"]))
+        together = ("training from the loader", speed(both["images_per_s"]), interval(both["low"], both["high"]))
+        lines += [Row(alone, f"{demand['what']}{emulated}"), Row((*together, *shares), kind="now")]
+        if demand["ready"] is not None:
+            notes = ["Queue: batches that lay ready when training asked for one, over prefetch."]
+    else:
+        notes = ["No demand was measured: --arch or --demand says what the model takes."]
+    columns = ("", "images/s", "95 % interval", "waiting", "queue", "CPU", "GPU", "JPEG")
+    return Section("Demand and training, as configured", columns, lines, notes=notes)
+
+
+def ceilings(profile: Profile) -> Section:
+    lines = [Row((ceiling["name"], speed(ceiling["images_per_s"])), ceiling["why"]) for ceiling in profile["ceilings"]]
+    storage = profile["storage"]
+    read = bytes_rate(storage["bytes_per_s"])
+    note = f"The storage reads at most {read} ({bytes_rate(storage['low'])} to {bytes_rate(storage['high'])}) "
+    note += f"at {count(storage['streams'], 'stream')}"
+    if storage["cold_bytes_per_image"] is not None:
+        note += f", and gives {size(storage['cold_bytes_per_image'])} for an image read cold"
+    return Section("Ceilings of this machine", ("", "images/s"), lines, notes=[f"{note}."])
+
+
+def tuned(profile: Profile) -> Section:
+    found = profile["tuned"]
+    cells = (f"{found['threads']:,}", f"{found['prefetch']:,}", speed(found["images_per_s"]), seconds(found["seconds"]))
+    columns = ("threads", "prefetch", "images/s", "search took")
+    return Section("Tuned", columns, [Row(cells)], texts=0, notes=[f"Written to {found['file']}."])
+
+
+def ahead(profile: Profile) -> Section:
+    plan = profile["ahead"]
+    lines = []
+    for need in plan["needs"]:
+        first = need["name"] == plan["breaks_first"]
+        over = need["needed"] / need["here"] if need["here"] else None
+        cells = (need["name"], amount(need["needed"], need["unit"]), amount(need["here"], need["unit"]), gain(over))
+        note = f"breaks first: {need['why']}" if first else need["why"]
+        lines.append(Row(cells, note, "limit" if first else ""))
+    cluster = f"{count(plan['hosts'], 'host')} of {count(plan['gpus'], 'GPU')}"
+    title = f"Ahead: {cluster}, {speed(plan['demand'])} images/s each, {speed(plan['images_per_s'])} in all"
+    return Section(title, ("of each host", "needed", "here", "needed / here"), lines, notes=[plan["text"]])
+
+
+def rows(profile: Profile) -> Section:
+    """--compare's: the fastest first on each kind of images, those not measured last."""
+    shards_of = {"lossless": "original", "compact": "500"}
+    images = {row["data"]: shards_of.get(row["data"], row["data"]) for row in profile["rows"]}
+    kinds = list(dict.fromkeys(images.values()))
+    lines = []
+    for row in sorted(profile["rows"], key=lambda row: (kinds.index(images[row["data"]]), -(row["images_per_s"] or 0.0))):
+        if row["error"] is not None:
+            lines.append(Row((row["name"], row["data"]), f"not measured: {row['error']}", "error"))
+            continue
+        cells = (row["name"], row["data"], speed(row["images_per_s"]), interval(row["low"], row["high"]), gain(row["ratio"]))
+        lines.append(Row(cells, kind="now" if row["name"].startswith("cropfeed-") else ""))
+    columns = ("", "data", "images/s", "low to high", "over fastest peer")
+    return Section("Peers and our engines", columns, lines, texts=2, notes=["Median, lowest and highest turn."])
+
+
+def environment(profile: Profile) -> Section:
+    made, data, spec = profile["made"], profile["data"], profile["spec"]
+    mean = f"{size(data['bytes'])} of shards, {size(data['mean_bytes'])} an image"
+    facts = {
+        "data": f"{data['path']}, {data['split']}",
+        "images": f"{count(data['images'], 'image')}, {mean}, profile {data['profile']}",
+        "page cache": f"{data['cache']}: {data['cache_why']}",
+        "batches": f"{spec['batch_size']:,} of {spec['image_size']} px, {spec['geometry']}, {spec['dtype']} on {spec['device']}",
+        "cores": f"{spec['cores']:,}",
+        "planted": made["planted"],
+        "hardware": made["hardware"],
+        "versions": made["versions"],
+        "commit": made["commit"],
+        "command": made["command"],
+        "date": made["date"],
+    }
+    return Section("Measured on", ("", ""), [Row((name,), fact) for name, fact in facts.items() if fact])
+
+
+def text(section: Section) -> str:
+    """A section for the terminal."""
+    widths = [max(map(len, column)) for column in columns(section)]
+
+    def line(cells: tuple[str, ...]) -> str:
+        padded = [
+            cell.ljust(width) if place < section.texts else cell.rjust(width)
+            for place, (cell, width) in enumerate(zip(cells, widths, strict=False))
+        ]
+        return "  " + "  ".join(padded)
+
+    lines = [section.title]
+    if section.rows and any(section.columns):
+        lines.append(line(section.columns).rstrip())
+    for row in section.rows:
+        lines += with_note(line(row.cells), row.note)
+    for note in section.notes:
+        lines += wrapped(note, "  ")
+    return "\n".join(lines)
+
+
+def columns(section: Section) -> Iterator[list[str]]:
+    """Each column's cells, its heading first."""
+    for place, heading in enumerate(section.columns):
+        yield [heading, *(row.cells[place] for row in section.rows if place < len(row.cells))]
+
+
+def with_note(line: str, note: str) -> list[str]:
+    """A line and its note after it, wrapped under itself; under the line where too little room is left."""
+    start = len(line) + 2
+    if len(note) <= max(WIDTH - start, 16):
+        return [f"{line}  {note}".rstrip()]
+    if start > WIDTH * 2 // 3:
+        return [line.rstrip(), *wrapped(note, " " * 6)]
+    first, *others = wrapped(note, " " * start)
+    return [f"{line}  {first.lstrip()}", *others]
+
+
+def wrapped(paragraph: str, indent: str = "") -> list[str]:
+    """Lines of a paragraph. Paths and options are kept whole."""
+    return textwrap.wrap(
+        paragraph,
+        WIDTH,
+        initial_indent=indent,
+        subsequent_indent=indent,
+        break_on_hyphens=False,
+        break_long_words=False,
+    )
