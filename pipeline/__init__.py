@@ -5,6 +5,8 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING
 
+import torch
+
 from pipeline.errors import UserError
 
 if TYPE_CHECKING:
@@ -22,10 +24,13 @@ def open_loader(spec: LoaderSpec) -> Loader:
     name, why = choose_engine(spec) if spec.engine == "auto" else (spec.engine, "as asked for")
     if name not in ENGINES:
         raise UserError(f"unknown engine {name!r}; choose from {', '.join(ENGINES)}")
+    threads = torch.get_num_threads()
     try:
         module = importlib.import_module(ENGINES[name])
     except ImportError as error:
         raise UserError(f"engine {name} cannot be imported ({error}); install it with: pip install -e '.[{name}]'") from error
+    finally:
+        torch.set_num_threads(threads)  # importing FFCV leaves all of torch with one
     loader: Loader = module.open(spec)
     loader.why = why
     return loader

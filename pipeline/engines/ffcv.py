@@ -279,8 +279,8 @@ class FfcvLoader(Loader):
                     batches_ahead=self.spec.prefetch,
                     drop_last=False,
                 )
-            torch.set_num_threads(threads)
             make_batch, (stages, outputs) = _compiled_batch_maker(self._stock.num_workers > 1), self._stock.code
+            torch.set_num_threads(threads)  # FFCV set its own for all of torch
 
             def stage(batch_indices: Any, metadata: Any, storage_state: Any, **memory: Any) -> tuple[Any]:
                 orders = next(array for array in memory.values() if array is not None)

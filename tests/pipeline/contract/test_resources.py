@@ -46,6 +46,23 @@ def test_opening_again_and_again_leaves_nothing(small: Path, engine: str) -> Non
     assert psutil.Process().num_fds() <= before[2] + 8  # what is opened once and kept
 
 
+def test_torch_keeps_its_threads(small: Path, engine: str) -> None:
+    """FFCV sets them to one when it is imported, and to its own number in its loader; so it runs in a process of its own."""
+    code = """
+import sys
+import torch
+from pipeline import open_loader
+from tests.pipeline.contract.helpers import spec_for
+torch.set_num_threads(3)
+next(iter(open_loader(spec_for(sys.argv[1], sys.argv[2], threads=1))))
+print(torch.get_num_threads())
+"""
+    command = [sys.executable, "-c", code, str(small), engine]
+    result = subprocess.run(command, cwd=ROOT, env=clean_environment(), capture_output=True, text=True, timeout=120, check=False)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.split() == ["3"]
+
+
 def test_no_interrupt_is_swallowed_and_the_place_is_kept(small: Path, engine: str) -> None:
     """As in a notebook: interrupted anywhere, the loader goes on at its place when it is iterated again."""
     loader = open_loader(spec_for(small, engine, threads=2))
