@@ -5,8 +5,6 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING
 
-import torch
-
 from pipeline.errors import UserError
 
 if TYPE_CHECKING:
@@ -24,6 +22,8 @@ def open_loader(spec: LoaderSpec) -> Loader:
     name, why = choose_engine(spec) if spec.engine == "auto" else (spec.engine, "as asked for")
     if name not in ENGINES:
         raise UserError(f"unknown engine {name!r}; choose from {', '.join(ENGINES)}")
+    import torch  # here: tools/doctor.py imports this package where torch cannot be
+
     threads = torch.get_num_threads()
     try:
         module = importlib.import_module(ENGINES[name])

@@ -169,3 +169,16 @@ def without_progress(result: subprocess.CompletedProcess[str]) -> subprocess.Com
     lines = result.stderr.replace("\r", "\n").splitlines()
     result.stderr = "\n".join(line for line in lines if line.strip() and "%|" not in line and "/s]" not in line)
     return result
+
+
+class FakeTime:
+    """In place of a module's `time`: seconds pass only while somebody sleeps."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def perf_counter(self) -> float:
+        return self.now
+
+    def sleep(self, seconds: float) -> None:
+        self.now += seconds

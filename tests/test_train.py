@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import shlex
 import shutil
 import signal
 import subprocess
@@ -11,6 +12,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import profile_pipeline
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -19,7 +21,9 @@ from model import ARCHS
 from model.weights import Recipe, load_weights
 from pipeline import plan
 from pipeline.shards import ShardSet
+from pipeline.spec import LoaderSpec
 from tests.helpers import ROOT, assert_refused, clean_environment, run_script, without_progress
+from training import tuned
 from training.metrics import read_metrics
 
 EPOCHS, STEPS = 5, 7  # 60 images in batches of 8
@@ -213,6 +217,40 @@ def test_blocks_random_resized_crops_and_a_corrupt_image(small_shards: Path, tmp
     assert "random resized crops" in (tmp_path / "rows.csv").read_text()
     stopping = run_script("train.py", *options[:2], "--output", tmp_path / "other", *options[4:], "--corrupt", "stop")
     assert_refused(without_progress(stopping), f"{shards.where(7)}: cannot be decoded", "make the shards again")
+
+
+def test_tuned_settings_and_the_profiler_where_a_run_waits(
+    small_shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Read from the file; overridden by options; and a run from a slow storage names the command that says why."""
+    monkeypatch.setenv("CROPFEED_TUNED", str(tmp_path / "tuned.json"))
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    tuned.save(LoaderSpec(small_shards, device=device), 3, 5, 100.0)
+    options = (
+        "--data", small_shards, "--arch", "resnet18", "--epochs", 1, "--batch-size", 12, "--image-size", 32,
+        "--scale", 36, 68, "--log-every", 1,
+    )  # fmt: skip
+    result = run_script("train.py", *options, "--output", tmp_path / "tuned")
+    assert result.returncode == 0, result.stderr
+    assert "; 3 threads, 5 batches ahead\n" in result.stdout
+
+    more = ("--threads", 2, "--prefetch", 1, "--order", "blocks", "--engine", "cpu", "--output", tmp_path / "slow")
+    result = run_script("tests/slowed_train.py", *options, *more, MEGABYTES_PER_S="0.1")  # some 30 images/s
+    assert result.returncode == 0, result.stderr
+    assert "; 2 threads, 1 batches ahead\n" in result.stdout
+    rows = read_metrics(tmp_path / "slow" / "metrics.csv")
+    waits = [float(row["wait_share"]) for row in rows if row["wait_share"]]
+    assert len(waits) == 5
+    waited = next(share for share in waits[1:] if share > 0.05)  # not the first row, in which the loader starts
+    (told,) = (line for line in result.stdout.splitlines() if "waiting for data" in line)
+    assert f"waiting for data {waited:.0%} of the time" in told
+    python, script, *words = shlex.split(told.split("what to change: ")[1])
+    assert (python, script) == ("python", "tools/profile_pipeline.py")
+    args = profile_pipeline.parser().parse_args(words)
+    assert (args.data, args.arch, args.precision) == (str(small_shards), "resnet18", "no")
+    assert (args.batch_size, args.image_size, args.scale, args.order) == (12, 32, [36, 68], "blocks")
+    assert (args.engine, args.threads, args.prefetch) == ("cpu", 2, 1)
+    profile_pipeline.check(args)
 
 
 def test_launches_that_only_look_parallel_are_refused(small_shards: Path, tmp_path: Path) -> None:

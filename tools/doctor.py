@@ -15,17 +15,51 @@ import json
 import os
 import sys
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 
 import _path  # noqa: F401
-import doctor_checks
-from doctor_checks import Asked, Check, Line
+from doctoring import gpu, machine, packages
+from doctoring.lines import PACKAGES, Asked, Line
 
 from pipeline.errors import Parser, UserError, run_cli
 
+Check = Callable[[Asked], list[Line]]
+
 COLOURS = {"ok": "\x1b[32m", "warning": "\x1b[33m", "failed": "\x1b[31m"}
-NAME_WIDTH = max(len(name) for name in doctor_checks.CHECKS)
+
+
+def check_data(asked: Asked) -> list[Line]:
+    if asked.data is None:
+        return []
+    try:
+        from doctoring import data
+    except ImportError as error:
+        return [Line("failed", "data", f"{asked.data}: cannot be read yet ({error})", PACKAGES)]
+    return data.check(asked, asked.data)
+
+
+CHECKS: dict[str, Check] = {
+    "python": packages.check_python,
+    "torch": gpu.check_torch,
+    "driver": gpu.check_driver,
+    "dali": gpu.check_dali,
+    "nvjpeg": gpu.check_nvjpeg,
+    "ffcv": packages.check_ffcv,
+    "numba": packages.check_numba,
+    "libjpeg-turbo": packages.check_jpeg,
+    "processor": machine.check_processor,
+    "cores": machine.check_cores,
+    "numa": machine.check_numa,
+    "shm": machine.check_shm,
+    "open files": machine.check_open_files,
+    "memlock": machine.check_memlock,
+    "ram": machine.check_ram,
+    "disk": machine.check_disk,
+    "data": check_data,
+}
+NAME_WIDTH = max(len(name) for name in CHECKS)
 
 
 def run_check(name: str, check: Check, asked: Asked) -> list[Line]:
@@ -67,7 +101,7 @@ def main() -> None:
     asked = Asked(data=args.data, cache=args.cache, cache_gb=args.cache_gb)
     colour = sys.stdout.isatty() and "NO_COLOR" not in os.environ
     lines = []
-    for name, check in doctor_checks.CHECKS.items():
+    for name, check in CHECKS.items():
         for line in run_check(name, check, asked):
             lines.append(line)
             print(text(line, colour), flush=True)

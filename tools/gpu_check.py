@@ -10,16 +10,16 @@ needs, and DALI.
    hardware JPEG decoder, cut against whole streams; and the stock DALI pipeline, in turns. Goals: twice stock DALI, and three
    times what the training of 3 eats.
 3. train: images/s of a bf16 training step from shards, against the same step on one synthetic batch, alternating.
+4. profile: the profiler's verdict on the same, with the GPU's own clock and NVML; the doctor's lines come first of all.
 """
 
 from __future__ import annotations
 
 import io
 import os
+import subprocess
 import sys
 import tempfile
-import time
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -28,18 +28,20 @@ import make_shards
 import numpy as np
 import numpy.typing as npt
 import torch
-import torch.nn.functional as F
-from gpu_feed import images_per_second, measure_feeds
+from gpu_feed import measure_feeds
 from make_demo_data import make_demo_data
 from PIL import Image
+from profiling import profile as profiler
+from profiling.table import table
+from profiling.training import Model, measure_training
 from recording import Figure, record
 
-from model import ARCHS
 from pipeline import open_loader, plan
 from pipeline.augment import apply
 from pipeline.errors import Parser, UserError, positive, run_cli
 from pipeline.geometry import ScaleJitter
-from pipeline.loader import Batch, Loader
+from pipeline.loader import Loader
+from pipeline.shards import Manifest
 from pipeline.spec import LoaderSpec
 from training.launch import core_share
 
@@ -100,60 +102,32 @@ def describe(spec: LoaderSpec) -> str:
     return f"demo images, {crop}, batch {spec.batch_size}, {dtype}, {spec.device}, {spec.threads} threads"
 
 
-def endless(loader: Loader) -> Iterator[Batch]:
-    while True:
-        yield from loader
-
-
-def measure_training(spec: LoaderSpec, arch: str, results: Path, seconds: float) -> list[float]:
+def measure_net(spec: LoaderSpec, arch: str, results: Path, seconds: float) -> list[float]:
     """Images/s of training from shards over training on one batch that stays on the device; returns the ratios."""
-    device = torch.device(spec.device)
-    loader = open_loader(spec)
-    net = ARCHS[arch](num_classes=len(loader.classes)).to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-    optimizer = torch.optim.SGD(net.parameters(), 0.01, 0.9, weight_decay=1e-4)
-    batches = endless(loader)
-    synthetic = next(batches)
-    waited = 0.0
-
-    def update(batch: Batch) -> None:
-        with torch.autocast(device.type, torch.bfloat16):
-            loss = F.cross_entropy(net(batch.images), batch.labels)
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-
-    def on_one_batch() -> int:
-        update(synthetic)
-        return spec.batch_size
-
-    def from_shards() -> int:
-        nonlocal waited
-        asked = time.perf_counter()
-        batch = next(batches)
-        waited += time.perf_counter() - asked
-        update(batch)
-        return spec.batch_size
-
-    rates: dict[str, list[float]] = {"shards": [], "synthetic": []}
-    shares = []
-    for repeat in range(REPEATS + 1):  # the first is warm-up
-        synthetic_rate = images_per_second(on_one_batch, seconds, device, ahead=1)
-        waited, began = 0.0, time.perf_counter()
-        shards_rate = images_per_second(from_shards, seconds, device, ahead=1)
-        if repeat:
-            rates["synthetic"].append(synthetic_rate)
-            rates["shards"].append(shards_rate)
-            shares.append(waited / (time.perf_counter() - began))
-    loader.close()
-    ratios = [ours / ideal for ours, ideal in zip(rates["shards"], rates["synthetic"], strict=True)]
+    classes = len(Manifest(spec.data).classes)
+    consumer = Model(arch, "bf16", spec, classes)
+    (found,) = measure_training([(spec, consumer)], False, REPEATS, seconds, f"train {arch}")
+    from_shards = [window.images_per_s for window in found.windows]
+    ratios = [ours / ideal for ours, ideal in zip(from_shards, found.alone, strict=True)]
     for metric, values in (
-        ("images_per_s_synthetic", rates["synthetic"]),
-        ("images_per_s_shards", rates["shards"]),
+        ("images_per_s_synthetic", found.alone),
+        ("images_per_s_shards", from_shards),
         ("ratio", ratios),
-        ("wait_share", shares),
+        ("wait_share", [window.wait_share for window in found.windows]),
     ):
-        record(results, f"train {arch} bf16", Figure(metric, values), engine="dali", spec=describe(spec), cache="warm")
+        record(results, f"train {arch} bf16", Figure(metric, values), engine=spec.engine, spec=describe(spec), cache="warm")
     return ratios
+
+
+def check_profiler(spec: LoaderSpec, arch: str, seconds: float) -> bool:
+    """The profiler against the same net on the device: its verdict, for people. True if its figures have the documented form."""
+    options = profiler.Options(
+        spec=spec, arch=arch, precision="bf16", demand=None, cache="warm", engines=("dali", "cpu"), repeats=REPEATS,
+        seconds=seconds / 2, apply=False, tune=False, gpus=None, hosts=None, planted=None,
+    )  # fmt: skip
+    found = profiler.profile(options)
+    print(table(found), flush=True)
+    return bool(found["demand"] and found["verdict"]["limit"] in ("input", "compute", "balanced"))
 
 
 def make_data(folder: Path, source: Path | None, per_class: int) -> dict[str, Path]:
@@ -184,6 +158,7 @@ def main() -> None:
         raise UserError("torch sees no CUDA GPU; run this on a machine that has one")
     if args.device == "cpu" and args.results == parser.get_default("results"):
         raise UserError("--device cpu measures no GPU; give another --results file")
+    subprocess.run([sys.executable, str(_path.ROOT / "tools" / "doctor.py")], check=False)
     with tempfile.TemporaryDirectory() as folder:
         data = make_data(Path(folder), args.source, args.images)
         size = args.image_size
@@ -199,7 +174,8 @@ def main() -> None:
         good = check_pixels(spec, args.results)
         images = args.source.name if args.source else "drawn images"
         measure_feeds(data, spec, args.results, args.seconds, REPEATS, images)
-        measure_training(spec, args.arch, args.results, args.seconds)
+        measure_net(replace(spec, engine="dali"), args.arch, args.results, args.seconds)
+        good &= check_profiler(spec, args.arch, args.seconds)
     sys.exit(0 if good else 1)
 
 

@@ -128,6 +128,8 @@ def check(args: Any) -> None:
         raise UserError("--arch is measured, --demand is given: take one of them")
     if args.data is None and (args.report or args.apply or args.tune or args.gpus or args.hosts or args.arch or args.demand):
         raise UserError("--compare alone compares; for all else give DATA, too")
+    if (args.gpus or args.hosts) and not (args.arch or args.demand):
+        raise UserError("--gpus and --hosts need to know what a GPU eats: give --demand IMAGES_PER_S, or --arch on a GPU")
     if args.geometry == "rrc" and args.scale:
         raise UserError("--scale belongs to --geometry jitter; leave it out")
     if args.device.startswith("cuda") and not torch.cuda.is_available():
@@ -204,7 +206,7 @@ def run_all(args: Any) -> dict[str, Any]:
     """What is asked for, in the schema's form; of a comparison alone, its part."""
     found: dict[str, Any] = {}
     if args.data is not None:
-        with shards_of(args.data) as data:
+        with shards_of(args.data, beton=args.engine == "ffcv" or "ffcv" in (args.engines or ENGINES)) as data:
             found = profile(profile_options(args, data))
             if args.compare is not None:
                 found |= run_comparison(args, Path(args.compare)) if args.compare else compare_on(args, data)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+from contextlib import suppress
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -43,7 +44,7 @@ def load(spec: LoaderSpec) -> tuple[int, int] | None:
     entry = _read().get(key(spec), {})
     try:
         threads, prefetch = int(entry["threads"]), int(entry["prefetch"])
-    except (KeyError, TypeError, ValueError):
+    except (KeyError, TypeError, ValueError, OverflowError):
         return None
     return (threads, prefetch) if threads > 0 and prefetch > 0 else None
 
@@ -64,6 +65,8 @@ def save(spec: LoaderSpec, threads: int, prefetch: int, images_per_s: float) -> 
         partial.write_text(json.dumps(content, indent=1) + "\n")
         os.replace(partial, path)
     except OSError as error:
+        with suppress(OSError):
+            partial.unlink()
         raise UserError(f"{path}: cannot be written ({error.strerror}); name another file in CROPFEED_TUNED") from error
     return path
 

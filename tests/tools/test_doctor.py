@@ -15,39 +15,25 @@ from types import SimpleNamespace
 from typing import Any
 
 import doctor
-import doctor_checks as checks
-import fsspec
 import pytest
-from doctor_checks import Asked, Line
+from doctoring import gpu, machine, packages
+from doctoring.lines import Asked, Line
 
 from tests.helpers import ROOT, assert_refused, clean_environment, run_script
 
-SHOWN = re.compile(r"(ok|warning|failed) +(\S+(?: \S+)*?)  +(\S.*)")
-GIB = 2**30
+SHOWN = re.compile(r"^(ok|warning|failed) +(\S+(?: \S+)*?)  +(\S.*)\n(?: +-> (\S.*)\n)?", re.MULTILINE)
+INSTALL = "pip install --constraint constraints.txt"
 
 
-def shown(stdout: str) -> dict[str, tuple[str, str, str]]:
-    """What was printed: name -> status, found, remedy. Nothing else may be there but the sum, which must be right."""
-    *lines, total = stdout.splitlines()
-    result: dict[str, tuple[str, str, str]] = {}
-    name = ""
-    for line in lines:
-        if line.startswith(" "):
-            status, found, remedy = result[name]
-            assert status != "ok"
-            assert remedy == ""
-            assert line.strip().startswith("-> ")
-            result[name] = status, found, line.strip().removeprefix("-> ")
-        else:
-            match = SHOWN.fullmatch(line)
-            assert match, line
-            status, name, found = match.groups()
-            assert name not in result
-            result[name] = status, found, ""
-    assert all(remedy for status, _, remedy in result.values() if status != "ok")
-    counted = [sum(status == wanted for status, _, _ in result.values()) for wanted in ("ok", "warning", "failed")]
-    assert [int(number) for number in re.findall(r"\d+", total)] == counted
-    return result
+def shown(stdout: str) -> dict[str, list[Line]]:
+    """What was printed, by name, as `expect` takes it. Nothing else may be there but the sum, which must be right."""
+    matches, total = list(SHOWN.finditer(stdout)), stdout.splitlines()[-1]
+    assert "".join(match[0] for match in matches) + total + "\n" == stdout
+    statuses: list[Any] = [match[1] for match in matches]
+    assert [int(number) for number in re.findall(r"\d+", total)] == [statuses.count(s) for s in ("ok", "warning", "failed")]
+    lines = [Line(status, match[2], match[3], match[4] or "") for status, match in zip(statuses, matches, strict=True)]
+    assert all((line.status == "ok") == (not line.remedy) for line in lines)
+    return {line.name: [line] for line in lines}
 
 
 def plant(root: Path, **files: str) -> Asked:
@@ -59,10 +45,14 @@ def plant(root: Path, **files: str) -> Asked:
     return Asked(root=root)
 
 
-def only(lines: list[Line]) -> Line:
+def expect(lines: list[Line], status: str, found: str = "", remedy: str = "") -> None:
+    """A single line of this status that holds these words; it has a remedy exactly if something is wrong."""
     assert len(lines) == 1, lines
-    assert bool(lines[0].remedy) == (lines[0].status != "ok")
-    return lines[0]
+    line = lines[0]
+    assert line.status == status, line
+    assert found in line.found, line
+    assert remedy in line.remedy, line
+    assert bool(line.remedy) == (status != "ok"), line
 
 
 def test_here_with_data(small_shards: Path, tmp_path: Path) -> None:
@@ -73,18 +63,16 @@ def test_here_with_data(small_shards: Path, tmp_path: Path) -> None:
     lines = shown(result.stdout)
     wanted = {"python", "torch", "driver", "dali", "nvjpeg", "ffcv", "numba", "libjpeg-turbo", "processor", "cores", "numa"}
     assert wanted | {"shm", "open files", "ram", "disk", "data", "page cache", "data disk"} <= set(lines)
-    assert float(re.findall(r"decodes ([\d.]+) times", lines["libjpeg-turbo"][1])[0]) > 0.5
-    assert lines["python"][:2] == ("ok", sys.version.split()[0])
+    assert float(re.findall(r"decodes ([\d.]+) times", lines["libjpeg-turbo"][0].found)[0]) > 0.5
+    expect(lines["python"], "ok", sys.version.split()[0])
     size = sum(path.stat().st_size for path in small_shards.glob("*/*.tar")) / 1e9
-    assert lines["data"][1].startswith(f"81 images in 6 files of {size:.3g} GB, profile original")
-    written = json.loads((tmp_path / "lines.json").read_text())
-    assert [(line["status"], line["name"], line["found"], line["remedy"]) for line in written] == [
-        (status, name, found, remedy) for name, (status, found, remedy) in lines.items()
-    ]
+    expect(lines["data"], "ok", f"81 images in 6 files of {size:.3g} GB, profile original")
+    assert [[Line(**line)] for line in json.loads((tmp_path / "lines.json").read_text())] == list(lines.values())
 
 
 def test_planted_faults_in_one_run(tmp_path: Path) -> None:
-    """Without FFCV and what compiles it, SIMD off, few open files, no data: each has its line and its remedy."""
+    """A broken torch, no FFCV nor what compiles it, SIMD off, few open files, no data: each has its line and its remedy."""
+    (tmp_path / "torch.py").write_text("raise OSError('libcudart.so.13: cannot open shared object file')")
     (tmp_path / "ffcv.py").write_text("raise ModuleNotFoundError(\"No module named 'ffcv'\")")
     limited = (
         "import resource, runpy, sys; hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]; "
@@ -97,18 +85,14 @@ def test_planted_faults_in_one_run(tmp_path: Path) -> None:
     )  # fmt: skip
     assert result.returncode == 1, result.stdout + result.stderr
     lines = shown(result.stdout)
-    assert lines["ffcv"][0] == "warning"
-    assert lines["ffcv"][2] == (
-        "apt-get install --no-install-recommends g++ pkg-config libopencv-dev libturbojpeg0-dev && pip install ffcv pillow"
-    )
-    assert lines["libjpeg-turbo"] == ("warning", "SIMD is off: JSIMD_FORCENONE=1 is set", "unset JSIMD_FORCENONE")
-    assert lines["open files"][0] == "warning"
+    expect(lines["torch"], "failed", "OSError: libcudart.so.13: cannot open", f"pip uninstall -y torch && {INSTALL} torch")
+    wanted = "g++ pkg-config libopencv-dev libturbojpeg0-dev && pip install ffcv pillow"
+    expect(lines["ffcv"], "warning", "No module named 'ffcv'", f"apt-get install --no-install-recommends {wanted}")
+    expect(lines["libjpeg-turbo"], "warning", "SIMD is off: JSIMD_FORCENONE=1 is set", "unset JSIMD_FORCENONE")
     hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
-    assert lines["open files"][2] == f"ulimit -n {65536 if hard == resource.RLIM_INFINITY else min(65536, hard)}"
-    assert lines["data"] == (
-        "failed", f"{tmp_path}/nowhere: no such folder",
-        f"make shards first: python tools/make_shards.py SRC --out {tmp_path}/nowhere",
-    )  # fmt: skip
+    expect(lines["open files"], "warning", "1024, each shard", f"ulimit -n {min(65536, hard)}")
+    remedy = f"make shards first: python tools/make_shards.py SRC --out {tmp_path}/nowhere"
+    expect(lines["data"], "failed", f"{tmp_path}/nowhere: no such folder", remedy)
 
 
 def test_where_nothing_is_installed(small_shards: Path, tmp_path: Path) -> None:
@@ -119,37 +103,24 @@ def test_where_nothing_is_installed(small_shards: Path, tmp_path: Path) -> None:
     )  # fmt: skip
     assert result.returncode == 1, result.stdout + result.stderr
     lines = shown(result.stdout)
-    assert {name for name, (status, _, _) in lines.items() if status == "failed"} >= {"torch", "numba", "libjpeg-turbo", "data"}
-    assert lines["torch"][1:] == (
-        "cannot be imported: ModuleNotFoundError: No module named 'torch'", "pip install --constraint constraints.txt -e .",
-    )  # fmt: skip
+    for name in ("torch", "numba", "libjpeg-turbo", "data"):
+        expect(lines[name], "failed", "No module named")
+    expect(lines["torch"], "failed", "ModuleNotFoundError: No module named 'torch'", f"{INSTALL} -e .")
 
 
 OK, WARNING, FAILED = Line("ok", "a", "fine"), Line("warning", "b", "slow", "hurry"), Line("failed", "c", "broken", "mend it")
 
 
-@pytest.mark.parametrize(
-    ("lines", "options", "code"),
-    [
-        ([OK], [], 0), ([OK], ["--strict"], 0), ([OK, WARNING], [], 0), ([OK, WARNING], ["--strict"], 1),
-        ([FAILED, OK], [], 1), ([FAILED, WARNING], ["--strict"], 1),
-    ],
-)  # fmt: skip
-def test_exit_codes(lines: list[Line], options: list[str], code: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(checks, "CHECKS", {"one": lambda _: lines})
-    monkeypatch.setattr(sys, "argv", ["doctor.py", *options])
-    with pytest.raises(SystemExit) as exit:
-        doctor.main()
-    assert exit.value.code == code
+def test_exit_codes_and_colours() -> None:
+    for found, plain, strict in (([OK], 0, 0), ([OK, WARNING], 0, 1), ([FAILED, OK], 1, 1)):
+        assert (doctor.exit_code(found, strict=False), doctor.exit_code(found, strict=True)) == (plain, strict)
+    assert doctor.text(FAILED, colour=True).startswith("\x1b[31mfailed")
+    assert doctor.text(FAILED, colour=False).startswith("failed   c ")
 
 
-def test_usage_errors(tmp_path: Path) -> None:
+def test_usage_errors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert_refused(run_script("tools/doctor.py", "--cache-gb", "much"), "--cache-gb")
-    assert_refused(run_script("tools/doctor.py", "--stric"), "--stric")
-
-
-def test_json_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(checks, "CHECKS", {"one": lambda _: [OK]})
+    monkeypatch.setattr(doctor, "CHECKS", {"one": lambda _: [OK]})
     monkeypatch.setattr(sys, "argv", ["doctor.py", "--json", str(tmp_path / "no" / "lines.json")])
     with pytest.raises(doctor.UserError, match="--json"):
         doctor.main()
@@ -159,138 +130,89 @@ def test_a_check_that_breaks_is_a_line(monkeypatch: pytest.MonkeyPatch, capsys: 
     def breaks(_: Asked) -> list[Line]:
         raise ZeroDivisionError("two\nlines")
 
-    monkeypatch.setattr(checks, "CHECKS", {"numa": breaks, "one": lambda _: [OK]})
-    monkeypatch.setattr(sys, "argv", ["doctor.py"])
-    with pytest.raises(SystemExit) as exit:
+    monkeypatch.setattr(doctor, "CHECKS", {"numa": breaks, "one": lambda _: [OK]})
+    monkeypatch.setattr(sys, "argv", ["doctor.py", "--strict"])
+    with pytest.raises(SystemExit, match="1"):
         doctor.main()
-    lines = shown(capsys.readouterr().out)
-    assert exit.value.code == 0
-    assert lines["numa"][:2] == ("warning", "this check broke: ZeroDivisionError: two lines")
-    assert lines["a"] == ("ok", "fine", "")
-
-
-def test_colours() -> None:
-    assert doctor.text(FAILED, colour=True).startswith("\x1b[31mfailed")
-    assert doctor.text(FAILED, colour=False).startswith("failed   c ")
+    printed = shown(capsys.readouterr().out)
+    expect(printed["numa"], "warning", "this check broke: ZeroDivisionError: two lines", "by hand")
+    expect(printed["a"], "ok", "fine")
 
 
 def test_python(monkeypatch: pytest.MonkeyPatch) -> None:
     for found, status in (((3, 10, 9), "failed"), ((3, 11, 0), "ok"), ((3, 13, 5), "ok"), ((3, 14, 0), "warning")):
         monkeypatch.setattr(sys, "version_info", found)
-        assert only(checks.check_python(Asked())).status == status
+        expect(packages.check_python(Asked()), status)
 
 
-# number, CUDA of the build, GPUs seen, GPUs there -> status, words
-@pytest.mark.parametrize(
-    ("number", "cuda", "names", "gpu", "status", "words"),
-    [
-        ("2.13.0+cpu", None, [], False, "ok", "no GPU here"),
-        ("2.13.0+cpu", None, [], True, "failed", "CPU build"),
-        ("2.13.0+cu130", "13.0", [], False, "ok", "no GPU here"),
-        ("2.13.0+cu130", "13.0", [], True, "failed", "driver too old, says CUDA"),
-        ("2.13.0+cu130", "13.0", ["H100"] * 2, True, "ok", "2 x H100"),
-        ("2.9.1+cu130", "13.0", ["H100"], True, "failed", "older than 2.11"),
-        ("2.11.0", "13.0", ["H100"], True, "ok", "1 x H100"),
-    ],
-)
-def test_torch(
-    number: str, cuda: str | None, names: list[str], gpu: bool, status: str, words: str, tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:  # fmt: skip
-    answer = {"version": number, "cuda": cuda, "names": names, "why": "driver too old, says CUDA"}
-    monkeypatch.setattr(checks, "probe", lambda *_, **__: (answer, ""))
-    line = only(checks.check_torch(plant(tmp_path, **({"dev__nvidia0": ""} if gpu else {}))))
-    assert line.status == status
-    assert words in line.found
-    if "CPU build" in words:
-        assert line.remedy == "pip uninstall -y torch && pip install --constraint constraints.txt torch"
-    if "too old" in words:
-        assert "driver 580 or later" in line.remedy
+def test_torch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with_gpu, without = plant(tmp_path / "gpu", dev__nvidia0=""), Asked(root=tmp_path / "cpu")
+    anew = f"pip uninstall -y torch && {INSTALL} torch"
+    seen: list[str] = ["H100"] * 2
+    for asked, version, cuda, names, status, found, remedy in (
+        (without, "2.13.0+cu130", "13.0", [], "ok", "no GPU here", ""),
+        (with_gpu, "2.13.0+cpu", None, [], "failed", "CPU build", anew),
+        (with_gpu, "2.13.0+cu130", "13.0", [], "failed", "says CUDA itself", "driver 580 or later"),
+        (with_gpu, "2.11.0+cu130", "13.0", seen, "ok", "2 x H100", ""),
+        (with_gpu, "2.9.1+cu130", "13.0", seen, "failed", "older than 2.11", anew),
+    ):
+        answer = {"version": version, "cuda": cuda, "names": names, "why": "says CUDA itself"}
+        monkeypatch.setattr(gpu, "probe", lambda _, answer=answer: (answer, ""))
+        expect(gpu.check_torch(asked), status, found, remedy)
 
 
 CLOSED = "NVRM version: NVIDIA UNIX x86_64 Kernel Module  {}  Tue Jan  7 2025\nGCC version:  gcc version 12.3.0 (Ubuntu)\n"
 OPEN = "NVRM version: NVIDIA UNIX Open Kernel Module for x86_64  {}  Release Build  (dvs-builder)  Tue Jan  7 2025\n"
+DALI_13, DALI_12, NO_DALI = ("nvidia-dali-cuda130 2.4.0", 13), ("nvidia-dali-cuda120 2.4.0", 12), ("", 0)
 
 
-@pytest.mark.parametrize(
-    ("text", "cuda_of_libcuda", "dali", "status"),
-    [
-        (CLOSED.format("580.65.06"), 0, ("nvidia-dali-cuda130 2.4.0", 13), "ok"),
-        (OPEN.format("595.12"), 0, ("nvidia-dali-cuda130 2.4.0", 13), "ok"),
-        (CLOSED.format("575.57.08"), 12090, ("nvidia-dali-cuda130 2.4.0", 13), "failed"),
-        (OPEN.format("535.261.03"), 13000, ("nvidia-dali-cuda130 2.4.0", 13), "ok"),  # with cuda-compat
-        (CLOSED.format("535.261.03"), 12020, ("nvidia-dali-cuda120 1.50.0", 12), "ok"),
-        (CLOSED.format("470.256.02"), 11040, ("nvidia-dali-cuda120 1.50.0", 12), "failed"),
-        (CLOSED.format("470.256.02"), 11040, ("", 0), "ok"),
-    ],
-)
-def test_driver_against_dali(
-    text: str, cuda_of_libcuda: int, dali: tuple[str, int], status: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(checks, "driver_cuda", lambda: cuda_of_libcuda)
-    monkeypatch.setattr(checks, "dali_build", lambda: dali)
-    line = only(checks.check_driver(plant(tmp_path, dev__nvidia0="", proc__driver__nvidia__version=text)))
-    assert line.status == status
-    version = re.search(r"\d{3}\.[\d.]+", text)
-    assert version is not None
-    assert line.found.startswith(version[0])
-    if status == "failed":
-        assert ("580 or later" if dali[1] == 13 else "525 or later") in line.remedy
+def test_driver_against_dali(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for text, driver, cuda_of_libcuda, dali, status, remedy in (
+        (CLOSED, "580.65.06", 0, DALI_13, "ok", ""),
+        (OPEN, "595.12", 0, DALI_13, "ok", ""),
+        (CLOSED, "575.57.08", 12090, DALI_13, "failed", "580 or later"),
+        (OPEN, "535.261.03", 13000, DALI_13, "ok", ""),  # with cuda-compat
+        (CLOSED, "470.256.02", 11040, DALI_12, "failed", "525 or later"),
+        (CLOSED, "470.256.02", 11040, NO_DALI, "ok", ""),
+    ):
+        monkeypatch.setattr(gpu, "driver_cuda", lambda cuda=cuda_of_libcuda: cuda)
+        monkeypatch.setattr(gpu, "dali_build", lambda dali=dali: dali)
+        asked = plant(tmp_path, dev__nvidia0="", proc__driver__nvidia__version=text.format(driver))
+        expect(gpu.check_driver(asked), status, driver, remedy)
 
 
 def test_driver_by_nvml_or_without_devices(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    fake = SimpleNamespace(nvmlInit=lambda: None, nvmlSystemGetDriverVersion=lambda: b"470.1.2")
+    fake = SimpleNamespace(nvmlInit=lambda: None, nvmlSystemGetDriverVersion=lambda: "470.1.2")
     monkeypatch.setitem(sys.modules, "pynvml", fake)
-    monkeypatch.setattr(checks, "driver_cuda", lambda: 0)
-    monkeypatch.setattr(checks, "dali_build", lambda: ("nvidia-dali-cuda130 2.4.0", 13))
-    line = only(checks.check_driver(plant(tmp_path, dev__nvidia0="")))
-    assert line.status == "failed"
-    assert line.found.startswith("470.1.2 ")
-    line = only(checks.check_driver(Asked(root=tmp_path / "other")))
-    assert line.status == "warning"
-    assert "--gpus all" in line.remedy
+    monkeypatch.setattr(gpu, "driver_cuda", lambda: 0)
+    monkeypatch.setattr(gpu, "dali_build", lambda: DALI_13)
+    with_gpu, without = plant(tmp_path / "gpu", dev__nvidia0=""), Asked(root=tmp_path / "cpu")
+    expect(gpu.check_driver(with_gpu), "failed", "470.1.2 ")
+    expect(gpu.check_driver(without), "warning", "470.1.2, but no GPU", "--gpus all")
     monkeypatch.setitem(sys.modules, "pynvml", None)  # importing it fails
-    assert only(checks.check_driver(Asked(root=tmp_path / "other"))).status == "ok"
-    assert only(checks.check_driver(plant(tmp_path, dev__nvidia0=""))).status == "warning"
+    expect(gpu.check_driver(without), "ok")
+    expect(gpu.check_driver(with_gpu), "warning", "cannot be had")
 
 
 def test_dali_missing_or_broken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    here, with_gpu = Asked(root=tmp_path / "cpu"), plant(tmp_path / "gpu", dev__nvidia0="")
+    with_gpu, without = plant(tmp_path / "gpu", dev__nvidia0=""), Asked(root=tmp_path / "cpu")
+    package = tmp_path / "nvidia" / "dali.py"
+    package.parent.mkdir()
+    package.with_name("__init__.py").write_text("")
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
-    package = tmp_path / "nvidia" / "dali"
-    package.mkdir(parents=True)
-    (tmp_path / "nvidia" / "__init__.py").write_text("")
-    (package / "__init__.py").write_text("raise ModuleNotFoundError(\"No module named 'nvidia.dali'\")")
-    assert only(checks.check_dali(here)).status == "ok"
-    line = only(checks.check_dali(with_gpu))
-    assert (line.status, line.remedy) == ("warning", "pip install -e '.[dali]'")
-    (package / "__init__.py").write_text("import os; os.abort()")
-    assert only(checks.check_dali(here)).status == "warning"
-    line = only(checks.check_dali(with_gpu))
-    assert line.status == "failed"
-    assert "SIGABRT" in line.found
-    (package / "__init__.py").write_text("import sys; __version__ = '0'; print('noise'); print('noise', file=sys.stderr)")
-    assert only(checks.check_dali(with_gpu)).status == "ok"
-
-
-def test_ffcv_that_no_longer_fits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "ffcv.py").write_text("raise ImportError('libopencv_core.so.406: cannot open shared object file')")
-    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
-    monkeypatch.setattr(checks, "missing_for_ffcv", lambda: ["libopencv-dev"])
-    line = only(checks.check_ffcv(Asked()))
-    assert "libopencv_core.so.406" in line.found
-    assert line.remedy == (
-        "apt-get install --no-install-recommends libopencv-dev && "
-        "pip install --force-reinstall --no-deps --no-cache-dir ffcv"
-    )  # fmt: skip
-
-
-def test_what_compiles_ffcv(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name, script in (("g++", "exit 0"), ("pkg-config", '[ "$2" = libturbojpeg ]')):
-        (tmp_path / name).write_text(f"#!/bin/sh\n{script}\n")
-        (tmp_path / name).chmod(0o755)
-    monkeypatch.setenv("PATH", str(tmp_path))
-    assert checks.missing_for_ffcv() == ["libopencv-dev"]
+    monkeypatch.setattr(gpu, "dali_build", lambda: DALI_13)
+    package.write_text("raise ModuleNotFoundError(\"No module named 'nvidia.dali'\")")
+    expect(gpu.check_dali(without), "ok", "not installed")
+    expect(gpu.check_dali(with_gpu), "warning", "not installed", "pip install -e '.[dali]'")
+    package.write_text("import os; os.abort()")
+    expect(gpu.check_dali(without), "warning")
+    remedy = "pip uninstall -y nvidia-dali-cuda130 && pip install -e '.[dali]'"
+    expect(gpu.check_dali(with_gpu), "failed", "crashed with SIGABRT", remedy)
+    package.write_text("import sys; print('noise'); print('noise', file=sys.stderr)")
+    expect(gpu.check_dali(with_gpu), "ok", "nvidia-dali-cuda130 2.4.0")
+    package.write_text("import time; time.sleep(9)")
+    monkeypatch.setattr("doctoring.lines.PROBE_S", 0.2)
+    expect(gpu.check_dali(with_gpu), "failed", "did not end within 0.2 s")
 
 
 ENGINE = """
@@ -300,236 +222,200 @@ int nvjpegGetHardwareDecoderInfo(void *handle, unsigned *engines, unsigned *core
 
 
 @pytest.mark.skipif(shutil.which("cc") is None, reason="needs a C compiler")
-@pytest.mark.parametrize(
-    ("create", "engines", "status", "words"),
-    [
-        (0, 7, "ok", "7 engines of 5 cores"),
-        (0, 0, "ok", "no JPEG engine"),
-        (7, 7, "ok", "no JPEG engine"),
-        (1, 7, "warning", "status 1"),
-    ],
-)
-def test_nvjpeg_engine(
-    create: int, engines: int, status: str, words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    folder = tmp_path / "nvidia" / "cu99" / "lib"
-    folder.mkdir(parents=True)
-    (tmp_path / "engine.c").write_text(ENGINE)
-    defined = [f"-DCREATE={create}", f"-DENGINES={engines}"]
-    command = ["cc", *defined, "-shared", "-fPIC", "-o", f"{folder}/libnvjpeg.so.13", f"{tmp_path}/engine.c"]
-    subprocess.run(command, check=True)
+def test_nvjpeg_engine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = plant(tmp_path, dev__nvidia0="", **{"engine.c": ENGINE})
+    library = tmp_path / "nvidia" / "cu99" / "lib" / "libnvjpeg.so.13"
+    library.parent.mkdir(parents=True)
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
-    line = only(checks.check_nvjpeg(plant(tmp_path, dev__nvidia0="")))
-    assert line.status == status
-    assert words in line.found
+    none = "no JPEG engine"
+    cases = ((0, 7, "ok", "7 engines of 5 cores"), (0, 0, "ok", none), (7, 7, "ok", none), (1, 7, "warning", "status 1"))
+    for create, engines, status, found in cases:
+        defined = [f"-DCREATE={create}", f"-DENGINES={engines}"]
+        subprocess.run(["cc", *defined, "-shared", "-fPIC", "-o", library, tmp_path / "engine.c"], check=True)
+        expect(gpu.check_nvjpeg(asked), status, found)
 
 
-@pytest.mark.parametrize(("plain", "status"), [(3e-3, "ok"), (1.1e-3, "warning")])
-def test_simd(plain: float, status: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    def probe(_code: str, **environment: str) -> tuple[float, str]:
-        return (plain if environment == {"JSIMD_FORCENONE": "1"} else 1e-3), ""
+def test_ffcv_that_no_longer_fits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its build is for another libopencv, and of what compiles it anew, libopencv-dev is missing."""
+    (tmp_path / "ffcv.py").write_text("raise ImportError('libopencv_core.so.406: cannot open shared object file')")
+    for name, script in (("g++", "exit 0"), ("pkg-config", '[ "$2" = libturbojpeg ]')):
+        (tmp_path / name).write_text(f"#!/bin/sh\n{script}\n")
+        (tmp_path / name).chmod(0o755)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.setenv("PATH", str(tmp_path))
+    apt = "apt-get install --no-install-recommends libopencv-dev"
+    remedy = f"{apt} && pip install --force-reinstall --no-deps --no-cache-dir ffcv"
+    expect(packages.check_ffcv(Asked()), "warning", "libopencv_core.so.406", remedy)
 
+
+def test_simd(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("JSIMD_FORCENONE", raising=False)
-    monkeypatch.setattr(checks, "probe", probe)
-    line = only(checks.check_jpeg(Asked()))
-    assert line.status == status
-    assert f"decodes {plain * 1e3:.2g} times as fast as without SIMD" in line.found
+    for plain, status in ((3e-3, "ok"), (1.1e-3, "warning")):
+        answers = iter([(1e-3, ""), (plain, "")])
+        monkeypatch.setattr(packages, "probe", lambda _, answers=answers, **environment: next(answers))
+        expect(packages.check_jpeg(Asked()), status, f"decodes {plain * 1e3:.2g} times as fast as without SIMD")
 
 
-def test_numba_without_a_cache_folder(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(checks, "probe", lambda *_: ({"version": "1", "folder": "/proc/none"}, ""))
-    line = only(checks.check_numba(Asked()))
-    assert (line.status, line.remedy) == ("warning", "export NUMBA_CACHE_DIR=$HOME/.cache/numba")
+def test_numba_without_a_cache_folder_or_broken(monkeypatch: pytest.MonkeyPatch) -> None:
+    error = "RuntimeError: cannot cache function 'permute': no locator available for file '/opt/pipeline/draws.py'"
+    monkeypatch.setattr(packages, "probe", lambda _: (None, error))
+    expect(packages.check_numba(Asked()), "failed", error, "export NUMBA_CACHE_DIR=$HOME/.cache/numba")
+    monkeypatch.setattr(packages, "probe", lambda _: (None, "crashed with SIGILL"))
+    expect(packages.check_numba(Asked()), "failed", "crashed with SIGILL", "numba llvmlite numpy")
 
 
 def test_processors(tmp_path: Path) -> None:
     zen = "processor\t: 0\nmodel name\t: AMD EPYC\nflags\t\t: sse2 avx avx2 avx512bw avx512_bf16\n"
-    line = only(checks.check_processor(plant(tmp_path, proc__cpuinfo=zen)))
-    assert (line.status, line.found) == ("ok", "AMD EPYC: AVX2, AVX-512; bfloat16 (avx512_bf16)")
     arm = "processor\t: 0\nFeatures\t: fp asimd bf16\n"
-    assert "NEON; bfloat16 (bf16)" in only(checks.check_processor(plant(tmp_path, proc__cpuinfo=arm))).found
-    line = only(checks.check_processor(plant(tmp_path, proc__cpuinfo=zen.replace("avx", "xxx"))))
-    assert line.status == "warning"
-    assert "no bfloat16" in line.found
+    for info, status, found in (
+        (zen, "ok", "AMD EPYC: AVX2, AVX-512; bfloat16 (avx512_bf16)"),
+        (arm, "ok", "NEON; bfloat16 (bf16)"),
+        (zen.replace("avx", "xxx"), "warning", "neither AVX2 nor NEON; no bfloat16"),
+    ):
+        expect(machine.check_processor(plant(tmp_path, proc__cpuinfo=info)), status, found)
 
 
-@pytest.mark.parametrize(
-    ("files", "quota"),
-    [
-        ({"proc__self__cgroup": "0::/\n", "sys__fs__cgroup__cpu.max": "200000 100000\n"}, 2),
-        ({"proc__self__cgroup": "0::/a/b\n", "sys__fs__cgroup__a__cpu.max": "350000 100000\n",
-          "sys__fs__cgroup__a__b__cpu.max": "600000 100000\n"}, 3.5),
-        ({"proc__self__cgroup": "4:memory:/x\n3:cpu,cpuacct:/docker/1\n", "sys__fs__cgroup__cpu__cpu.cfs_quota_us": "50000\n",
-          "sys__fs__cgroup__cpu__cpu.cfs_period_us": "100000\n"}, 0.5),
-        ({"proc__self__cgroup": "3:cpu:/\n", "sys__fs__cgroup__cpu__cpu.cfs_quota_us": "-1\n",
-          "sys__fs__cgroup__cpu__cpu.cfs_period_us": "100000\n"}, None),
-        ({"proc__self__cgroup": "0::/\n", "sys__fs__cgroup__cpu.max": "max 100000\n"}, None),
-        ({}, None),
-    ],
-)  # fmt: skip
-def test_core_quota(files: dict[str, str], quota: float | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(8)))
-    monkeypatch.setattr(os, "cpu_count", lambda: 8)
-    line = only(checks.check_cores(plant(tmp_path, **files)))
-    if quota is None:
-        assert (line.status, line.found) == ("ok", "8 of 8")
-    else:
-        assert line.status == "warning"
-        assert line.found.endswith(f" {quota}")
-        assert re.findall(r"--threads (\d+)", line.remedy) == [str({2: 2, 3.5: 3, 0.5: 1}[quota])]
-
-
-def test_affinity_of_one_core(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cores(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    new, old = "sys__fs__cgroup__", "sys__fs__cgroup__cpu__cpu"
+    nested = {f"{new}a__cpu.max": "350000 100000\n", f"{new}a__b__cpu.max": "600000 100000\n"}
+    halved = {f"{old}.cfs_quota_us": "50000\n", f"{old}.cfs_period_us": "100000\n"}
     monkeypatch.setattr(os, "cpu_count", lambda: 64)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(8)))
+    for index, (group, files, status, found, remedy) in enumerate((
+        ("0::/a/b\n", nested, "warning", "the time of 3.5", "--threads 3, "),
+        ("4:memory:/x\n3:cpu,cpuacct:/docker/1\n", halved, "warning", "the time of 0.5", "--threads 1, "),
+        ("0::/\n", {f"{new}cpu.max": "max 100000\n"}, "ok", "8 of 64", ""),
+    )):  # fmt: skip
+        expect(machine.check_cores(plant(tmp_path / str(index), proc__self__cgroup=group, **files)), status, found, remedy)
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: {5})
-    assert "taskset -pc 0-63 $$" in only(checks.check_cores(Asked(root=tmp_path))).remedy
-    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {5, 6})
-    assert only(checks.check_cores(Asked(root=tmp_path))).found == "2 of 64"
+    expect(machine.check_cores(Asked(root=tmp_path)), "warning", "1 of 64", "taskset -pc 0-63 $$")
 
 
 def test_numa(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     device = "sys__bus__pci__devices__0000:41:00.0__"
-    asked = plant(
-        tmp_path,
-        sys__devices__system__node__node0__cpulist="0-3,8\n",
-        sys__devices__system__node__node1__cpulist="4-7\n",
-        **{f"{device}vendor": "0x10de\n", f"{device}class": "0x030200\n", f"{device}numa_node": "1\n"},
-    )
+    card = {f"{device}vendor": "0x10de\n", f"{device}class": "0x030200\n", f"{device}numa_node": "1\n"}
+    nodes = {f"sys__devices__system__node__node{node}__cpulist": cores for node, cores in enumerate(("0-3,8\n", "4-7\n"))}
+    asked = plant(tmp_path, **card, **nodes)
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 8})
-    line = only(checks.check_numa(asked))
-    assert (line.status, line.remedy) == ("warning", "numactl --cpunodebind=1 --membind=1 before the command")
+    expect(machine.check_numa(asked), "warning", remedy="numactl --cpunodebind=1 --membind=1 before the command")
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 7})
-    line = only(checks.check_numa(asked))
-    assert (line.status, line.found) == ("ok", "2 nodes, the affinity has cores of 0, 1; GPUs at 1")
-    assert only(checks.check_numa(Asked(root=tmp_path / "none"))).found == "1 node"
+    expect(machine.check_numa(asked), "ok", "2 nodes, the affinity has cores of 0, 1; GPUs at 1")
+    expect(machine.check_numa(Asked(root=tmp_path / "none")), "ok", "1 node")
 
 
-def fake_disk(monkeypatch: pytest.MonkeyPatch, total: int, free: int) -> None:
-    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(total=total, free=free))
+def fake_disk(monkeypatch: pytest.MonkeyPatch, free: int) -> None:
+    """An empty disk."""
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(total=free, free=free))
 
 
-def test_shm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    asked = plant(tmp_path, dev__shm__x="")
-    fake_disk(monkeypatch, 64 << 20, 0)
-    line = only(checks.check_shm(asked))
-    assert line.status == "warning"
-    assert "0.062 GiB" in line.found
-    assert "--shm-size" in line.remedy
-    fake_disk(monkeypatch, GIB, 0)
-    assert only(checks.check_shm(asked)).status == "ok"
-    assert only(checks.check_shm(Asked(root=tmp_path / "none"))).status == "warning"
+def test_shm(monkeypatch: pytest.MonkeyPatch) -> None:
+    fake_disk(monkeypatch, 64 << 20)
+    expect(machine.check_shm(Asked()), "warning", "0.062 GiB", "--shm-size")
+    fake_disk(monkeypatch, 1 << 30)
+    expect(machine.check_shm(Asked()), "ok")
 
 
 def test_limits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     limits = {resource.RLIMIT_NOFILE: (1024, 2048), resource.RLIMIT_MEMLOCK: (8 << 20, 8 << 20)}
     monkeypatch.setattr(resource, "getrlimit", limits.__getitem__)
-    assert "--ulimit nofile=65536" in only(checks.check_limits(Asked(root=tmp_path))).remedy
+    expect(machine.check_open_files(Asked()), "warning", "1024", "--ulimit nofile=65536")
     limits[resource.RLIMIT_NOFILE] = (4096, 4096)
-    assert only(checks.check_limits(Asked(root=tmp_path))).status == "ok"
-    _, memlock = checks.check_limits(plant(tmp_path, dev__nvidia0=""))
-    assert (memlock.status, memlock.found) == ("ok", "8192 KiB")
-    _, memlock = checks.check_limits(plant(tmp_path, sys__class__infiniband__mlx5_0=""))
-    assert (memlock.status, memlock.remedy) == ("warning", "ulimit -l unlimited (docker run --ulimit memlock=-1 ...)")
+    expect(machine.check_open_files(Asked()), "ok")
+    assert machine.check_memlock(Asked(root=tmp_path)) == []
+    expect(machine.check_memlock(plant(tmp_path, dev__nvidia0="")), "ok", "8192 KiB")
+    asked = plant(tmp_path, sys__class__infiniband__mlx5_0="")
+    expect(machine.check_memlock(asked), "warning", "8192 KiB", "ulimit -l unlimited")
     limits[resource.RLIMIT_MEMLOCK] = (resource.RLIM_INFINITY, resource.RLIM_INFINITY)
-    assert checks.check_limits(Asked(root=tmp_path))[1].status == "ok"
+    expect(machine.check_memlock(asked), "ok")
 
 
 def meminfo(kilobytes: int) -> str:
-    return f"MemTotal:       99999999 kB\nMemFree:  1 kB\nMemAvailable:   {kilobytes} kB\n"
+    return f"MemTotal:       99999999 kB\nMemFree:  1 kB\nMemAvailable:   {kilobytes} kB\nHugePages_Total:       0\n"
 
 
-def test_memory(tmp_path: Path) -> None:
-    line = only(checks.check_ram(plant(tmp_path, proc__meminfo=meminfo(8_000_000))))
-    assert (line.status, line.found) == ("ok", "8.19 GB available")
-    new = {"proc__self__cgroup": "0::/\n", "sys__fs__cgroup__memory.max": "2000000000\n"}
-    old = {"proc__self__cgroup": "4:memory:/x\n", "sys__fs__cgroup__memory__memory.limit_in_bytes": "2000000000\n"}
-    for index, files in enumerate((new, old)):
-        line = only(checks.check_ram(plant(tmp_path / str(index), proc__meminfo=meminfo(8_000_000), **files)))
-        assert line.status == "warning"
-        assert line.found.startswith("2 GB ")
+def test_memory_of_machine_and_control_groups(tmp_path: Path) -> None:
+    """A group's limit, less what its processes use, but for the page cache: 6 - 5 + 1 GB; and no limit in the group above."""
+    info, new, old = meminfo(8_000_000), "sys__fs__cgroup__", "sys__fs__cgroup__memory__memory"
+    expect(machine.check_ram(plant(tmp_path, proc__meminfo=info)), "ok", "8.19 GB available")
+    limit, used, cached = "6000000000\n", "5000000000\n", "active_file 400000000\n{}inactive_file 600000000\n"
+    version_2 = {
+        "proc__self__cgroup": "0::/a\n", f"{new}memory.max": "max\n", f"{new}a__memory.max": limit,
+        f"{new}a__memory.current": used, f"{new}a__memory.stat": cached.format(""),
+    }  # fmt: skip
+    version_1 = {
+        "proc__self__cgroup": "4:memory:/x\n3:cpu:/\n", f"{old}.limit_in_bytes": limit, f"{old}.usage_in_bytes": used,
+        f"{old}.stat": f"active_file 0\ninactive_file 7\ntotal_{cached.format('total_')}",
+    }  # fmt: skip
+    for name, files in (("2", version_2), ("1", version_1)):
+        asked = plant(tmp_path / name, proc__meminfo=info, **files)
+        expect(machine.check_ram(asked), "warning", "2 GB available is little for training")
 
 
-def by_name(asked: Asked) -> dict[str, Line]:
-    return {line.name: line for line in checks.check_data(asked)}
+def check_data(name: str, data: Path | str, **options: Any) -> list[Line]:
+    """The lines of that name."""
+    return [line for line in doctor.check_data(Asked(data=str(data), **options)) if line.name == name]
 
 
 def test_data_larger_than_memory(small_shards: Path, tmp_path: Path) -> None:
     size = sum(path.stat().st_size for path in small_shards.glob("*/*.tar"))
     for kilobytes, status in ((size // 1024 + 1, "ok"), (size // 1024 - 1, "warning")):
-        asked = plant(tmp_path, proc__meminfo=meminfo(kilobytes))
-        line = by_name(Asked(root=asked.root, data=str(small_shards)))["page cache"]
-        assert line.status == status
-    assert "--order blocks" in line.remedy
-    assert "--profile compact" in line.remedy
+        root = plant(tmp_path, proc__meminfo=meminfo(kilobytes)).root
+        remedy = "" if status == "ok" else "train.py --order blocks; or half the bytes: python tools/make_shards.py"
+        expect(check_data("page cache", small_shards, root=root), status, remedy=remedy)
 
 
 def test_damaged_data(small_shards: Path, tmp_path: Path) -> None:
-    copy = tmp_path / "data"
-    shutil.copytree(small_shards, copy)
-    first = sorted(copy.glob("train/*.tar"))[0]
-    os.truncate(first, first.stat().st_size - 512)
-    line = only(checks.check_data(Asked(data=str(copy))))
-    assert line.status == "failed"
-    assert line.found == f"missing or of another size: 1 of 8 files, first {first}"
-    first.unlink()
-    assert only(checks.check_data(Asked(data=str(copy)))).found.endswith(f" 1 of 8 files, first {first}")
-    samples = copy / "val" / "samples.npy"
-    shutil.copy(small_shards / first.relative_to(copy), first)
+    data = tmp_path / "data"
+    shutil.copytree(small_shards, data)
+    tar, samples = data / "train" / "000000.tar", data / "val" / "samples.npy"
+    os.truncate(tar, tar.stat().st_size - 512)
+    expect(check_data("data", data), "failed", f"missing or of another size: 1 of 8 files, first {tar}")
+    tar.unlink()
     samples.unlink()
-    assert only(checks.check_data(Asked(data=str(copy)))).found.endswith(f" 1 of 8 files, first {samples}")
-    manifest = json.loads((copy / "manifest.json").read_text())
-    del manifest["profile"]
-    (copy / "manifest.json").write_text(json.dumps(manifest))
-    assert "profile" in only(checks.check_data(Asked(data=str(copy)))).found
-    (copy / "manifest.json").write_text("{")
-    line = only(checks.check_data(Asked(data=str(copy))))
-    assert (line.status, line.remedy) == ("failed", "make the shards again")
+    expect(check_data("data", data), "failed", f"2 of 8 files, first {tar}")
+    manifest = json.loads((data / "manifest.json").read_text())
+    for name, split in manifest["splits"].items():  # FFCV files only
+        split |= {"shards": [], "beton": {"file": f"{name}.beton"}, "samples": "train/samples.npy"}
+    (data / "manifest.json").write_text(json.dumps(manifest))
+    (data / "train.beton").write_bytes(bytes(5 * 10**6))
+    expect(check_data("data", data), "failed", "val.beton")
+    (data / "val.beton").write_bytes(bytes(10**6))
+    expect(check_data("data", data), "ok", "81 images in 2 files of 0.006 GB")
+    (data / "manifest.json").write_text("{")
+    expect(check_data("data", data), "failed", "manifest.json", "make the shards again")
 
 
 def test_data_out_of_reach(monkeypatch: pytest.MonkeyPatch) -> None:
-    line = only(checks.check_data(Asked(data="nosuch://bucket/shards")))
-    assert line.status == "failed"
-    assert "nosuch" in line.found
+    expect(check_data("data", "nosuch://bucket/shards"), "failed", "nosuch")
     monkeypatch.setitem(sys.modules, "s3fs", None)  # importing it fails
-    line = only(checks.check_data(Asked(data="s3://bucket/shards-without-s3fs")))
-    assert (line.status, line.remedy) == ("failed", "pip install -e '.[s3]'")
+    expect(check_data("data", "s3://bucket/shards-without-s3fs"), "failed", remedy="pip install -e '.[s3]'")
 
 
-def test_room_on_disks(small_shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    fake_disk(monkeypatch, 10**12, 3 * 10**8)
-    assert only(checks.check_disk(Asked())).status == "warning"
-    line = by_name(Asked(data=str(small_shards)))["data disk"]
-    assert (line.status, line.found) == ("warning", f"0.3 GB free on the disk of {small_shards}")
-    fake_disk(monkeypatch, 10**12, 3 * 10**9)
-    assert only(checks.check_disk(Asked())).status == "ok"
-    assert by_name(Asked(data=str(small_shards)))["data disk"].status == "ok"
+def test_room_on_disks(small_shards: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fake_disk(monkeypatch, 3 * 10**8)
+    expect(machine.check_disk(Asked()), "warning", "0.3 GB free for runs")
+    expect(check_data("data disk", small_shards), "warning", f"0.3 GB free on the disk of {small_shards}")
+    fake_disk(monkeypatch, 3 * 10**9)
+    expect(machine.check_disk(Asked()), "ok")
+    expect(check_data("data disk", small_shards), "ok")
 
 
 def test_room_for_the_cache(small_shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of a remote data set: larger than the disk, than the bound, than nothing, and its shards larger than the bound."""
-    files = fsspec.filesystem("memory")
-    files.put(str(small_shards), "/doctor", recursive=True)
+    """Data larger than the disk, than the bound, than nothing, and shards larger than the bound."""
     sizes = [path.stat().st_size for path in small_shards.glob("*/*.tar")]
     total, cache = sum(sizes), tmp_path / "cache"
 
-    def line(bound: int | None, free: int) -> Any:
-        fake_disk(monkeypatch, 10**12, free)
-        gigabytes = None if bound is None else bound / 1e9
-        return by_name(Asked(data="memory://doctor", cache=cache, cache_gb=gigabytes))["cache"]
+    def check(bound: int, free: int) -> list[Line]:
+        fake_disk(monkeypatch, free)
+        return check_data("cache", small_shards, cache=cache, cache_gb=bound / 1e9)
 
-    try:
-        assert line(2 * total, 10 * total).status == "ok"
-        full = line(2 * total, total // 2)
-        assert full.status == "failed"
-        bound = re.match(r"--cache-gb (\S+), or --cache FOLDER", full.remedy)
-        assert bound is not None
-        assert float(bound[1]) == pytest.approx(0.4 * total / 1e9, rel=0.02)  # 80 % of what is free
-        assert line(max(sizes), 10 * total).status == "warning"
-        assert line(max(sizes), max(sizes) + 1).status == "warning"  # the bound fits the disk, if all the data do not
-        large = line(max(sizes) // 2, 10 * total)
-        assert (large.status, large.remedy) == ("failed", "raise --cache-gb (CROPFEED_CACHE_GB)")
-        cache.mkdir()
-        (cache / "held").write_bytes(bytes(total))  # what is cached already needs no room again
-        assert line(2 * total, total // 2).status == "ok"
-    finally:
-        files.rm("/doctor", recursive=True)
+    expect(check(2 * total, 10 * total), "ok")
+    expect(check(2 * total, total // 2), "failed", remedy=f"--cache-gb {0.8 * (total // 2) / 1e9:.3g}, or --cache FOLDER")
+    expect(check(max(sizes), 10 * total), "warning", remedy="raise --cache-gb")
+    expect(check(max(sizes), max(sizes) + 1), "warning")  # the bound fits the disk, if all the data do not
+    expect(check(max(sizes) // 2, 10 * total), "failed", "do not fit", "raise --cache-gb (CROPFEED_CACHE_GB)")
+    cache.mkdir()
+    (cache / "held").write_bytes(bytes(total))  # what is cached already needs no room again
+    expect(check(2 * total, total // 2), "ok")
+    monkeypatch.setattr(os, "access", lambda *_: False)
+    expect(check(2 * total, 10 * total), "failed", f"{cache} cannot be written", "give another --cache")

@@ -28,7 +28,7 @@ def apply(
 ) -> dict[str, Any]:
     """Measure the gain of the chosen remedy, in the schema's form. consumer: makes what trains, by precision or demand."""
     remedy = verdict.chosen or Remedy("none", "nothing", 1.0)
-    found = remedy.json() | {"measured_gain": None, "low": None, "high": None, "error": None}
+    found = remedy.json() | {"measured_gain": None, "low": None, "high": None, "gains": [], "error": None}
     if remedy.spec is None:
         return found | {"error": "there is no remedy to try" if verdict.chosen is None else "cannot be tried on this machine"}
     with ExitStack() as stack:
@@ -38,7 +38,7 @@ def apply(
         except UserError as error:
             return found | {"error": " ".join(str(error).split())}
     gain = Estimate.of(gains)
-    return found | {"measured_gain": gain.mean, "low": gain.low, "high": gain.high}
+    return found | {"measured_gain": gain.mean, "low": gain.low, "high": gain.high, "gains": gains}
 
 
 def measure_gains(
@@ -60,7 +60,8 @@ def measure_gains(
         changed = consumer(demand=2 * situation.training.demand.mean)
     assert trains
     assert changed
-    old_run, new_run = measure_training([(before, trains), (spec, changed)], cold, repeats, 2 * seconds, "remedy")
+    ways = [(before, trains), (spec, changed)]
+    old_run, new_run = measure_training(ways, cold, repeats, 2 * seconds, "remedy", alone=False)
     return [b.images_per_s / a.images_per_s for a, b in zip(old_run.windows, new_run.windows, strict=True)]
 
 

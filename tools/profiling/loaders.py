@@ -100,7 +100,9 @@ class Opened:
     def left(self) -> int:
         """Images that may be read until they come from the page cache, where that matters."""
         assert self.loader is not None
-        return self.loader.total - self.loader.consumed if self._cold else 1 << 62
+        if not self._cold:
+            return 1 << 62
+        return self.loader.total - self.loader.consumed if self.loader.epoch == 0 else 0
 
     def close(self) -> None:
         self._batches = iter(())

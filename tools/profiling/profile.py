@@ -13,6 +13,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from doctoring.machine import available_memory
 from peers import data as images
 from recording import commit, hardware, versions
 
@@ -30,7 +31,7 @@ from profiling.measuring import cores
 from profiling.planted import Planted, slow_reader
 from profiling.remedies import Situation
 from profiling.stages import Stages, measure_stages
-from profiling.storage import MEMORY, Ceiling, available_memory, cached_read_ms, local_files, read_ceiling
+from profiling.storage import MEMORY, Ceiling, cached_read_ms, local_files, read_ceiling
 from profiling.training import Consumer, Emulated, Model, Training, measure_training
 from profiling.tune import tune
 from training import tuned
@@ -80,7 +81,7 @@ class Profiler:
         self.images = len(shards)
         self.bytes = sum(entry["bytes"] for entry in self.manifest.splits[self.spec.split]["shards"])
         self.mean_bytes = float(shards.samples["bytes"].mean())
-        self.memory = int(FITS * available_memory())
+        self.memory = int(FITS * available_memory(Path("/")))
         self.cold, self.cold_why = self._page_cache()
 
     def _page_cache(self) -> tuple[bool, str]:
@@ -198,7 +199,7 @@ class Profiler:
         options, spec = self.options, self.spec
         demand = options.demand or (situation.training.demand.mean if situation.training else None)
         if demand is None:
-            raise UserError("--gpus and --hosts need to know what a GPU eats: give --demand IMAGES_PER_S, or --arch on a GPU")
+            raise UserError("a cluster can be planned only where a GPU's demand is known")
         decoding = next(limit for limit in verdict.ceilings(situation, ceiling) if limit["name"] == "decoding")
         picture = 3 * spec.final_size**2
         copy = stages.measured["copy"].at(1).mean * picture if "copy" in stages.measured else None
@@ -285,15 +286,16 @@ def free_bytes(folder: str) -> int:
 
 
 @contextmanager
-def shards_of(data: str) -> Iterator[str]:
-    """The data set itself or, of a folder or tar of images, lossless shards in a temporary folder."""
+def shards_of(data: str, beton: bool) -> Iterator[str]:
+    """The data set itself or, of a folder or tar of images, lossless shards in a temporary folder. beton: FFCV's file, too."""
     if storage.is_remote(data) or (Path(data) / "manifest.json").exists():
         yield data
         return
     with tempfile.TemporaryDirectory(prefix="cropfeed-profile-") as name:
         folder = Path(name)
-        print(f"{data}: makes lossless shards of these images first, in {folder}", file=sys.stderr)
         count, source = images.find_images(Path(data), folder)
+        print(f"{data}: no shards; makes lossless ones of these {count} images first", file=sys.stderr)
         images.convert(source, folder / "shards", "lossless", max(1, count // images.SHARDS))
-        images.write_beton(folder / "shards")
+        if beton:
+            images.write_beton(folder / "shards")
         yield str(folder / "shards")

@@ -27,6 +27,7 @@ from numba import njit
 
 from pipeline.augment import lighting
 from pipeline.engines.cpu import CpuLoader
+from pipeline.errors import UserError
 from pipeline.loader import Work
 from pipeline.picture import CorruptImageError, Decoder, cut_windows, resample_windows
 from pipeline.shards import ShardSet
@@ -87,6 +88,8 @@ class Samples:
             self.places.append((work, place))
             self.stored.append(stored)
             self.decoded.append((pixels.copy(), where.copy()))
+        if not self.places:
+            raise UserError(f"{spec.data}: none of its images can be decoded, of those tried; make the shards again")
         self.size = self.works[0].size
         self._own = threading.local()
 

@@ -140,18 +140,20 @@ class Training:
 
 
 def measure_training(
-    ways: Sequence[tuple[LoaderSpec, Consumer]], cold: bool, repeats: int, seconds: float, progress: str
+    ways: Sequence[tuple[LoaderSpec, Consumer]], cold: bool, repeats: int, seconds: float, progress: str, alone: bool = True
 ) -> list[Training]:
-    """Train each consumer from its own loader, and alone on one batch of it, in turns of so many seconds, a step at least."""
+    """Train each consumer from its own loader and, if asked for, alone on one batch of it, in turns of so many seconds, a step at
+    least. progress: what the bar is called."""
     trainings = [Training(consumer, replace(spec, dtype=consumer.dtype)) for spec, consumer in ways]
     opened = [Opened(training.spec, cold) for training in trainings]
     batches: list[Batch] = []
-    bar = tqdm(total=2 * len(trainings) * (repeats + 1), desc=progress, unit=" turns")
+    kinds = (True, False) if alone else (False,)
+    bar = tqdm(total=len(trainings) * (2 + len(kinds) * repeats), desc=progress, unit=" turns")
 
     def turn(way: tuple[int, bool]) -> None:
-        number, alone = way
+        number, is_alone = way
         training = trainings[number]
-        if alone:
+        if is_alone:
             training.alone.append(run_alone(training.consumer, batches[number], training.spec.device, seconds))
         else:
             training.windows.append(run_window(training, opened[number], seconds))
@@ -165,7 +167,7 @@ def measure_training(
             for _ in range(2):  # the first steps allocate and choose algorithms
                 training.consumer.step(batches[-1])
                 bar.update()
-        in_turns([(number, alone) for number in range(len(trainings)) for alone in (True, False)], repeats, turn)
+        in_turns([(number, kind) for number in range(len(trainings)) for kind in kinds], repeats, turn)
     finally:
         bar.close()
         for loader in opened:

@@ -17,7 +17,7 @@ BUDGET = 45.0  # seconds, openings included
 TURN = 0.3  # seconds
 HOPELESS = 0.9  # of the best, below which a setting is given up, after two turns
 SIMILAR = 0.98  # of the best, from which the cheapest setting is taken: threads and memory are others' too
-MOST_TURNS = 10  # of a setting
+MOST_TURNS = 8  # of a setting
 
 
 @dataclass(frozen=True)

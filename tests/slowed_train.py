@@ -1,0 +1,19 @@
+"""train.py, from shards whose storage gives $MEGABYTES_PER_S."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(1, str(Path(__file__).resolve().parents[1] / "tools"))
+
+from profiling.planted import slow_reader
+
+import train
+from pipeline.errors import run_cli
+
+if __name__ == "__main__":
+    with slow_reader(float(os.environ["MEGABYTES_PER_S"])):
+        run_cli(train.main)

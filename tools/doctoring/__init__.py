@@ -1,0 +1,1 @@
+"""What tools/doctor.py checks: the interpreter and its packages, what a GPU needs, the machine, and the data set."""

@@ -1,0 +1,141 @@
+"""What a GPU is used through: torch, NVIDIA's driver, DALI and nvJPEG."""
+
+from __future__ import annotations
+
+import ctypes
+import re
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+from doctoring.lines import PACKAGES, Asked, Line, Status, has_gpu, probe, read
+
+TORCH = (2, 11)
+# CUDA major version -> the first driver branch that runs its builds, as DALI's installation guide and support matrix say.
+DRIVERS = {12: 525, 13: 580}
+TORCH_BUILD = "pip uninstall -y torch && pip install --constraint constraints.txt torch"
+DALI = "pip install -e '.[dali]'"
+
+_TORCH_PROBE = """
+import json, torch
+seen = torch.cuda.is_available()
+names, why = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())] if seen else [], ""
+if torch.version.cuda and not seen:
+    try:
+        torch.cuda.init()
+    except Exception as error:
+        why = str(error).splitlines()[0]
+print(json.dumps({"version": torch.__version__, "cuda": torch.version.cuda, "names": names, "why": why}))
+"""
+
+
+def check_torch(asked: Asked) -> list[Line]:
+    found, error = probe(_TORCH_PROBE)
+    if error:
+        remedy = PACKAGES if error.startswith("ModuleNotFoundError") else TORCH_BUILD
+        return [Line("failed", "torch", f"cannot be imported: {error}", remedy)]
+    number, cuda, names = found["version"], found["cuda"], found["names"]
+    if tuple(int(part) for part in number.split(".")[:2]) < TORCH:
+        return [Line("failed", "torch", f"{number}, older than {'.'.join(map(str, TORCH))}", TORCH_BUILD)]
+    if names:
+        return [Line("ok", "torch", f"{number} for CUDA {cuda}, sees {len(names)} x {names[0]}")]
+    if not has_gpu(asked.root):
+        return [Line("ok", "torch", f"{number}, no GPU here: trains on the CPU")]
+    if not cuda:
+        return [Line("failed", "torch", f"{number} is a CPU build, but there is an NVIDIA GPU", TORCH_BUILD)]
+    remedy = f"driver {DRIVERS[int(cuda.split('.')[0])]} or later, and an unset CUDA_VISIBLE_DEVICES; see nvidia-smi"
+    return [Line("failed", "torch", f"{number} for CUDA {cuda} sees no GPU, but there is one: {found['why']}", remedy)]
+
+
+def check_driver(asked: Asked) -> list[Line]:
+    driver, (dali, cuda) = driver_version(asked.root), dali_build()
+    if not has_gpu(asked.root):
+        if not driver:
+            return [Line("ok", "driver", "none, no NVIDIA GPU here")]
+        found = f"{driver}, but no GPU may be opened here (no /dev/nvidia0)"
+        return [Line("warning", "driver", found, "in a container: docker run --gpus all ...; else: nvidia-smi, as root, once")]
+    if not driver:
+        return [Line("warning", "driver", "there is a GPU, but the driver's version cannot be had", "nvidia-smi must list it")]
+    if not dali:
+        return [Line("ok", "driver", driver)]
+    needed = DRIVERS[cuda]
+    if int(driver.split(".")[0]) >= needed:
+        return [Line("ok", "driver", f"{driver}, {dali} needs {needed} or later")]
+    if driver_cuda() >= 1000 * cuda:
+        return [Line("ok", "driver", f"{driver} with a libcuda for CUDA {cuda}, as {dali} needs")]
+    remedy = f"install NVIDIA's driver {needed} or later: https://www.nvidia.com/drivers"
+    return [Line("failed", "driver", f"{driver} is too old for {dali}, which needs {needed} or later", remedy)]
+
+
+def driver_version(root: Path) -> str:
+    """NVIDIA's kernel driver, or ""."""
+    if match := re.search(r"\s(\d{3,}(\.\d+)+)\s", read(root / "proc" / "driver" / "nvidia" / "version")):
+        return match[1]
+    try:  # sandboxes may pass the GPU on without that file
+        import pynvml  # type: ignore[import-not-found, import-untyped, unused-ignore]
+
+        pynvml.nvmlInit()
+        return str(pynvml.nvmlSystemGetDriverVersion())
+    except Exception:  # not installed, or NVML finds no driver
+        return ""
+
+
+def driver_cuda() -> int:
+    """The CUDA that libcuda offers, such as 13000; 0 without one. NVIDIA's cuda-compat package lifts it above the driver's."""
+    number = ctypes.c_int(0)
+    try:
+        ctypes.CDLL("libcuda.so.1").cuDriverGetVersion(ctypes.byref(number))
+    except OSError:
+        return 0
+    return number.value
+
+
+def dali_build() -> tuple[str, int]:
+    """The installed DALI's package and version, and the CUDA that it is built for; ("", 0) if there is none."""
+    for cuda in DRIVERS:
+        name = f"nvidia-dali-cuda{cuda}0"
+        try:
+            return f"{name} {version(name)}", cuda
+        except PackageNotFoundError:
+            continue
+    return "", 0
+
+
+def check_dali(asked: Asked) -> list[Line]:
+    _, error = probe("import nvidia.dali; print(0)")
+    dali, _ = dali_build()
+    if not error:
+        return [Line("ok", "dali", dali)]
+    if error.startswith("ModuleNotFoundError"):
+        if not has_gpu(asked.root):
+            return [Line("ok", "dali", "not installed, which only a GPU would miss")]
+        return [Line("warning", "dali", f"not installed, so images are decoded on the CPU ({error})", DALI)]
+    # With a GPU, --engine auto tries to import it, and would crash or stop there.
+    status: Status = "failed" if has_gpu(asked.root) else "warning"
+    return [Line(status, "dali", f"cannot be imported: {error}", f"pip uninstall -y {dali.split()[0]} && {DALI}")]
+
+
+# nvJPEG itself says what engines it can use; DALI decodes by this very library.
+_NVJPEG_PROBE = """
+import ctypes, glob, json, sys
+here = [path for folder in sys.path for path in glob.glob(folder + "/nvidia/*/lib/libnvjpeg.so.*")]
+library = ctypes.CDLL([*here, "libnvjpeg.so.13"][0])
+handle, engines, cores = ctypes.c_void_p(), ctypes.c_uint(), ctypes.c_uint()
+status = library.nvjpegCreateEx(3, None, None, 0, ctypes.byref(handle))  # 3: NVJPEG_BACKEND_HARDWARE
+if status == 0:
+    status = library.nvjpegGetHardwareDecoderInfo(handle, ctypes.byref(engines), ctypes.byref(cores))
+print(json.dumps({"status": status, "engines": engines.value, "cores": cores.value}))
+"""
+_ARCH_MISMATCH, _NOT_SUPPORTED = 7, 9  # nvjpeg.h
+
+
+def check_nvjpeg(asked: Asked) -> list[Line]:
+    if not has_gpu(asked.root):
+        return [Line("ok", "nvjpeg", "no GPU, no JPEG engine")]
+    found, error = probe(_NVJPEG_PROBE)
+    if error:
+        return [Line("warning", "nvjpeg", f"cannot be asked for its hardware engine: {error}", DALI)]
+    if found["status"] == 0 and found["engines"]:
+        return [Line("ok", "nvjpeg", f"hardware: {found['engines']} engines of {found['cores']} cores")]
+    if found["status"] in (0, _ARCH_MISMATCH, _NOT_SUPPORTED):
+        return [Line("ok", "nvjpeg", "this GPU has no JPEG engine that nvJPEG uses: its CUDA cores decode")]
+    return [Line("warning", "nvjpeg", f"nvJPEG cannot start (status {found['status']})", "mend the lines on torch and driver")]

@@ -1,0 +1,169 @@
+"""The machine, as this process may use it: processor, cores, NUMA, shared memory, limits, memory, disk."""
+
+from __future__ import annotations
+
+import os
+import platform
+import re
+import resource
+import shutil
+from pathlib import Path
+
+from doctoring.lines import Asked, Line, has_gpu, read
+
+GB, GIB = 10**9, 2**30
+
+
+def check_processor(asked: Asked) -> list[Line]:
+    info = read(asked.root / "proc" / "cpuinfo")
+    model = re.search(r"^model name\s*:\s*(.+)$", info, re.MULTILINE)
+    flags = re.search(r"^(?:flags|Features)\s*:\s*(.+)$", info, re.MULTILINE)
+    name, has = model[1] if model else platform.machine(), set(flags[1].split() if flags else ())
+    vectors = [shown for flag, shown in (("avx2", "AVX2"), ("avx512bw", "AVX-512"), ("asimd", "NEON")) if flag in has]
+    bfloat16 = [flag for flag in ("avx512_bf16", "amx_bf16", "bf16") if flag in has]
+    found = f"{name}: {', '.join(vectors) or 'neither AVX2 nor NEON'}; "
+    found += f"bfloat16 ({', '.join(bfloat16)})" if bfloat16 else "no bfloat16, so --mixed-precision bf16 is for GPUs only"
+    if vectors:
+        return [Line("ok", "processor", found)]
+    remedy = "a virtual machine may hide them: give it the host's processor (qemu: -cpu host); else decoding is slow here"
+    return [Line("warning", "processor", found, remedy)]
+
+
+def check_cores(asked: Asked) -> list[Line]:
+    usable, there = len(os.sched_getaffinity(0)), os.cpu_count() or 1
+    found, quota = f"{usable} of {there}", core_quota(asked.root)
+    if quota < usable:
+        threads = max(1, int(quota))
+        remedy = f"--threads {threads}, shared among a machine's processes; or raise the quota: docker run --cpus {usable} ..."
+        return [Line("warning", "cores", f"{found}, but a control group gives the time of {quota:.3g}", remedy)]
+    if usable == 1 < there:
+        remedy = f"taskset -pc 0-{there - 1} $$ in the shell that starts the training"
+        return [Line("warning", "cores", f"{found}: the affinity leaves one", remedy)]
+    return [Line("ok", "cores", found)]
+
+
+def core_quota(root: Path) -> float:
+    """Cores that the control groups leave this process, by time."""
+    quotas = []
+    for folder in cgroups(root, "cpu"):
+        old = f"{read(folder / 'cpu.cfs_quota_us')} {read(folder / 'cpu.cfs_period_us')}"
+        for text in (read(folder / "cpu.max"), old):
+            if re.fullmatch(r"\d+ \d+", text):  # else "max", -1 or nothing
+                quota, period = map(int, text.split())
+                quotas.append(quota / period)
+    return min(quotas, default=float("inf"))
+
+
+def cgroups(root: Path, controller: str) -> list[Path]:
+    """The folders of this process's control group and those above it, of both versions. In a container some are not there."""
+    folders = []
+    for line in read(root / "proc" / "self" / "cgroup").splitlines():
+        _, controllers, path = line.split(":", 2)
+        if controllers and controller not in controllers.split(","):
+            continue
+        top = root / "sys" / "fs" / "cgroup" / (controller if controllers else "")  # version 2 names no controllers
+        place = top / path.lstrip("/")
+        folders += [folder for folder in (place, *place.parents) if folder.is_relative_to(top)]
+    return folders
+
+
+def check_numa(asked: Asked) -> list[Line]:
+    system, usable = asked.root / "sys", os.sched_getaffinity(0)
+    nodes = {
+        int(folder.name.removeprefix("node")): _numbers(read(folder / "cpulist"))
+        for folder in (system / "devices" / "system" / "node").glob("node[0-9]*")
+    }
+    if len(nodes) < 2:
+        return [Line("ok", "numa", "1 node")]
+    near = sorted(node for node, cores in nodes.items() if cores & usable)
+    cards = {
+        int(read(device / "numa_node"))
+        for device in (system / "bus" / "pci" / "devices").glob("*")
+        if read(device / "vendor") == "0x10de" and read(device / "class").startswith("0x03")  # NVIDIA, display or 3D
+    }
+    at = sorted(cards - {-1})  # -1: the firmware does not say
+    found = f"{len(nodes)} nodes, the affinity has cores of {', '.join(map(str, near))}"
+    found += f"; GPUs at {', '.join(map(str, at))}" if at else ""
+    if far := [node for node in at if node not in near]:
+        remedy = f"numactl --cpunodebind={far[0]} --membind={far[0]} before the command"
+        return [Line("warning", "numa", found, remedy)]
+    return [Line("ok", "numa", found)]
+
+
+def _numbers(text: str) -> set[int]:
+    """The kernel's lists, such as 0-3,8; "" for a node that has memory only."""
+    numbers: set[int] = set()
+    for part in filter(None, text.split(",")):
+        first, _, last = part.partition("-")
+        numbers |= set(range(int(first), int(last or first) + 1))
+    return numbers
+
+
+def check_shm(asked: Asked) -> list[Line]:
+    size = shutil.disk_usage(asked.root / "dev" / "shm").total
+    if size < GIB:
+        remedy = "docker run --shm-size 8g ... (or --ipc host)"
+        return [Line("warning", "shm", f"/dev/shm has {size / GIB:.2g} GiB; NCCL and Ray may want more", remedy)]
+    return [Line("ok", "shm", f"/dev/shm has {size / GIB:.3g} GiB")]
+
+
+def check_open_files(_: Asked) -> list[Line]:
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft >= 4096:
+        return [Line("ok", "open files", str(soft))]
+    remedy = (
+        f"ulimit -n {min(65536, hard)}" if hard >= 4096 else "docker run --ulimit nofile=65536 ..., or /etc/security/limits.conf"
+    )
+    return [Line("warning", "open files", f"{soft}, each shard keeps one open", remedy)]
+
+
+def check_memlock(asked: Asked) -> list[Line]:
+    """NCCL wants to lock memory, between GPUs of several machines."""
+    if not has_gpu(asked.root):
+        return []
+    soft, _ = resource.getrlimit(resource.RLIMIT_MEMLOCK)
+    if soft == resource.RLIM_INFINITY:
+        return [Line("ok", "memlock", "unlimited")]
+    if any((asked.root / "sys" / "class" / "infiniband").glob("*")):
+        found = f"{soft >> 10} KiB, and NCCL registers memory with InfiniBand"
+        return [Line("warning", "memlock", found, "ulimit -l unlimited (docker run --ulimit memlock=-1 ...)")]
+    return [Line("ok", "memlock", f"{soft >> 10} KiB")]
+
+
+def check_ram(asked: Asked) -> list[Line]:
+    free = available_memory(asked.root)
+    if free < 4 * GB:
+        remedy = "end other programs, or give the container more: docker run --memory 16g ..."
+        return [Line("warning", "ram", f"{free / GB:.3g} GB available is little for training", remedy)]
+    return [Line("ok", "ram", f"{free / GB:.3g} GB available")]
+
+
+def available_memory(root: Path) -> int:
+    """Bytes that new work can have, page cache included, by the machine and by the control groups that we are in."""
+    rooms = [_fields(root / "proc" / "meminfo")["MemAvailable"] << 10]
+    for folder in cgroups(root, "memory"):
+        for limit, used in (("memory.max", "memory.current"), ("memory.limit_in_bytes", "memory.usage_in_bytes")):
+            if (bound := read(folder / limit)).isdigit():  # else "max" or nothing
+                parts = _fields(folder / "memory.stat")  # the groups below are in version 1's total_ fields, in 2 in all
+                cached = sum(parts.get(f"total_{name}", parts[name]) for name in ("active_file", "inactive_file"))
+                rooms.append(int(bound) - int(read(folder / used)) + cached)  # cached counts as used, but makes room
+    return min(rooms)
+
+
+def _fields(path: Path) -> dict[str, int]:
+    return {words[0].rstrip(":"): int(words[1]) for words in map(str.split, read(path).splitlines())}
+
+
+def check_disk(_: Asked) -> list[Line]:
+    place, free = free_disk(Path.cwd())
+    found = f"{free / GB:.3g} GB free for runs in {place}"
+    if free < 2 * GB:
+        remedy = "train.py --output FOLDER on another disk, or make room: a ResNet-50's checkpoint takes 0.2 GB"
+        return [Line("warning", "disk", found, remedy)]
+    return [Line("ok", "disk", found)]
+
+
+def free_disk(folder: Path) -> tuple[Path, int]:
+    """The folder or the nearest above it that exists, and the bytes free there."""
+    exists = next(place for place in (folder, *folder.parents) if place.exists())
+    return exists, shutil.disk_usage(exists).free
