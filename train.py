@@ -9,6 +9,7 @@ anywhere goes on with --resume, at the exact step, with the same samples and the
 from __future__ import annotations
 
 import json
+import shlex
 import sys
 import time
 from dataclasses import asdict, dataclass, field
@@ -139,13 +140,13 @@ def open_loaders(args: Any, accelerator: Accelerator) -> tuple[Loader, Loader | 
 
 def profile_command(args: Any, precision: str) -> str:
     """The profiler's command for a run of these arguments."""
-    command = ["python tools/profile_pipeline.py", args.data, f"--arch {args.arch} --precision {precision}"]
+    command = ["python", "tools/profile_pipeline.py", args.data, "--arch", args.arch, "--precision", precision]
     default = parser().get_default
-    for name in ("batch_size", "image_size", "geometry", "scale", "order", "engine", "threads", "prefetch"):
+    for name in ("batch_size", "image_size", "geometry", "scale", "order", "engine", "threads", "prefetch", "cache", "cache_gb"):
         value = getattr(args, name)
         if value != default(name):
             command += [f"--{name.replace('_', '-')}", *(map(str, value) if name == "scale" else [str(value)])]
-    return " ".join(command)
+    return shlex.join(command)
 
 
 def scale_of(geometry: Geometry) -> tuple[int, int] | None:

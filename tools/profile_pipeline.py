@@ -97,6 +97,8 @@ def parser() -> Parser:
     loader.add_argument("--engine", default="auto", help=", ".join(("auto", *ENGINES)))
     loader.add_argument("--threads", type=positive, help="default: as tuned, else all cores; with --compare: cores for each (2)")
     loader.add_argument("--prefetch", type=positive, help="batches made ahead (default: as tuned, else 2)")
+    loader.add_argument("--cache", type=Path, help="folder for copies of remote shards, or of ones on a slow disk")
+    loader.add_argument("--cache-gb", type=above_zero, help="its bound")
     loader.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: %(default)s")
 
     how = parser.add_argument_group("how it is measured, and where figures go")
@@ -153,6 +155,8 @@ def profile_options(args: Any, data: str) -> Options:
         dtype=PRECISIONS[args.precision],
         device=args.device,
         engine=args.engine,
+        cache=args.cache,
+        cache_gb=args.cache_gb,
     )
     spec = with_tuned(spec, args.threads, args.prefetch)
     if planted and planted.kind == "threads":

@@ -273,6 +273,13 @@ def test_consumers_and_loaders_take_turns(small_shards: Path) -> None:
     assert making() == []
 
 
+def test_without_turns_alone(small_shards: Path) -> None:
+    way = (spec_for(small_shards), Emulated(400, torch.float32))
+    for training in measure_training([way, way], False, 2, 0.05, "test", alone=False):
+        assert training.alone == []
+        assert len(training.windows) == 2
+
+
 def test_a_step_at_least_from_a_cold_cache(small_shards: Path, openings: list[LoaderSpec]) -> None:
     spec = spec_for(small_shards, batch_size=20)
     (training,) = measure_training([(spec, Emulated(4000, torch.float32))], True, 2, 0.5, "test")

@@ -160,7 +160,7 @@ def test_the_cheapest_of_the_best(machine: Callable[..., Machine], seed: int) ->
     assert found.seconds == pytest.approx(0.3 * len(made.turns))
     counts = Counter(made.turns)
     assert {setting for setting in SETTINGS if counts[setting] == 2} == {(1, 1), (1, 2), (1, 4), (2, 1), (4, 1)}
-    assert {setting for setting in SETTINGS if counts[setting] == 10} == {(2, 2), (2, 4), (4, 2), (4, 4)}
+    assert {setting for setting in SETTINGS if counts[setting] == tuning.MOST_TURNS} == {(2, 2), (2, 4), (4, 2), (4, 4)}
     assert made.closed == Counter(SETTINGS)
 
 

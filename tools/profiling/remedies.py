@@ -118,8 +118,12 @@ class Situation:
 
     def with_ms(self, total_ms: float) -> tuple[float, float]:
         """The loader's speed and CPU seconds of an image if the used stages took so long together."""
-        factor = self.total_ms / total_ms
-        return self.now.estimate.mean * factor, min(self.cpu_seconds(self.now), total_ms / 1e3)
+        speed, threads = self.now.estimate.mean, self.now.spec.threads
+        if self.limiting == "engine":  # the rest of the time, which is no stage's, stays
+            speed = 1e3 * threads / (1e3 * threads / speed + total_ms - self.total_ms)
+        else:
+            speed *= self.total_ms / total_ms
+        return speed, min(self.cpu_seconds(self.now), total_ms / 1e3)
 
 
 def remedies(situation: Situation) -> list[Remedy]:
