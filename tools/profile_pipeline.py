@@ -230,7 +230,7 @@ def main() -> None:
         args.json.parent.mkdir(parents=True, exist_ok=True)
         args.json.write_text(json.dumps(found, indent=1) + "\n")
     if "verdict" in found:
-        print(table(found))
+        print(table({name: part for name, part in found.items() if name != "rows"}))  # `compare` has printed its own
         if args.report:
             print(f"{write_report(found, args.report)} written")
 

@@ -88,6 +88,25 @@ def test_figures_failures_and_what_is_missing(images: Path, tmp_path: Path) -> N
     assert set(Path("/tmp").glob("cropfeed-compare-*")) <= before
 
 
+def test_with_shards_the_peers_stand_beside_the_profile(small_shards: Path, tmp_path: Path) -> None:
+    """--compare without IMAGES takes those of the shards."""
+    result = without_progress(
+        run_script(
+            "tools/profile_pipeline.py", small_shards, "--compare", "--only", "dali-roi:original", "cropfeed-cpu-original",
+            "--json", tmp_path / "p.json", "--results", tmp_path / "compare.csv", "--image-size", SIZE, "--scale", LOW, HIGH,
+            "--batch-size", 8, "--repeats", 2, "--seconds", 0.1, "--engines", "cpu",
+        )
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    found = json.loads((tmp_path / "p.json").read_text())
+    assert found["images_per_s"] > 0
+    assert found["verdict"]["limit"] == "input"
+    ratios = {row["name"]: row["ratio"] for row in found["rows"]}
+    assert ratios.keys() == {"dali-roi", "cropfeed-cpu-original"}
+    assert ratios["dali-roi"] == 1
+    assert ratios["cropfeed-cpu-original"] > 0
+
+
 def test_what_is_asked_wrongly(images: Path, tmp_path: Path) -> None:
     assert_refused(compare(images, tmp_path, "--only", "nobody"), "--only nobody", "dali-roi")
     (tmp_path / "x.tar").write_text("no tar")

@@ -6,7 +6,7 @@ import random
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from statistics import mean
+from statistics import median
 
 from tqdm import tqdm
 
@@ -47,9 +47,9 @@ def tune(specs: Sequence[LoaderSpec], cold: bool, budget: float = BUDGET) -> Tun
                     break
                 speeds[number].append(run(opened[number], specs[number], TURN)[0])
                 bar.update(min(round(time.perf_counter() - began), bar.total) - bar.n)
-            best = max(mean(speeds[number]) for number in alive)
+            best = max(median(speeds[number]) for number in alive)
             if turn >= 1:
-                alive = [number for number in alive if mean(speeds[number]) >= HOPELESS * best]
+                alive = [number for number in alive if median(speeds[number]) >= HOPELESS * best]
             bar.set_postfix_str(f"{len(alive)} settings left, best {best:,.0f} images/s")
             if len(alive) == 1 or time.perf_counter() - began > budget:
                 break
@@ -57,6 +57,6 @@ def tune(specs: Sequence[LoaderSpec], cold: bool, budget: float = BUDGET) -> Tun
         bar.close()
         for loader in opened:
             loader.close()
-    best = max(mean(speeds[number]) for number in alive)
-    chosen = next(number for number in alive if mean(speeds[number]) >= SIMILAR * best)
-    return Tuned(specs[chosen], mean(speeds[chosen]), time.perf_counter() - began)
+    best = max(median(speeds[number]) for number in alive)
+    chosen = next(number for number in alive if median(speeds[number]) >= SIMILAR * best)
+    return Tuned(specs[chosen], median(speeds[chosen]), time.perf_counter() - began)
