@@ -38,5 +38,5 @@ def convert_sample(spec: LoaderSpec, profile: str, folder: Path, repeats: int, s
         cache=None,
         cache_gb=None,
     )
-    stages = Stages(measure_warm(sample, [spec.threads], repeats, seconds), None)
-    return Converted(profile, sample, stages, float(converted.samples["bytes"].mean()))
+    before, stages = (Stages(measure_warm(each, [spec.threads], repeats, seconds), None) for each in (spec, sample))
+    return Converted(profile, sample, stages, before, float(converted.samples["bytes"].mean()))

@@ -41,11 +41,15 @@ class Remedy:
 
 @dataclass(frozen=True)
 class Converted:
-    """A sample of the data set in another profile: what loads it, its stages, and the mean bytes of an image."""
+    """A sample of the data set in another profile: what loads it, its stages, and the mean bytes of an image.
+
+    before: the stages on the data set as it is, measured at the same time.
+    """
 
     profile: str
     spec: LoaderSpec
     stages: Stages
+    before: Stages
     mean_bytes: float
 
 
@@ -117,12 +121,13 @@ class Situation:
         return feed.cpu_share * self.cores / feed.estimate.mean
 
     def with_ms(self, total_ms: float) -> tuple[float, float]:
-        """The loader's speed and CPU seconds of an image if the used stages took so long together."""
-        speed, threads = self.now.estimate.mean, self.now.spec.threads
-        if self.limiting == "engine":  # the rest of the time, which is no stage's, stays
-            speed = 1e3 * threads / (1e3 * threads / speed + total_ms - self.total_ms)
-        else:
-            speed *= self.total_ms / total_ms
+        """The loader's speed and CPU seconds of an image if the used stages took so long together.
+
+        What an image takes beside its stages stays. Where reading is most of it, that cannot be told from the noise of reading.
+        """
+        now_ms = 1e3 * self.now.spec.threads / self.now.estimate.mean
+        beside = 0.0 if self.limiting.startswith("read") else max(0.0, now_ms - self.total_ms)
+        speed = 1e3 * self.now.spec.threads / (total_ms + beside)
         return speed, min(self.cpu_seconds(self.now), total_ms / 1e3)
 
 
@@ -177,7 +182,8 @@ def profiles(situation: Situation) -> Iterator[Remedy]:
             if name.startswith("read"):  # from the same storage, but fewer bytes; the sample lies elsewhere
                 total_ms += situation.ms(name) * other.mean_bytes / situation.mean_bytes
             else:
-                total_ms += other.stages.measured[name].ms_per_image(threads)
+                after, before = (stages.measured[name].ms_per_image(threads) for stages in (other.stages, other.before))
+                total_ms += situation.ms(name) * after / before
         change = f"shards of profile {other.profile}: python tools/make_shards.py SRC --out OUT --profile {other.profile}"
         yield Remedy("profile", change, situation.gain(*situation.with_ms(total_ms)), other.spec)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -139,7 +140,8 @@ def advice(situation: Situation, chosen: Remedy | None, others: list[Remedy]) ->
         yield "Nothing needs to be changed."
     else:
         now = situation.training.speed.mean if situation.training else situation.now.estimate.mean
-        after = speed(now * chosen.gain)
+        most = situation.training.demand.mean if situation.training and chosen.kind not in ("precision", "device") else math.inf
+        after = speed(min(now * chosen.gain, most))
         yield f"Nearest remedy: {chosen.change}; predicted gain {gain(chosen.gain)}, to {after} images/s."
     if others:
         yield "Also: " + "; ".join(f"{other.change} ({gain(other.gain)})" for other in others) + "."
