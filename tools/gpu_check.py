@@ -122,8 +122,8 @@ def measure_net(spec: LoaderSpec, arch: str, results: Path, seconds: float) -> l
 def check_profiler(spec: LoaderSpec, arch: str, seconds: float) -> bool:
     """The profiler against the same net on the device: its verdict, for people. True if its figures have the documented form."""
     options = profiler.Options(
-        spec=spec, arch=arch, precision="bf16", demand=None, cache="warm", engines=("dali", "cpu"), repeats=REPEATS,
-        seconds=seconds / 2, apply=False, tune=False, gpus=None, hosts=None, planted=None,
+        name=str(spec.data), spec=spec, arch=arch, precision="bf16", demand=None, cache="warm", engines=("dali", "cpu"),
+        repeats=REPEATS, seconds=seconds / 2, apply=False, tune=False, gpus=None, hosts=None, planted=None,
     )  # fmt: skip
     found = profiler.profile(options)
     print(table(found), flush=True)

@@ -162,6 +162,7 @@ def profile_options(args: Any, data: str) -> Options:
     if planted and planted.kind == "threads":
         spec = replace(spec, threads=int(planted.amount))
     return Options(
+        name=args.data,
         spec=spec,
         arch=args.arch,
         precision=args.precision,

@@ -42,10 +42,11 @@ PREFETCHES = (1, 2, 4)
 
 @dataclass(frozen=True)
 class Options:
-    """data: shards, or images to make shards of. spec: what to load, but for `data`. arch, precision: the net to train; demand:
-    images a second of an emulated accelerator; one of both or neither. cache: auto, warm or cold. engines: to measure, all if
-    empty. repeats, seconds: of each turn. gpus, hosts: a cluster to plan, or None. planted: a fault."""
+    """name: of the data, as the user has it. spec: what to load. arch, precision: the net to train; demand: images a second of an
+    emulated accelerator; one of both or neither. cache: auto, warm or cold. engines: to measure, all if empty. repeats, seconds:
+    of each turn. gpus, hosts: a cluster to plan, or None. planted: a fault."""
 
+    name: str
     spec: LoaderSpec
     arch: str | None
     precision: str
@@ -242,7 +243,7 @@ class Profiler:
                 "planted": str(self.options.planted) if self.options.planted else None,
             },
             "data": {
-                "path": str(spec.data),
+                "path": self.options.name,
                 "split": spec.split,
                 "profile": self.manifest.profile,
                 "images": self.images,
