@@ -59,8 +59,8 @@ def slow_decoding(monkeypatch: pytest.MonkeyPatch) -> None:
 def options(shards: Path, **changes: Any) -> Options:
     spec = LoaderSpec(shards, batch_size=8, image_size=32, geometry=ScaleJitter(36, 68), engine="cpu", threads=2)
     basic = Options(
-        name=str(shards), spec=spec, arch=None, precision="no", demand=None, cache="auto", engines=("cpu",), repeats=3, seconds=0.2,
-        apply=True, tune=False, gpus=None, hosts=None, planted=None,
+        name=str(shards), spec=spec, arch=None, precision="no", demand=None, cache="auto", engines=("cpu",), repeats=3,
+        seconds=0.2, apply=True, tune=False, gpus=None, hosts=None, planted=None,
     )  # fmt: skip
     return replace(basic, **changes)
 
