@@ -21,7 +21,9 @@ are named, with what installs it; those that need a Python of their own get it b
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
+import os
 import signal
 import sys
 import tempfile
@@ -44,8 +46,8 @@ from pipeline import ENGINES, plan
 from pipeline.errors import Parser, UserError, positive, run_cli
 from pipeline.geometry import RandomResizedCrop, ScaleJitter
 from pipeline.spec import PRECISIONS, LoaderSpec
+from training import tuned
 from training.launch import core_share
-from training.tuned import with_tuned
 
 
 def above_zero(text: str) -> float:
@@ -136,9 +138,23 @@ def check(args: Any) -> None:
         raise UserError("--scale belongs to --geometry jitter; leave it out")
     if args.device.startswith("cuda") and not torch.cuda.is_available():
         raise UserError(f"--device {args.device}: torch sees no CUDA GPU; python tools/doctor.py says why")
-    for file in filter(None, (args.json, args.report and args.report / "report.html")):
-        if file.is_dir():
-            raise UserError(f"{file}: is a folder; name a file")
+    for file in (args.json, args.report and args.report / "report.html", tuned.file() if args.tune else None):
+        if file:
+            check_writable(file)
+    if args.report and importlib.util.find_spec("matplotlib") is None:
+        raise UserError("--report draws with matplotlib, which is not installed: pip install -e '.[dev]'")
+
+
+def check_writable(file: Path) -> None:
+    """Raise UserError if a file could not be written in the end; its folder is made."""
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{file.parent}: cannot be made ({error.strerror}); name another place") from error
+    if file.is_dir():
+        raise UserError(f"{file}: is a folder; name a file")
+    if not os.access(file if file.exists() else file.parent, os.W_OK):
+        raise UserError(f"{file}: cannot be written; name another place")
 
 
 def profile_options(args: Any, data: str) -> Options:
@@ -158,7 +174,7 @@ def profile_options(args: Any, data: str) -> Options:
         cache=args.cache,
         cache_gb=args.cache_gb,
     )
-    spec = with_tuned(spec, args.threads, args.prefetch)
+    spec = tuned.with_tuned(spec, args.threads, args.prefetch)
     if planted and planted.kind == "threads":
         spec = replace(spec, threads=int(planted.amount))
     return Options(
@@ -228,7 +244,6 @@ def main() -> None:
         torch.set_num_threads(core_share())
     found = run_all(args)
     if args.json:
-        args.json.parent.mkdir(parents=True, exist_ok=True)
         args.json.write_text(json.dumps(found, indent=1) + "\n")
     if "verdict" in found:
         print(table({name: part for name, part in found.items() if name != "rows"}))  # `compare` has printed its own

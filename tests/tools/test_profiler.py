@@ -166,12 +166,15 @@ def ask(*arguments: Any) -> None:
 
 
 def test_what_is_asked_wrongly(small_shards: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
     for arguments, words in (
         ([], ("DATA", "--compare")),
         ([small_shards, "--arch", "resnet19"], ("resnet19", "resnet18")),
         ([small_shards, "--arch", "resnet18", "--demand", 5], ("--arch", "--demand")),
         ([small_shards, "--plant", "reader=0"], ("reader=0", "MB/S")),
         ([small_shards, "--repeats", 1], ("at least 2",)),
+        ([small_shards, "--json", tmp_path], (str(tmp_path), "is a folder")),
+        ([small_shards, "--report", tmp_path / "file" / "report"], (str(tmp_path / "file"), "cannot be made")),
         ([tmp_path / "nothing"], (str(tmp_path / "nothing"),)),
         ([small_shards, "--batch-size", 1000], ("60 images", "batch of 1000")),
         ([small_shards, "--gpus", 8, "--batch-size", 8, "--image-size", 32, "--scale", 36, 68], ("--demand",)),

@@ -75,7 +75,7 @@ class Profiler:
 
     def __init__(self, options: Options, stack: ExitStack) -> None:
         self.options, self.stack = options, stack
-        engine, self.why = choose_engine(options.spec) if options.spec.engine == "auto" else (options.spec.engine, "")
+        engine = choose_engine(options.spec)[0] if options.spec.engine == "auto" else options.spec.engine
         self.spec = replace(options.spec, engine=engine)
         shards = ShardSet(self.spec.data, self.spec.split, self.spec.cache, self.spec.cache_gb)
         self.manifest = shards.manifest
@@ -207,7 +207,7 @@ class Profiler:
         host = Host(
             cores=cores(),
             per_core=decoding["images_per_s"] / cores(),
-            image_bytes=stages.cold_bytes or self.mean_bytes if self.bytes >= self.memory else self.mean_bytes,
+            image_bytes=(stages.cold_bytes if self.bytes >= self.memory else None) or self.mean_bytes,
             data_bytes=self.bytes,
             memory=self.memory,
             storage=ceiling.bytes_per_s.mean,
