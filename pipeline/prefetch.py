@@ -22,7 +22,7 @@ class Prefetcher:
 
     def __init__(self, fetch: Fetch) -> None:
         self._fetch = fetch
-        self._lock = threading.Lock()  # guards the three below
+        self._lock = threading.Lock()  # guards the four below
         self._queue: deque[int] = deque()
         self._wanted: set[int] = set()  # what is queued or being fetched
         self._threads: set[threading.Thread] = set()
@@ -41,26 +41,27 @@ class Prefetcher:
                 self._threads.add(thread)
 
     def close(self) -> None:
-        """Stop fetching and end the threads. A later hint starts new ones."""
-        self._stop.set()
+        """Stop fetching and end the threads. A later hint starts new ones, also after an interrupt of this."""
         with self._lock:
+            self._wanted.difference_update(self._queue)
             self._queue.clear()
+            self._stop.set()
+            self._stop = threading.Event()  # the next fetches'
             threads = list(self._threads)
         for thread in threads:
             thread.join()
-        self._wanted.clear()
-        self._stop.clear()
 
     def _run(self) -> None:
-        while (number := self._next()) is not None:
+        while (work := self._next()) is not None:
             with suppress(Exception):
-                self._fetch(number, self._stop)
+                self._fetch(*work)
             with self._lock:
-                self._wanted.discard(number)
+                self._wanted.discard(work[0])
 
-    def _next(self) -> int | None:
+    def _next(self) -> tuple[int, threading.Event] | None:
+        """The next number and what stops its fetch; None ends the thread."""
         with self._lock:
             if self._queue:
-                return self._queue.popleft()
+                return self._queue.popleft(), self._stop
             self._threads.discard(threading.current_thread())
             return None

@@ -22,6 +22,7 @@ from pipeline.cache import GIGABYTE
 from pipeline.errors import UserError
 from pipeline.geometry import ScaleJitter
 from pipeline.order import Blocks
+from pipeline.prefetch import Prefetcher
 from pipeline.shards import Manifest, ShardSet
 from pipeline.spec import LoaderSpec
 from tests.helpers import assert_refused, run_script, s3_client, upload
@@ -193,6 +194,33 @@ def test_a_loader_never_closed_leaves_no_thread(remote: str, tmp_path: Path) -> 
     loader = open_loader(spec_for(remote, cache=tmp_path, order="blocks", block_shards=1, engine="cpu"))
     next(iter(loader))
     wait_until(lambda: not threads_named("cropfeed-prefetch"))
+
+
+def test_an_interrupted_close_stops_what_runs_and_nothing_after_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    begun, ended, fetched = threading.Event(), threading.Event(), threading.Event()
+
+    def fetch(number: int, stop: threading.Event) -> None:
+        if number == 0:
+            begun.set()
+            assert stop.wait(10)
+            ended.set()
+        elif not stop.is_set():
+            fetched.set()
+
+    def interrupted(self: threading.Thread) -> None:
+        raise KeyboardInterrupt
+
+    prefetcher = Prefetcher(fetch)
+    prefetcher.hint([0])
+    assert begun.wait(10)
+    with monkeypatch.context() as patched:
+        patched.setattr(threading.Thread, "join", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            prefetcher.close()
+    assert ended.wait(10)
+    prefetcher.hint([1])
+    assert fetched.wait(10)
+    prefetcher.close()
 
 
 def test_local_shards_are_read_ahead(small_shards: Path, monkeypatch: pytest.MonkeyPatch) -> None:
