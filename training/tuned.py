@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 import os
 import platform
-from contextlib import suppress
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -18,7 +17,7 @@ from typing import Any
 
 import torch
 
-from pipeline import choose_engine
+from pipeline import choose_engine, storage
 from pipeline.errors import UserError
 from pipeline.shards import Manifest
 from pipeline.spec import LoaderSpec
@@ -59,15 +58,10 @@ def save(spec: LoaderSpec, threads: int, prefetch: int, images_per_s: float) -> 
         "data": str(spec.data),
         "date": datetime.now(UTC).strftime("%Y-%m-%d"),
     }
-    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial.write_text(json.dumps(content, indent=1) + "\n")
-        os.replace(partial, path)
-    except OSError as error:
-        with suppress(OSError):
-            partial.unlink()
-        raise UserError(f"{path}: cannot be written ({error.strerror}); name another file in CROPFEED_TUNED") from error
+        storage.write(str(path), json.dumps(content, indent=1).encode() + b"\n")
+    except (OSError, UserError) as error:
+        raise UserError(f"{path}: cannot be written ({error}); name another file in CROPFEED_TUNED") from error
     return path
 
 

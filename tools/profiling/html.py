@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import base64
-import os
 from collections.abc import Iterator
 from html import escape
 from pathlib import Path
 from typing import Any
 
+from pipeline import storage
 from pipeline.errors import UserError
 from profiling.figures import Row, Section, gain, gain_interval, interval, share, speed
 from profiling.table import sections
@@ -173,23 +173,12 @@ def write_report(profile: Profile, folder: Path) -> Path:
     pngs = charts.draw(profile)
     report = folder / "report.html"
     try:
-        folder.mkdir(parents=True, exist_ok=True)
         for name in CHARTS:
             if name in pngs:
-                replace(folder / f"{name}.png", pngs[name])
+                storage.write(str(folder / f"{name}.png"), pngs[name])
             else:
                 (folder / f"{name}.png").unlink(missing_ok=True)  # of an earlier report: it would belie this one
-        replace(report, html(profile, pngs).encode())
-    except OSError as error:
-        raise UserError(f"{folder}: the report cannot be written there ({error.strerror}); name another folder") from error
+        storage.write(str(report), html(profile, pngs).encode())
+    except (OSError, UserError) as error:
+        raise UserError(f"{folder}: the report cannot be written there ({error}); name another folder") from error
     return report
-
-
-def replace(file: Path, content: bytes) -> None:
-    """Put a file in its place whole."""
-    temporary = file.with_name(f".{file.name}.{os.getpid()}")
-    try:
-        temporary.write_bytes(content)
-        os.replace(temporary, file)
-    finally:
-        temporary.unlink(missing_ok=True)
