@@ -25,9 +25,9 @@ from tqdm import tqdm
 from model import ARCHS
 from model.testing import score
 from model.weights import Recipe, load_weights, save_weights
-from pipeline import ENGINES, open_loader, plan
+from pipeline import ENGINES, open_loader
 from pipeline.errors import Parser, UserError, positive, run_cli
-from pipeline.geometry import CentreCrop, Geometry, RandomResizedCrop, ScaleJitter
+from pipeline.geometry import CentreCrop, Geometry, ScaleJitter, choose_geometry
 from pipeline.loader import Loader
 from pipeline.spec import CORRUPT, PRECISIONS, LoaderSpec
 from training.checkpoint import load_checkpoint, save_checkpoint
@@ -101,15 +101,6 @@ def check_arguments(args: Any, output: Path) -> None:
         raise UserError(f"{output}: exists already; continue it with --resume, or give another --output")
 
 
-def choose_geometry(args: Any) -> Geometry:
-    """The training geometry. Without --scale, what 256..480 is for crops of 224."""
-    if args.geometry == "rrc":
-        if args.scale:
-            raise UserError("--scale belongs to --geometry jitter; leave it out")
-        return RandomResizedCrop()
-    return ScaleJitter(*args.scale) if args.scale else ScaleJitter().scaled(args.image_size, plan.CROP)
-
-
 def open_loaders(args: Any, accelerator: Accelerator) -> tuple[Loader, Loader | None]:
     """The training loader, and the validation loader where the data has that split."""
     spec = LoaderSpec(
@@ -118,7 +109,7 @@ def open_loaders(args: Any, accelerator: Accelerator) -> tuple[Loader, Loader | 
         order=args.order,
         block_shards=args.block_shards,
         image_size=args.image_size,
-        geometry=choose_geometry(args),
+        geometry=choose_geometry(args.geometry, args.scale, args.image_size),
         seed=args.seed,
         normalization=args.mean,
         dtype=PRECISIONS.get(accelerator.mixed_precision, torch.float32),

@@ -8,6 +8,7 @@ not. Each geometry is a pure function from (seed, epoch, sample, height, width) 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar, NamedTuple, Self
 
@@ -176,6 +177,17 @@ class WholeImage(_Resized):
     def check(self, size: int) -> None:
         if self.short < 1:
             raise UserError(f"the short side must be at least 1, not {self.short}")
+
+
+def choose_geometry(name: str, scale: Sequence[int] | None, size: int) -> Geometry:
+    """A training geometry by its option: "jitter" or "rrc" (random resized crops). scale: the jitter's range of S, pixels; by
+    default what 256..480 is for crops of 224. Raises UserError for a scale that has no jitter.
+    """
+    if name == "rrc":
+        if scale:
+            raise UserError("--scale belongs to --geometry jitter; leave it out")
+        return RandomResizedCrop()
+    return ScaleJitter(*scale) if scale else ScaleJitter().scaled(size, plan.CROP)
 
 
 def _views(windows: npt.NDArray[np.float64], flip: npt.NDArray[np.bool_]) -> Views:

@@ -14,13 +14,13 @@ import json
 import subprocess
 import sys
 import tempfile
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 import _path
-from profiling.loaders import measure_feeds
+from profiling.loaders import grid, measure_feeds
 from profiling.profile import PREFETCHES
 from recording import Figure, record
 
@@ -88,13 +88,12 @@ def check_tuning(data: str, results: Path) -> bool:
     tuned = profile(data, "--tune", "--repeats", "2", "--seconds", "0.1")["tuned"]
     spec = LoaderSpec(data, batch_size=64, engine="cpu")
     threads = sorted({1, core_share(), tuned["threads"]})
-    specs = [replace(spec, threads=count, prefetch=depth) for count in threads for depth in PREFETCHES]
-    feeds = measure_feeds(specs, False, 2 * REPEATS, 1.0, "every setting")
+    feeds = measure_feeds(grid(spec, [spec.engine], threads, PREFETCHES), False, 2 * REPEATS, 1.0, "every setting")
     # The best of the first repeats, compared in the others: the fastest of several alike is so by chance, too.
     best = max(feeds, key=lambda feed: median(feed.speeds[:REPEATS]))
     chosen = next(feed for feed in feeds if (feed.spec.threads, feed.spec.prefetch) == (tuned["threads"], tuned["prefetch"]))
     of = {"engine": "cpu", "spec": f"{tuned['threads']} threads, prefetch {tuned['prefetch']}", "cache": "warm"}
-    ratios = [ours / theirs for ours, theirs in zip(chosen.speeds[REPEATS:], best.speeds[REPEATS:], strict=True)]
+    ratios = chosen.ratios(best)[REPEATS:]
     record(results, "tuning", Figure("chosen_over_best", ratios), **of)
     record(results, "tuning", Figure("seconds", [tuned["seconds"]]), **of)
     good = median(ratios) >= TUNED and tuned["seconds"] < MINUTE

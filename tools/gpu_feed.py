@@ -15,6 +15,7 @@ from typing import Any
 import nvidia.dali.math as dali_math
 import torch
 from nvidia.dali import Pipeline, fn, types
+from profiling.loaders import endless, synchronise
 from recording import Figure, record
 
 from pipeline import open_loader
@@ -38,7 +39,7 @@ class WholeStreams(DaliLoader):
 
 
 def of_loader(loader: Loader) -> Feed:
-    batches = (batch for _ in iter(int, 1) for batch in loader)
+    batches = endless(loader)
     return lambda: len(next(batches).ids)
 
 
@@ -121,14 +122,9 @@ def images_per_second(feed: Feed, seconds: float, device: torch.device, ahead: i
     """For about so long, the device's queue empty at both ends. The first `ahead` batches, which may lie ready, do not count."""
     for _ in range(ahead):
         feed()
-    synchronise(device)
+    synchronise(str(device))
     began, count = time.perf_counter(), 0
     while time.perf_counter() - began < seconds:
         count += feed()
-    synchronise(device)
+    synchronise(str(device))
     return count / (time.perf_counter() - began)
-
-
-def synchronise(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)

@@ -42,9 +42,9 @@ from profiling.profile import Options, profile, shards_of
 from profiling.table import table
 
 from model import ARCHS
-from pipeline import ENGINES, plan
+from pipeline import ENGINES, plan, storage
 from pipeline.errors import Parser, UserError, positive, run_cli
-from pipeline.geometry import RandomResizedCrop, ScaleJitter
+from pipeline.geometry import choose_geometry
 from pipeline.spec import PRECISIONS, LoaderSpec
 from training import tuned
 from training.launch import core_share
@@ -134,8 +134,7 @@ def check(args: Any) -> None:
         raise UserError("--compare alone compares; for all else give DATA, too")
     if (args.gpus or args.hosts) and not (args.arch or args.demand):
         raise UserError("--gpus and --hosts need to know what a GPU eats: give --demand IMAGES_PER_S, or --arch on a GPU")
-    if args.geometry == "rrc" and args.scale:
-        raise UserError("--scale belongs to --geometry jitter; leave it out")
+    choose_geometry(args.geometry, args.scale, args.image_size)
     if args.device.startswith("cuda") and not torch.cuda.is_available():
         raise UserError(f"--device {args.device}: torch sees no CUDA GPU; python tools/doctor.py says why")
     for file in (args.json, args.report and args.report / "report.html", tuned.file() if args.tune else None):
@@ -159,14 +158,12 @@ def check_writable(file: Path) -> None:
 
 def profile_options(args: Any, data: str) -> Options:
     planted = args.plant
-    size = args.image_size
-    geometry = ScaleJitter(*args.scale) if args.scale else ScaleJitter().scaled(size, plan.CROP)
     spec = LoaderSpec(
         data,
         args.split,
         batch_size=args.batch_size or (256 if args.device.startswith("cuda") else 64),
-        image_size=size,
-        geometry=RandomResizedCrop() if args.geometry == "rrc" else geometry,
+        image_size=args.image_size,
+        geometry=choose_geometry(args.geometry, args.scale, args.image_size),
         order=args.order,
         dtype=PRECISIONS[args.precision],
         device=args.device,
@@ -244,7 +241,7 @@ def main() -> None:
         torch.set_num_threads(core_share())
     found = run_all(args)
     if args.json:
-        args.json.write_text(json.dumps(found, indent=1) + "\n")
+        storage.write(str(args.json), json.dumps(found, indent=1).encode() + b"\n")
     if "verdict" in found:
         print(table({name: part for name, part in found.items() if name != "rows"}))  # `compare` has printed its own
         if args.report:

@@ -13,6 +13,7 @@ import _path  # noqa: F401
 import numpy as np
 import numpy.typing as npt
 import simplejpeg
+from page_cache import drop_pages
 
 from peers.job import Job
 from pipeline import plan
@@ -98,16 +99,14 @@ def table_bytes(jpeg: Bytes) -> int:
 
 def pages_loaded(file: Path, offset: int, count: int, window: list[int], advice: int) -> int | None:
     """Pages of a shard in memory once one of its images was cut with none there before; None if they cannot be dropped."""
-    with file.open("rb") as stream:
-        os.fsync(stream.fileno())  # pages not yet written cannot be dropped
-        os.posix_fadvise(stream.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-        with mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as mapped:
-            mapped.madvise(advice)
-            content = np.frombuffer(mapped, np.uint8)
-            before = resident(content)
-            cut(content[offset : offset + count], *window)
-            after = resident(content)
-            del content  # or the map could not be closed
+    drop_pages([file])
+    with file.open("rb") as stream, mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as mapped:
+        mapped.madvise(advice)
+        content = np.frombuffer(mapped, np.uint8)
+        before = resident(content)
+        cut(content[offset : offset + count], *window)
+        after = resident(content)
+        del content  # or the map could not be closed
     return None if before else after
 
 

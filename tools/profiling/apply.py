@@ -51,7 +51,7 @@ def measure_gains(
         for feed in (old, new):
             if feed.error:
                 raise UserError(feed.error)
-        return [b / a for a, b in zip(old.speeds, new.speeds, strict=True)]
+        return new.ratios(old)
     trains: Consumer | None = situation.training.consumer
     changed = trains
     if remedy.kind == "precision":

@@ -10,6 +10,7 @@ from statistics import mean
 from typing import Any
 
 import torch
+from page_cache import drop_pages
 from tqdm import tqdm
 
 from pipeline import open_loader
@@ -17,7 +18,7 @@ from pipeline.errors import UserError
 from pipeline.loader import Batch, Loader
 from pipeline.spec import LoaderSpec
 from profiling.measuring import Estimate, Usage, in_turns, usage
-from profiling.storage import drop_pages, local_files
+from profiling.storage import local_files
 
 
 @dataclass
@@ -33,9 +34,13 @@ class Feed:
     def estimate(self) -> Estimate:
         return Estimate.of_speeds(self.speeds)
 
-    def over(self, other: Feed) -> Estimate:
+    def ratios(self, other: Feed) -> list[float]:
         """Its speed over another's, in each repeat."""
-        return Estimate.of([ours / theirs for ours, theirs in zip(self.speeds, other.speeds, strict=True)])
+        return [ours / theirs for ours, theirs in zip(self.speeds, other.speeds, strict=True)]
+
+    def over(self, other: Feed) -> Estimate:
+        """Their mean, with its interval."""
+        return Estimate.of(self.ratios(other))
 
     @property
     def cpu_share(self) -> float:
@@ -154,7 +159,7 @@ def run(opened: Opened, spec: LoaderSpec, seconds: float) -> tuple[float, Usage]
     if count == 0:
         raise UserError(
             f"{spec.data}: a cold page cache cannot be measured with so few images ({left} are left behind the first batches); "
-            "take a smaller --batch-size, or --cache warm"
+            "take a smaller --batch-size, or --cache-state warm"
         )
     return count / taken.seconds, taken
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
-import os
+import shutil
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -218,8 +218,7 @@ class Profiler:
         return plan_ahead(host, options.gpus or 1, options.hosts or 1, demand, parameters, spec.batch_size)
 
     def _tune(self) -> dict[str, Any]:
-        specs = [replace(self.spec, threads=count, prefetch=depth) for count in self._threads() for depth in PREFETCHES]
-        found = tune(specs, self.cold)
+        found = tune(grid(self.spec, [self.spec.engine], self._threads(), PREFETCHES), self.cold)
         file = tuned.save(self.spec, found.spec.threads, found.spec.prefetch, found.images_per_s)
         return {
             "threads": found.spec.threads,
@@ -280,10 +279,9 @@ def storage_json(ceiling: Ceiling, cold_bytes: float | None) -> dict[str, Any]:
 def free_bytes(folder: str) -> int:
     """Of a file system; 0 where there is none."""
     try:
-        found = os.statvfs(folder)
+        return shutil.disk_usage(folder).free
     except OSError:
         return 0
-    return found.f_bavail * found.f_frsize
 
 
 @contextmanager

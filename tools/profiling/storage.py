@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+from page_cache import drop_pages
 
 from pipeline.shards import ShardSet
 from pipeline.spec import LoaderSpec
@@ -18,14 +19,6 @@ from profiling.measuring import Estimate, in_turns
 PIECE = 4 << 20  # bytes read at once
 STREAMS = (1, 4, 16)
 MEMORY = "/dev/shm"  # a file system in memory
-
-
-def drop_pages(files: Sequence[Path]) -> None:
-    """Make the next read of these files come from the storage, as far as its file system obeys."""
-    for file in files:
-        with file.open("rb") as stream:
-            os.fsync(stream.fileno())  # pages not yet written cannot be dropped
-            os.posix_fadvise(stream.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
 def local_files(spec: LoaderSpec) -> list[Path]:
