@@ -1,104 +1,179 @@
-"""ResNets: He, Zhang, Ren, Sun, "Deep residual learning for image recognition", CVPR 2016 (arXiv 1512.03385), Table 1.
+"""The nets of He, Zhang, Ren, Sun, "Deep residual learning for image recognition", CVPR 2016 (arXiv 1512.03385).
 
-Shortcuts are option B (a projection where dimensions grow). The bottleneck's stride is on its 3x3 convolution, not on its
-first 1x1 as in the paper: the now usual placement, and torchvision's. State-dict keys and shapes are torchvision's, so
-weights move both ways.
+For ImageNet: the ResNets and plain nets of Table 1. For CIFAR: those of section 4.2, with 6n + 2 layers. `ARCHS` names them all:
+
+- `resnet18` ... `resnet152`: shortcut option B (section 4.1), a projection where dimensions grow; `_a` and `_c` are the other
+  options. The bottleneck's stride is on its 3x3 convolution: the now usual placement, and torchvision's.
+- `resnet50_v1`, `resnet101_v1`, `resnet152_v1`: the stride on the bottleneck's first 1x1 convolution, as in the paper.
+- `plain18`, `plain34`: no shortcuts.
+- `resnet20` ... `resnet1202`, `plain20` ... `plain110`: for CIFAR; shortcut option A.
+
+State-dict keys and shapes are torchvision's wherever it has the net, so weights move both ways.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from typing import cast
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
+# Makes the shortcut of a block from its channels in, channels out and stride; None stands for the identity.
+Shortcut = Callable[[int, int, int], nn.Module | None]
 
-class BasicBlock(nn.Module):
-    """Two 3x3 convolutions (Figure 5, left). channels_in -> channels; the shortcut projects where the shape changes."""
+
+class ZeroPadding(nn.Module):
+    """Option A's shortcut where dimensions grow: every `stride`-th pixel, the new channels are zero. No parameters.
+
+    forward: (N, C, H, W) -> (N, C + new_channels, ceil(H / stride), ceil(W / stride)).
+    """
+
+    def __init__(self, new_channels: int, stride: int) -> None:
+        super().__init__()
+        self.new_channels, self.stride = new_channels, stride
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return F.pad(x[:, :, :: self.stride, :: self.stride], (0, 0, 0, 0, 0, self.new_channels))
+
+
+def option_a(channels_in: int, channels_out: int, stride: int) -> nn.Module | None:
+    """Zero padding where the shape changes."""
+    if stride == 1 and channels_in == channels_out:
+        return None
+    return ZeroPadding(channels_out - channels_in, stride)
+
+
+def option_b(channels_in: int, channels_out: int, stride: int) -> nn.Module | None:
+    """A projection where the shape changes."""
+    return None if stride == 1 and channels_in == channels_out else option_c(channels_in, channels_out, stride)
+
+
+def option_c(channels_in: int, channels_out: int, stride: int) -> nn.Module:
+    """A projection, by a 1x1 convolution, in every block."""
+    return nn.Sequential(nn.Conv2d(channels_in, channels_out, 1, stride, bias=False), nn.BatchNorm2d(channels_out))
+
+
+class Block(nn.Module):
+    """What both blocks of Figure 5 share: the layers' output plus the shortcut's (none in plain nets), then ReLU."""
+
+    expansion: int
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.relu = nn.ReLU(inplace=True)
+        self.is_residual = False
+        self.downsample: nn.Module | None = None
+
+    def add_shortcut(self, shortcut: Shortcut | None, channels_in: int, channels_out: int, stride: int) -> None:
+        """To be called last: torchvision has the shortcut's parameters behind the layers'."""
+        if shortcut:
+            self.is_residual, self.downsample = True, shortcut(channels_in, channels_out, stride)
+
+    def layers(self, x: torch.Tensor) -> torch.Tensor:
+        raise NotImplementedError
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        out = self.layers(x)
+        if self.is_residual:
+            out += x if self.downsample is None else self.downsample(x)
+        return cast(torch.Tensor, self.relu(out))
+
+
+class BasicBlock(Block):
+    """Two 3x3 convolutions (Figure 5, left). channels_in -> channels."""
 
     expansion = 1
 
-    def __init__(self, channels_in: int, channels: int, stride: int) -> None:
+    def __init__(self, channels_in: int, channels: int, stride: int, shortcut: Shortcut | None) -> None:
         super().__init__()
         self.conv1 = nn.Conv2d(channels_in, channels, 3, stride, 1, bias=False)
         self.bn1 = nn.BatchNorm2d(channels)
         self.conv2 = nn.Conv2d(channels, channels, 3, 1, 1, bias=False)
         self.bn2 = nn.BatchNorm2d(channels)
-        self.relu = nn.ReLU(inplace=True)
-        self.downsample = projection(channels_in, channels, stride)
+        self.add_shortcut(shortcut, channels_in, channels, stride)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        out = self.relu(self.bn1(self.conv1(x)))
-        out = self.bn2(self.conv2(out))
-        out += x if self.downsample is None else self.downsample(x)
-        return self.relu(out)
+    def layers(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.relu(self.bn1(self.conv1(x)))
+        return cast(torch.Tensor, self.bn2(self.conv2(x)))
 
 
-class Bottleneck(nn.Module):
+class Bottleneck(Block):
     """1x1, 3x3, 1x1 convolutions (Figure 5, right). channels_in -> 4 * channels."""
 
     expansion = 4
+    strides_first = False  # on the first 1x1 convolution, not on the 3x3
 
-    def __init__(self, channels_in: int, channels: int, stride: int) -> None:
+    def __init__(self, channels_in: int, channels: int, stride: int, shortcut: Shortcut | None) -> None:
         super().__init__()
-        self.conv1 = nn.Conv2d(channels_in, channels, 1, bias=False)
+        first, second = (stride, 1) if self.strides_first else (1, stride)
+        self.conv1 = nn.Conv2d(channels_in, channels, 1, first, bias=False)
         self.bn1 = nn.BatchNorm2d(channels)
-        self.conv2 = nn.Conv2d(channels, channels, 3, stride, 1, bias=False)
+        self.conv2 = nn.Conv2d(channels, channels, 3, second, 1, bias=False)
         self.bn2 = nn.BatchNorm2d(channels)
         self.conv3 = nn.Conv2d(channels, channels * self.expansion, 1, bias=False)
         self.bn3 = nn.BatchNorm2d(channels * self.expansion)
-        self.relu = nn.ReLU(inplace=True)
-        self.downsample = projection(channels_in, channels * self.expansion, stride)
+        self.add_shortcut(shortcut, channels_in, channels * self.expansion, stride)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        out = self.relu(self.bn1(self.conv1(x)))
-        out = self.relu(self.bn2(self.conv2(out)))
-        out = self.bn3(self.conv3(out))
-        out += x if self.downsample is None else self.downsample(x)
-        return self.relu(out)
+    def layers(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.relu(self.bn1(self.conv1(x)))
+        x = self.relu(self.bn2(self.conv2(x)))
+        return cast(torch.Tensor, self.bn3(self.conv3(x)))
 
 
-def projection(channels_in: int, channels_out: int, stride: int) -> nn.Sequential | None:
-    """Option B (section 3.3): a 1x1 convolution where the shape changes, the identity (None) elsewhere."""
-    if stride == 1 and channels_in == channels_out:
-        return None
-    return nn.Sequential(nn.Conv2d(channels_in, channels_out, 1, stride, bias=False), nn.BatchNorm2d(channels_out))
+class BottleneckV1(Bottleneck):
+    """The bottleneck as in the paper: the stride on the first 1x1 convolution."""
+
+    strides_first = True
 
 
 class ResNet(nn.Module):
-    """Table 1's nets. forward: images (N, 3, H, W) -> logits (N, num_classes), for any H and W.
+    """A net of blocks in stages; each stage but the first halves the picture and doubles the channels.
 
-    depths: blocks in each of the four stages. Weights are drawn as in He et al. 2015, "Delving deep into rectifiers":
-    N(0, 2 / fan_out) for convolutions (equation 14), N(0, 1 / fan_in) for the classifier, BN at scale 1.
+    forward: images (N, 3, H, W) -> logits (N, num_classes), for any H and W: the classifier sees the mean over places, so that on
+    pictures larger than those trained on the net is fully convolutional.
+    depths: blocks in each stage. shortcut: one of the options, None for a plain net. width: channels of the first stage.
+    small: CIFAR's 3x3 stem for pictures of 32 pixels, instead of 7x7, stride 2 and max pooling for 224.
+    Weights are drawn as in He et al. 2015, "Delving deep into rectifiers": N(0, 2 / fan_out) for convolutions (equation 14),
+    N(0, 1 / fan_in) for the classifier, BN at scale 1.
     """
 
     def __init__(
-        self, block: type[BasicBlock] | type[Bottleneck], depths: tuple[int, int, int, int], num_classes: int = 1000
+        self,
+        block: type[BasicBlock] | type[Bottleneck],
+        depths: tuple[int, ...],
+        num_classes: int = 1000,
+        *,
+        shortcut: Shortcut | None = option_b,
+        width: int = 64,
+        small: bool = False,
     ) -> None:
         super().__init__()
-        self.conv1 = nn.Conv2d(3, 64, 7, 2, 3, bias=False)
-        self.bn1 = nn.BatchNorm2d(64)
+        self.image_size = 32 if small else 224  # the side of the pictures it is meant for
+        self.conv1 = nn.Conv2d(3, width, 3, 1, 1, bias=False) if small else nn.Conv2d(3, width, 7, 2, 3, bias=False)
+        self.bn1 = nn.BatchNorm2d(width)
         self.relu = nn.ReLU(inplace=True)
-        self.maxpool = nn.MaxPool2d(3, 2, 1)
-        channels_in = 64
-        stages = []
-        for stage, depth in enumerate(depths):
-            channels = 64 << stage
+        self.maxpool = nn.Identity() if small else nn.MaxPool2d(3, 2, 1)
+        channels_in = width
+        self.stage_names = [f"layer{stage + 1}" for stage in range(len(depths))]
+        for stage, (name, depth) in enumerate(zip(self.stage_names, depths, strict=True)):
+            channels = width << stage
             blocks = []
             for index in range(depth):
-                blocks.append(block(channels_in, channels, 2 if stage > 0 and index == 0 else 1))
+                blocks.append(block(channels_in, channels, 2 if stage > 0 and index == 0 else 1, shortcut))
                 channels_in = channels * block.expansion
-            stages.append(nn.Sequential(*blocks))
-        self.layer1, self.layer2, self.layer3, self.layer4 = stages
+            self.add_module(name, nn.Sequential(*blocks))
         self.avgpool = nn.AdaptiveAvgPool2d(1)
         self.fc = nn.Linear(channels_in, num_classes)
         self.apply(initialise)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         x = self.maxpool(self.relu(self.bn1(self.conv1(x))))
-        x = self.layer4(self.layer3(self.layer2(self.layer1(x))))
-        return self.fc(self.avgpool(x).flatten(1))
+        for name in self.stage_names:
+            x = getattr(self, name)(x)
+        return cast(torch.Tensor, self.fc(self.avgpool(x).flatten(1)))
 
 
 def initialise(module: nn.Module) -> None:
@@ -109,10 +184,30 @@ def initialise(module: nn.Module) -> None:
         nn.init.zeros_(module.bias)
 
 
+def _for_cifar(layers: int, shortcut: Shortcut | None) -> Callable[..., ResNet]:
+    """A net of section 4.2: layers = 6n + 2, in three stages of 2n layers with 16, 32 and 64 channels."""
+    depths = ((layers - 2) // 6,) * 3
+    return partial(ResNet, BasicBlock, depths, num_classes=10, shortcut=shortcut, width=16, small=True)
+
+
+_18, _34, _101, _152 = (2, 2, 2, 2), (3, 4, 6, 3), (3, 4, 23, 3), (3, 8, 36, 3)  # ResNet-50 has ResNet-34's stages
+
 ARCHS: dict[str, Callable[..., ResNet]] = {
-    "resnet18": partial(ResNet, BasicBlock, (2, 2, 2, 2)),
-    "resnet34": partial(ResNet, BasicBlock, (3, 4, 6, 3)),
-    "resnet50": partial(ResNet, Bottleneck, (3, 4, 6, 3)),
-    "resnet101": partial(ResNet, Bottleneck, (3, 4, 23, 3)),
-    "resnet152": partial(ResNet, Bottleneck, (3, 8, 36, 3)),
+    "plain18": partial(ResNet, BasicBlock, _18, shortcut=None),
+    "plain34": partial(ResNet, BasicBlock, _34, shortcut=None),
+    "resnet18": partial(ResNet, BasicBlock, _18),
+    "resnet18_a": partial(ResNet, BasicBlock, _18, shortcut=option_a),
+    "resnet18_c": partial(ResNet, BasicBlock, _18, shortcut=option_c),
+    "resnet34": partial(ResNet, BasicBlock, _34),
+    "resnet34_a": partial(ResNet, BasicBlock, _34, shortcut=option_a),
+    "resnet34_c": partial(ResNet, BasicBlock, _34, shortcut=option_c),
+    "resnet50": partial(ResNet, Bottleneck, _34),
+    "resnet50_c": partial(ResNet, Bottleneck, _34, shortcut=option_c),
+    "resnet101": partial(ResNet, Bottleneck, _101),
+    "resnet152": partial(ResNet, Bottleneck, _152),
+    "resnet50_v1": partial(ResNet, BottleneckV1, _34),
+    "resnet101_v1": partial(ResNet, BottleneckV1, _101),
+    "resnet152_v1": partial(ResNet, BottleneckV1, _152),
+    **{f"resnet{layers}": _for_cifar(layers, option_a) for layers in (20, 32, 44, 56, 110, 1202)},
+    **{f"plain{layers}": _for_cifar(layers, None) for layers in (20, 32, 44, 56, 110)},
 }

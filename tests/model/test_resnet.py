@@ -4,10 +4,12 @@ import math
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from model import ARCHS
-from model.resnet import BasicBlock
+from model.describe import describe
+from model.resnet import BasicBlock, Block, ZeroPadding, option_b
 
 PARAMETERS = {
     "resnet18": 11_689_512,
@@ -86,7 +88,7 @@ def test_stages_have_table_1s_output_sizes(arch: str) -> None:
     assert sizes == {"conv1": (112, 112), "layer1": (56, 56), "layer2": (28, 28), "layer3": (14, 14), "layer4": (7, 7)}
 
 
-@pytest.mark.parametrize("arch", ["resnet18", "resnet50"])
+@pytest.mark.parametrize("arch", ["plain18", "resnet18", "resnet34_a", "resnet34_c", "resnet50", "resnet50_v1", "resnet56"])
 def test_weights_are_drawn_as_he_et_al_have_it(arch: str) -> None:
     torch.manual_seed(0)
     for name, module in ARCHS[arch]().named_modules():
@@ -103,7 +105,135 @@ def test_weights_are_drawn_as_he_et_al_have_it(arch: str) -> None:
 
 def test_an_identity_shortcut_adds_its_input() -> None:
     """With its last BN at zero a block is relu(x): Figure 2's y = F(x) + x with F = 0."""
-    block = BasicBlock(64, 64, 1).eval()
+    block = BasicBlock(64, 64, 1, option_b).eval()
     nn.init.zeros_(block.bn2.weight)
     x = torch.randn(1, 64, 8, 8)
     assert torch.equal(block(x), x.relu())
+
+
+# What the paper says: Table 1's last row, and section 4.1's 3.6 for the plain net. resnet50 has 3.8 with the stride on the 1x1.
+@pytest.mark.parametrize(
+    ("arch", "paper"),
+    [
+        ("plain18", 1.8), ("resnet18", 1.8), ("resnet18_a", 1.8), ("plain34", 3.6), ("resnet34_a", 3.6),
+        ("resnet50_v1", 3.8), ("resnet101_v1", 7.6), ("resnet152_v1", 11.3),
+    ],
+)  # fmt: skip
+def test_multiply_adds_are_the_papers(arch: str, paper: float) -> None:
+    """To the paper's one decimal, which it has cut for ResNet-50 (3.86) where it has rounded for the others."""
+    assert abs(describe(arch).multiply_adds / 1e9 - paper) < 0.065
+
+
+@pytest.mark.parametrize(
+    ("layers", "millions"), [(20, "0.27"), (32, "0.46"), (44, "0.66"), (56, "0.85"), (110, "1.7"), (1202, "19.4")]
+)
+def test_parameters_of_cifars_nets_are_table_6s(layers: int, millions: str) -> None:
+    with torch.device("meta"):
+        net = ARCHS[f"resnet{layers}"]()
+    decimals = len(millions.split(".")[1])
+    assert f"{sum(parameter.numel() for parameter in net.parameters()) / 1e6:.{decimals}f}" == millions
+    convolutions = [module for module in net.modules() if isinstance(module, nn.Conv2d)]
+    assert len(convolutions) + 1 == layers  # and the classifier
+    assert net.fc.out_features == 10
+
+
+def test_multiply_adds_of_a_net_are_those_of_its_shapes() -> None:
+    """ResNet-20's by hand: kernel area x channels in x channels out x places, from section 4.2's table."""
+    hand = 9 * 3 * 16 * 32**2 + 6 * 9 * 16 * 16 * 32**2
+    hand += 9 * 16 * 32 * 16**2 + 5 * 9 * 32 * 32 * 16**2
+    hand += 9 * 32 * 64 * 8**2 + 5 * 9 * 64 * 64 * 8**2 + 64 * 10
+    found = describe("resnet20")
+    assert found.multiply_adds == hand == sum(stage.multiply_adds for stage in found.stages)
+    assert found.parameters == sum(stage.parameters for stage in found.stages)
+    assert describe("resnet20", 64).multiply_adds == 4 * (hand - 640) + 640
+
+
+@pytest.mark.parametrize("arch", [name for name in ARCHS if not name.endswith("1202")])
+def test_every_net_takes_gradients_to_all_its_parameters(arch: str) -> None:
+    net = ARCHS[arch](num_classes=3)
+    logits = net(torch.randn(2, 3, 32, 32))
+    assert logits.shape == (2, 3)
+    F.cross_entropy(logits, torch.tensor([0, 2])).backward()
+    assert all(parameter.grad is not None for parameter in net.parameters())
+
+
+@pytest.mark.parametrize(
+    ("arch", "projections"),
+    [
+        ("plain34", 0),
+        ("resnet34_a", 0),
+        ("resnet34", 3),
+        ("resnet34_c", 16),
+        ("resnet50", 4),
+        ("resnet50_c", 16),
+        ("resnet110", 0),
+    ],
+)
+def test_shortcuts_hold_the_parameters_of_their_option(arch: str, projections: int) -> None:
+    names = [name for name, _ in ARCHS[arch]().named_parameters() if "downsample" in name]
+    assert len([name for name in names if name.endswith("downsample.0.weight")]) == projections
+    assert len(names) == 3 * projections  # the convolution, and BN's scale and shift
+
+
+def test_twins_differ_in_their_shortcuts_alone() -> None:
+    """Plain and residual nets of option A have the same parameters (section 4.1), and the same start at the same seed."""
+    torch.manual_seed(3)
+    plain = ARCHS["plain34"](num_classes=2).state_dict()
+    torch.manual_seed(3)
+    residual = ARCHS["resnet34_a"](num_classes=2).state_dict()
+    assert plain.keys() == residual.keys()
+    assert all(torch.equal(plain[name], residual[name]) for name in plain)
+
+
+def test_zero_padding_is_the_subsampled_input_and_zeros() -> None:
+    x = torch.randn(2, 3, 5, 4)
+    out = ZeroPadding(4, 2)(x)
+    assert out.shape == (2, 7, 3, 2)
+    for channel in range(7):
+        for row in range(3):
+            for column in range(2):
+                expected = x[:, channel, 2 * row, 2 * column] if channel < 3 else torch.zeros(2)
+                assert torch.equal(out[:, channel, row, column], expected)
+
+
+@pytest.mark.parametrize(("arch", "strides"), [("resnet50", (1, 2, 1)), ("resnet50_v1", (2, 1, 1)), ("resnet101_v1", (2, 1, 1))])
+def test_the_bottlenecks_stride_is_where_it_should_be(arch: str, strides: tuple[int, ...]) -> None:
+    with torch.device("meta"):
+        net = ARCHS[arch]()
+    for name in ("layer2", "layer3", "layer4"):
+        first = getattr(net, name)[0]
+        assert tuple(getattr(first, f"conv{index}").stride[0] for index in (1, 2, 3)) == strides
+        assert first.downsample[0].stride == (2, 2)
+
+
+@pytest.mark.parametrize("arch", ["plain20", "resnet20"])
+def test_cifars_nets_compute_section_4_2(arch: str) -> None:
+    """Against the section's net written in plain functions."""
+    torch.manual_seed(0)
+    net = ARCHS[arch]().eval()
+    for module in net.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            assert module.running_mean is not None
+            assert module.running_var is not None
+            nn.init.uniform_(module.running_mean, -1, 1)
+            nn.init.uniform_(module.running_var, 0.5, 2)
+    weights = net.state_dict()
+
+    def conv_bn(x: torch.Tensor, conv: str, norm: str, stride: int) -> torch.Tensor:
+        x = F.conv2d(x, weights[f"{conv}.weight"], stride=stride, padding=1)
+        parts = [weights[f"{norm}.{part}"] for part in ("running_mean", "running_var", "weight", "bias")]
+        return F.batch_norm(x, *parts)
+
+    images = torch.randn(2, 3, 32, 32)
+    x = conv_bn(images, "conv1", "bn1", 1).relu()
+    for stage in (1, 2, 3):
+        for block in range(3):
+            stride = 2 if stage > 1 and block == 0 else 1
+            name = f"layer{stage}.{block}"
+            out = conv_bn(conv_bn(x, f"{name}.conv1", f"{name}.bn1", stride).relu(), f"{name}.conv2", f"{name}.bn2", 1)
+            if arch.startswith("resnet"):
+                out = out + (torch.cat([x[:, :, ::2, ::2], torch.zeros_like(x[:, :, ::2, ::2])], 1) if stride == 2 else x)
+            x = out.relu()
+    expected = F.linear(x.mean((2, 3)), weights["fc.weight"], weights["fc.bias"])
+    assert torch.allclose(net(images), expected, atol=1e-4, rtol=1e-4)
+    assert sum(isinstance(module, Block) for module in net.modules()) == 9
