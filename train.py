@@ -25,18 +25,17 @@ from tqdm import tqdm
 from model import ARCHS
 from model.testing import score
 from model.weights import Recipe, load_weights, save_weights
-from pipeline import ENGINES, open_loader
-from pipeline.errors import Parser, UserError, positive, run_cli
+from pipeline import open_loader
+from pipeline.errors import UserError, run_cli
 from pipeline.geometry import CentreCrop, Geometry, ScaleJitter, choose_geometry
 from pipeline.loader import Loader
-from pipeline.spec import CORRUPT, PRECISIONS, LoaderSpec
+from pipeline.spec import PRECISIONS, LoaderSpec
 from training.checkpoint import load_checkpoint, save_checkpoint
 from training.launch import check_launch, core_share
 from training.metrics import Meter, MetricsFile
-from training.schedule import SCHEDULES, learning_rate
+from training.options import make_schedule, parse_arguments, parser
 from training.tuned import with_tuned
 
-MOMENTUM = 0.9  # He et al. 2015, section 3.4
 WAITING = 0.05  # share of the time spent waiting for data above which the profiler is named
 
 
@@ -49,51 +48,8 @@ class Progress:
     errors: list[float] = field(default_factory=list)
 
 
-def parser() -> Parser:
-    parse = Parser(__doc__)
-    parse.add_argument("--data", required=True, help="folder or URL (s3://...) of shards, from tools/make_shards.py")
-    parse.add_argument("--cache", type=Path, help="folder for copies of remote shards (CROPFEED_CACHE; ~/.cache/cropfeed)")
-    parse.add_argument("--cache-gb", type=float, help="its bound (CROPFEED_CACHE_GB; 80 %% of the free disk)")
-    parse.add_argument("--output", type=Path, help="folder of this run (default: runs/ARCH)")
-    parse.add_argument("--resume", action="store_true", help="go on from the last checkpoint in --output")
-    parse.add_argument("--arch", default="resnet50", help=", ".join(ARCHS))
-    parse.add_argument("--epochs", type=positive, default=90)
-    parse.add_argument("--batch-size", type=positive, default=256, help="global, over all processes")
-    parse.add_argument("--accumulate", type=positive, default=1, help="parts that each batch is computed in, for less memory")
-    parse.add_argument("--lr", type=float, default=0.1, help="for the global batch")
-    parse.add_argument("--schedule", default="step", choices=SCHEDULES)
-    parse.add_argument("--warmup", type=float, default=0.0, help="epochs of linear warm-up")
-    parse.add_argument("--weight-decay", type=float, default=1e-4)
-    parse.add_argument("--image-size", type=positive, default=224)
-    parse.add_argument("--geometry", default="jitter", choices=("jitter", "rrc"), help="scale jitter, or random resized crops")
-    parse.add_argument(
-        "--scale", type=int, nargs=2, metavar=("LO", "HI"), help="of the short side, for jitter (256 480 at size 224)"
-    )
-    parse.add_argument("--order", default="full", choices=("full", "blocks"), help="shuffle all images, or blocks of shards")
-    parse.add_argument("--block-shards", type=positive, default=8, help="shards in a block; two blocks should fit the cache")
-    parse.add_argument("--corrupt", default="replace", choices=CORRUPT, help="what to do at an image that cannot be decoded")
-    parse.add_argument("--mean", default="pixel", choices=("pixel", "channel"), help="what is subtracted")
-    parse.add_argument("--seed", type=int, default=0)
-    parse.add_argument("--mixed-precision", choices=PRECISIONS, help="default: what accelerate was told")
-    parse.add_argument("--compile", action="store_true", help="torch.compile the model")
-    parse.add_argument("--engine", default="auto", help=", ".join(("auto", *ENGINES)))
-    parse.add_argument(
-        "--threads", type=positive, help="decoding threads per process (default: as tuned; its share of the cores)"
-    )
-    parse.add_argument(
-        "--prefetch", type=positive, help="batches made ahead (default: as tuned by profile_pipeline.py --tune; 2)"
-    )
-    parse.add_argument("--eval-every", type=positive, default=1, help="epochs between validations; the last epoch always has one")
-    parse.add_argument("--log-every", type=positive, default=20, help="steps between rows of metrics.csv")
-    parse.add_argument("--checkpoint-every", type=positive, default=500, help="steps between checkpoints within an epoch")
-    return parse
-
-
-def check_arguments(args: Any, output: Path) -> None:
-    if args.arch not in ARCHS:
-        raise UserError(f"unknown --arch {args.arch!r}; choose from {', '.join(ARCHS)}")
-    if args.lr <= 0 or args.weight_decay < 0 or not 0 <= args.warmup < args.epochs:
-        raise UserError("--lr must be positive, --weight-decay not negative, and --warmup shorter than --epochs")
+def check_output(args: Any, output: Path) -> None:
+    """Raise UserError where there is nothing to resume, or a run that a new one would overwrite."""
     last = output / "checkpoints" / "last"
     if args.resume and not last.exists():
         raise UserError(f"{last}: no checkpoint to resume from; start without --resume")
@@ -112,6 +68,7 @@ def open_loaders(args: Any, accelerator: Accelerator) -> tuple[Loader, Loader | 
         geometry=choose_geometry(args.geometry, args.scale, args.image_size),
         seed=args.seed,
         normalization=args.mean,
+        alpha_std=args.alpha_std,
         dtype=PRECISIONS.get(accelerator.mixed_precision, torch.float32),
         corrupt=args.corrupt,
         device=str(accelerator.device),
@@ -126,6 +83,8 @@ def open_loaders(args: Any, accelerator: Accelerator) -> tuple[Loader, Loader | 
     spec = with_tuned(spec, args.threads, args.prefetch)
     train_loader = open_loader(spec)
     has_val = "val" in train_loader.shards.manifest.splits
+    if args.schedule == "plateau" and not has_val:
+        raise UserError(f"{args.data}: has no split val, whose error --schedule plateau needs; take another schedule")
     return train_loader, open_loader(spec.evaluation()) if has_val else None
 
 
@@ -160,14 +119,14 @@ class Run:
         self.rows, self.told_of_waiting = 0, False
         torch.manual_seed(args.seed)
         self.net = ARCHS[args.arch](num_classes=len(self.loader.classes)).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        optimizer = torch.optim.SGD(self.net.parameters(), args.lr, MOMENTUM, weight_decay=args.weight_decay)
+        optimizer = torch.optim.SGD(self.net.parameters(), args.lr, args.momentum, weight_decay=args.weight_decay)
         saved = self.restore() if args.resume else None  # before anything is written: it may refuse
         self.model, self.optimizer = accelerator.prepare(torch.compile(self.net) if args.compile else self.net, optimizer)
         if saved:
             self.optimizer.load_state_dict(saved["optimizer"])
             if accelerator.scaler is not None and saved["scaler"]:
                 accelerator.scaler.load_state_dict(saved["scaler"])
-        self.total_steps = args.epochs * len(self.loader)
+        self.schedule = make_schedule(args, len(self.loader))
         self.started = time.perf_counter() - self.progress.seconds
         if accelerator.is_main_process:
             print(
@@ -234,14 +193,14 @@ class Run:
         self.accelerator.log(values, step=self.progress.step)
 
     def train(self) -> None:
-        done, quiet = self.progress.step, not self.accelerator.is_main_process
-        with tqdm(total=self.total_steps, initial=done, unit=" steps", disable=quiet) as bar:
-            while self.loader.epoch < self.args.epochs:
+        steps, quiet = self.schedule.steps, not self.accelerator.is_main_process
+        with tqdm(total=steps, initial=self.progress.step, unit=" steps", disable=quiet) as bar:
+            while self.progress.step < steps:
                 self.train_epoch(bar)
                 self.tell_of_replaced(bar)
                 best = False
-                epoch = self.loader.epoch  # already the next one's number: how many are done
-                if self.val_loader is not None and (epoch % self.args.eval_every == 0 or epoch == self.args.epochs):
+                is_due = self.loader.epoch % self.args.eval_every == 0  # already the next epoch's number: how many are done
+                if self.val_loader is not None and (is_due or self.progress.step == steps):
                     best = self.validate(bar)
                 self.save(best)
         if self.accelerator.is_main_process:
@@ -249,12 +208,14 @@ class Run:
         self.accelerator.end_training()
 
     def train_epoch(self, bar: Any) -> None:
-        """The rest of the loader's epoch, with a row every --log-every steps and a checkpoint every --checkpoint-every."""
-        args, progress = self.args, self.progress
+        """The rest of the loader's epoch, or of the run, with a row every --log-every steps and a checkpoint every
+        --checkpoint-every.
+        """
+        args, progress, steps_per_epoch = self.args, self.progress, len(self.loader)
         meter = Meter(self.accelerator.device)
         for batch in meter.timed(self.loader):
-            rate = self.rate()
-            meter.add(self.train_step(batch.images, batch.labels, rate))
+            rate = self.schedule.rate(progress.step, progress.errors)
+            meter.add(*self.train_step(batch.images, batch.labels, rate))
             progress.step += 1
             bar.update()
             if progress.step % args.log_every == 0:
@@ -264,8 +225,12 @@ class Run:
                 bar.set_postfix_str(
                     f"loss {row['train_loss']:.3f}, {row['images_per_s']:.0f} images/s, waiting for data {row['wait_share']:.1%}"
                 )
-            # The epoch's end has a checkpoint of its own, after validation.
-            if progress.step % args.checkpoint_every == 0 and progress.step % len(self.loader):
+            # The ends of epoch and run have a checkpoint of their own, after validation.
+            if progress.step % steps_per_epoch == 0:
+                continue  # to the loader's own end of the epoch
+            if progress.step == self.schedule.steps:
+                return
+            if progress.step % args.checkpoint_every == 0:
                 self.save()
 
     def tell_of_waiting(self, bar: Any, share: float) -> None:
@@ -284,27 +249,22 @@ class Run:
         if replaced and self.accelerator.is_main_process:
             bar.write(f"epoch {self.loader.epoch}: {replaced} images replaced so far that could not be decoded")
 
-    def rate(self) -> float:
-        """The learning rate of the next step, taken at the step's middle so that neither end of a schedule is wasted."""
-        args, progress = self.args, self.progress
-        return learning_rate(
-            args.schedule, args.lr, (progress.step + 0.5) / self.total_steps, args.warmup / args.epochs, progress.errors
-        )
-
-    def train_step(self, images: torch.Tensor, labels: torch.Tensor, rate: float) -> torch.Tensor:
-        """One update from this process's part of a global batch; its mean loss, still on the device."""
+    def train_step(self, images: torch.Tensor, labels: torch.Tensor, rate: float) -> tuple[torch.Tensor, torch.Tensor]:
+        """One update from this process's part of a global batch; its mean loss and top-1 share, still on the device."""
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         parts = self.args.accumulate
-        mean = torch.zeros((), device=images.device)
+        mean, top1 = torch.zeros(2, device=images.device)
         for part, targets in zip(images.chunk(parts), labels.chunk(parts), strict=True):
             with self.accelerator.accumulate(self.model):
-                loss = F.cross_entropy(self.model(part), targets)
+                logits = self.model(part)
+                loss = F.cross_entropy(logits, targets)
                 self.accelerator.backward(loss)  # divides by the number of parts
                 self.optimizer.step()
                 self.optimizer.zero_grad()
             mean += loss.detach() / parts
-        return mean
+            top1 += (logits.detach().argmax(1) == targets).float().mean() / parts
+        return mean, top1
 
     def validate(self, bar: Any) -> bool:
         """Score the validation split; returns whether this is the lowest error so far."""
@@ -320,7 +280,7 @@ class Run:
         self.log({"val_top1": result.top1_rate, "val_top5": result.top5_rate})
         if self.accelerator.is_main_process:
             bar.write(
-                f"epoch {self.loader.epoch}: top-1 {result.top1_rate:.2%}, top-5 {result.top5_rate:.2%} of {result.images} images"
+                f"epoch {self.progress.step / len(self.loader):.4g}: top-1 {result.top1_rate:.2%}, top-5 {result.top5_rate:.2%} of {result.images} images"
             )
         errors = self.progress.errors
         errors.append(1 - result.top1_rate)
@@ -328,9 +288,9 @@ class Run:
 
 
 def main() -> None:
-    args = parser().parse_args()
+    args = parse_arguments(__doc__, sys.argv[1:])
     output = (args.output or Path("runs") / args.arch).absolute()
-    check_arguments(args, output)
+    check_output(args, output)
     accelerator = Accelerator(
         mixed_precision=args.mixed_precision,
         gradient_accumulation_steps=args.accumulate,

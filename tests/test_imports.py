@@ -65,7 +65,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "pipeline/__init__.py": ("pipeline.loader", "pipeline.shards", "pipeline.spec", "pipeline.errors"),
     "conversion/": ("conversion", "pipeline"),
     "model/": ("model", "pipeline.augment", "pipeline.errors"),
-    "training/": ("training", "pipeline"),
+    "training/": ("training", "model", "pipeline"),
     "tools/": ("pipeline", "conversion", "model", "training", "tools"),
     "train.py": ("pipeline", "model", "training"),
 }

@@ -14,7 +14,7 @@ import torch
 T = TypeVar("T")
 
 COLUMNS = (
-    "step", "epoch", "seconds", "lr", "train_loss", "images_per_s", "wait_share", "val_top1", "val_top5",
+    "step", "epoch", "seconds", "lr", "train_loss", "train_top1", "images_per_s", "wait_share", "val_top1", "val_top5",
 )  # fmt: skip
 
 
@@ -43,15 +43,16 @@ class Clock:
 
 
 class Meter:
-    """Mean loss, speed and waiting of the steps since it was made or last read. Adding a loss does not wait for the device."""
+    """Mean loss and top-1 share, speed and waiting of the steps since it was made or last read. Adding a step does not wait for
+    the device."""
 
     def __init__(self, device: torch.device) -> None:
-        self._losses = torch.zeros((), device=device)
+        self._sums = torch.zeros(2, device=device)  # of losses and of top-1 shares
         self._clock = Clock(device)
         self._start()
 
     def _start(self) -> None:
-        self._losses.zero_()
+        self._sums.zero_()
         self._steps, self._began = 0, time.perf_counter()
         self._waits: list[tuple[Any, Any]] = []
 
@@ -66,20 +67,23 @@ class Meter:
                 return
             yield batch
 
-    def add(self, loss: torch.Tensor) -> None:
-        self._losses += loss
+    def add(self, loss: torch.Tensor, top1: torch.Tensor) -> None:
+        """A step's mean loss and the share of its images whose highest logit was their label's: () each, on the device."""
+        self._sums += torch.stack((loss, top1))
         self._steps += 1
 
     def read(self, batch_size: int, gather: Callable[[torch.Tensor], torch.Tensor]) -> dict[str, float]:
-        """train_loss, images_per_s and wait_share (0..1), and start anew. batch_size: global. gather: a tensor's values over all
-        processes. The loss is their mean; the waiting theirs who wait longest, for all others then wait for these."""
-        loss = float(gather(self._losses).mean()) / self._steps
+        """train_loss, train_top1 (0..1), images_per_s and wait_share (0..1), and start anew. batch_size: global. gather: a
+        tensor's values over all processes. Loss and top-1 are their means; the waiting theirs who wait longest, for all others
+        then wait for these."""
+        loss, top1 = (gather(self._sums).view(-1, 2).mean(0) / self._steps).tolist()
         elapsed = time.perf_counter() - self._began
         waited = sum(self._clock.seconds(*wait) for wait in self._waits)
         figures = {
             "train_loss": loss,
+            "train_top1": top1,
             "images_per_s": batch_size * self._steps / elapsed,
-            "wait_share": float(gather(torch.tensor(waited / elapsed, device=self._losses.device)).max()),
+            "wait_share": float(gather(torch.tensor(waited / elapsed, device=self._sums.device)).max()),
         }
         self._start()
         return figures

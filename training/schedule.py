@@ -4,37 +4,57 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 
-STEP_MILESTONES = (1 / 3, 2 / 3)  # epochs 30 and 60 of 90
-STEP_FACTOR = 0.1
-PLATEAU_PATIENCE = 3  # epochs without a lower validation error before the rate falls
+FACTOR = 0.1  # He et al. 2015, section 3.4: "divided by 10"
+MILESTONES = (1 / 3, 2 / 3)  # shares of the run: epochs 30 and 60 of 90
+PATIENCE = 3
+THRESHOLD = 1e-4  # share of the lowest error that a lower one must gain; torch's ReduceLROnPlateau has the same
 
 SCHEDULES = ("step", "plateau", "cosine")
 
 
-def learning_rate(schedule: str, base: float, progress: float, warmup: float, errors: Sequence[float]) -> float:
-    """The rate for the next step. He et al. 2015, section 3.4, divides by 10 "when the error plateaus".
+@dataclass(frozen=True)
+class Schedule:
+    """The learning rate of every step of a run.
 
-    progress: share of the run's steps done, 0..1. warmup: share of the run over which the rate first rises linearly from 0.
-    errors: the validation error after each epoch so far, which "plateau" alone looks at.
+    kind: "step" divides by 10 at `milestones`; "plateau" where the validation error stops falling (see `plateaus`); "cosine"
+    falls from the base to 0. base: the rate after warm-up. steps: of the whole run. milestones, warmup: in steps. warmup_lr: the
+    rate during warm-up (He et al. 2015, section 4.2, for ResNet-110); by default it rises linearly from 0.
     """
-    if progress < warmup:
-        return base * progress / warmup
-    if schedule == "step":
-        return base * STEP_FACTOR ** sum(progress >= milestone for milestone in STEP_MILESTONES)
-    if schedule == "plateau":
-        return base * STEP_FACTOR ** plateaus(errors)
-    if schedule == "cosine":
-        return base * 0.5 * (1 + math.cos(math.pi * (progress - warmup) / (1 - warmup)))
-    raise ValueError(f"unknown schedule {schedule!r}; choose from {', '.join(SCHEDULES)}")
+
+    kind: str
+    base: float
+    steps: int
+    milestones: tuple[float, ...] = ()
+    warmup: float = 0.0
+    warmup_lr: float | None = None
+    patience: int = PATIENCE
+
+    def rate(self, step: int, errors: Sequence[float]) -> float:
+        """The rate of a step, counted from 0. errors: all validation errors before it, which "plateau" alone looks at."""
+        middle = step + 0.5  # so that neither end of a schedule is wasted
+        if middle < self.warmup:
+            return self.base * middle / self.warmup if self.warmup_lr is None else self.warmup_lr
+        if self.kind == "step":
+            return self.base * FACTOR ** sum(middle >= milestone for milestone in self.milestones)
+        if self.kind == "plateau":
+            return self.base * FACTOR ** plateaus(errors, self.patience)
+        if self.kind == "cosine":
+            return self.base * 0.5 * (1 + math.cos(math.pi * (middle - self.warmup) / (self.steps - self.warmup)))
+        raise ValueError(f"unknown schedule {self.kind!r}; choose from {', '.join(SCHEDULES)}")
 
 
-def plateaus(errors: Sequence[float]) -> int:
-    """How often the error went `PLATEAU_PATIENCE` epochs without a new minimum, counting afresh after each such time."""
+def plateaus(errors: Sequence[float], patience: int) -> int:
+    """How often the error has stopped falling: more than `patience` validations in a row without a new minimum, counted afresh
+    after each such time. As torch.optim.lr_scheduler.ReduceLROnPlateau counts, but from the whole history.
+    """
     count, waited, lowest = 0, 0, math.inf
     for error in errors:
-        waited = 0 if error < lowest else waited + 1
-        lowest = min(lowest, error)
-        if waited == PLATEAU_PATIENCE:
+        if error < lowest * (1 - THRESHOLD):
+            waited, lowest = 0, error
+        else:
+            waited += 1
+        if waited > patience:
             count, waited = count + 1, 0
     return count

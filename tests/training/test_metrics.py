@@ -39,14 +39,19 @@ def run(meter: Meter, fake: FakeTime, waits: list[float], losses: list[float], s
     """An epoch of steps that take so long each."""
     for number in meter.timed(batches(fake, waits)):
         fake.sleep(step)
-        meter.add(torch.tensor(losses[number]))
+        meter.add(torch.tensor(losses[number]), torch.tensor(losses[number] / 8))
 
 
 def test_loss_speed_and_waiting(fake: FakeTime) -> None:
     meter = Meter(CPU)
     run(meter, fake, [0.5, 0.0, 0.1], [3.0, 2.0, 1.0], step=0.2)
     found = meter.read(8, alone)
-    assert found == {"train_loss": 2.0, "images_per_s": pytest.approx(24 / 1.2), "wait_share": pytest.approx(0.5)}
+    assert found == {
+        "train_loss": 2.0,
+        "train_top1": 0.25,
+        "images_per_s": pytest.approx(24 / 1.2),
+        "wait_share": pytest.approx(0.5),
+    }
 
 
 def test_reading_starts_anew(fake: FakeTime) -> None:
@@ -54,15 +59,19 @@ def test_reading_starts_anew(fake: FakeTime) -> None:
     meter = Meter(CPU)
     for number in meter.timed(batches(fake, [0.5, 0.1, 0.3])):
         fake.sleep(0.5)
-        meter.add(torch.tensor(float(number)))
+        meter.add(torch.tensor(float(number)), torch.tensor(number / 4))
         found = meter.read(10, alone)
         wait = (0.5, 0.1, 0.3)[number]
         assert found["train_loss"] == number
+        assert found["train_top1"] == number / 4
         assert found["images_per_s"] == pytest.approx(10 / (0.5 + wait))
         assert found["wait_share"] == pytest.approx(wait / (0.5 + wait), abs=1e-6)
     fake.sleep(1.0)
     run(meter, fake, [1.0], [7.0], step=0.0)
-    assert meter.read(10, alone) == {"train_loss": 7, "images_per_s": pytest.approx(5), "wait_share": pytest.approx(0.5)}
+    found = meter.read(10, alone)
+    assert (found["train_loss"], found["train_top1"]) == (7, 7 / 8)
+    assert found["images_per_s"] == pytest.approx(5)
+    assert found["wait_share"] == pytest.approx(0.5)
 
 
 def test_a_run_that_never_waits(fake: FakeTime) -> None:
@@ -81,7 +90,7 @@ def test_the_end_of_an_epoch_counts_as_waiting(fake: FakeTime) -> None:
     meter = Meter(CPU)
     for _ in meter.timed(slow_end()):
         fake.sleep(0.5)
-        meter.add(torch.tensor(1.0))
+        meter.add(torch.tensor(1.0), torch.tensor(0.5))
     assert meter.read(8, alone)["wait_share"] == pytest.approx(0.5)
 
 
@@ -90,7 +99,7 @@ def test_the_same_batches_come_out(fake: FakeTime) -> None:
     assert list(meter.timed([0, "", False, 4])) == [0, "", False, 4]
 
 
-def test_over_processes_the_longest_wait_and_the_mean_loss(fake: FakeTime) -> None:
+def test_over_processes_the_longest_wait_and_the_mean_loss_and_top1(fake: FakeTime) -> None:
     """Two processes, one after the other: the second gathers what the first sent."""
     sent: list[torch.Tensor] = []
 
@@ -108,7 +117,12 @@ def test_over_processes_the_longest_wait_and_the_mean_loss(fake: FakeTime) -> No
             loss = 10 * process[0]  # 3 and 1
             run(meter, fake, process, [loss, loss], step=0.5 - process[0])
             found = meter.read(16, gather)
-        assert found == {"train_loss": pytest.approx(2.0), "images_per_s": pytest.approx(32.0), "wait_share": pytest.approx(0.6)}
+        assert found == {
+            "train_loss": pytest.approx(2.0),
+            "train_top1": pytest.approx(0.25),
+            "images_per_s": pytest.approx(32.0),
+            "wait_share": pytest.approx(0.6),
+        }
         assert sent == []
 
 
@@ -180,7 +194,7 @@ def test_a_busy_gpu_does_not_wait() -> None:
     began = time.perf_counter()
     for _ in meter.timed(slow()):
         work()
-        meter.add(torch.ones((), device=device))
+        meter.add(torch.ones((), device=device), torch.ones((), device=device))
     found = meter.read(8, alone)
     elapsed = time.perf_counter() - began
     assert elapsed > 1.2

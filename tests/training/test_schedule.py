@@ -1,40 +1,59 @@
 from __future__ import annotations
 
+import random
+
 import pytest
+import torch
 
-from training.schedule import learning_rate, plateaus
-
-
-def rate(schedule: str, progress: float, warmup: float = 0.0, errors: tuple[float, ...] = ()) -> float:
-    return learning_rate(schedule, 0.1, progress, warmup, errors)
+from training.schedule import Schedule, plateaus
 
 
-def test_step_divides_by_ten_after_30_and_60_of_90_epochs() -> None:
-    assert [rate("step", epoch / 90) for epoch in (0, 29.99, 30, 59.99, 60, 89.99)] == pytest.approx(
-        [0.1, 0.1, 0.01, 0.01, 0.001, 0.001]
-    )
+def test_step_divides_by_ten_at_its_milestones() -> None:
+    schedule = Schedule("step", 0.1, 90, (30, 60))
+    assert [schedule.rate(epoch, ()) for epoch in (0, 29, 30, 59, 60, 89)] == pytest.approx([0.1, 0.1, 0.01, 0.01, 0.001, 0.001])
 
 
-def test_cosine_falls_from_the_base_to_nothing() -> None:
-    assert [rate("cosine", progress) for progress in (0, 0.25, 0.5, 1)] == pytest.approx([0.1, 0.0853553, 0.05, 0], abs=1e-7)
-    assert rate("cosine", 0.6, warmup=0.2) == pytest.approx(0.05)
+def test_cosine_is_torchs() -> None:
+    schedule = Schedule("cosine", 0.1, 1000)
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], 0.1)
+    theirs = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 1000)
+    for step in range(999):
+        before = theirs.get_last_lr()[0]
+        optimizer.step()
+        theirs.step()
+        assert schedule.rate(step, ()) == pytest.approx((before + theirs.get_last_lr()[0]) / 2, abs=1e-6)  # ours: a step's middle
+    assert Schedule("cosine", 0.1, 1000, warmup=200).rate(599, ()) == pytest.approx(0.05, rel=1e-2)
 
 
-@pytest.mark.parametrize("schedule", ["step", "plateau", "cosine"])
-def test_warm_up_is_linear_from_nothing(schedule: str) -> None:
-    assert [rate(schedule, progress, warmup=0.1) for progress in (0, 0.05, 0.1)] == pytest.approx([0, 0.05, 0.1])
+@pytest.mark.parametrize("kind", ["step", "plateau", "cosine"])
+def test_warm_up_is_linear_from_nothing_or_constant(kind: str) -> None:
+    rising = Schedule(kind, 0.1, 1000, warmup=100)
+    assert [rising.rate(step, ()) for step in (0, 49, 99)] == pytest.approx([0.0005, 0.0495, 0.0995])
+    constant = Schedule(kind, 0.1, 1000, warmup=400, warmup_lr=0.01)
+    assert [constant.rate(step, ()) for step in (0, 399)] == [0.01, 0.01]
+    assert constant.rate(400, ()) == pytest.approx(0.1, rel=1e-4)
 
 
-def test_plateau_divides_after_three_epochs_without_a_lower_error() -> None:
-    falling = (0.9, 0.8, 0.7)
-    assert [rate("plateau", 0.5, errors=falling + stuck) for stuck in ((), (0.7, 0.8), (0.7, 0.8, 0.75))] == pytest.approx(
-        [0.1, 0.1, 0.01]
-    )
-    assert plateaus((0.5, 0.6, 0.6, 0.6, 0.6, 0.6, 0.6)) == 2
-    assert plateaus((0.5, 0.6, 0.6, 0.4, 0.6, 0.6)) == 0
-    assert plateaus(()) == 0
+@pytest.mark.parametrize("patience", [0, 1, 3])
+def test_plateau_is_torchs_reduce_on_plateau(patience: int) -> None:
+    rng = random.Random(patience)
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], 0.1)
+    theirs = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, factor=0.1, patience=patience, min_lr=0, eps=0)
+    schedule = Schedule("plateau", 0.1, 10_000, patience=patience)
+    errors: list[float] = []
+    for step in range(60):
+        assert schedule.rate(step, errors) == pytest.approx(optimizer.param_groups[0]["lr"])
+        errors.append(round(0.3 + 0.7 / (1 + step) + rng.uniform(-0.05, 0.05), 3))
+        theirs.step(errors[-1])
+    assert 0 < plateaus(errors, patience) < 60
+
+
+def test_plateau_forgets_a_gain_too_small_to_see() -> None:
+    assert plateaus((0.5, 0.49999, 0.49998), 1) == 1
+    assert plateaus((0.5, 0.49, 0.48), 1) == 0
+    assert plateaus((), 1) == 0
 
 
 def test_an_unknown_schedule_is_refused() -> None:
     with pytest.raises(ValueError, match="step, plateau, cosine"):
-        rate("linear", 0.5)
+        Schedule("linear", 0.1, 10).rate(5, ())
