@@ -4,7 +4,7 @@
 # VENV/without-ffcv records for `make test`. In CI (CI=true) that is an error.
 set -eu
 venv=$1
-extras=dali,ffcv,ray,s3,dev
+extras=dali,ffcv,ray,s3,export,dev
 needs="g++ pkg-config libopencv-dev libturbojpeg0-dev"
 
 can_compile_ffcv() {
@@ -24,7 +24,7 @@ if ! can_compile_ffcv; then
     echo "FFCV is left out, and its tests: it is compiled, and that needs: apt-get install $needs" >&2
     echo "then: make clean, and make again" >&2
     if [ "${CI:-}" = true ]; then exit 1; fi
-    extras=dali,ray,s3,dev
+    extras=dali,ray,s3,export,dev
     touch "$venv/without-ffcv"
 fi
 

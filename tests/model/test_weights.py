@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from model import ARCHS
 from model.weights import Recipe, load_weights, save_weights
@@ -45,6 +45,24 @@ def test_pth_files_of_every_habit_load(tmp_path: Path) -> None:
         assert header == {}
         assert weights.keys() == state.keys()
         assert torch.equal(weights["conv1.weight"], state["conv1.weight"])
+
+
+def test_half_precision_becomes_float32(tmp_path: Path) -> None:
+    state = {"a.weight": torch.tensor([0.1, 3e-6], dtype=torch.bfloat16), "a.count": torch.tensor(7)}
+    torch.save({"state_dict": {f"_orig_mod.module.{name}": tensor for name, tensor in state.items()}}, tmp_path / "net.pt")
+    save_file(state, tmp_path / "net.safetensors")
+    for name in ("net.pt", "net.safetensors"):
+        weights, _ = load_weights(tmp_path / name)
+        assert {name: tensor.dtype for name, tensor in weights.items()} == {"a.weight": torch.float32, "a.count": torch.int64}
+        assert weights["a.weight"].tolist() == state["a.weight"].tolist()
+
+
+def test_a_checkpoint_that_holds_itself_is_refused(tmp_path: Path) -> None:
+    content: dict[str, object] = {}
+    content["model"] = content
+    torch.save(content, tmp_path / "net.pth")
+    with pytest.raises(UserError, match=r"net\.pth: holds no state dict"):
+        load_weights(tmp_path / "net.pth")
 
 
 class Harmful:
