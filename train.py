@@ -23,6 +23,7 @@ from accelerate.utils import ProjectConfiguration
 from tqdm import tqdm
 
 from model import ARCHS
+from model.loading import initial_weights
 from model.testing import score
 from model.weights import Recipe, load_weights, save_weights
 from pipeline import open_loader
@@ -120,7 +121,12 @@ class Run:
         torch.manual_seed(args.seed)
         self.net = ARCHS[args.arch](num_classes=len(self.loader.classes)).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         optimizer = torch.optim.SGD(self.net.parameters(), args.lr, args.momentum, weight_decay=args.weight_decay)
-        saved = self.restore() if args.resume else None  # before anything is written: it may refuse
+        saved = None
+        if args.resume:
+            saved = self.restore()  # before anything is written: it may refuse
+        elif args.weights:
+            taken = initial_weights(args.weights, args.arch, self.net, self.loader.classes)
+            accelerator.print(taken, flush=True)
         self.model, self.optimizer = accelerator.prepare(torch.compile(self.net) if args.compile else self.net, optimizer)
         if saved:
             self.optimizer.load_state_dict(saved["optimizer"])
@@ -279,9 +285,8 @@ class Run:
         )
         self.log({"val_top1": result.top1_rate, "val_top5": result.top5_rate})
         if self.accelerator.is_main_process:
-            bar.write(
-                f"epoch {self.progress.step / len(self.loader):.4g}: top-1 {result.top1_rate:.2%}, top-5 {result.top5_rate:.2%} of {result.images} images"
-            )
+            epoch = f"{self.progress.step / len(self.loader):.4g}"
+            bar.write(f"epoch {epoch}: top-1 {result.top1_rate:.2%}, top-5 {result.top5_rate:.2%} of {result.images} images")
         errors = self.progress.errors
         errors.append(1 - result.top1_rate)
         return errors[-1] <= min(errors)

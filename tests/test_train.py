@@ -106,6 +106,10 @@ def test_a_run_learns_and_leaves_everything_behind(small_shards: Path, finished:
     assert sum(losses[-STEPS:]) < 0.7 * sum(losses[:STEPS])
     tops = [float(row["val_top1"]) for row in rows if row["val_top1"]]
     assert len(tops) == EPOCHS
+    shares = [float(row["train_top1"]) for row in rows if row["train_top1"]]
+    assert len(shares) == EPOCHS * STEPS
+    assert all(share * 8 == int(share * 8) for share in shares)  # images of 8
+    assert sum(shares[:STEPS]) / STEPS < sum(shares[-STEPS:]) / STEPS <= 1
     assert all(0 <= float(row["wait_share"]) <= 1 and float(row["images_per_s"]) > 0 for row in rows if row["train_loss"])
     weights, header = load_weights(finished / "model.safetensors")
     assert weights.keys() == ARCHS["resnet18"](num_classes=3).state_dict().keys()
@@ -157,6 +161,80 @@ def test_one_process_then_two_then_one_see_the_same_global_batches(small_shards:
     ranks = {path.name.rsplit(".", 1)[1] for path in tmp_path.glob("trace.*")}
     assert ranks == {"0", "1"}
     assert traces(trace) == traces(finished.parent / "trace")
+
+
+def test_iterations_end_a_run_within_an_epoch_and_it_goes_on_from_there(
+    small_shards: Path, finished: Path, tmp_path: Path
+) -> None:
+    """10 of 7 an epoch, then 14 by --resume: the batches are those of a run of epochs."""
+    run, trace = tmp_path / "run", tmp_path / "trace"
+    options = arguments(small_shards, run)
+    at = options.index("--epochs")
+    options[at : at + 2] = ["--iterations", "10"]
+    result = run_script("tests/traced_train.py", *options, "--milestones", 8, TRACE=str(trace))
+    assert result.returncode == 0, result.stderr
+    rows = read_metrics(run / "metrics.csv")
+    assert [float(row["lr"]) for row in rows if row["lr"]] == pytest.approx([0.02] * 8 + [0.002] * 2)
+    assert [int(row["step"]) for row in rows if row["val_top1"]] == [7, 10]
+    assert (run / "checkpoints" / "last").resolve().name == "step-00000010"
+    options[at + 1] = "14"
+    result = run_script("tests/traced_train.py", *options, "--resume", TRACE=str(trace))
+    assert result.returncode == 0, result.stderr
+    assert [int(row["step"]) for row in read_metrics(run / "metrics.csv") if row["val_top1"]] == [7, 10, 14]
+    whole = traces(finished.parent / "trace")
+    assert traces(trace) == {place: whole[place] for place in sorted(whole)[:14]}
+
+
+def test_a_plateau_divides_the_rate_and_a_resumed_run_remembers_it(small_shards: Path, tmp_path: Path) -> None:
+    """With a learning rate of next to nothing the error stays as it is: each validation but the first bears it, every second
+    one divides."""
+    run = tmp_path / "run"
+    options = [*arguments(small_shards, run, "--schedule", "plateau", "--patience", 1), "--lr", 1e-9, "--epochs"]
+    for epochs, more in ((4, ()), (7, ("--resume",))):
+        result = run_script("train.py", *options, epochs, *more)
+        assert result.returncode == 0, result.stderr
+    rows = read_metrics(run / "metrics.csv")
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], 1e-9)
+    theirs = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, patience=1, eps=0)
+    expected = []
+    for row in rows:
+        if row["val_top1"]:
+            theirs.step(1 - float(row["val_top1"]))
+        else:
+            expected.append(optimizer.param_groups[0]["lr"])
+    assert [float(row["lr"]) for row in rows if row["lr"]] == pytest.approx(expected, rel=1e-6, abs=0)
+    assert expected[-1] < 2e-11 < expected[0]
+
+
+def test_weights_to_start_from(small_shards: Path, finished: Path, tmp_path: Path) -> None:
+    """With a rate of next to nothing a run ends with the weights that it began with, but for BN's statistics."""
+    options = [*arguments(small_shards, tmp_path / "run"), "--epochs", 1, "--lr", 1e-12, "--weights"]
+    result = run_script("train.py", *options, finished)
+    assert result.returncode == 0, result.stderr
+    assert "starting from its resnet18, classifier included" in result.stdout
+    before, after = load_file(finished / "model.safetensors"), load_file(tmp_path / "run" / "model.safetensors")
+    assert all(torch.allclose(after[name], before[name], atol=1e-7) for name in before if name.endswith(("weight", "bias")))
+    refused = run_script("train.py", *options, finished, "--output", tmp_path / "other", "--arch", "resnet34")
+    assert_refused(refused, "holds a resnet18, not --arch resnet34")
+    assert not (tmp_path / "other").exists()
+
+
+def test_padded_crops_of_a_cifar_net_by_its_recipe(small_shards: Path, tmp_path: Path) -> None:
+    """A run of the recipe that is plotted, recorded and tested at the centre of the whole short side."""
+    run = tmp_path / "run"
+    result = run_script(
+        "train.py", "--data", small_shards, "--output", run, "--recipe", "cifar110", "--arch", "resnet20", "--iterations", 8,
+        "--warmup", 2, "--batch-size", 20, "--threads", 1, "--log-every", 1,
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    rates = [float(row["lr"]) for row in read_metrics(run / "metrics.csv") if row["lr"]]
+    assert rates == pytest.approx([0.01, 0.01, 0.1, 0.1, 0.01, 0.01, 0.001, 0.001])
+    recipe = Recipe.from_header(load_weights(run / "model.safetensors")[1])
+    assert recipe is not None
+    assert (recipe.arch, recipe.image_size, recipe.eval_short) == ("resnet20", 32, 32)
+    assert run_script("tools/plot_run.py", run, "--data", small_shards).returncode == 0
+    assert run_script("tools/record_run.py", run, "--results", tmp_path / "rows.csv").returncode == 0
+    assert "resnet20 at 32, crops of the padded image, 8 iterations" in (tmp_path / "rows.csv").read_text()
 
 
 def test_two_processes_share_the_epoch(small_shards: Path, tmp_path: Path) -> None:
@@ -281,7 +359,7 @@ def test_bad_input_is_refused_and_leaves_nothing(small_shards: Path, finished: P
         assert_refused(run_script("train.py", *arguments(data, run, *options)), words)
         assert not run.exists()
 
-    refused("--arch", "resnet19", words="unknown --arch 'resnet19'; choose from resnet18, resnet34")
+    refused("--arch", "resnet19", words="unknown --arch 'resnet19'; choose from plain18, plain34, resnet18, resnet18_a")
     refused("--arch", "resnet18", words="no such folder", data=tmp_path / "nowhere")
     refused("--resume", words="no checkpoint to resume from")
     refused("--batch-size", 61, words="fewer than one batch")
@@ -291,6 +369,8 @@ def test_bad_input_is_refused_and_leaves_nothing(small_shards: Path, finished: P
     refused("--scale", 20, 30, words="image size")
     refused("--geometry", "rrc", words="--scale belongs to --geometry jitter")
     refused("--order", "sequential", words="--order")
+    refused("--weights", tmp_path / "none.pth", words="no weights there")
+    refused("--recipe", "none", words="no recipe 'none'; choose from cifar")
     refused("--block-shards", 0, words="--block-shards")
     before = {path: path.stat().st_mtime_ns for path in finished.rglob("*")}
     assert_refused(run_script("train.py", *arguments(small_shards, finished)), "exists already")

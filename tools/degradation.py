@@ -66,15 +66,15 @@ def train(folder: Path, words: list[str], launch: list[str]) -> None:
 
 def read_curves(folder: Path) -> Curves:
     rows = read_metrics(folder / "metrics.csv")
-    steps = [(int(row["step"]), float(row["epoch"]), 1 - float(row["train_top1"])) for row in rows if row["train_top1"]]
-    if not steps:
+    train = [(int(row["step"]), 1 - float(row["train_top1"])) for row in rows if row["train_top1"]]
+    if not train:
         raise UserError(f"{folder / 'metrics.csv'}: holds no training error; give train.py a smaller --log-every")
-    end = steps[-1][1]
+    begin = int(rows[-1]["step"]) - round(int(rows[-1]["step"]) / float(rows[-1]["epoch"]))  # of the last epoch
     val = [(int(row["step"]), 1 - float(row["val_top1"])) for row in rows if row["val_top1"]]
     return Curves(
-        np.array([(step, error) for step, _, error in steps], np.float64),
+        np.array(train, np.float64),
         np.array(val, np.float64).reshape(-1, 2),
-        mean(error for _, epoch, error in steps if epoch > end - 1),
+        mean(error for step, error in train if step > begin),
     )
 
 

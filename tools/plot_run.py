@@ -19,7 +19,7 @@ import numpy as np
 from model.weights import Recipe, load_weights
 from pipeline import open_loader
 from pipeline.errors import Parser, UserError, run_cli
-from pipeline.geometry import Geometry, RandomResizedCrop, ScaleJitter
+from pipeline.geometry import Geometry, choose_geometry
 from pipeline.spec import LoaderSpec
 from training.metrics import read_metrics
 
@@ -70,8 +70,8 @@ def main() -> None:
     plot_curves(args.run / "metrics.csv", args.run / "curves.png")
     recipe = Recipe.from_header(load_weights(args.run / "model.safetensors")[1])
     assert recipe is not None
-    scale = json.loads((args.run / "config.json").read_text())["arguments"]["scale"]
-    geometry = ScaleJitter(*scale) if scale else RandomResizedCrop()
+    options = json.loads((args.run / "config.json").read_text())["arguments"]
+    geometry = choose_geometry(options["geometry"], options["scale"], recipe.image_size)
     plot_batch(recipe, args.data, geometry, args.run / "batch.png")
     print(f"{args.run / 'curves.png'} and {args.run / 'batch.png'} written")
 

@@ -16,6 +16,8 @@ from recording import Figure, record
 from pipeline.errors import Parser, UserError, run_cli
 from training.metrics import read_metrics
 
+WORDS = {"rrc": "random resized crops", "pad": "crops of the padded image"}  # geometries without a scale
+
 
 def main() -> None:
     parser = Parser(__doc__)
@@ -36,9 +38,10 @@ def main() -> None:
         figures["images_per_s"] = mean(float(row["images_per_s"]) for row in train)
     if val:
         figures |= {"val_top1": float(val[-1]["val_top1"]), "val_top5": float(val[-1]["val_top5"])}
-    geometry = "S {}..{}".format(*options["scale"]) if options["scale"] else "random resized crops"
+    geometry = "S {}..{}".format(*options["scale"]) if options["scale"] else WORDS[options["geometry"]]
     net = f"{options['arch']} at {options['image_size']}, {geometry}"
-    spec = f"{Path(options['data']).name}, {net}, {options['epochs']} epochs, precision {config['precision']}"
+    length = f"{options['iterations']} iterations" if options["iterations"] else f"{options['epochs']} epochs"
+    spec = f"{Path(options['data']).name}, {net}, {length}, precision {config['precision']}"
     command = " ".join(Path(part).name if i == 0 else part for i, part in enumerate(config["command"]))
     for metric, value in figures.items():
         record(

@@ -39,6 +39,8 @@ def parser(description: str | None = None) -> Parser:
 
     net = parse.add_argument_group("net")
     net.add_argument("--arch", default="resnet50", metavar="NET", help="one of --list (resnet50)")
+    net.add_argument("--weights", metavar="FILE", help="weights to start from: a run, a file, a timm folder or hf://user/repo; a "
+                     "classifier for other classes starts anew")  # fmt: skip
     net.add_argument("--compile", action="store_true", help="torch.compile the model")
     net.add_argument("--mixed-precision", choices=PRECISIONS, help="default: what accelerate was told")
 
