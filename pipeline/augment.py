@@ -1,10 +1,11 @@
-"""Augmentation, defined once: the reference in Pillow and NumPy, and the colour tail on torch tensors.
+"""Augmentation, defined once: the reference in Pillow and NumPy, and its last steps on torch tensors.
 
 One picture is made as He et al. 2015 (section 3.4) and Krizhevsky et al. 2012 (section 4.1) describe it:
 
 1. resample a window with an antialiased bilinear (triangle) filter, as uint8: for scale jitter, that is resizing so that the
    short side is S and taking a whole-pixel crop (`pipeline.geometry` has the other windows);
-2. mirror left to right if the view says so;
+2. mirror left to right if the view says so; move by whole pixels if it says that, black coming in at the border: so a crop that
+   reaches into the padding is made of one inside the image;
 3. add the lighting (PCA colour) shift, a constant per channel;
 4. subtract the mean, per pixel or per channel, and divide by the standard deviation where one is given (the paper has none).
 
@@ -98,6 +99,18 @@ def resample(image: Image.Image, window: npt.ArrayLike, flip: bool, size: tuple[
     return np.ascontiguousarray(pixels[:, ::-1]) if flip else pixels
 
 
+def translate(pictures: Pixels, shift: npt.NDArray[np.int64]) -> Pixels:
+    """V pictures, uint8 (V, H, W, 3), each moved by whole pixels; what comes in from outside is black, 0 before the mean is
+    subtracted, as torchvision pads. shift: int64 (V, 2), down and right, of a smaller size than the pictures.
+    """
+    height, width = pictures.shape[1:3]
+    moved = np.zeros_like(pictures)
+    for picture, out, (down, right) in zip(pictures, moved, shift.tolist(), strict=True):
+        rows, columns = slice(max(down, 0), height + min(down, 0)), slice(max(right, 0), width + min(right, 0))
+        out[rows, columns] = picture[max(-down, 0) : height - max(down, 0), max(-right, 0) : width - max(right, 0)]
+    return moved
+
+
 def apply(
     image: Image.Image,
     window: npt.ArrayLike,
@@ -106,10 +119,26 @@ def apply(
     size: tuple[int, int],
     basis: Floats,
     normalization: Normalization,
+    shift: npt.ArrayLike = (0, 0),
 ) -> Floats:
-    """The reference: one augmented picture, float32 (height, width, 3). alphas: (3,). normalization: at `size`."""
-    pixels = resample(image, window, flip, size).astype(np.float32)
+    """The reference: one augmented picture, float32 (height, width, 3). alphas: (3,). normalization: at `size`. shift: as one of
+    `translate`'s.
+    """
+    pixels = translate(resample(image, window, flip, size)[None], np.asarray(shift)[None])[0].astype(np.float32)
     return np.asarray((pixels + lighting(alphas[None], basis) - normalization.mean) / normalization.std, np.float32)
+
+
+def translate_tensor(pixels: torch.Tensor, shift: torch.Tensor) -> torch.Tensor:
+    """What `translate` does, on the tensors' device, without waiting for it. pixels: uint8 (V, H, W, 3). shift: int64 (V, 2)."""
+    import torch  # here: the converter's workers need none
+
+    height, width = pixels.shape[1:3]
+    views = torch.arange(len(pixels), device=pixels.device)[:, None, None]
+    rows = torch.arange(height, device=pixels.device) - shift[:, :1]  # (V, H): which row of its picture comes to each row
+    columns = torch.arange(width, device=pixels.device) - shift[:, 1:]
+    inside = ((rows >= 0) & (rows < height))[:, :, None] & ((columns >= 0) & (columns < width))[:, None, :]
+    moved = pixels[views, rows.clamp(0, height - 1)[:, :, None], columns.clamp(0, width - 1)[:, None, :]]
+    return moved * inside[..., None]
 
 
 def colour_tail(

@@ -131,7 +131,7 @@ def colour(seed: Any, epoch: Any, samples: Any, std: Any, alphas: Any) -> None:
 
 @njit(cache=True, nogil=True)
 def jitter(
-    seed: Any, epoch: Any, samples: Any, heights: Any, widths: Any, low: Any, high: Any, crop: Any,
+    seed: Any, epoch: Any, samples: Any, heights: Any, widths: Any, low: Any, high: Any, crop: Any, padding: Any,
     short: Any, top: Any, left: Any, flip: Any,
 ) -> None:  # fmt: skip
     """Scale jitter: short side, corner and flip, the first four of `plan.Draws`."""
@@ -140,8 +140,8 @@ def jitter(
         s = low + _below(w0, high - low + 1)
         side = min(heights[i], widths[i])
         short[i] = s
-        top[i] = _below(w1, (2 * heights[i] * s + side) // (2 * side) - crop + 1)
-        left[i] = _below(w2, (2 * widths[i] * s + side) // (2 * side) - crop + 1)
+        top[i] = _below(w1, (2 * heights[i] * s + side) // (2 * side) - crop + 1 + 2 * padding) - padding
+        left[i] = _below(w2, (2 * widths[i] * s + side) // (2 * side) - crop + 1 + 2 * padding) - padding
         flip[i] = _is_heads(w3)
 
 

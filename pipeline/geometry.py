@@ -2,7 +2,8 @@
 
 A *view* is one picture of an image: a window of it, resampled to the output size with an antialiased bilinear filter whose
 support may lie outside the window but not outside the image (Pillow: `resize((w, h), BILINEAR, box=window)`), and mirrored or
-not. Each geometry is a pure function from (seed, epoch, sample, height, width) to its views.
+not. A crop that reaches into padding is the nearest one inside the image, moved by whole pixels, and black where it lacks some.
+Each geometry is a pure function from (seed, epoch, sample, height, width) to its views.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import ClassVar, NamedTuple, Self
+from typing import Any, ClassVar, NamedTuple, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -19,17 +20,27 @@ from pipeline import plan
 from pipeline.errors import UserError
 from pipeline.plan import Ints
 
+GEOMETRIES = ("jitter", "rrc", "pad")  # of training, by their option, see `choose_geometry`
+
 
 class Views(NamedTuple):
     """V = N * crops views of N images, an image's views next to each other.
 
     windows: float64 (V, 4), top, left, bottom, right in source pixels, inside the image.
     flip: bool (V,), mirror left to right. alphas: float32 (V, 3), coefficients of the principal components of RGB.
+    shift: int64 (V, 2), down and right, whole pixels by which the resampled and mirrored pictures are moved, see
+    `augment.translate`; None where the geometry moves none.
     """
 
     windows: npt.NDArray[np.float64]
     flip: npt.NDArray[np.bool_]
     alphas: npt.NDArray[np.float32]
+    shift: Ints | None = None
+
+    @property
+    def columns(self) -> tuple[npt.NDArray[Any], ...]:
+        """Those of the arrays that there are, each with a row for each view."""
+        return tuple(column for column in self if column is not None)
 
 
 class Geometry(ABC):
@@ -109,6 +120,35 @@ class RandomResizedCrop(Geometry):
 
 
 @dataclass(frozen=True)
+class PaddedCrop(Geometry):
+    """Short side to the crop's side, `padding` black pixels around that, a crop at a uniform place, mirrored half the time.
+
+    The augmentation of CIFAR in He et al. 2015, section 4.2, after Lee et al. 2015, "Deeply-supervised nets", in the form of
+    torchvision.transforms.RandomCrop(size, padding) and RandomHorizontalFlip. Images of another size than the crop's, which
+    CIFAR has none of, are resized first.
+    """
+
+    padding: int = 4
+    random: ClassVar[bool] = True
+
+    def views(self, seed: int, epoch: int, ids: Ints, heights: Ints, widths: Ints, size: int, alpha_std: float) -> Views:
+        drawn = plan.draw(seed, epoch, ids, heights, widths, (size, size), size, alpha_std, self.padding)
+        out_heights, out_widths = plan.resized(heights, widths, drawn.short)
+        top, left = np.clip(drawn.top, 0, out_heights - size), np.clip(drawn.left, 0, out_widths - size)
+        shift = np.stack([top - drawn.top, left - drawn.left], axis=1)
+        shift[drawn.flip, 1] *= -1  # pictures are mirrored before they are moved
+        windows = plan.windows(drawn._replace(top=top, left=left), heights, widths, size)
+        return Views(windows, drawn.flip, drawn.alphas, shift)
+
+    def check(self, size: int) -> None:
+        if not 0 <= self.padding < size:
+            raise UserError(f"padding {self.padding}: needs 0 <= padding < image size ({size})")
+
+    def scaled(self, size: int, nominal: int) -> PaddedCrop:
+        return PaddedCrop(min(round(self.padding * size / nominal), size - 1))
+
+
+@dataclass(frozen=True)
 class _Resized(Geometry):
     """What geometries that resize the short side to `short` have in common."""
 
@@ -180,14 +220,15 @@ class WholeImage(_Resized):
 
 
 def choose_geometry(name: str, scale: Sequence[int] | None, size: int) -> Geometry:
-    """A training geometry by its option: "jitter" or "rrc" (random resized crops). scale: the jitter's range of S, pixels; by
-    default what 256..480 is for crops of 224. Raises UserError for a scale that has no jitter.
+    """A training geometry by its option, one of GEOMETRIES: scale jitter, random resized crops, or crops of the image padded by 4
+    pixels, whatever the size. scale: the jitter's range of S, pixels; by default what 256..480 is for crops of 224. Raises
+    UserError for a scale that has no jitter.
     """
-    if name == "rrc":
-        if scale:
-            raise UserError("--scale belongs to --geometry jitter; leave it out")
-        return RandomResizedCrop()
-    return ScaleJitter(*scale) if scale else ScaleJitter().scaled(size, plan.CROP)
+    if name == "jitter":
+        return ScaleJitter(*scale) if scale else ScaleJitter().scaled(size, plan.CROP)
+    if scale:
+        raise UserError("--scale belongs to --geometry jitter; leave it out")
+    return RandomResizedCrop() if name == "rrc" else PaddedCrop()
 
 
 def _views(windows: npt.NDArray[np.float64], flip: npt.NDArray[np.bool_]) -> Views:

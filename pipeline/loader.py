@@ -25,7 +25,7 @@ import numpy.typing as npt
 import torch
 
 from pipeline import plan
-from pipeline.augment import Floats, Normalization, colour_tail, lighting
+from pipeline.augment import Floats, Normalization, colour_tail, lighting, translate_tensor
 from pipeline.buffers import BufferPool
 from pipeline.errors import UserError
 from pipeline.geometry import Views, WholeImage
@@ -224,9 +224,8 @@ class Loader(ABC):
         one = self._plan(work.part, np.array([work.part.low + place]))
         work.ids[place], work.heights[place], work.widths[place] = one.ids[0], one.heights[0], one.widths[0]
         views = slice(place * self.crops, (place + 1) * self.crops)
-        work.views.windows[views] = one.views.windows
-        work.views.flip[views] = one.views.flip
-        work.views.alphas[views] = one.views.alphas
+        for column, its in zip(work.views.columns, one.views.columns, strict=True):
+            column[views] = its
 
     def make_pictures(self, decoder: Decoder, work: Work, place: int, out: Pixels) -> None:
         """Make the pictures of one image of a part on the host. out: uint8 (crops, H, W, 3). Raises CorruptImageError."""
@@ -262,9 +261,12 @@ class Loader(ABC):
     def finish(self, pixels: torch.Tensor, work: Work) -> Batch:
         """The batch of a part's pictures, without waiting for the device.
 
-        pixels: (V, H, W, 3) on the spec's device: uint8, or of the spec's dtype where the engine has applied the colour tail.
+        pixels: (V, H, W, 3) on the spec's device: uint8, before the views' shift, or of the spec's floating point dtype where the
+        engine has applied that and the colour tail.
         """
         labels = self._to_device(self.shards.samples["label"][work.ids].astype(np.int64))
+        if work.views.shift is not None and pixels.dtype == torch.uint8:
+            pixels = translate_tensor(pixels, self._to_device(work.views.shift))
         if pixels.dtype == self.spec.dtype:
             return Batch(pixels.permute(0, 3, 1, 2), labels, work.ids)
         shift = lighting(work.views.alphas, self.basis)

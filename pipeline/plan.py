@@ -35,7 +35,7 @@ class Draws(NamedTuple):
     """What the plan drew for N samples.
 
     short: int64 (N,), pixels: the short side S after resizing.
-    top, left: int64 (N,), pixels: the crop's corner in the resized image.
+    top, left: int64 (N,), pixels: the crop's corner in the resized image, outside of it where that was padded.
     flip: bool (N,): mirror left to right.
     alphas: float32 (N, 3): coefficients of the three principal components of RGB.
     """
@@ -73,13 +73,16 @@ def draw(
     scale: tuple[int, int] = SCALE,
     crop: int = CROP,
     alpha_std: float = ALPHA_STD,
+    padding: int = 0,
 ) -> Draws:
     """Every random draw of N samples in one epoch.
 
     samples: integers (N,) in [0, 2^40). heights, widths: integers (N,) > 0, the stored images' pixels.
     scale: the inclusive range that the resized short side is uniform on, in pixels; its low end is at least `crop`.
     crop: the square crop's side in pixels; its corner is uniform over all whole-pixel places in the resized image.
-    alpha_std: standard deviation of the PCA coefficients. Raises ValueError outside these ranges.
+    alpha_std: standard deviation of the PCA coefficients. padding: 0 <= padding < crop, pixels added to the resized image at each
+    end of both axes for the crop to reach into; corners are still counted from the image's own. Raises ValueError outside these
+    ranges.
     """
     samples = _samples(samples)
     heights, widths = _sizes(heights, widths, len(samples))
@@ -87,9 +90,11 @@ def draw(
     _check_key(seed, epoch)
     if not 1 <= crop <= low <= high:
         raise ValueError(f"scale must satisfy crop <= low <= high, not crop {crop}, scale {low} to {high}")
+    if not 0 <= padding < crop:
+        raise ValueError(f"padding must satisfy 0 <= padding < crop, not crop {crop}, padding {padding}")
     short, top, left = (np.empty(len(samples), np.int64) for _ in range(3))
     flip = np.empty(len(samples), np.bool_)
-    draws.jitter(np.uint64(seed), np.uint64(epoch), samples, heights, widths, low, high, crop, short, top, left, flip)
+    draws.jitter(np.uint64(seed), np.uint64(epoch), samples, heights, widths, low, high, crop, padding, short, top, left, flip)
     return Draws(short, top, left, flip, alphas(seed, epoch, samples, alpha_std))
 
 

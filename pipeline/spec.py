@@ -10,7 +10,7 @@ import torch
 from pipeline import plan
 from pipeline.augment import Normalization
 from pipeline.errors import UserError
-from pipeline.geometry import CentreCrop, Geometry, ScaleJitter, WholeImage
+from pipeline.geometry import CentreCrop, Geometry, PaddedCrop, ScaleJitter, WholeImage
 
 PRECISIONS = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}  # by Accelerate's names
 ORDERS = ("full", "blocks", "sequential")
@@ -82,16 +82,19 @@ class LoaderSpec:
     def evaluation(self, split: str = "val", batch_size: int | None = None, geometry: Geometry | None = None) -> LoaderSpec:
         """The same for evaluation: every sample once, as stored, at the final size, and a corrupt one is an error.
 
-        geometry: by default the central crop of the short side that is 256 for crops of 224.
+        geometry: by default the central crop of the short side that is 256 for crops of 224; after padded crops, of the short
+        side that is the crop's.
         """
+        size = self.final_size
+        centre = CentreCrop(size) if isinstance(self.geometry, PaddedCrop) else CentreCrop().scaled(size, plan.CROP)
         return replace(
             self,
             split=split,
             training=False,
             batch_size=batch_size or self.batch_size,
             order="sequential",
-            image_size=self.final_size,
-            geometry=geometry or CentreCrop().scaled(self.final_size, plan.CROP),
+            image_size=size,
+            geometry=geometry or centre,
             corrupt="stop",
         )
 

@@ -34,7 +34,7 @@ def iterate(self: Loader) -> Iterator[Batch]:
         if self.spec.training:
             views = given.pop((self.epoch, *batch.ids.tolist())).views
             row = {"epoch": self.epoch, "consumed": self.consumed, "rank": self.spec.rank, "ids": batch.ids.tolist()}
-            row["draws"] = [[repr(value) for value in field.tolist()] for field in views]
+            row["draws"] = [[repr(value) for value in field.tolist()] for field in views if field is not None]
             with Path(name).open("a") as stream:
                 stream.write(json.dumps(row) + "\n")
         yield batch

@@ -73,7 +73,7 @@ def pixel_differences(loader: Loader) -> list[Difference]:
         for place, picture in enumerate(images):
             sample = int(batch.ids[place // loader.crops])
             image = Image.open(io.BytesIO(loader.shards.read(sample).tobytes()))
-            window, flip, alphas = (column[place] for column in work.views)
+            window, flip, alphas = (column[place] for column in work.views[:3])
             expected = apply(image, window, bool(flip), alphas, work.size, loader.basis, normalization)
             found.append(Difference(sample, np.abs(picture - expected)))
     return found

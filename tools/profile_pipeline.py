@@ -44,7 +44,7 @@ from profiling.table import table
 from model import ARCHS
 from pipeline import ENGINES, plan, storage
 from pipeline.errors import Parser, UserError, positive, run_cli
-from pipeline.geometry import choose_geometry
+from pipeline.geometry import GEOMETRIES, choose_geometry
 from pipeline.spec import PRECISIONS, LoaderSpec
 from training import tuned
 from training.launch import core_share
@@ -93,7 +93,7 @@ def parser() -> Parser:
     loader = parser.add_argument_group("what is loaded, as train.py has it")
     loader.add_argument("--batch-size", type=positive, help="default: 64 on a CPU and for --compare, 256 on a GPU")
     loader.add_argument("--image-size", type=positive, default=plan.CROP, help="side of the crop (default: %(default)s)")
-    loader.add_argument("--geometry", default="jitter", choices=("jitter", "rrc"))
+    loader.add_argument("--geometry", default="jitter", choices=GEOMETRIES)
     loader.add_argument("--scale", type=positive, nargs=2, metavar=("LOW", "HIGH"), help="range of S (256 480 at size 224)")
     loader.add_argument("--order", default="full", choices=("full", "blocks"))
     loader.add_argument("--engine", default="auto", help=", ".join(("auto", *ENGINES)))

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from pipeline.augment import lighting
+from pipeline.augment import lighting, translate
 from pipeline.loader import Batch, Loader, Part, Work, check_turn
 from pipeline.picture import Decoder
 from pipeline.spec import LoaderSpec
@@ -102,4 +102,6 @@ class CpuLoader(Loader):
             pictures = own.pixels if self._tail_in_threads else job.images[views]
             self.make_or_replace(own.decoder, work, place, pictures)
             if self._tail_in_threads:
+                if work.views.shift is not None:
+                    pictures = translate(pictures, work.views.shift[views])
                 self.tail(work.size).batch(pictures, lighting(work.views.alphas[views], self.basis), job.images[views])

@@ -3,7 +3,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 
 from pipeline import augment, plan
 from tests.helpers import picture
@@ -68,6 +68,54 @@ def test_orientation_tags_are_ignored() -> None:
     assert image.size == (200, 120)
     place = (0, 80, 120, 200), False, (100, 100)
     assert np.array_equal(augment.resample(image, *place), augment.resample(image.convert("RGB"), *place))
+
+
+def test_moving_is_padding_and_cropping() -> None:
+    """By every shift up to the whole picture but one pixel, on both axes, in NumPy and in torch, against Pillow."""
+    shift = np.array([(down, right) for down in range(-6, 7) for right in range(-8, 9)])
+    pictures = np.random.default_rng(0).integers(1, 256, (len(shift), 7, 9, 3), np.uint8)
+    expected = []
+    for pixels, (down, right) in zip(pictures, shift.tolist(), strict=True):
+        padded = ImageOps.expand(Image.fromarray(pixels), border=8, fill=0)
+        expected.append(np.asarray(padded.crop((8 - right, 8 - down, 17 - right, 15 - down))))
+    before = pictures.copy()
+    assert np.array_equal(augment.translate(pictures, shift), np.stack(expected))
+    found = augment.translate_tensor(torch.from_numpy(pictures), torch.from_numpy(shift))
+    assert found.dtype == torch.uint8
+    assert found.is_contiguous()
+    assert np.array_equal(found.numpy(), np.stack(expected))
+    assert np.array_equal(pictures, before)
+
+
+@pytest.mark.gpu
+def test_moving_on_a_gpu_is_the_references_and_waits_for_nothing() -> None:
+    rng = np.random.default_rng(0)
+    pictures, shift = rng.integers(1, 256, (64, 32, 32, 3), np.uint8), rng.integers(-31, 32, (64, 2))
+    pixels, shifts = torch.from_numpy(pictures).cuda(), torch.from_numpy(shift).cuda()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        found = augment.translate_tensor(pixels, shifts)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert np.array_equal(found.cpu().numpy(), augment.translate(pictures, shift))
+
+
+@pytest.mark.parametrize("corner", [(-4, -3), (-4, 5), (0, 0), (12, 3), (14, -1), (16, 20)])
+@pytest.mark.parametrize("flip", [False, True])
+def test_the_reference_pads_with_black_before_the_colour_tail(corner: tuple[int, int], flip: bool) -> None:
+    """Crops of 32 from 44 x 48, padded by 4, as torchvision makes them: pad, crop, mirror, then subtract the mean."""
+    image = Image.fromarray(picture(44, 48))
+    top, left = corner
+    crop = ImageOps.expand(image, border=4, fill=0).crop((left + 4, top + 4, left + 36, top + 36))
+    pixels = np.asarray(ImageOps.mirror(crop) if flip else crop).astype(np.float32)
+    inside = min(max(top, 0), 44 - 32), min(max(left, 0), 48 - 32)
+    shift = inside[0] - top, (inside[1] - left) * (-1 if flip else 1)
+    window = (*inside, inside[0] + 32, inside[1] + 32)
+    basis, alphas = augment.lighting_basis(COVARIANCE), np.array([0.1, -0.2, 0.3], np.float32)
+    normalization = augment.Normalization.of([120, 110, 100], [58, 57, 56])
+    found = augment.apply(image, window, flip, alphas, (32, 32), basis, normalization, shift)
+    light = augment.lighting(alphas[None], basis)
+    assert np.allclose(found, (pixels + light - normalization.mean) / normalization.std, atol=1e-5)
 
 
 def test_lighting_is_alexnets_formula() -> None:

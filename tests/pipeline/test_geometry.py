@@ -8,18 +8,31 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pytest
-from scipy.stats import ks_2samp, kstest
+from scipy.stats import chisquare, ks_2samp, kstest
 
 from pipeline import draws, plan
+from pipeline.augment import translate
 from pipeline.errors import UserError
-from pipeline.geometry import CentreCrop, Geometry, RandomResizedCrop, ScaleJitter, TenCrop, Views, WholeImage
+from pipeline.geometry import (
+    CentreCrop,
+    Geometry,
+    PaddedCrop,
+    RandomResizedCrop,
+    ScaleJitter,
+    TenCrop,
+    Views,
+    WholeImage,
+    choose_geometry,
+)
 
 MANY = 40_000
 AREA, ASPECT = (0.08, 1.0), (3 / 4, 4 / 3)
 GOLDEN_WINDOWS = [[16.0, 104.0, 339.0, 404.0], [140.0, 4.0, 488.0, 284.0], [0.0, 1433.0, 100.0, 1566.0]]
 GOLDEN_FLIPS = [True, True, False]
 
-GEOMETRIES = (ScaleJitter(), RandomResizedCrop(), CentreCrop(), TenCrop(), WholeImage(), WholeImage(mirrored=True))
+GEOMETRIES = (
+    ScaleJitter(), RandomResizedCrop(), PaddedCrop(28), CentreCrop(), TenCrop(), WholeImage(), WholeImage(mirrored=True),
+)  # fmt: skip
 
 
 def views(geometry: Geometry, heights: Any, widths: Any, size: int = 224, seed: int = 1, epoch: int = 0) -> Views:
@@ -40,8 +53,11 @@ def test_views_lie_inside_their_images(geometry: Geometry) -> None:
     heights, widths = rng.integers(1, 3000, (2, 2000))
     found = views(geometry, heights, widths)
     count = 2000 * geometry.crops
-    assert [column.shape for column in found] == [(count, 4), (count,), (count, 3)]
-    assert [column.dtype for column in found] == [np.float64, np.bool_, np.float32]
+    assert [column.shape for column in found.columns[:3]] == [(count, 4), (count,), (count, 3)]
+    assert [column.dtype for column in found.columns[:3]] == [np.float64, np.bool_, np.float32]
+    if found.shift is not None:
+        assert found.shift.shape == (count, 2)
+        assert found.shift.dtype == np.int64
     tops, lefts, bottoms, rights = found.windows.T
     assert (tops >= 0).all()
     assert (lefts >= 0).all()
@@ -59,10 +75,10 @@ def test_views_of_a_sample_depend_on_it_alone(geometry: Geometry) -> None:
     together = geometry.views(1, 5, np.array([7, 2**40 - 1, 0]), heights, widths, 224, 0.1)
     alone = geometry.views(1, 5, np.array([2**40 - 1]), heights[1:2], widths[1:2], 224, 0.1)
     place = slice(geometry.crops, 2 * geometry.crops)
-    for column in range(3):
-        assert np.array_equal(together[column][place], alone[column])
+    for ours, its in zip(together.columns, alone.columns, strict=True):
+        assert np.array_equal(ours[place], its)
     other = geometry.views(1, 6, np.array([2**40 - 1]), heights[1:2], widths[1:2], 224, 0.1)
-    assert np.array_equal(alone.windows, other.windows) != geometry.random
+    assert all(np.array_equal(a, b) for a, b in zip(alone.columns, other.columns, strict=True)) != geometry.random
 
 
 def test_other_sizes_are_in_proportion() -> None:
@@ -72,6 +88,8 @@ def test_other_sizes_are_in_proportion() -> None:
     assert TenCrop(224).scaled(65, 224) == TenCrop(65)
     assert WholeImage(448, mirrored=True).scaled(112, 224) == WholeImage(224, mirrored=True)
     assert RandomResizedCrop((0.2, 1)).scaled(64, 224) == RandomResizedCrop((0.2, 1))
+    assert [PaddedCrop().scaled(size, 32) for size in (64, 24, 2)] == [PaddedCrop(8), PaddedCrop(3), PaddedCrop(0)]
+    assert PaddedCrop(31).scaled(4, 32) == PaddedCrop(3)
 
 
 def test_bad_settings_are_refused_in_one_line() -> None:
@@ -83,11 +101,22 @@ def test_bad_settings_are_refused_in_one_line() -> None:
         (RandomResizedCrop(area=(0, 1)), "area 0 1"),
         (RandomResizedCrop(aspect=(2, 1)), "aspect 2 1"),
         (WholeImage(0), "at least 1"),
+        (PaddedCrop(-1), "padding -1: needs 0 <= padding"),
+        (PaddedCrop(224), r"padding 224: .* < image size \(224\)"),
     ):
         with pytest.raises(UserError, match=words):
             geometry.check(224)
     for geometry in GEOMETRIES:
         geometry.check(224)
+
+
+def test_geometries_by_their_options() -> None:
+    for name, expected in (("jitter", ScaleJitter(37, 69)), ("rrc", RandomResizedCrop()), ("pad", PaddedCrop(4))):
+        assert choose_geometry(name, None, 32) == expected
+    assert choose_geometry("jitter", (40, 50), 32) == ScaleJitter(40, 50)
+    for name in ("rrc", "pad"):
+        with pytest.raises(UserError, match="--scale belongs to --geometry jitter"):
+            choose_geometry(name, (40, 50), 32)
 
 
 # --- Scale jitter and centre crop: pipeline.plan's, see test_plan.py
@@ -206,6 +235,70 @@ def test_random_resized_crops_golden_values() -> None:
     found, flip = plan.resized_crops(2**63 + 5, 89, [0, 1, 2**40 - 1], [375, 500, 100], [500, 333, 3000], AREA, ASPECT)
     assert found.tolist() == GOLDEN_WINDOWS
     assert flip.tolist() == GOLDEN_FLIPS
+
+
+# --- Padded crops
+
+
+def positions(found: Views, short: int, size: int) -> npt.NDArray[np.float64]:
+    """The crops' corners in the resized image, (V, 2): where the window is, and how far the picture is moved from there.
+
+    short: the short side of the images, in proportion to which they are resized to `size`.
+    """
+    assert found.shift is not None
+    across = np.where(found.flip, -1, 1)
+    corners: npt.NDArray[np.float64] = found.windows[:, :2] * size / short - found.shift * np.stack([across**2, across], axis=1)
+    return corners
+
+
+def test_padded_crops_lie_as_the_plan_draws() -> None:
+    """80 x 64, 64 x 64 and 64 x 160 to short side 32: a resized pixel is two source pixels."""
+    heights, widths = np.tile([80, 64, 64], 2000), np.tile([64, 64, 160], 2000)
+    found = views(PaddedCrop(4), heights, widths, 32)
+    drawn = plan.draw(1, 0, np.arange(6000), heights, widths, (32, 32), 32, padding=4)
+    assert np.array_equal(positions(found, 64, 32), np.stack([drawn.top, drawn.left], axis=1))
+    assert np.array_equal(found.flip, drawn.flip)
+    assert np.array_equal(found.alphas, drawn.alphas)
+    assert np.allclose(found.windows[:, 2:] - found.windows[:, :2], 64)
+    assert found.shift is not None
+    moved = np.abs(found.shift) > 0
+    assert (np.abs(found.shift) <= 4).all()
+    ends = np.stack([heights, widths], axis=1)
+    assert (moved <= ((found.windows[:, :2] == 0) | (found.windows[:, 2:] == ends))).all()  # only from the image's border
+
+
+@pytest.mark.parametrize(("height", "width", "places"), [(32, 32, (9, 9)), (96, 64, (25, 9)), (48, 72, (9, 25))])
+def test_padded_crops_are_uniform_on_every_place(height: int, width: int, places: tuple[int, int]) -> None:
+    corners = positions(many(PaddedCrop(4), height, width, size=32), min(height, width), 32).round().astype(int) + 4
+    for axis in range(2):
+        counts = np.bincount(corners[:, axis])
+        assert len(counts) == places[axis]
+        assert chisquare(counts).pvalue > 1e-4
+    both = np.bincount(corners[:, 0] * places[1] + corners[:, 1], minlength=places[0] * places[1])
+    assert chisquare(both).pvalue > 1e-4
+
+
+def test_padded_crops_flip_half_the_time_wherever_the_crop_is() -> None:
+    found = many(PaddedCrop(4), 32, 32, size=32)
+    assert abs(int(found.flip.sum()) - MANY / 2) < 5 * math.sqrt(MANY / 4)
+    for column in (*positions(found, 32, 32).T, *found.alphas.T):
+        assert abs(np.corrcoef(column, found.flip)[0, 1]) < 4.5 / math.sqrt(MANY)
+
+
+def test_the_padding_seen_is_as_much_as_it_should_be() -> None:
+    """Of each axis 0 to 4 pixels of 32 are black, 20/9 in the mean; the axes are independent."""
+    found = many(PaddedCrop(4), 32, 32, size=32)
+    assert found.shift is not None
+    black = (translate(np.full((MANY, 32, 32, 3), 255, np.uint8), found.shift) == 0).mean(axis=(1, 2, 3))
+    expected = 1 - (1 - 20 / 9 / 32) ** 2
+    assert abs(black.mean() - expected) < 5 * black.std() / math.sqrt(MANY)
+
+
+def test_no_padding_is_no_shift() -> None:
+    found = many(PaddedCrop(0), 48, 32, size=32)
+    jittered = many(ScaleJitter(32, 32), 48, 32, size=32)
+    assert not np.any(found.shift)
+    assert all(np.array_equal(a, b) for a, b in zip(found.columns[:3], jittered.columns, strict=True))
 
 
 # --- Testing schemes

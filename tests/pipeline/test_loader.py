@@ -17,7 +17,7 @@ import torch
 
 from pipeline import choose_engine, open_loader, plan
 from pipeline.errors import UserError
-from pipeline.geometry import CentreCrop, ScaleJitter, WholeImage
+from pipeline.geometry import CentreCrop, Geometry, PaddedCrop, ScaleJitter, WholeImage
 from pipeline.loader import Batch, Loader, Part
 from pipeline.shards import SAMPLE, Manifest
 from pipeline.spec import LoaderSpec
@@ -121,6 +121,14 @@ def test_evaluation_is_the_central_crop_in_proportion() -> None:
     assert spec.evaluation("train", 5).batch_size == 5
 
 
+def test_evaluation_after_padded_crops_is_at_their_size() -> None:
+    """He et al. 2015, section 4.2: the single view of the original 32 x 32 image."""
+    spec = LoaderSpec("nowhere", image_size=((0, 16), (3, 32)), geometry=PaddedCrop(4))
+    assert spec.geometry_at(16) == PaddedCrop(2)
+    assert spec.evaluation().geometry == CentreCrop(32)
+    assert spec.evaluation(geometry=CentreCrop(36)).geometry == CentreCrop(36)
+
+
 def test_an_unknown_engine_is_refused(small_shards: Path) -> None:
     with pytest.raises(UserError, match=r"unknown engine 'warp'; choose from .*dali"):
         open_loader(spec_for(small_shards, engine="warp"))
@@ -181,8 +189,9 @@ def test_the_result_does_not_depend_on_what_is_known(small_shards: Path) -> None
     assert loaders[0].replaced == sum(int(np.isin(epoch, list(bad)).sum()) for epoch in planned)
 
 
-def test_a_replacement_has_its_own_draws(small_shards: Path) -> None:
-    loader = Blank(spec_for(small_shards))
+@pytest.mark.parametrize("geometry", [ScaleJitter(5, 8), PaddedCrop(3)])
+def test_a_replacement_has_its_own_draws(small_shards: Path, geometry: Geometry) -> None:
+    loader = Blank(spec_for(small_shards, geometry=geometry))
     part = next(loader.parts(0, 0))
     before = loader.plan(part)
     victim = int(before.ids[3])
@@ -192,12 +201,14 @@ def test_a_replacement_has_its_own_draws(small_shards: Path) -> None:
     assert after.ids[3] == other
     record = loader.shards.samples[other]
     assert (after.heights[3], after.widths[3]) == (record["height"], record["width"])
-    views = ScaleJitter(5, 8).views(0, 0, np.array([other]), after.heights[3:4], after.widths[3:4], 4, plan.ALPHA_STD)
+    its = geometry.views(0, 0, np.array([other]), after.heights[3:4], after.widths[3:4], 4, plan.ALPHA_STD)
     planned_anew = loader.plan(part).views
-    for column in range(3):
-        assert np.array_equal(after.views[column][3], views[column][0])
-        assert np.array_equal(np.delete(after.views[column], 3, 0), np.delete(before.views[column], 3, 0))
-        assert np.array_equal(after.views[column], planned_anew[column])
+    columns = zip(after.views.columns, its.columns, before.views.columns, planned_anew.columns, strict=True)
+    for number, (column, own, old, planned) in enumerate(columns):
+        assert np.array_equal(column[3], own[0])
+        assert np.array_equal(np.delete(column, 3, 0), np.delete(old, 3, 0))
+        assert np.array_equal(column, planned)
+        assert number == 1 or not np.array_equal(column, old)  # flips may be the same
 
 
 def test_threads_may_replace_at_once(small_shards: Path) -> None:

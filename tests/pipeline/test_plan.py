@@ -25,6 +25,7 @@ GOLDEN_DRAW: dict[str, list[Any]] = {
     ],
 }
 
+GOLDEN_PADDED = {"top": [-1, 1, -1], "left": [-2, -2, 12]}
 GOLDEN_SUBSTITUTES = [85503524845, 1023384016225]
 
 MANY = 225 * 1000
@@ -153,6 +154,22 @@ def test_corner_is_uniform_over_every_place(axis: str) -> None:
     assert chi_square_is_ordinary(counts, MANY / 33)
 
 
+@pytest.mark.parametrize("axis", ["top", "left"])
+@pytest.mark.parametrize(("width", "long"), [(300, 32), (450, 48)])
+def test_corner_is_uniform_over_every_place_of_the_padded_image(axis: str, width: int, long: int) -> None:
+    drawn = draw_many(MANY, height=300, width=width, scale=(32, 32), crop=32, padding=4)
+    places = 1 + 2 * 4 + (long - 32 if axis == "left" else 0)
+    counts = np.bincount(getattr(drawn, axis) + 4)
+    assert len(counts) == places
+    assert chi_square_is_ordinary(counts, MANY / places)
+
+
+def test_padding_changes_the_corner_alone() -> None:
+    plain, padded = draw_many(1000), draw_many(1000, padding=28)
+    same = [np.array_equal(a, b) for a, b in zip(columns(plain), columns(padded), strict=True)]
+    assert same == [True, False, False, True, True, True, True]
+
+
 def test_corner_reaches_the_ends_of_the_long_side() -> None:
     drawn = draw_many(MANY, height=300, width=450, scale=(300, 300))
     assert drawn.left.min() == 0
@@ -219,10 +236,23 @@ def test_draw_golden_values() -> None:
     assert drawn.alphas.tolist() == np.array(GOLDEN_DRAW["alphas"], np.float32).tolist()
 
 
+def test_padded_draw_golden_values() -> None:
+    """Any change here changes every user's epochs: it needs a new major version."""
+    drawn = plan.draw(2**63 + 5, 89, [0, 1, 2**40 - 1], [32, 32, 50], [32, 32, 91], (32, 32), 32, padding=4)
+    assert drawn.short.tolist() == [32] * 3
+    assert drawn.top.tolist() == GOLDEN_PADDED["top"]
+    assert drawn.left.tolist() == GOLDEN_PADDED["left"]
+    assert drawn.flip.tolist() == GOLDEN_DRAW["flip"]
+    assert drawn.alphas.tolist() == np.array(GOLDEN_DRAW["alphas"], np.float32).tolist()
+
+
 def test_draw_refuses_what_it_cannot_do() -> None:
     for bad in ({"scale": (200, 300)}, {"scale": (300, 256)}, {"crop": 0}):
         with pytest.raises(ValueError, match="scale must satisfy"):
             draw_many(2, **bad)
+    for padding in (-1, 224):
+        with pytest.raises(ValueError, match="padding must satisfy"):
+            draw_many(2, padding=padding)
     with pytest.raises(ValueError, match="positive"):
         draw_many(2, height=0)
     with pytest.raises(ValueError, match="one for each"):

@@ -159,6 +159,18 @@ def test_a_folder_of_images_is_profiled_too(image_folder: Path, tmp_path: Path) 
     assert (found["data"]["profile"], found["data"]["images"]) == ("lossless", 60)
 
 
+def test_padded_crops_are_profiled_too(small_shards: Path, tmp_path: Path) -> None:
+    file = tmp_path / "p.json"
+    result = run_script(
+        "tools/profile_pipeline.py", small_shards, "--geometry", "pad", "--batch-size", 8, "--image-size", 32,
+        "--engines", "cpu", "--repeats", 2, "--seconds", 0.05, "--json", file,
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    found = checked(json.loads(file.read_text()))
+    assert found["spec"]["geometry"] == "PaddedCrop(padding=4)"
+    assert "8 of 32 px, PaddedCrop(padding=4), float32 on cpu" in result.stdout
+
+
 def ask(*arguments: Any) -> None:
     args = profile_pipeline.parser().parse_args([str(argument) for argument in arguments])
     profile_pipeline.check(args)
@@ -173,6 +185,8 @@ def test_what_is_asked_wrongly(small_shards: Path, tmp_path: Path) -> None:
         ([small_shards, "--arch", "resnet18", "--demand", 5], ("--arch", "--demand")),
         ([small_shards, "--plant", "reader=0"], ("reader=0", "MB/S")),
         ([small_shards, "--repeats", 1], ("at least 2",)),
+        ([small_shards, "--geometry", "pad", "--scale", 36, 68], ("--scale", "--geometry jitter")),
+        ([small_shards, "--geometry", "pad", "--batch-size", 8, "--image-size", 4], ("padding 4", "image size (4)")),
         ([small_shards, "--json", tmp_path], (str(tmp_path), "is a folder")),
         ([small_shards, "--report", tmp_path / "file" / "report"], (str(tmp_path / "file"), "cannot be made")),
         ([tmp_path / "nothing"], (str(tmp_path / "nothing"),)),

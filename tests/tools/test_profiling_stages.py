@@ -7,6 +7,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from profiling.stages import Measured, Samples, measure_stages, speed
 
 from pipeline import open_loader
 from pipeline.errors import UserError
-from pipeline.geometry import ScaleJitter
+from pipeline.geometry import Geometry, PaddedCrop, ScaleJitter
 from pipeline.shards import ShardSet
 from pipeline.spec import LoaderSpec
 from tests.helpers import open_image
@@ -89,9 +90,10 @@ def test_decoding_and_resampling_make_the_engines_pictures(small_shards: Path, l
         assert np.array_equal(samples._memory().picture[0], expected[key])
 
 
+@pytest.mark.parametrize("geometry", [ScaleJitter(36, 68), PaddedCrop(12)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_the_tail_makes_the_engines_images(small_shards: Path, opened: Any, dtype: torch.dtype) -> None:
-    spec = spec_for(small_shards, dtype)
+def test_the_tail_makes_the_engines_images(small_shards: Path, opened: Any, dtype: torch.dtype, geometry: Geometry) -> None:
+    spec = replace(spec_for(small_shards, dtype), geometry=geometry)
     expected = loaded(spec)
     samples = opened(spec)
     for number, key in enumerate(keys(samples)):

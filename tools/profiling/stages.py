@@ -26,7 +26,7 @@ import torch
 from numba import njit
 from page_cache import drop_pages
 
-from pipeline.augment import lighting
+from pipeline.augment import lighting, translate
 from pipeline.engines.cpu import CpuLoader
 from pipeline.errors import UserError
 from pipeline.loader import Work
@@ -140,8 +140,10 @@ class Samples:
 
     def tail(self, number: int) -> object:
         (work, place), own = self.places[number], self._memory()
-        shift = lighting(work.views.alphas[self._views(work, place)], self.loader.basis)
-        self.loader.tail(self.size).batch(own.picture, shift, own.row)
+        views, pictures = self._views(work, place), own.picture
+        if work.views.shift is not None:
+            pictures = translate(pictures, work.views.shift[views])
+        self.loader.tail(self.size).batch(pictures, lighting(work.views.alphas[views], self.loader.basis), own.row)
         return own.row
 
     def assembly(self, number: int) -> object:

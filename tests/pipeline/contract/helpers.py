@@ -41,6 +41,6 @@ def differences(loader: Loader, work: Work, batch: Batch) -> npt.NDArray[np.floa
     for place, sample in enumerate(work.ids.tolist()):
         image = stored_image(loader, sample).convert("RGB")
         for view in range(place * loader.crops, (place + 1) * loader.crops):
-            window, flip, alphas = (column[view] for column in work.views)
-            found[view] = apply(image, window, bool(flip), alphas, work.size, loader.basis, normalization)
+            window, flip, alphas, *shift = (column[view] for column in work.views.columns)
+            found[view] = apply(image, window, bool(flip), alphas, work.size, loader.basis, normalization, *shift)
     return np.abs(found - batch.images.float().permute(0, 2, 3, 1).cpu().numpy())

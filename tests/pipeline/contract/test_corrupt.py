@@ -13,6 +13,7 @@ import torch
 
 from pipeline import open_loader, plan
 from pipeline.errors import UserError
+from pipeline.geometry import Geometry, PaddedCrop, ScaleJitter
 from pipeline.shards import ShardSet
 from tests.pipeline.contract.helpers import differences, ids, spec_for
 
@@ -80,11 +81,12 @@ def test_corrupt_samples_are_replaced_as_the_plan_says(
         assert sum(f"{loader.where(sample)}: cannot be decoded (" in message for message in warnings) == 1
 
 
-def test_a_replacement_comes_with_its_own_draws_and_label(damaged: Path, engine: str) -> None:
-    loader = open_loader(spec_for(damaged, engine))
+@pytest.mark.parametrize("geometry", [ScaleJitter(36, 68), PaddedCrop(12)])
+def test_a_replacement_comes_with_its_own_draws_and_label(damaged: Path, engine: str, geometry: Geometry) -> None:
+    loader = open_loader(spec_for(damaged, engine, geometry=geometry))
     for part, batch in zip(loader.parts(0, 0), loader, strict=True):
         work = loader.plan(part)
-        assert differences(loader, work, batch).mean() <= 1
+        assert differences(loader, work, batch).mean(axis=(1, 2, 3)).max() <= 1
         assert batch.labels.tolist() == loader.shards.samples["label"][batch.ids].tolist()
     loader.close()
 

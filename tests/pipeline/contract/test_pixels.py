@@ -4,22 +4,26 @@ from __future__ import annotations
 
 import tarfile
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+from PIL import Image, ImageOps
 
-from pipeline import open_loader
-from pipeline.geometry import CentreCrop, Geometry, RandomResizedCrop, ScaleJitter, TenCrop, WholeImage
+from pipeline import open_loader, plan
+from pipeline.augment import Normalization
+from pipeline.geometry import CentreCrop, Geometry, PaddedCrop, RandomResizedCrop, ScaleJitter, TenCrop, WholeImage
 from pipeline.loader import Loader
 from pipeline.spec import LoaderSpec
-from tests.helpers import SHARED, SUBSAMPLINGS
+from tests.helpers import SHARED, SUBSAMPLINGS, jpeg, picture
 from tests.pipeline.contract.conftest import make
-from tests.pipeline.contract.helpers import differences
+from tests.pipeline.contract.helpers import differences, stored_image
 
 MEAN_LIMIT, PERCENTILE_LIMIT = 1.0, 4.0  # of 255; JPEG decoders differ in their inverse DCT
 
-GEOMETRIES = (ScaleJitter(), RandomResizedCrop(), CentreCrop(), TenCrop(), WholeImage(mirrored=True))
+GEOMETRIES = (ScaleJitter(), RandomResizedCrop(), PaddedCrop(28), CentreCrop(), TenCrop(), WholeImage(mirrored=True))
 
 
 def spec_of(data: Path, geometry: Geometry, size: int, **options: object) -> LoaderSpec:
@@ -52,6 +56,57 @@ def test_pixels_are_the_references(
     loader = open_loader(spec_of(varied(profile), geometry, size, engine=engine, device=device))
     assert assert_like_the_reference(loader, epochs=1) == {*SUBSAMPLINGS, "odd"}
     loader.close()
+
+
+@pytest.fixture(scope="module")
+def exact(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Shards of images that are 32 x 32 or are resized to short side 32 exactly; no pixel is nearly black."""
+    root = tmp_path_factory.mktemp("exact")
+    (root / "images" / "a").mkdir(parents=True)
+    for index, (height, width) in enumerate([(32, 32)] * 24 + [(32, 40), (64, 96), (144, 96), (24, 16)] * 6):
+        pixels = picture(height, width, index) // 2 + 100
+        (root / "images" / "a" / f"{index:02}.JPEG").write_bytes(jpeg(pixels, "444", 95))
+    return make(root / "images", root / "shards")
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_padded_crops_are_expanded_and_cropped(exact: Path, engine: str, device: str) -> None:
+    """Step by step in Pillow: resize, pad by 4 black pixels, crop, mirror. What the crop sees of the padding is 0 exactly."""
+    spec = LoaderSpec(exact, batch_size=48, image_size=32, geometry=PaddedCrop(4), engine=engine)
+    loader = open_loader(replace(spec, dtype=torch.uint8, device=device))
+    seen = 0
+    for epoch in range(3):
+        (batch,) = loader
+        sizes = [stored_image(loader, sample).size for sample in batch.ids.tolist()]
+        widths, heights = zip(*sizes, strict=True)
+        drawn = plan.draw(0, epoch, batch.ids, heights, widths, (32, 32), 32, padding=4)
+        for pixels, sample, top, left, flip in zip(batch.images, batch.ids.tolist(), *drawn[1:4], strict=True):
+            image = stored_image(loader, sample).convert("RGB")
+            image = image.resize([32 * side // min(image.size) for side in image.size], Image.Resampling.BILINEAR)
+            crop = ImageOps.expand(image, border=4, fill=0).crop((left + 4, top + 4, left + 36, top + 36))
+            expected = np.asarray(ImageOps.mirror(crop) if flip else crop).astype(int)
+            found = pixels.permute(1, 2, 0).cpu().numpy().astype(int)
+            difference = np.abs(found - expected)
+            assert difference.mean() <= MEAN_LIMIT
+            assert np.percentile(difference, 99.9) <= PERCENTILE_LIMIT
+            padding = (expected == 0).all(axis=-1)
+            assert np.array_equal((found == 0).all(axis=-1), padding)
+            assert not found[padding].any()
+            seen += int(padding.any())
+    assert seen > 100  # of 144, in which the crop reaches into the padding in about 8 of 9
+    loader.close()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_padding_is_black_before_the_mean_is_subtracted(exact: Path, engine: str, dtype: torch.dtype) -> None:
+    normalization = Normalization.of([110, 120, 130], [50, 60, 70])
+    spec = LoaderSpec(exact, batch_size=48, image_size=32, geometry=PaddedCrop(4), engine=engine, alpha_std=0.0)
+    plain = next(iter(open_loader(replace(spec, dtype=torch.uint8)))).images
+    tailed = next(iter(open_loader(replace(spec, dtype=dtype, normalization=normalization)))).images
+    mean, std = (torch.from_numpy(column)[:, None, None] for column in (normalization.mean, normalization.std))
+    tolerance = 1e-5 if dtype == torch.float32 else 1e-2
+    assert torch.allclose(tailed.float(), (plain.float() - mean) / std, atol=tolerance)
+    assert (plain == 0).any()
 
 
 @pytest.mark.skipif(not SHARED.exists(), reason="the real ImageNet images are not on this machine")

@@ -13,7 +13,7 @@ import torch
 from pipeline import ENGINES, open_loader, plan
 from pipeline.augment import Normalization
 from pipeline.errors import UserError
-from pipeline.geometry import CentreCrop, RandomResizedCrop, ScaleJitter, TenCrop, WholeImage
+from pipeline.geometry import CentreCrop, PaddedCrop, RandomResizedCrop, ScaleJitter, TenCrop, WholeImage
 from pipeline.loader import Loader
 from pipeline.spec import LoaderSpec
 from tests.pipeline.contract.conftest import WITHOUT
@@ -97,6 +97,7 @@ def test_the_global_sequence_does_not_depend_on_ranks_and_threads(small: Path, e
         (3, {"prefetch": 4}),
         (3, {"order": "blocks", "block_shards": 3}),
         (6, {"geometry": RandomResizedCrop()}),
+        (2, {"geometry": PaddedCrop()}),
         (7, {}),
     ],
     ids=str,
@@ -236,6 +237,7 @@ def test_a_place_in_other_data_is_refused(small: Path, engine: str) -> None:
         {"image_size": ((0, 16), (6, 32))},
         {"geometry": ScaleJitter(36, 69)},
         {"geometry": RandomResizedCrop()},
+        {"geometry": PaddedCrop()},
         {"order": "blocks"},
         {"normalization": "channel"},
         {"split": "val"},
@@ -260,6 +262,7 @@ def test_a_place_in_other_data_is_refused(small: Path, engine: str) -> None:
         ({"geometry": RandomResizedCrop(area=(0.5, 1.5))}, "area 0.5 1.5"),
         ({"geometry": RandomResizedCrop(aspect=(2, 1))}, "aspect 2 1"),
         ({"geometry": WholeImage(40)}, "for evaluation"),
+        ({"geometry": PaddedCrop(32)}, "padding 32: needs 0 <= padding < image size"),
         ({"image_size": 0}, "image size"),
         ({"image_size": ((1, 32),)}, "first at epoch 0"),
         ({"image_size": ((0, 32), (0, 16))}, "ascending"),
