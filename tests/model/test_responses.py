@@ -53,7 +53,7 @@ def test_responses_follow_bns_scale() -> None:
     for module in net.modules():
         if isinstance(module, nn.BatchNorm2d):
             module.momentum = 1.0  # its statistics are those of the batch
-    nn.init.constant_(net.get_submodule("layer2.1.bn1").weight, 0.1)
+    nn.init.constant_(net.get_parameter("layer2.1.bn1.weight"), 0.1)
     images = torch.randn(16, 3, 32, 32)
     with torch.no_grad():
         net(images)
