@@ -31,6 +31,26 @@ class Score:
         return float(self.top5.sum()) / max(self.images, 1)
 
 
+class Tally:
+    """Counts in the making, on the device; nothing waits for that before `score`."""
+
+    def __init__(self, classes: int, device: torch.device) -> None:
+        self._confusion = torch.zeros(classes, classes, dtype=torch.int64, device=device)
+        self._top5 = torch.zeros(classes, dtype=torch.int64, device=device)
+
+    def add(self, scores: torch.Tensor, labels: torch.Tensor) -> None:
+        """Count N images. scores: (N, classes), logits or probabilities. labels: int64 (N,)."""
+        classes = len(self._top5)
+        best = scores.float().topk(min(5, classes)).indices
+        ones = torch.ones_like(labels)
+        self._confusion.view(-1).index_add_(0, labels * classes + best[:, 0], ones)  # bincount would wait for its largest number
+        self._top5.index_add_(0, labels, (best == labels[:, None]).any(dim=1).long())
+
+    def score(self, total: Callable[[torch.Tensor], torch.Tensor] = lambda counts: counts) -> Score:
+        """What was counted. total: adds counts over processes."""
+        return Score(total(self._confusion).cpu(), total(self._top5).cpu())
+
+
 @torch.inference_mode()
 def score(
     model: nn.Module,
@@ -47,13 +67,10 @@ def score(
     """
     was_training = model.training
     model.eval()
-    confusion = torch.zeros(classes * classes, dtype=torch.int64, device=device)
-    top5 = torch.zeros(classes, dtype=torch.int64, device=device)
+    tally = Tally(classes, device)
     for images, labels in batches:
         with autocast():
             logits = model(images)
-        best = logits.float().topk(min(5, classes)).indices
-        confusion += torch.bincount(labels * classes + best[:, 0], minlength=classes * classes)
-        top5 += torch.bincount(labels[(best == labels[:, None]).any(dim=1)], minlength=classes)
+        tally.add(logits, labels)
     model.train(was_training)
-    return Score(total(confusion).view(classes, classes).cpu(), total(top5).cpu())
+    return tally.score(total)

@@ -45,10 +45,6 @@ class Decoder:
             self._room = np.empty(2 * lacking, np.uint8)
         if lacking < 0:
             pixels = self._pixels(data, height, width, windows, out.shape[1:3])
-            if pixels.shape[:2] != tuple(self._place[2:]):
-                raise CorruptImageError(
-                    f"holds {pixels.shape[0]} x {pixels.shape[1]} pixels, not the {height} x {width} it was stored with"
-                )
             resample_windows(pixels, self._place, windows, flip, out)
 
     def decoded(
@@ -75,6 +71,10 @@ class Decoder:
         except ValueError:  # CMYK, or no JPEG at all, or damaged
             pixels = decode_by_pillow(data)
             self._place[:] = 0, 0, height, width
+        if pixels.shape[:2] != tuple(self._place[2:]):
+            raise CorruptImageError(
+                f"holds {pixels.shape[0]} x {pixels.shape[1]} pixels, not the {height} x {width} it was stored with"
+            )
         return pixels
 
     def _room_for_place(self) -> Bytes:

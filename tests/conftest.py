@@ -1,11 +1,13 @@
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from uuid import uuid4
 
 import fsspec
 import pytest
+import torch
 
 from pipeline import storage
 from tests.helpers import run_script, s3_client, s3_server, write_image_folder
@@ -13,6 +15,23 @@ from tests.helpers import run_script, s3_client, s3_server, write_image_folder
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--engine", help="run the contract suite for this engine alone")
+
+
+@pytest.fixture(scope="module")
+def one_core() -> Iterator[None]:
+    """Under pytest-xdist, this worker and all that it starts run on one core, each worker on its own.
+
+    For modules that train nets: where two processes of two threads each share two cores, the threads of each wait for one another
+    most of the time, and a step takes up to twenty times as long.
+    """
+    worker = os.environ.get("PYTEST_XDIST_WORKER")
+    cores, threads = os.sched_getaffinity(0), torch.get_num_threads()
+    if worker:
+        os.sched_setaffinity(0, {sorted(cores)[int(worker.removeprefix("gw")) % len(cores)]})
+        torch.set_num_threads(1)
+    yield
+    os.sched_setaffinity(0, cores)
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="session")

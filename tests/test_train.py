@@ -26,6 +26,8 @@ from tests.helpers import ROOT, assert_refused, clean_environment, run_script, w
 from training import tuned
 from training.metrics import read_metrics
 
+pytestmark = pytest.mark.usefixtures("one_core")
+
 EPOCHS, STEPS = 5, 7  # 60 images in batches of 8
 TORCHRUN = ("-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29611")
 

@@ -1,57 +1,178 @@
-"""Top-1 and top-5 of a net on a split: python tools/evaluate.py runs/latest --data /data/shards
+"""Top-1 and top-5 of nets on a split: python tools/evaluate.py runs/latest --data /data/shards --schemes centre multi-scale
 
 WEIGHTS_OR_RUN is a run's folder (its model.safetensors, or its last checkpoint while it still trains), a .safetensors or a .pth
-file. A file of ours knows its architecture and preprocessing. Any other is taken for torchvision's: give --arch; images get
-short side 256, centre crop 224 and ImageNet's channel mean and deviation.
+file, a folder as timm writes it, or hf://user/repo (model/loading.py has it in full). A file of ours knows its architecture and
+preprocessing, timm's its config.json. Any other is taken for torchvision's, of the architecture that its name or --arch tells.
+
+The schemes are those of He et al. 2015: the central crop, ten crops, and whole images at five scales (model/schemes.py). All of
+them come from one pass over the data, in which each image is decoded once.
+
+Several nets are an ensemble: each one's figures, then those of their averaged probabilities. --save keeps the predictions (of the
+ensemble, where there is one) in a .npz file, which can take a net's place: ensembles of such files need no data.
+
+    python tools/evaluate.py runs/r50 --data /data/shards --save r50.npz
+    python tools/evaluate.py r50.npz r101.npz r152.npz --shares 1 1 2
 """
 
 from __future__ import annotations
 
 import csv
 import json
-from contextlib import nullcontext
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import _path  # noqa: F401
 import torch
+from recording import Figure, record
 from tqdm import tqdm
 
-from model import ARCHS, ResNet
-from model.loading import load_net, weights_file
-from model.testing import Score, score
-from model.weights import Recipe
+from model import ARCHS
+from model.ensembles import Collected, Ground, Member, Saved, evaluate
+from model.loading import load_net
+from model.schemes import SCALES, SCHEMES, Classifier, looks_of
+from model.testing import Score
 from pipeline import open_loader
-from pipeline.augment import Normalization
-from pipeline.errors import Parser, positive, run_cli
-from pipeline.geometry import CentreCrop
+from pipeline.errors import Parser, UserError, positive, run_cli
+from pipeline.several import Look, Looks, Several
 from pipeline.shards import Manifest
 from pipeline.spec import PRECISIONS, LoaderSpec
 from training.launch import core_share
 
 
-def evaluate(net: ResNet, recipe: Recipe, args: Any) -> Score:
+def parser() -> Parser:
+    parser = Parser(__doc__)
+    parser.add_argument("weights", nargs="+", metavar="WEIGHTS_OR_RUN", help="or a .npz that --save wrote; several: an ensemble")
+    parser.add_argument("--data", help="folder or URL (s3://...) of shards; not needed for .npz files alone")
+    parser.add_argument("--cache", type=Path, help="folder for copies of remote shards (CROPFEED_CACHE; ~/.cache/cropfeed)")
+    parser.add_argument("--cache-gb", type=float, help="its bound (CROPFEED_CACHE_GB; 80 %% of the free disk)")
+    parser.add_argument("--split", default="val")
+    parser.add_argument("--schemes", nargs="+", choices=SCHEMES, help="default: centre; of .npz files what they hold")
+    scales = " ".join(map(str, SCALES))
+    parser.add_argument(
+        "--scales",
+        nargs="+",
+        type=positive,
+        help=f"short sides of multi-scale ({scales} for crops of 224, else in proportion)",
+    )
+    parser.add_argument("--shares", nargs="+", type=float, help="each member's weight in the ensemble, in their order (1 each)")
+    parser.add_argument("--save", help="write the predictions there, a .npz file")
+    parser.add_argument("--json", type=Path, help="write top1, top5 and images there, and those of all schemes and members")
+    parser.add_argument("--results", type=Path, help="append a row for each figure there, as tools/results/ has them")
+    parser.add_argument("--per-class", type=Path, help="write a CSV with a row a class there, of the first scheme")
+    parser.add_argument("--confusion", type=Path, help="write the confusion matrix as CSV there, of the first scheme")
+    parser.add_argument("--arch", help="for weights that do not name it: " + ", ".join(ARCHS))
+    parser.add_argument("--batch-size", type=positive, default=256)
+    parser.add_argument("--precision", default="no", choices=PRECISIONS)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--engine", default="auto", help="cpu, where there are several schemes, scales or image sizes")
+    parser.add_argument("--threads", type=positive, default=core_share())
+    return parser
+
+
+def choose_schemes(asked: Sequence[str] | None, saved: Sequence[Saved]) -> list[str]:
+    """The schemes asked for; else those of saved predictions; else the central crop. Saved predictions go on with them alone.
+    Raises UserError where a file lacks one."""
+    schemes = list(dict.fromkeys(asked or (saved[0].schemes if saved else ["centre"])))
+    for one in saved:
+        lacking = [scheme for scheme in schemes if scheme not in one.schemes]
+        if lacking or (not asked and set(one.schemes) != set(schemes)):
+            held, wanted = ", ".join(one.schemes), ", ".join(schemes)
+            raise UserError(f"{one.name}: holds {held}, not {wanted}; give --schemes that all members have")
+        one.select(schemes)
+    return schemes
+
+
+def choose_ground(args: Any, saved: Sequence[Saved]) -> Ground:
+    """What all predictions must be of: the data, or where none is given what the first file's are of."""
+    if args.data is None:
+        ground, whose = saved[0].ground._replace(split=args.split), f"{saved[0].name}, --split {args.split}"
+    else:
+        manifest = Manifest(args.data)
+        if args.split not in manifest.splits:
+            raise UserError(f"{args.data}: has no split {args.split!r}, only {', '.join(manifest.splits)}")
+        images = manifest.splits[args.split]["images"]
+        ground = Ground(manifest.fingerprint, args.split, manifest.classes, images)
+        whose = f"--data {args.data} --split {args.split}"
+    for one in saved:
+        one.check(ground, whose)
+    return ground
+
+
+def check_options(args: Any, nets: Sequence[str], schemes: Sequence[str]) -> list[float]:
+    """Raise UserError for options that do not go together; returns the members' shares."""
+    if nets and args.data is None:
+        raise UserError(f"{nets[0]}: running a net needs --data; give it the folder of shards")
+    if args.scales and not (nets and "multi-scale" in schemes):
+        raise UserError("--scales belongs to nets tested with --schemes multi-scale; leave it out, or give that")
+    if args.save and not args.save.endswith(".npz"):
+        raise UserError(f"--save {args.save}: give a name that ends with .npz, by which predictions are known from weights")
+    shares: list[float] = args.shares or [1.0] * len(args.weights)
+    if len(shares) != len(args.weights):
+        raise UserError(f"{len(shares)} --shares for {len(args.weights)} members; give one for each, in their order")
+    if not all(share > 0 and math.isfinite(share) for share in shares):
+        raise UserError("--shares must be above 0; leave out members that shall have none")
+    return shares
+
+
+def open_pictures(args: Any, looks: Sequence[Look]) -> tuple[Iterable[Looks], int]:
+    """Batches of plain pictures, and how many. Those of one look come from any engine, several at once from the CPU."""
     spec = LoaderSpec(
         args.data,
         batch_size=args.batch_size,
-        image_size=recipe.image_size,
-        normalization=Normalization.of(recipe.mean, recipe.std),
-        dtype=PRECISIONS[args.precision],
+        normalization="channel",  # unused: each net has its own
+        dtype=torch.uint8,
         device=args.device,
         engine=args.engine,
         threads=args.threads,
         cache=args.cache,
         cache_gb=args.cache_gb,
-    ).evaluation(args.split, geometry=CentreCrop(recipe.eval_short))
-    loader = open_loader(spec)
-    device = torch.device(args.device)
-    net = net.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-    batches = ((batch.images, batch.labels) for batch in tqdm(loader, unit=" batches"))
+    ).evaluation(args.split)
+    if len(looks) > 1:
+        several = Several(spec, looks)
+        return several, len(several)
+    look = looks[0]
+    loader = open_loader(replace(spec, geometry=look.geometry, image_size=look.size))
+    return (Looks({look: batch.images.permute(0, 2, 3, 1)}, batch.labels, batch.ids) for batch in loader), len(loader)
 
-    def autocast() -> Any:
-        return nullcontext() if spec.dtype == torch.float32 else torch.autocast(device.type, spec.dtype)
 
-    return score(net, batches, len(loader.classes), device, autocast)
+def open_members(
+    args: Any, saved: dict[str, Saved], schemes: Sequence[str], classes: list[str]
+) -> tuple[list[Member], Iterable[Looks]]:
+    """The members in the order given, and the batches that they have to see."""
+    nets = {path: load_net(path, args.arch, classes) for path in args.weights if path not in saved}
+    if not nets:
+        return [saved[path] for path in args.weights], next(iter(saved.values())).batches()
+    looks = dict.fromkeys(
+        look for _, recipe in nets.values() for scheme in schemes for look in looks_of(scheme, recipe, args.scales).values()
+    )
+    batches, count = open_pictures(args, list(looks))  # first, as it also checks the device
+    how = schemes, args.scales, args.device, PRECISIONS[args.precision], args.batch_size
+    tested = {path: Classifier(path, net, recipe, *how) for path, (net, recipe) in nets.items()}
+    return [(saved | tested)[path] for path in args.weights], tqdm(batches, total=count, unit=" batches")
+
+
+def rates(scores: dict[str, Score]) -> dict[str, dict[str, float]]:
+    return {scheme: {"top1": score.top1_rate, "top5": score.top5_rate} for scheme, score in scores.items()}
+
+
+def print_table(names: Sequence[str], results: Sequence[dict[str, Score]]) -> None:
+    """A line for each member and scheme."""
+    rows = [(name, scheme, score) for name, scores in zip(names, results, strict=True) for scheme, score in scores.items()]
+    names_width, schemes_width = max(len(row[0]) for row in rows), max(len(row[1]) for row in rows)
+    for name, scheme, score in rows:
+        top1, top5 = f"top-1 {score.top1_rate:.2%}", f"top-5 {score.top5_rate:.2%}"
+        print(f"{name:{names_width}}  {scheme:{schemes_width}}  {top1:13}  {top5:13}  of {score.images} images")
+
+
+def record_rows(file: Path, args: Any, names: Sequence[str], results: Sequence[dict[str, Score]]) -> None:
+    spec = f"{Path(args.data).name if args.data else 'saved predictions'}, {args.split}, precision {args.precision}"
+    for name, scores in zip(names, results, strict=True):
+        for scheme, score in scores.items():
+            for metric, rate in (("top1", score.top1_rate), ("top5", score.top5_rate)):
+                record(file, scheme, Figure(metric, [rate]), engine="evaluate.py", spec=f"{name}, {spec}", cache="warm")
 
 
 def write_tables(result: Score, classes: list[str], per_class: Path | None, confusion: Path | None) -> None:
@@ -73,30 +194,31 @@ def write_tables(result: Score, classes: list[str], per_class: Path | None, conf
 
 
 def main() -> None:
-    parser = Parser(__doc__)
-    parser.add_argument("weights", type=Path, metavar="WEIGHTS_OR_RUN")
-    parser.add_argument("--data", required=True, help="folder or URL (s3://...) of shards")
-    parser.add_argument("--cache", type=Path, help="folder for copies of remote shards (CROPFEED_CACHE; ~/.cache/cropfeed)")
-    parser.add_argument("--cache-gb", type=float, help="its bound (CROPFEED_CACHE_GB; 80 %% of the free disk)")
-    parser.add_argument("--split", default="val")
-    parser.add_argument("--json", type=Path, help="write top1, top5 and images there")
-    parser.add_argument("--per-class", type=Path, help="write a CSV with a row a class there")
-    parser.add_argument("--confusion", type=Path, help="write the confusion matrix as CSV there")
-    parser.add_argument("--arch", help="for weights that do not name it: " + ", ".join(ARCHS))
-    parser.add_argument("--batch-size", type=positive, default=256)
-    parser.add_argument("--precision", default="no", choices=PRECISIONS)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--engine", default="auto")
-    parser.add_argument("--threads", type=positive, default=core_share())
-    args = parser.parse_args()
-    classes = Manifest(args.data).classes
-    net, recipe = load_net(weights_file(args.weights), args.arch, classes)
-    result = evaluate(net, recipe, args)
-    figures = {"top1": result.top1_rate, "top5": result.top5_rate, "images": result.images}
-    write_tables(result, classes, args.per_class, args.confusion)
+    args = parser().parse_args()
+    saved = {path: Saved(path) for path in args.weights if path.endswith(".npz")}
+    schemes = choose_schemes(args.schemes, list(saved.values()))
+    shares = check_options(args, [path for path in args.weights if path not in saved], schemes)
+    ground = choose_ground(args, list(saved.values()))
+    members, batches = open_members(args, saved, schemes, ground.classes)
+    collected = Collected(ground, schemes) if args.save else None
+    results = evaluate(members, shares, batches, schemes, len(ground.classes), collected)
+
+    names = [member.name for member in members]
+    if collected:
+        collected.save(args.save, " + ".join(names))
+    result = results[-1][schemes[0]]
+    write_tables(result, ground.classes, args.per_class, args.confusion)
     if args.json:
+        figures: dict[str, Any] = {"top1": result.top1_rate, "top5": result.top5_rate, "images": result.images}
+        figures["schemes"] = rates(results[-1])
+        if len(members) > 1:
+            triples = zip(names, shares, results[:-1], strict=True)
+            figures["members"] = [{"name": name, "share": share, "schemes": rates(scores)} for name, share, scores in triples]
         args.json.write_text(json.dumps(figures) + "\n")
-    print(f"{args.weights}: top-1 {figures['top1']:.2%}, top-5 {figures['top5']:.2%} of {figures['images']} {args.split} images")
+    rows = [*names, "all, averaged"][: len(results)]
+    print_table(rows, results)
+    if args.results:
+        record_rows(args.results, args, rows, results)
 
 
 if __name__ == "__main__":

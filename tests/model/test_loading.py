@@ -17,6 +17,8 @@ from model.weights import Recipe, save_weights
 from pipeline.errors import UserError
 from tests.model.test_resnet import torchvision_shapes
 
+pytestmark = pytest.mark.usefixtures("one_core")
+
 Weights = dict[str, torch.Tensor]
 DEPTHS = {"resnet18": (2, 2, 2, 2), "resnet50": (3, 4, 6, 3)}
 

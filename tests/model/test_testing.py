@@ -5,7 +5,7 @@ from contextlib import nullcontext
 import torch
 from torch import nn
 
-from model.testing import score
+from model.testing import Tally, score
 
 
 class Given(nn.Module):
@@ -39,3 +39,17 @@ def test_fewer_than_five_classes_and_no_batches() -> None:
     result = score(Given(), [(torch.eye(3), torch.tensor([0, 2, 2]))], 3, torch.device("cpu"), nullcontext)
     assert (result.top1_rate, result.top5_rate) == (2 / 3, 1.0)
     assert score(Given(), [], 3, torch.device("cpu"), nullcontext).images == 0
+
+
+def test_probabilities_count_as_their_logits_do_and_processes_add_up() -> None:
+    torch.manual_seed(1)
+    logits, labels = torch.randn(60, 7), torch.randint(0, 7, (60,))
+    tally = Tally(7, torch.device("cpu"))
+    for part, targets in zip(logits.split(25), labels.split(25), strict=True):
+        tally.add(part.softmax(dim=1), targets)
+    plain = score(Given(), [(logits, labels)], 7, torch.device("cpu"), nullcontext)
+    assert torch.equal(tally.score().confusion, plain.confusion)
+    assert torch.equal(tally.score().top5, plain.top5)
+    doubled = tally.score(lambda counts: counts * 2)
+    assert doubled.images == 120
+    assert torch.equal(doubled.top5, plain.top5 * 2)

@@ -15,6 +15,8 @@ from safetensors.torch import load_file
 from tests.helpers import assert_refused, run_script, without_progress
 from training.metrics import read_metrics
 
+pytestmark = pytest.mark.usefixtures("one_core")
+
 TRAINING = (
     "--",
     "--image-size",

@@ -23,6 +23,8 @@ from model.weights import Recipe, save_weights
 from pipeline.errors import UserError
 from tests.helpers import assert_refused, run_script
 
+pytestmark = pytest.mark.usefixtures("one_core")
+
 CLASSES = ["n01", "n02", "n03"]
 SHA = "0123456789" * 4
 

@@ -4,6 +4,7 @@ import csv
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
 from PIL import Image
 
@@ -11,6 +12,8 @@ from model import ARCHS
 from model.weights import Recipe, save_weights
 from pipeline.shards import Manifest
 from tests.helpers import run_script
+
+pytestmark = pytest.mark.usefixtures("one_core")
 
 
 def test_two_nets_in_one_picture(small_shards: Path, tmp_path: Path) -> None:
