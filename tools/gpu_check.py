@@ -11,6 +11,7 @@ needs, and DALI.
    times what the training of 3 eats.
 3. train: images/s of a bf16 training step from shards, against the same step on one synthetic batch, alternating.
 4. profile: the profiler's verdict on the same, with the GPU's own clock and NVML; the doctor's lines come first of all.
+5. nets: logits against torchvision's ResNets, where it is installed.
 """
 
 from __future__ import annotations
@@ -36,10 +37,11 @@ from profiling.table import table
 from profiling.training import Model, measure_training
 from recording import Figure, record
 
+from model import ARCHS
 from pipeline import open_loader, plan
 from pipeline.augment import apply
 from pipeline.errors import Parser, UserError, positive, run_cli
-from pipeline.geometry import ScaleJitter
+from pipeline.geometry import PaddedCrop, ScaleJitter
 from pipeline.loader import Loader
 from pipeline.shards import Manifest
 from pipeline.spec import LoaderSpec
@@ -47,6 +49,7 @@ from training.launch import core_share
 
 MEAN_LIMIT, PERCENTILE_LIMIT = 1.0, 4.0  # of 255; JPEG decoders differ in their inverse DCT
 REPEATS = 5
+TORCHVISIONS = ("resnet18", "resnet34", "resnet50", "resnet101", "resnet152")
 
 
 @dataclass(frozen=True)
@@ -74,7 +77,8 @@ def pixel_differences(loader: Loader) -> list[Difference]:
             sample = int(batch.ids[place // loader.crops])
             image = Image.open(io.BytesIO(loader.shards.read(sample).tobytes()))
             window, flip, alphas = (column[place] for column in work.views[:3])
-            expected = apply(image, window, bool(flip), alphas, work.size, loader.basis, normalization)
+            shift = work.views.shift[place] if work.views.shift is not None else (0, 0)
+            expected = apply(image, window, bool(flip), alphas, work.size, loader.basis, normalization, shift)
             found.append(Difference(sample, np.abs(picture - expected)))
     return found
 
@@ -83,7 +87,12 @@ def check_pixels(spec: LoaderSpec, results: Path) -> bool:
     """The graph on the device against Pillow, in training and in evaluation, as float32. True if within the limits."""
     good = True
     spec = replace(spec, dtype=torch.float32, batch_size=min(64, spec.batch_size))
-    for name, chosen in (("pixels, training", spec), ("pixels, evaluation", spec.evaluation("train"))):
+    padded = replace(spec, geometry=PaddedCrop(spec.final_size // 8))
+    for name, chosen in (
+        ("pixels, training", spec),
+        ("pixels, evaluation", spec.evaluation("train")),
+        ("pixels, padded crops", padded),
+    ):
         loader = open_loader(chosen)
         found = pixel_differences(loader)
         loader.close()
@@ -93,6 +102,29 @@ def check_pixels(spec: LoaderSpec, results: Path) -> bool:
             record(results, name, figure, engine="dali", spec=describe(chosen), cache="warm")
         good &= max(means) <= MEAN_LIMIT and max(percentiles) <= PERCENTILE_LIMIT
     print(f"pixels: {'ok' if good else 'FAILED'}", flush=True)
+    return good
+
+
+@torch.inference_mode()
+def check_nets(device: str, results: Path) -> bool:
+    """Our nets against torchvision's, with the same weights, in float32: the greatest difference of a logit. True if small."""
+    try:
+        from torchvision import models
+    except ImportError:
+        print("nets: torchvision is not installed, nothing to compare with", flush=True)
+        return True
+    good = True
+    images = torch.randn(4, 3, 96, 64, device=device)
+    for arch in TORCHVISIONS:
+        torch.manual_seed(0)
+        ours, theirs = ARCHS[arch]().eval(), getattr(models, arch)().eval()
+        theirs.load_state_dict(ours.state_dict())
+        expected = theirs.to(device)(images)
+        difference = float((ours.to(device)(images) - expected).abs().max() / expected.abs().max())
+        figure = Figure("relative_difference_of_logits", [difference])
+        record(results, f"nets, {arch}", figure, engine="torch", spec=f"torchvision's, float32, {device}", cache="warm")
+        good &= difference < 1e-3  # convolutions in TF32 or in another order
+    print(f"nets: {'ok' if good else 'FAILED'}", flush=True)
     return good
 
 
@@ -176,6 +208,7 @@ def main() -> None:
         measure_feeds(data, spec, args.results, args.seconds, REPEATS, images)
         measure_net(replace(spec, engine="dali"), args.arch, args.results, args.seconds)
         good &= check_profiler(spec, args.arch, args.seconds)
+        good &= check_nets(args.device, args.results)
     sys.exit(0 if good else 1)
 
 

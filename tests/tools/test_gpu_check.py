@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import importlib.util
 from pathlib import Path
 
 import pytest
@@ -19,9 +20,15 @@ def test_the_script_is_whole(tmp_path: Path) -> None:
     assert result.returncode == 0, result.stdout + result.stderr
     rows = list(csv.DictReader((tmp_path / "rows.csv").open()))
     benchmarks = [row["benchmark"] for row in rows]
-    assert benchmarks[:4] == ["pixels, training"] * 2 + ["pixels, evaluation"] * 2
+    assert benchmarks[:6] == ["pixels, training"] * 2 + ["pixels, evaluation"] * 2 + ["pixels, padded crops"] * 2
+    compared = ["nets, " + arch for arch in ("resnet18", "resnet34", "resnet50", "resnet101", "resnet152")]
+    if importlib.util.find_spec("torchvision"):
+        assert benchmarks[-5:] == compared
+        benchmarks = benchmarks[:-5]
+    else:
+        assert "nets: torchvision is not installed" in result.stdout
     assert benchmarks[-4:] == ["train resnet18 bf16"] * 4
-    feeds = benchmarks[4:-4:2]
+    feeds = benchmarks[6:-4:2]
     assert feeds[0] == "feed: stock DALI, original"
     for profile in ("original", "lossless", "compact"):
         assert {f"feed: dali, {profile}, hardware share {share}" for share in (0.0, 0.5, 0.9)} <= set(feeds)
@@ -30,7 +37,7 @@ def test_the_script_is_whole(tmp_path: Path) -> None:
     assert ratios.pop("feed: stock DALI, original") == 1
     assert all(ratio > 0 for ratio in ratios.values())
     assert all(float(row["low"]) <= float(row["value"]) <= float(row["high"]) for row in rows)
-    assert int(rows[4]["repeats"]) == 5
+    assert int(rows[6]["repeats"]) == 5
 
 
 def test_no_gpu_row_without_a_gpu() -> None:
