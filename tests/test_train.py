@@ -35,7 +35,7 @@ TORCHRUN = ("-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_po
 def arguments(data: Path, output: Path, *more: Any) -> list[str]:
     options = [
         "--data", data, "--output", output, "--arch", "resnet18", "--epochs", EPOCHS, "--batch-size", 8, "--image-size", 32,
-        "--scale", 36, 68, "--lr", 0.02, "--threads", 1, "--log-every", 1, "--checkpoint-every", 3, *more,
+        "--scale", 36, 68, "--lr", 0.002, "--threads", 1, "--log-every", 1, "--checkpoint-every", 3, *more,
     ]  # fmt: skip
     return [str(option) for option in options]
 
@@ -176,7 +176,7 @@ def test_iterations_end_a_run_within_an_epoch_and_it_goes_on_from_there(
     result = run_script("tests/traced_train.py", *options, "--milestones", 8, TRACE=str(trace))
     assert result.returncode == 0, result.stderr
     rows = read_metrics(run / "metrics.csv")
-    assert [float(row["lr"]) for row in rows if row["lr"]] == pytest.approx([0.02] * 8 + [0.002] * 2)
+    assert [float(row["lr"]) for row in rows if row["lr"]] == pytest.approx([0.002] * 8 + [0.0002] * 2)
     assert [int(row["step"]) for row in rows if row["val_top1"]] == [7, 10]
     assert (run / "checkpoints" / "last").resolve().name == "step-00000010"
     options[at + 1] = "14"
