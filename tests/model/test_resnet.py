@@ -148,8 +148,10 @@ def test_multiply_adds_of_a_net_are_those_of_its_shapes() -> None:
     assert describe("resnet20", 64).multiply_adds == 4 * (hand - 640) + 640
 
 
-@pytest.mark.parametrize("arch", [name for name in ARCHS if not name.endswith("1202")])
-def test_every_net_takes_gradients_to_all_its_parameters(arch: str) -> None:
+@pytest.mark.parametrize(
+    "arch", ["plain18", "resnet18", "resnet18_a", "resnet18_c", "resnet50", "resnet50_c", "resnet50_v1", "resnet20", "plain56"]
+)
+def test_every_kind_of_net_takes_gradients_to_all_its_parameters(arch: str) -> None:
     net = ARCHS[arch](num_classes=3)
     logits = net(torch.randn(2, 3, 32, 32))
     assert logits.shape == (2, 3)
