@@ -17,8 +17,6 @@ the last feature map and then applying fc equals applying fc at each place, as a
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import nullcontext
-from typing import Any
 
 import torch
 from torch import nn
@@ -92,7 +90,7 @@ class Classifier:
         found = []
         for part in pictures.split(max(1, self._most_pixels // (height * width))):
             images = colour_tail(part, torch.zeros(len(part), 3, device=part.device), mean, std, self._dtype)
-            with self._autocast():
+            with torch.autocast(self._device.type, self._dtype, enabled=self._dtype != torch.float32):
                 logits = self._net(images)
             found.append(logits.float().softmax(dim=1))
         every = torch.cat(found)
@@ -103,6 +101,3 @@ class Classifier:
         whole = isinstance(look.geometry, WholeImage)
         normalization = stored.per_channel() if whole else stored.at(look.size)
         return tuple(torch.from_numpy(array).to(self._device) for array in (normalization.mean, normalization.std))  # type: ignore[return-value]
-
-    def _autocast(self) -> Any:
-        return nullcontext() if self._dtype == torch.float32 else torch.autocast(self._device.type, self._dtype)

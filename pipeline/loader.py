@@ -34,7 +34,7 @@ from pipeline.picture import CorruptImageError, Decoder, Pixels
 from pipeline.plan import Ints
 from pipeline.region import Bytes
 from pipeline.shards import Manifest, ShardSet
-from pipeline.spec import LoaderSpec, check
+from pipeline.spec import LoaderSpec, check, check_device
 from pipeline.tail import STORED, Tail
 
 log = logging.getLogger("cropfeed")
@@ -89,9 +89,7 @@ class Loader(ABC):
     def __init__(self, spec: LoaderSpec) -> None:
         check(spec)
         self.spec = spec
-        device = torch.device(spec.device)
-        if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-            raise UserError(f"device {spec.device}: torch sees no such CUDA GPU; use device cpu, or check the driver")
+        check_device(spec.device)
         self.shards = self._open_shards()
         if spec.order == "full" and spec.rank == 0:  # in other orders each shard is downloaded once; one rank says it for all
             self.shards.check_cache()

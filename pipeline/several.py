@@ -29,7 +29,7 @@ from pipeline.order import ByShape
 from pipeline.picture import CorruptImageError, Decoder, Pixels, resample_windows
 from pipeline.plan import Ints
 from pipeline.shards import ShardSet
-from pipeline.spec import LoaderSpec, check
+from pipeline.spec import LoaderSpec, check, check_device
 
 MOST_BYTES = 256 << 20  # of a batch's pictures, unless one image's are more: whole images at five scales take 7 MB an image
 _CHUNK = 4  # images that a thread makes at a time: each makes many pictures
@@ -71,13 +71,11 @@ class Several:
             check(replace(spec, geometry=look.geometry, image_size=look.size))
             if look.geometry.random or spec.world_size > 1:
                 raise ValueError("several geometries in a pass are for evaluation in one process")
+        check_device(spec.device)
         self._device = torch.device(spec.device)
-        if self._device.type == "cuda" and (self._device.index or 0) >= torch.cuda.device_count():
-            raise UserError(f"device {spec.device}: torch sees no such CUDA GPU; use device cpu, or check the driver")
         self.spec, self.looks = spec, tuple(looks)
         self.shards = ShardSet(spec.data, spec.split, spec.cache, spec.cache_gb)
-        records = self.shards.samples
-        heights, widths = records["height"].astype(np.int64), records["width"].astype(np.int64)
+        heights, widths = self._sizes(np.arange(len(self.shards)))
         self._order = ByShape(np.concatenate([look.geometry.shapes(heights, widths, look.size) for look in looks], axis=1))
         self._buffers = BufferPool(spec.device)
         self._own = threading.local()  # each thread's decoder

@@ -99,6 +99,13 @@ class LoaderSpec:
         )
 
 
+def check_device(device: str) -> None:
+    """Raise UserError for a CUDA GPU that is not there."""
+    found = torch.device(device)
+    if found.type == "cuda" and (found.index or 0) >= torch.cuda.device_count():
+        raise UserError(f"device {device}: torch sees no such CUDA GPU; use device cpu, or check the driver")
+
+
 def check(spec: LoaderSpec) -> None:
     """Raise UserError for a spec that no engine could load."""
     firsts = [first for first, _ in spec.sizes]

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import csv
 from collections.abc import Iterator
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -88,7 +87,7 @@ def main() -> None:
     device, dtype = torch.device(args.device), PRECISIONS[args.precision]
 
     def autocast() -> Any:
-        return nullcontext() if dtype == torch.float32 else torch.autocast(device.type, dtype)
+        return torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
 
     found: dict[str, list[Response]] = {}
     for path in args.weights:
