@@ -2,158 +2,87 @@
 
 One GPU, many GPUs or the CPU, as `accelerate` is told. Two processes on the CPU: ACCELERATE_USE_CPU=true torchrun
 --nproc_per_node 2 train.py ... Batch size and learning rate are global: the run is the same for any number of processes.
---output gets metrics.csv, tensorboard/, checkpoints/{last,best} and, at the end, model.safetensors. A run that was stopped
-anywhere goes on with --resume, at the exact step, with the same samples and the same draws.
+--output gets config.json, metrics.csv, tensorboard/, checkpoints/{last,best} and, at the end, model.safetensors. A run that was
+stopped anywhere goes on with --resume, at the exact step, with the same samples and the same draws. SIGTERM saves, then stops.
 """
 
 from __future__ import annotations
 
 import json
-import shlex
 import sys
 import time
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
-import torch.nn.functional as F
 from accelerate import Accelerator
 from accelerate.utils import ProjectConfiguration
 from tqdm import tqdm
 
-from model import ARCHS
 from model.loading import initial_weights
 from model.testing import score
 from model.weights import Recipe, load_weights, save_weights
-from pipeline import open_loader
 from pipeline.errors import UserError, run_cli
-from pipeline.geometry import CentreCrop, Geometry, ScaleJitter, choose_geometry
-from pipeline.loader import Loader
-from pipeline.spec import PRECISIONS, LoaderSpec
 from training.checkpoint import load_checkpoint, save_checkpoint
-from training.launch import check_launch, core_share
-from training.metrics import Meter, MetricsFile
-from training.options import make_schedule, parse_arguments, parser
-from training.tuned import with_tuned
+from training.feeding import open_loaders, profile_command, recipe_of
+from training.folder import check_output, write_config
+from training.launch import check_launch, core_share, end_with_launcher, meet_again
+from training.learner import Learner
+from training.metrics import Meter, MetricsFile, NonFinite
+from training.options import make_schedule, parse_arguments
+from training.stopping import Stopped, StopRequest
+from training.trackers import make_trackers, start_trackers
 
 WAITING = 0.05  # share of the time spent waiting for data above which the profiler is named
+SETTINGS = ("batch_size", "optimizer", "no_norm_decay", "ema")  # that a checkpoint's state is made for
 
 
 @dataclass
 class Progress:
-    """Where a run stands; saved as JSON. errors: validation error after each validation. seconds: of training so far."""
+    """Where a run stands; saved as JSON. errors: validation error after each validation. seconds: of training so far. validated:
+    the step of the last validation."""
 
     step: int = 0
     seconds: float = 0.0
     errors: list[float] = field(default_factory=list)
-
-
-def check_output(args: Any, output: Path) -> None:
-    """Raise UserError where there is nothing to resume, or a run that a new one would overwrite."""
-    last = output / "checkpoints" / "last"
-    if args.resume and not last.exists():
-        raise UserError(f"{last}: no checkpoint to resume from; start without --resume")
-    if not args.resume and output.exists() and any(output.iterdir()):
-        raise UserError(f"{output}: exists already; continue it with --resume, or give another --output")
-
-
-def open_loaders(args: Any, accelerator: Accelerator) -> tuple[Loader, Loader | None]:
-    """The training loader, and the validation loader where the data has that split."""
-    spec = LoaderSpec(
-        args.data,
-        batch_size=args.batch_size,
-        order=args.order,
-        block_shards=args.block_shards,
-        image_size=args.image_size,
-        geometry=choose_geometry(args.geometry, args.scale, args.image_size),
-        seed=args.seed,
-        normalization=args.mean,
-        alpha_std=args.alpha_std,
-        dtype=PRECISIONS.get(accelerator.mixed_precision, torch.float32),
-        corrupt=args.corrupt,
-        device=str(accelerator.device),
-        rank=accelerator.process_index,
-        world_size=accelerator.num_processes,
-        engine=args.engine,
-        cache=args.cache,
-        cache_gb=args.cache_gb,
-    )
-    if args.batch_size % (accelerator.num_processes * args.accumulate):
-        raise UserError(f"--batch-size {args.batch_size} must be a multiple of processes x --accumulate")
-    spec = with_tuned(spec, args.threads, args.prefetch)
-    train_loader = open_loader(spec)
-    has_val = "val" in train_loader.shards.manifest.splits
-    if args.schedule == "plateau" and not has_val:
-        raise UserError(f"{args.data}: has no split val, whose error --schedule plateau needs; take another schedule")
-    return train_loader, open_loader(spec.evaluation()) if has_val else None
-
-
-def profile_command(args: Any, precision: str) -> str:
-    """The profiler's command for a run of these arguments."""
-    command = ["python", "tools/profile_pipeline.py", args.data, "--arch", args.arch, "--precision", precision]
-    default = parser().get_default
-    for name in ("batch_size", "image_size", "geometry", "scale", "order", "engine", "threads", "prefetch", "cache", "cache_gb"):
-        value = getattr(args, name)
-        if value != default(name):
-            command += [f"--{name.replace('_', '-')}", *(map(str, value) if name == "scale" else [str(value)])]
-    return shlex.join(command)
-
-
-def scale_of(geometry: Geometry) -> tuple[int, int] | None:
-    return (geometry.low, geometry.high) if isinstance(geometry, ScaleJitter) else None
+    validated: int = 0
 
 
 class Run:
     """One training run: what it is made of, and its steps."""
 
-    def __init__(self, args: Any, accelerator: Accelerator, output: Path) -> None:
+    def __init__(self, args: Any, accelerator: Accelerator, output: Path, resumes: bool) -> None:
         self.args, self.accelerator, self.output = args, accelerator, output
         self.loader, self.val_loader = open_loaders(args, accelerator)
-        spec, normalization = self.loader.spec, self.loader.normalization
-        evaluation = spec.evaluation().geometry
-        assert isinstance(evaluation, CentreCrop)
-        self.recipe = Recipe(
-            args.arch, self.loader.classes, spec.final_size, evaluation.short, normalization.mean, normalization.std
-        )
+        self.recipe = recipe_of(args, self.loader)
         self.progress = Progress()
         self.rows, self.told_of_waiting = 0, False
-        torch.manual_seed(args.seed)
-        self.net = ARCHS[args.arch](num_classes=len(self.loader.classes)).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        optimizer = torch.optim.SGD(self.net.parameters(), args.lr, args.momentum, weight_decay=args.weight_decay)
+        self.learner = Learner(args, accelerator, self.loader)
         saved = None
-        if args.resume:
+        if resumes:
             saved = self.restore()  # before anything is written: it may refuse
         elif args.weights:
-            taken = initial_weights(args.weights, args.arch, self.net, self.loader.classes)
+            taken = initial_weights(args.weights, args.arch, self.learner.net, self.loader.classes)
             accelerator.print(taken, flush=True)
-        self.model, self.optimizer = accelerator.prepare(torch.compile(self.net) if args.compile else self.net, optimizer)
-        if saved:
-            self.optimizer.load_state_dict(saved["optimizer"])
-            if accelerator.scaler is not None and saved["scaler"]:
-                accelerator.scaler.load_state_dict(saved["scaler"])
+        self.learner.start(self.loader, saved)
         self.schedule = make_schedule(args, len(self.loader))
+        self.not_finite = NonFinite(accelerator.device)
         self.started = time.perf_counter() - self.progress.seconds
         if accelerator.is_main_process:
-            print(
-                f"engine {self.loader.engine}: {self.loader.why}; {spec.threads} threads, {spec.prefetch} batches ahead",
-                flush=True,
-            )
+            loader, spec = self.loader, self.loader.spec
+            print(f"engine {loader.engine}: {loader.why}; {spec.threads} threads, {spec.prefetch} batches ahead", flush=True)
             output.mkdir(parents=True, exist_ok=True)
             self.metrics = MetricsFile(output / "metrics.csv", self.progress.step)
-            config = {
-                "command": sys.argv,
-                "arguments": vars(args) | {"scale": scale_of(spec.geometry)},
-                "precision": accelerator.mixed_precision,
-                "processes": accelerator.num_processes,
-                "engine": self.loader.engine,
-            }
-            (output / "config.json").write_text(json.dumps(config, indent=1, default=str))
+            write_config(output, args, accelerator, loader, self.progress.step)
         accelerator.wait_for_everyone()
-        accelerator.init_trackers("tensorboard")
+        accelerator.log_with = make_trackers(args.trackers, output, self.progress.step)
+        start_trackers(accelerator, vars(args))
+        self.stop = StopRequest(accelerator.num_processes)
 
     def restore(self) -> dict[str, Any]:
-        """Weights, place and progress of the last checkpoint; returns the optimizer's part. Refuses another net or other data."""
+        """Weights, place and progress of the last checkpoint; returns the rest. Refuses another net, other data or settings."""
         path = self.output / "checkpoints" / "last"
         weights, header = load_weights(path / "model.safetensors")
         recipe = Recipe.from_header(header)
@@ -165,28 +94,26 @@ class Run:
                 "(or others); resume with the same data"
             )
         saved, state = load_checkpoint(path)
-        if state["batch_size"] != self.args.batch_size:
-            raise UserError(f"{path}: was made with --batch-size {state['batch_size']}; resume with the same")
+        for name in SETTINGS:
+            if state[name] != getattr(self.args, name):
+                raise UserError(f"{path}: was made with --{name.replace('_', '-')} {state[name]}; resume with the same")
         self.loader.load_state_dict(state["loader"])
-        self.net.load_state_dict(weights)
+        self.learner.net.load_state_dict(weights)
         self.progress = Progress(**state["progress"])
         return saved
 
     def save(self, best: bool = False) -> None:
+        """A checkpoint; none of a net that is lost."""
+        self.check_finite()
         self.progress.seconds = time.perf_counter() - self.started
         if self.accelerator.is_main_process:
-            scaler = self.accelerator.scaler
-            save_checkpoint(
-                self.output / "checkpoints",
-                self.progress.step,
-                self.write_weights,
-                {"optimizer": self.optimizer.state_dict(), "scaler": scaler.state_dict() if scaler else None},
-                {"loader": self.loader.state_dict(), "progress": asdict(self.progress), "batch_size": self.args.batch_size},
-                best,
-            )
+            state = {"loader": self.loader.state_dict(), "progress": asdict(self.progress)}
+            state |= {name: getattr(self.args, name) for name in SETTINGS}
+            learnt, folder = self.learner.state_dict(), self.output / "checkpoints"
+            save_checkpoint(folder, self.progress.step, self.write_weights, learnt, state, best)
 
     def write_weights(self, path: Path) -> None:
-        save_weights(path, self.net.state_dict(), self.recipe.header())
+        save_weights(path, self.learner.tested.state_dict(), self.recipe.header())
 
     def log(self, values: dict[str, float]) -> None:
         row = {
@@ -199,38 +126,52 @@ class Run:
         self.accelerator.log(values, step=self.progress.step)
 
     def train(self) -> None:
-        steps, quiet = self.schedule.steps, not self.accelerator.is_main_process
-        with tqdm(total=steps, initial=self.progress.step, unit=" steps", disable=quiet) as bar:
-            while self.progress.step < steps:
-                self.train_epoch(bar)
-                self.tell_of_replaced(bar)
-                best = False
-                is_due = self.loader.epoch % self.args.eval_every == 0  # already the next epoch's number: how many are done
-                if self.val_loader is not None and (is_due or self.progress.step == steps):
-                    best = self.validate(bar)
-                self.save(best)
-        if self.accelerator.is_main_process:
-            self.write_weights(self.output / "model.safetensors")
+        """To the end, or until SIGTERM; either way nothing is lost."""
+        quiet = not self.accelerator.is_main_process
+        with tqdm(total=self.schedule.steps, initial=self.progress.step, unit=" steps", disable=quiet) as bar:
+            try:
+                while self.progress.step < self.schedule.steps or self.is_to_be_validated():
+                    self.train_epoch(bar)
+                    self.tell_of_replaced(bar)
+                    self.save(self.validate(bar) if self.is_to_be_validated() else False)
+                if self.accelerator.is_main_process:
+                    self.write_weights(self.output / "model.safetensors")
+            except Stopped:
+                self.save()
+                if not quiet:
+                    bar.write(f"stopped at step {self.progress.step}, as asked, and saved; --resume goes on from there")
         self.accelerator.end_training()
+
+    def is_to_be_validated(self) -> bool:
+        """Whether a validation is due here that has not been done. The loader already has the next epoch's number."""
+        is_due = self.loader.epoch % self.args.eval_every == 0 or self.progress.step == self.schedule.steps
+        return self.val_loader is not None and is_due and self.progress.validated < self.progress.step
 
     def train_epoch(self, bar: Any) -> None:
         """The rest of the loader's epoch, or of the run, with a row every --log-every steps and a checkpoint every
         --checkpoint-every.
         """
         args, progress, steps_per_epoch = self.args, self.progress, len(self.loader)
+        if progress.step == self.schedule.steps:
+            return  # it was stopped between its last step and its last validation
         meter = Meter(self.accelerator.device)
         for batch in meter.timed(self.loader):
             rate = self.schedule.rate(progress.step, progress.errors)
-            meter.add(*self.train_step(batch.images, batch.labels, rate))
+            start = self.loader.consumed - args.batch_size
+            loss, top1 = self.learner.step(batch, progress.step, self.loader.epoch, start, rate)
+            self.not_finite.add(progress.step, loss)
+            meter.add(loss, top1)
             progress.step += 1
             bar.update()
             if progress.step % args.log_every == 0:
+                self.check_finite()
                 row = meter.read(args.batch_size, self.accelerator.gather)
                 self.log({"lr": rate} | row)
                 self.tell_of_waiting(bar, row["wait_share"])
                 bar.set_postfix_str(
                     f"loss {row['train_loss']:.3f}, {row['images_per_s']:.0f} images/s, waiting for data {row['wait_share']:.1%}"
                 )
+            self.stop.check()
             # The ends of epoch and run have a checkpoint of their own, after validation.
             if progress.step % steps_per_epoch == 0:
                 continue  # to the loader's own end of the epoch
@@ -239,13 +180,29 @@ class Run:
             if progress.step % args.checkpoint_every == 0:
                 self.save()
 
+    def check_finite(self) -> None:
+        """Raise UserError if the loss of a step so far was not finite; the step's images are then in RUN/not-finite.json."""
+        step = self.not_finite.read(self.accelerator.gather)
+        if step is None:
+            return
+        epoch, batch = divmod(step, len(self.loader))
+        start = batch * self.args.batch_size
+        ids = self.loader.order.samples(epoch, np.arange(start, start + self.args.batch_size)).tolist()
+        path = self.output / "not-finite.json"
+        if self.accelerator.is_main_process:
+            found = {"step": step, "epoch": epoch, "ids": ids, "images": [self.loader.where(sample) for sample in ids]}
+            path.write_text(json.dumps(found, indent=1))
+        raise UserError(
+            f"{path}: holds the images of step {step}, whose loss is not finite; look at them, or lower --lr, and --resume"
+        )
+
     def tell_of_waiting(self, bar: Any, share: float) -> None:
         """Name the profiler, once, if training waits for data; the first row does not count, as the loader starts in it."""
         self.rows += 1
         if share > WAITING and self.rows > 1 and not self.told_of_waiting:
             self.told_of_waiting = True
             if self.accelerator.is_main_process:
-                command = profile_command(self.args, self.accelerator.mixed_precision)
+                command = profile_command(self.args, self.args.amp or self.accelerator.mixed_precision)
                 bar.write(f"waiting for data {share:.0%} of the time; this says what to change: {command}")
 
     def tell_of_replaced(self, bar: Any) -> None:
@@ -255,38 +212,28 @@ class Run:
         if replaced and self.accelerator.is_main_process:
             bar.write(f"epoch {self.loader.epoch}: {replaced} images replaced so far that could not be decoded")
 
-    def train_step(self, images: torch.Tensor, labels: torch.Tensor, rate: float) -> tuple[torch.Tensor, torch.Tensor]:
-        """One update from this process's part of a global batch; its mean loss and top-1 share, still on the device."""
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate
-        parts = self.args.accumulate
-        mean, top1 = torch.zeros(2, device=images.device)
-        for part, targets in zip(images.chunk(parts), labels.chunk(parts), strict=True):
-            with self.accelerator.accumulate(self.model):
-                logits = self.model(part)
-                loss = F.cross_entropy(logits, targets)
-                self.accelerator.backward(loss)  # divides by the number of parts
-                self.optimizer.step()
-                self.optimizer.zero_grad()
-            mean += loss.detach() / parts
-            top1 += (logits.detach().argmax(1) == targets).float().mean() / parts
-        return mean, top1
-
     def validate(self, bar: Any) -> bool:
         """Score the validation split; returns whether this is the lowest error so far."""
-        assert self.val_loader is not None
-        result = score(
-            self.net,
-            ((batch.images, batch.labels) for batch in self.val_loader),
-            len(self.loader.classes),
-            self.accelerator.device,
-            self.accelerator.autocast,
-            lambda counts: self.accelerator.reduce(counts, "sum"),
-        )
+        loader = self.val_loader
+        assert loader is not None
+        try:
+            result = score(
+                self.learner.tested,
+                ((batch.images, batch.labels) for batch in self.stop.checked(loader, len(loader))),
+                len(self.loader.classes),
+                self.accelerator.device,
+                self.accelerator.autocast,
+                lambda counts: self.accelerator.reduce(counts, "sum"),
+            )
+        except Stopped:
+            if self.loader.consumed == 0:  # back to the end of the epoch: a resumed run validates first
+                self.loader.seek(self.loader.epoch - 1, self.loader.total)
+            raise
         self.log({"val_top1": result.top1_rate, "val_top5": result.top5_rate})
         if self.accelerator.is_main_process:
             epoch = f"{self.progress.step / len(self.loader):.4g}"
             bar.write(f"epoch {epoch}: top-1 {result.top1_rate:.2%}, top-5 {result.top5_rate:.2%} of {result.images} images")
+        self.progress.validated = self.progress.step
         errors = self.progress.errors
         errors.append(1 - result.top1_rate)
         return errors[-1] <= min(errors)
@@ -295,11 +242,12 @@ class Run:
 def main() -> None:
     args = parse_arguments(__doc__, sys.argv[1:])
     output = (args.output or Path("runs") / args.arch).absolute()
-    check_output(args, output)
+    resumes = check_output(args, output)
+    end_with_launcher()
+    meet_again()
     accelerator = Accelerator(
-        mixed_precision=args.mixed_precision,
+        mixed_precision=args.amp,
         gradient_accumulation_steps=args.accumulate,
-        log_with="tensorboard",
         project_config=ProjectConfiguration(str(output), str(output)),
     )
     check_launch(accelerator.num_processes)
@@ -307,7 +255,7 @@ def main() -> None:
         torch.backends.cudnn.benchmark = True
     elif accelerator.device.type == "cpu":
         torch.set_num_threads(core_share())  # accelerate launch and torchrun set OMP_NUM_THREADS=1 unless told otherwise
-    run = Run(args, accelerator, output)
+    run = Run(args, accelerator, output, resumes)
     if accelerator.is_main_process and output.parent.name == "runs":
         latest = output.parent / "latest"
         latest.unlink(missing_ok=True)

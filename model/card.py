@@ -90,10 +90,11 @@ def model_card(net: ResNet, recipe: Recipe, about: About) -> str:
 
 def _text(name: str, net: ResNet, recipe: Recipe, about: About) -> str:
     parameters = sum(parameter.numel() for parameter in net.parameters())
+    blur = ", with the BlurPool of [Zhang 2019](https://arxiv.org/abs/1904.11486)" if recipe.arch.endswith("_blur") else ""
     parts = [
         f"# {name}",
-        f"`{recipe.arch}` of He et al. 2015, [Deep residual learning for image recognition](https://arxiv.org/abs/1512.03385): "
-        f"{parameters:,} parameters, {net.fc.out_features} classes. Exported by Cropfeed.",
+        f"`{recipe.arch}` of He et al. 2015, [Deep residual learning for image recognition](https://arxiv.org/abs/1512.03385)"
+        f"{blur}: {parameters:,} parameters, {net.fc.out_features} classes. Exported by Cropfeed.",
         *_figures(about),
         "## Preprocessing",
         _preprocessing(recipe),

@@ -34,8 +34,9 @@ class Description(NamedTuple):
 def describe(arch: str, image_size: int | None = None) -> Description:
     """Of a net in ARCHS with its usual number of classes (1000, or CIFAR's 10), for square pictures.
 
-    Multiply-adds are those of the convolutions and of the classifier, one for each product, as the paper counts its "FLOPs";
-    batch normalization, ReLU, pooling and additions count nothing. Nothing is computed: the net lies on torch's meta device.
+    Multiply-adds are those of the convolutions (BlurPool's, too) and of the classifier, one for each product, as the paper counts
+    its "FLOPs"; batch normalization, ReLU, pooling and additions count nothing. Nothing is computed: the net lies on torch's meta
+    device.
     """
     with torch.device("meta"), torch.no_grad():
         net = ARCHS[arch]()

@@ -5,6 +5,8 @@ For ImageNet: the ResNets and plain nets of Table 1. For CIFAR: those of section
 - `resnet18` ... `resnet152`: shortcut option B (section 4.1), a projection where dimensions grow; `_a` and `_c` are the other
   options. The bottleneck's stride is on its 3x3 convolution: the now usual placement, and torchvision's.
 - `resnet50_v1`, `resnet101_v1`, `resnet152_v1`: the stride on the bottleneck's first 1x1 convolution, as in the paper.
+- `resnet18_blur` ... `resnet152_blur`: not in the paper; each strided convolution but the first sees its input blurred (see
+  `model.blur`). Their weights are those of the nets without it.
 - `plain18`, `plain34`: no shortcuts.
 - `resnet20` ... `resnet1202`, `plain20` ... `plain110`: for CIFAR; shortcut option A.
 
@@ -20,6 +22,8 @@ from typing import cast
 import torch
 import torch.nn.functional as F
 from torch import nn
+
+from model.blur import blur_strided
 
 # Makes the shortcut of a block from its channels in, channels out and stride; None stands for the identity.
 Shortcut = Callable[[int, int, int], nn.Module | None]
@@ -56,10 +60,24 @@ def option_c(channels_in: int, channels_out: int, stride: int) -> nn.Module:
     return nn.Sequential(nn.Conv2d(channels_in, channels_out, 1, stride, bias=False), nn.BatchNorm2d(channels_out))
 
 
+def drop_rows(x: torch.Tensor, probability: float) -> torch.Tensor:
+    """Stochastic depth, each image by itself: of x (N, C, H, W) each row is zeros with `probability`, else scaled so that the
+    expectation stays.
+
+    Draws from torch's default generator of the device. torchvision's StochasticDepth in mode "row" does the same.
+    """
+    keep = 1 - probability
+    return x * x.new_empty((x.shape[0], 1, 1, 1)).bernoulli_(keep).div_(keep)
+
+
 class Block(nn.Module):
-    """What both blocks of Figure 5 share: the layers' output plus the shortcut's (none in plain nets), then ReLU."""
+    """What both blocks of Figure 5 share: the layers' output plus the shortcut's (none in plain nets), then ReLU.
+
+    drop_path: in training, the probability that an image takes the shortcut alone; 0 <= drop_path < 1.
+    """
 
     expansion: int
+    drop_path = 0.0
 
     def __init__(self) -> None:
         super().__init__()
@@ -78,6 +96,8 @@ class Block(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         out = self.layers(x)
         if self.is_residual:
+            if self.training and self.drop_path:
+                out = drop_rows(out, self.drop_path)
             out += x if self.downsample is None else self.downsample(x)
         return cast(torch.Tensor, self.relu(out))
 
@@ -136,6 +156,9 @@ class ResNet(nn.Module):
     pictures larger than those trained on the net is fully convolutional.
     depths: blocks in each stage. shortcut: one of the options, None for a plain net. width: channels of the first stage.
     small: CIFAR's 3x3 stem for pictures of 32 pixels, instead of 7x7, stride 2 and max pooling for 224.
+    blur: whether strided convolutions, the first apart, see their input blurred.
+    drop_path: stochastic depth of Huang et al. 2016, "Deep networks with stochastic depth", with their linear decay rule: of L
+    blocks, the l-th is dropped with probability drop_path * l / L, for each image by itself.
     Weights are drawn as in He et al. 2015, "Delving deep into rectifiers": N(0, 2 / fan_out) for convolutions (equation 14),
     N(0, 1 / fan_in) for the classifier, BN at scale 1.
     """
@@ -149,8 +172,13 @@ class ResNet(nn.Module):
         shortcut: Shortcut | None = option_b,
         width: int = 64,
         small: bool = False,
+        blur: bool = False,
+        drop_path: float = 0.0,
     ) -> None:
+        """Raises ValueError for a drop_path outside [0, 1), and in a plain net, which has no shortcuts to take instead."""
         super().__init__()
+        if not 0 <= drop_path < 1 or (drop_path and shortcut is None):
+            raise ValueError(f"drop_path must lie in [0, 1), and be 0 in a plain net, not {drop_path}")
         self.image_size = 32 if small else 224  # the side of the pictures it is meant for
         self.conv1 = nn.Conv2d(3, width, 3, 1, 1, bias=False) if small else nn.Conv2d(3, width, 7, 2, 3, bias=False)
         self.bn1 = nn.BatchNorm2d(width)
@@ -168,6 +196,11 @@ class ResNet(nn.Module):
         self.avgpool = nn.AdaptiveAvgPool2d(1)
         self.fc = nn.Linear(channels_in, num_classes)
         self.apply(initialise)
+        every_block = [module for module in self.modules() if isinstance(module, Block)]
+        for number, one in enumerate(every_block, 1):
+            one.drop_path = drop_path * number / len(every_block)
+        if blur:  # behind the drawing of weights, which is thus the same
+            blur_strided(self)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         x = self.maxpool(self.relu(self.bn1(self.conv1(x))))
@@ -208,6 +241,11 @@ ARCHS: dict[str, Callable[..., ResNet]] = {
     "resnet50_v1": partial(ResNet, BottleneckV1, _34),
     "resnet101_v1": partial(ResNet, BottleneckV1, _101),
     "resnet152_v1": partial(ResNet, BottleneckV1, _152),
+    "resnet18_blur": partial(ResNet, BasicBlock, _18, blur=True),
+    "resnet34_blur": partial(ResNet, BasicBlock, _34, blur=True),
+    "resnet50_blur": partial(ResNet, Bottleneck, _34, blur=True),
+    "resnet101_blur": partial(ResNet, Bottleneck, _101, blur=True),
+    "resnet152_blur": partial(ResNet, Bottleneck, _152, blur=True),
     **{f"resnet{layers}": _for_cifar(layers, option_a) for layers in (20, 32, 44, 56, 110, 1202)},
     **{f"plain{layers}": _for_cifar(layers, None) for layers in (20, 32, 44, 56, 110)},
 }

@@ -1,6 +1,7 @@
 """Testing schemes of He et al. 2015, section 3.4: which pictures of an image a net sees, and how their scores become one.
 
 - `centre`: the central crop of the image at the net's short side for evaluation.
+- `centre-flip`: that and its mirror image, as train.py's --flip-test has it (not in the paper).
 - `ten-crop`: the four corners' crops, the central one, and their mirror images (Krizhevsky et al. 2012, section 4.1), which He et
   al. use for comparison studies (Table 3).
 - `multi-scale`: for their best results (Tables 4 and 5) "we adopt the fully-convolutional form as in [41, 13], and average the
@@ -27,7 +28,7 @@ from pipeline.augment import Normalization, colour_tail
 from pipeline.geometry import CentreCrop, TenCrop, WholeImage
 from pipeline.several import Look, Looks
 
-SCHEMES = ("centre", "ten-crop", "multi-scale")
+SCHEMES = ("centre", "centre-flip", "ten-crop", "multi-scale")
 SCALES = (224, 256, 384, 480, 640)  # short sides for nets of crops of 224; for others in proportion
 
 
@@ -36,6 +37,8 @@ def looks_of(scheme: str, recipe: Recipe, scales: Sequence[int] | None = None) -
     size, short = recipe.image_size, recipe.eval_short
     if scheme == "centre":
         return {"centre": Look(CentreCrop(short), size)}
+    if scheme == "centre-flip":
+        return {"centre-flip": Look(CentreCrop(short, mirrored=True), size)}
     if scheme == "ten-crop":
         return {"ten-crop": Look(TenCrop(short), size)}
     shorts = scales or [plan.short_at(scale, size) for scale in SCALES]

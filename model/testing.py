@@ -60,7 +60,8 @@ def score(
     autocast: Callable[[], Any],
     total: Callable[[torch.Tensor], torch.Tensor] = lambda counts: counts,
 ) -> Score:
-    """Score `model` in evaluation mode on (images, labels) batches; its mode is restored.
+    """Score `model` in evaluation mode on (images, labels) batches; its mode is restored. Where there are several images to a
+    label, next to each other, their softmax probabilities are averaged, as `model.schemes` has it.
 
     autocast: makes the context that forward runs in. total: adds counts over processes. `model` must be the bare module: ranks
     may hold different numbers of batches, so its forward must not communicate.
@@ -71,6 +72,8 @@ def score(
     for images, labels in batches:
         with autocast():
             logits = model(images)
+        if len(images) > len(labels):
+            logits = logits.float().softmax(dim=1).view(len(labels), -1, classes).mean(dim=1)
         tally.add(logits, labels)
     model.train(was_training)
     return tally.score(total)

@@ -164,11 +164,19 @@ class _Resized(Geometry):
 
 @dataclass(frozen=True)
 class CentreCrop(_Resized):
-    """Short side to `short`, the central crop: single-crop testing, Krizhevsky et al. 2012 and everyone since."""
+    """Short side to `short`, the central crop: single-crop testing, Krizhevsky et al. 2012 and everyone since; with its mirror
+    image if `mirrored`, for test-time flips.
+    """
+
+    mirrored: bool = False
+
+    @property
+    def crops(self) -> int:
+        return 2 if self.mirrored else 1
 
     def views(self, seed: int, epoch: int, ids: Ints, heights: Ints, widths: Ints, size: int, alpha_std: float) -> Views:
-        drawn = plan.centre(heights, widths, self.short, size)
-        return Views(plan.windows(drawn, heights, widths, size), drawn.flip, drawn.alphas)
+        windows = plan.windows(plan.centre(heights, widths, self.short, size), heights, widths, size)
+        return _views(np.stack([windows] * self.crops, axis=1), np.arange(self.crops) > 0)
 
 
 @dataclass(frozen=True)
@@ -219,16 +227,19 @@ class WholeImage(_Resized):
             raise UserError(f"the short side must be at least 1, not {self.short}")
 
 
-def choose_geometry(name: str, scale: Sequence[int] | None, size: int) -> Geometry:
+def choose_geometry(name: str, scale: Sequence[int] | None, size: int, area: Sequence[float] | None = None) -> Geometry:
     """A training geometry by its option, one of GEOMETRIES: scale jitter, random resized crops, or crops of the image padded by 4
-    pixels, whatever the size. scale: the jitter's range of S, pixels; by default what 256..480 is for crops of 224. Raises
-    UserError for a scale that has no jitter.
+    pixels, whatever the size. scale: the jitter's range of S, pixels; by default what 256..480 is for crops of 224. area: the
+    resized crops' range of shares of the image. Raises UserError for a range of another geometry.
     """
+    for option, given, owner in (("--scale", scale, "jitter"), ("--area", area, "rrc")):
+        if given and name != owner:
+            raise UserError(f"{option} belongs to --geometry {owner}; leave it out")
     if name == "jitter":
         return ScaleJitter(*scale) if scale else ScaleJitter().scaled(size, plan.CROP)
-    if scale:
-        raise UserError("--scale belongs to --geometry jitter; leave it out")
-    return RandomResizedCrop() if name == "rrc" else PaddedCrop()
+    if name == "rrc":
+        return RandomResizedCrop((area[0], area[1])) if area else RandomResizedCrop()
+    return PaddedCrop()
 
 
 def _views(windows: npt.NDArray[np.float64], flip: npt.NDArray[np.bool_]) -> Views:

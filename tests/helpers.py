@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import io
+import json
 import os
 import re
+import signal
 import subprocess
 import sys
+import tempfile
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -108,6 +112,60 @@ def run_script(
         timeout=300,
         check=False,
     )
+
+
+class Forked:
+    """A process of one of our scripts, forked from a server that has imported what they need; the server is started at the first.
+
+    One at a time: the next begins when this has ended. Arguments as `run_script` has them.
+    """
+
+    _server: subprocess.Popen[str] | None = None
+
+    def __init__(self, *command: Any, cwd: Path = Path("/tmp"), **environment: str) -> None:
+        if Forked._server is None:
+            # Threads of BLAS do not survive a fork.
+            one_thread = dict.fromkeys(("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS"), "1")
+            Forked._server = subprocess.Popen(
+                [sys.executable, str(ROOT / "tests" / "fork_server.py")], env=clean_environment() | one_thread,
+                stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+            )  # fmt: skip
+        script, *arguments = [str(part) for part in command]
+        self.command = [str(ROOT / script), *arguments]
+        self._folder = tempfile.TemporaryDirectory()
+        self._files = [f"{self._folder.name}/{name}" for name in ("stdout", "stderr")]
+        request = {
+            "command": self.command, "environment": clean_environment() | environment, "folder": str(cwd),
+            "stdout": self._files[0], "stderr": self._files[1],
+        }  # fmt: skip
+        server = Forked._server
+        assert server.stdin is not None
+        server.stdin.write(json.dumps(request) + "\n")
+        server.stdin.flush()
+        self.pid = int(self._answer())
+
+    def _answer(self) -> str:
+        assert Forked._server is not None
+        assert Forked._server.stdout is not None
+        return Forked._server.stdout.readline()
+
+    def kill(self, number: int = signal.SIGKILL) -> None:
+        os.kill(self.pid, number)
+
+    def wait(self) -> subprocess.CompletedProcess[str]:
+        """Its end: exit code, -N after signal N, and what it wrote. Killed after five minutes."""
+        timer = threading.Timer(300, self.kill)
+        timer.start()
+        code = int(self._answer())
+        timer.cancel()
+        stdout, stderr = (Path(file).read_text() for file in self._files)
+        self._folder.cleanup()
+        return subprocess.CompletedProcess(self.command, code, stdout, stderr)
+
+
+def run_forked(*command: Any, cwd: Path = Path("/tmp"), **environment: str) -> subprocess.CompletedProcess[str]:
+    """As `run_script`, but of a script whose imports train.py has, too, and without their seconds."""
+    return Forked(*command, cwd=cwd, **environment).wait()
 
 
 def clean_environment() -> dict[str, str]:

@@ -3,12 +3,14 @@ from __future__ import annotations
 import json
 import os
 import random
+import re
 import shlex
 import shutil
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +24,9 @@ from model.weights import Recipe, load_weights
 from pipeline import plan
 from pipeline.shards import ShardSet
 from pipeline.spec import LoaderSpec
-from tests.helpers import ROOT, assert_refused, clean_environment, run_script, without_progress
+from tests.helpers import ROOT, Forked, assert_refused, clean_environment, run_forked, run_script, without_progress
 from training import tuned
+from training.checkpoint import load_checkpoint
 from training.metrics import read_metrics
 
 pytestmark = pytest.mark.usefixtures("one_core")
@@ -34,8 +37,8 @@ TORCHRUN = ("-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_po
 
 def arguments(data: Path, output: Path, *more: Any) -> list[str]:
     options = [
-        "--data", data, "--output", output, "--arch", "resnet18", "--epochs", EPOCHS, "--batch-size", 8, "--image-size", 32,
-        "--scale", 36, 68, "--lr", 0.002, "--threads", 1, "--log-every", 1, "--checkpoint-every", 3, *more,
+        "--data", data, "--output", output, "--arch", "resnet20", "--epochs", EPOCHS, "--batch-size", 8, "--image-size", 32,
+        "--scale", 36, 68, "--lr", 0.01, "--threads", 1, "--log-every", 1, "--checkpoint-every", 3, *more,
     ]  # fmt: skip
     return [str(option) for option in options]
 
@@ -44,7 +47,7 @@ def arguments(data: Path, output: Path, *more: Any) -> list[str]:
 def finished(small_shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run in fp32 on one process, never stopped, with its trace beside it."""
     folder = tmp_path_factory.mktemp("finished")
-    result = run_script("tests/traced_train.py", *arguments(small_shards, folder / "run"), TRACE=str(folder / "trace"))
+    result = run_forked("tests/traced_train.py", *arguments(small_shards, folder / "run"), TRACE=str(folder / "trace"))
     assert result.returncode == 0, result.stderr
     return folder / "run"
 
@@ -54,29 +57,17 @@ def steps_logged(run: Path) -> int:
     return sum(bool(row["train_loss"]) for row in read_metrics(path)) if path.exists() else 0
 
 
-def run_until_killed(command: list[str], run: Path, rows: int, trace: Path, **environment: str) -> None:
-    """Start `command`, SIGKILL it and all its children once metrics.csv has `rows` more training rows than now."""
-    process = subprocess.Popen(
-        command,
-        env=clean_environment() | environment | {"TRACE": str(trace)},
-        start_new_session=True,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        text=True,
-        cwd="/tmp",
-    )
+def wait_for_rows(run: Path, rows: int, is_running: Callable[[], bool]) -> None:
+    """Until metrics.csv has `rows` more training rows than now."""
     deadline = time.monotonic() + 120
     target = None
     while target is None or steps_logged(run) < target:
-        if process.poll() is not None or time.monotonic() > deadline:
-            os.killpg(process.pid, signal.SIGKILL)
-            raise AssertionError(process.communicate()[1])
+        assert is_running()
+        assert time.monotonic() < deadline
         # A resumed run first cuts metrics.csv back to its checkpoint: count from there, once it has started over.
-        if target is None and "tfevents" in str(list(run.glob("tensorboard/*"))) and steps_logged(run) >= 0:
+        if target is None and list(run.glob("tensorboard/*tfevents*")):
             target = min(steps_logged(run) + rows, EPOCHS * STEPS - 1)
         time.sleep(0.005)
-    os.killpg(process.pid, signal.SIGKILL)
-    process.communicate()
 
 
 def traces(stem: Path) -> dict[tuple[int, int], dict[str, Any]]:
@@ -114,10 +105,10 @@ def test_a_run_learns_and_leaves_everything_behind(small_shards: Path, finished:
     assert sum(shares[:STEPS]) / STEPS < sum(shares[-STEPS:]) / STEPS <= 1
     assert all(0 <= float(row["wait_share"]) <= 1 and float(row["images_per_s"]) > 0 for row in rows if row["train_loss"])
     weights, header = load_weights(finished / "model.safetensors")
-    assert weights.keys() == ARCHS["resnet18"](num_classes=3).state_dict().keys()
+    assert weights.keys() == ARCHS["resnet20"](num_classes=3).state_dict().keys()
     recipe = Recipe.from_header(header)
     assert recipe is not None
-    assert (recipe.arch, recipe.image_size, recipe.eval_short, recipe.mean.shape) == ("resnet18", 32, 37, (32, 32, 3))
+    assert (recipe.arch, recipe.image_size, recipe.eval_short, recipe.mean.shape) == ("resnet20", 32, 37, (32, 32, 3))
     assert {path.name for path in (finished / "checkpoints").iterdir()} >= {"last", "best", "step-00000035"}
     assert json.loads((finished / "config.json").read_text())["arguments"]["batch_size"] == 8
     assert list(finished.glob("tensorboard/*tfevents*"))
@@ -128,41 +119,134 @@ def test_a_run_learns_and_leaves_everything_behind(small_shards: Path, finished:
         assert ids == plan.order(0, epoch, range(56), 60).tolist()
 
 
-def test_killed_at_random_steps_it_ends_in_the_same_bits(small_shards: Path, finished: Path, tmp_path: Path) -> None:
-    rng = random.Random(4)
-    run = tmp_path / "run"
-    command = [sys.executable, str(ROOT / "tests" / "traced_train.py"), *arguments(small_shards, run)]
-    for attempt in range(3):
-        resume = ["--resume"] if (run / "checkpoints" / "last").exists() else []
-        if attempt and not resume:
-            shutil.rmtree(run)
-        shutil.rmtree(run / "tensorboard", ignore_errors=True)
-        run_until_killed([*command, *resume], run, rng.randint(4, 11), tmp_path / "trace")
-        assert not (run / "model.safetensors").exists()
-    result = run_script("tests/traced_train.py", *arguments(small_shards, run, "--resume"), TRACE=str(tmp_path / "trace"))
-    assert result.returncode == 0, result.stderr
+def figures(run: Path) -> list[tuple[str, ...]]:
+    return [(row["step"], row["lr"], row["train_loss"], row["val_top1"]) for row in read_metrics(run / "metrics.csv")]
+
+
+def assert_same_end(run: Path, trace: Path, finished: Path) -> None:
+    """The run's weights, figures and batches are those of the one that was never stopped, bit for bit."""
     ours, theirs = load_file(run / "model.safetensors"), load_file(finished / "model.safetensors")
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
-    assert traces(tmp_path / "trace") == traces(finished.parent / "trace")
-
-    def figures(path: Path) -> list[tuple[str, ...]]:
-        return [(row["step"], row["lr"], row["train_loss"], row["val_top1"]) for row in read_metrics(path / "metrics.csv")]
-
     assert figures(run) == figures(finished)
-
-
-def test_one_process_then_two_then_one_see_the_same_global_batches(small_shards: Path, finished: Path, tmp_path: Path) -> None:
-    run, trace = tmp_path / "run", tmp_path / "trace"
-    script = str(ROOT / "tests" / "traced_train.py")
-    run_until_killed([sys.executable, script, *arguments(small_shards, run)], run, 8, trace)
-    shutil.rmtree(run / "tensorboard")
-    two = [sys.executable, *TORCHRUN, script, *arguments(small_shards, run, "--resume")]
-    run_until_killed(two, run, 9, trace, ACCELERATE_USE_CPU="true")
-    result = run_script("tests/traced_train.py", *arguments(small_shards, run, "--resume"), TRACE=str(trace))
-    assert result.returncode == 0, result.stderr
-    ranks = {path.name.rsplit(".", 1)[1] for path in tmp_path.glob("trace.*")}
-    assert ranks == {"0", "1"}
     assert traces(trace) == traces(finished.parent / "trace")
+
+
+def assert_checkpoints_are_whole(run: Path) -> int:
+    """Whatever `last` and `best` name can be read; returns the last one's step, 0 where there is none."""
+    for link in (run / "checkpoints").glob("[lb]*"):
+        _, state = load_checkpoint(link)
+        load_weights(link / "model.safetensors")
+        assert f"step-{state['progress']['step']:08d}" in link.resolve().name
+    last = run / "checkpoints" / "last"
+    return int(load_checkpoint(last)[1]["progress"]["step"]) if last.exists() else 0
+
+
+def test_killed_at_20_random_moments_it_ends_in_the_same_bits(small_shards: Path, finished: Path, tmp_path: Path) -> None:
+    """At every second one while it writes a checkpoint: before one of the moves and syncs that this takes."""
+    rng = random.Random(4)
+    run, trace = tmp_path / "run", tmp_path / "trace"
+    command = ["tests/traced_train.py", *arguments(small_shards, run, "--resume", "auto")]
+    kills, step = 0, 0
+    while kills < 20:
+        is_near_the_end = step > (EPOCHS - 1) * STEPS
+        if kills % 2:
+            process = Forked(*command, TRACE=str(trace), KILL_AT=str(rng.randint(1, 5 if is_near_the_end else 14)))
+        else:
+            process = Forked(*command, TRACE=str(trace))
+            wait_for_rows(run, 1 if is_near_the_end else rng.randint(1, 3), lambda: True)
+            time.sleep(rng.uniform(0, 0.02))
+            process.kill()
+        result = process.wait()
+        assert result.returncode == -signal.SIGKILL, result.stderr
+        kills += 1
+        assert not (run / "model.safetensors").exists()
+        step, before = assert_checkpoints_are_whole(run), step
+        assert step >= before
+        shutil.rmtree(run / "tensorboard", ignore_errors=True)
+    assert step > 0
+    result = run_forked(*command, TRACE=str(trace))
+    assert result.returncode == 0, result.stderr
+    assert_same_end(run, trace, finished)
+
+
+def test_sigterm_saves_where_it_is_and_ends_well(small_shards: Path, finished: Path, tmp_path: Path) -> None:
+    """In a step, then in a validation, which is done again; nothing is lost and nothing done twice."""
+    run, trace = tmp_path / "run", tmp_path / "trace"
+    command = ["tests/traced_train.py", *arguments(small_shards, run, "--resume", "auto")]
+    process = Forked(*command, TRACE=str(trace))
+    wait_for_rows(run, 9, lambda: True)
+    process.kill(signal.SIGTERM)
+    result = process.wait()
+    assert result.returncode == 0, result.stderr
+    step = assert_checkpoints_are_whole(run)
+    assert step >= 9
+    assert f"stopped at step {step}, as asked, and saved; --resume goes on from there" in result.stdout
+    assert not (run / "model.safetensors").exists()
+
+    result = run_forked(*command, TRACE=str(trace), TERM_IN_VALIDATION="1")
+    assert result.returncode == 0, result.stderr
+    step = assert_checkpoints_are_whole(run)
+    assert step % STEPS == 0
+    assert figures(run)[-1][3] == ""  # not validated
+    shutil.rmtree(run / "tensorboard")
+    result = run_forked(*command, TRACE=str(trace))
+    assert result.returncode == 0, result.stderr
+    assert_same_end(run, trace, finished)
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_with_its_images(small_shards: Path, tmp_path: Path) -> None:
+    """The first step's update is beyond bounds: the second step's loss is lost, which shows where the next row is due. The last
+    checkpoint is of before.
+    """
+    run = tmp_path / "run"
+    options = [*arguments(small_shards, run), "--lr", 1e30, "--log-every", 5, "--checkpoint-every", 1]
+    result = without_progress(run_forked("train.py", *options))
+    assert_refused(result, f"{run}/not-finite.json: holds the images of step 1, whose loss is not finite", "lower --lr")
+    found = json.loads((run / "not-finite.json").read_text())
+    assert (found["step"], found["epoch"]) == (1, 0)
+    assert found["ids"] == plan.order(0, 0, range(8, 16), 60).tolist()
+    shards = ShardSet(small_shards, "train")
+    assert found["images"] == [shards.where(sample) for sample in found["ids"]]
+    assert assert_checkpoints_are_whole(run) == 1
+
+
+def test_one_process_then_two_of_which_one_dies_then_one(small_shards: Path, finished: Path, tmp_path: Path) -> None:
+    """Torchrun starts both processes again and they go on; at SIGTERM they save. The batches are those of one process."""
+    run, trace = tmp_path / "run", tmp_path / "trace"
+    process = Forked("tests/traced_train.py", *arguments(small_shards, run), TRACE=str(trace))
+    wait_for_rows(run, 8, lambda: True)
+    process.kill()
+    process.wait()
+    shutil.rmtree(run / "tensorboard")
+    two = subprocess.Popen(
+        [sys.executable, *TORCHRUN, "--max-restarts", "1", "--monitor-interval", "0.2", str(ROOT / "tests" / "traced_train.py"),
+         *arguments(small_shards, run, "--resume")],
+        env=clean_environment() | {"TRACE": str(trace), "ACCELERATE_USE_CPU": "true"}, start_new_session=True,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd="/tmp",
+    )  # fmt: skip
+    try:
+        wait_for_rows(run, 4, lambda: two.poll() is None)
+        (second,) = trace.parent.glob("trace.*.1")
+        shutil.rmtree(run / "tensorboard")
+        os.kill(int(second.suffixes[-2][1:]), signal.SIGKILL)
+        died = time.monotonic()
+        wait_for_rows(run, 4, lambda: two.poll() is None)
+        assert time.monotonic() - died < 60
+        two.send_signal(signal.SIGTERM)
+        output = two.communicate(timeout=60)[0]
+    finally:
+        if two.poll() is None:
+            os.killpg(two.pid, signal.SIGKILL)
+    stopped = re.search(r"stopped at step (\d+), as asked", output)
+    assert stopped is not None, output
+    assert assert_checkpoints_are_whole(run) == int(stopped[1])
+    assert len(list(trace.parent.glob("trace.*.1"))) == 2
+    result = run_forked("tests/traced_train.py", *arguments(small_shards, run, "--resume"), TRACE=str(trace))
+    assert result.returncode == 0, result.stderr
+    assert traces(trace) == traces(finished.parent / "trace")
+    assert [row[0] for row in figures(run)] == [row[0] for row in figures(finished)]
+    ours, theirs = ([float(row[2]) for row in figures(one) if row[2]] for one in (run, finished))
+    assert sum(ours[-STEPS:]) == pytest.approx(sum(theirs[-STEPS:]), rel=0.5)  # the curve goes on, not bit for bit
 
 
 def test_iterations_end_a_run_within_an_epoch_and_it_goes_on_from_there(
@@ -173,14 +257,14 @@ def test_iterations_end_a_run_within_an_epoch_and_it_goes_on_from_there(
     options = arguments(small_shards, run)
     at = options.index("--epochs")
     options[at : at + 2] = ["--iterations", "10"]
-    result = run_script("tests/traced_train.py", *options, "--milestones", 8, TRACE=str(trace))
+    result = run_forked("tests/traced_train.py", *options, "--milestones", 8, TRACE=str(trace))
     assert result.returncode == 0, result.stderr
     rows = read_metrics(run / "metrics.csv")
-    assert [float(row["lr"]) for row in rows if row["lr"]] == pytest.approx([0.002] * 8 + [0.0002] * 2)
+    assert [float(row["lr"]) for row in rows if row["lr"]] == pytest.approx([0.01] * 8 + [0.001] * 2)
     assert [int(row["step"]) for row in rows if row["val_top1"]] == [7, 10]
     assert (run / "checkpoints" / "last").resolve().name == "step-00000010"
     options[at + 1] = "14"
-    result = run_script("tests/traced_train.py", *options, "--resume", TRACE=str(trace))
+    result = run_forked("tests/traced_train.py", *options, "--resume", TRACE=str(trace))
     assert result.returncode == 0, result.stderr
     assert [int(row["step"]) for row in read_metrics(run / "metrics.csv") if row["val_top1"]] == [7, 10, 14]
     whole = traces(finished.parent / "trace")
@@ -193,7 +277,7 @@ def test_a_plateau_divides_the_rate_and_a_resumed_run_remembers_it(small_shards:
     run = tmp_path / "run"
     options = [*arguments(small_shards, run, "--schedule", "plateau", "--patience", 1), "--lr", 1e-9, "--epochs"]
     for epochs, more in ((4, ()), (7, ("--resume",))):
-        result = run_script("train.py", *options, epochs, *more)
+        result = run_forked("train.py", *options, epochs, *more)
         assert result.returncode == 0, result.stderr
     rows = read_metrics(run / "metrics.csv")
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], 1e-9)
@@ -211,20 +295,20 @@ def test_a_plateau_divides_the_rate_and_a_resumed_run_remembers_it(small_shards:
 def test_weights_to_start_from(small_shards: Path, finished: Path, tmp_path: Path) -> None:
     """With a rate of next to nothing a run ends with the weights that it began with, but for BN's statistics."""
     options = [*arguments(small_shards, tmp_path / "run"), "--epochs", 1, "--lr", 1e-12, "--weights"]
-    result = run_script("train.py", *options, finished)
+    result = run_forked("train.py", *options, finished)
     assert result.returncode == 0, result.stderr
-    assert "starting from its resnet18, classifier included" in result.stdout
+    assert "starting from its resnet20, classifier included" in result.stdout
     before, after = load_file(finished / "model.safetensors"), load_file(tmp_path / "run" / "model.safetensors")
     assert all(torch.allclose(after[name], before[name], atol=1e-7) for name in before if name.endswith(("weight", "bias")))
-    refused = run_script("train.py", *options, finished, "--output", tmp_path / "other", "--arch", "resnet34")
-    assert_refused(refused, "holds a resnet18, not --arch resnet34")
+    refused = run_forked("train.py", *options, finished, "--output", tmp_path / "other", "--arch", "resnet34")
+    assert_refused(refused, "holds a resnet20, not --arch resnet34")
     assert not (tmp_path / "other").exists()
 
 
 def test_padded_crops_of_a_cifar_net_by_its_recipe(small_shards: Path, tmp_path: Path) -> None:
     """A run of the recipe that is plotted, recorded and tested at the centre of the whole short side."""
     run = tmp_path / "run"
-    result = run_script(
+    result = run_forked(
         "train.py", "--data", small_shards, "--output", run, "--recipe", "cifar110", "--arch", "resnet20", "--iterations", 8,
         "--warmup", 2, "--batch-size", 20, "--threads", 1, "--log-every", 1,
     )  # fmt: skip
@@ -234,8 +318,8 @@ def test_padded_crops_of_a_cifar_net_by_its_recipe(small_shards: Path, tmp_path:
     recipe = Recipe.from_header(load_weights(run / "model.safetensors")[1])
     assert recipe is not None
     assert (recipe.arch, recipe.image_size, recipe.eval_short) == ("resnet20", 32, 32)
-    assert run_script("tools/plot_run.py", run, "--data", small_shards).returncode == 0
-    assert run_script("tools/record_run.py", run, "--results", tmp_path / "rows.csv").returncode == 0
+    assert run_forked("tools/plot_run.py", run, "--data", small_shards).returncode == 0
+    assert run_forked("tools/record_run.py", run, "--results", tmp_path / "rows.csv").returncode == 0
     assert "resnet20 at 32, crops of the padded image, 8 iterations" in (tmp_path / "rows.csv").read_text()
 
 
@@ -267,10 +351,10 @@ def test_without_an_output_the_run_is_the_latest(small_shards: Path, tmp_path: P
     result = run_script("train.py", *options, launcher=launcher, cwd=tmp_path)
     assert result.returncode == 0, result.stderr
     assert (tmp_path / "runs" / "latest").resolve() == tmp_path / "runs" / "resnet18"
-    result = run_script("tools/evaluate.py", "runs/latest", "--data", small_shards, "--json", "figures.json", cwd=tmp_path)
+    result = run_forked("tools/evaluate.py", "runs/latest", "--data", small_shards, "--json", "figures.json", cwd=tmp_path)
     assert result.returncode == 0, result.stderr
     assert json.loads((tmp_path / "figures.json").read_text())["images"] == 21
-    assert_refused(run_script("train.py", *options, cwd=tmp_path), "exists already")
+    assert_refused(run_forked("train.py", *options, cwd=tmp_path), "exists already")
 
 
 def test_blocks_random_resized_crops_and_a_corrupt_image(small_shards: Path, tmp_path: Path) -> None:
@@ -286,16 +370,16 @@ def test_blocks_random_resized_crops_and_a_corrupt_image(small_shards: Path, tmp
         "--data", data, "--output", run, "--arch", "resnet18", "--epochs", 2, "--batch-size", 20, "--image-size", 32,
         "--geometry", "rrc", "--order", "blocks", "--block-shards", 2, "--threads", 1, "--log-every", 1,
     )  # fmt: skip
-    result = run_script("train.py", *options)
+    result = run_forked("train.py", *options)
     assert result.returncode == 0, result.stderr
     assert "epoch 1: 1 images replaced so far that could not be decoded" in result.stdout
     assert "epoch 2: 2 images replaced so far that could not be decoded" in result.stdout
     assert result.stderr.count(": cannot be decoded (") == 1
     assert json.loads((run / "config.json").read_text())["arguments"]["scale"] is None
-    assert run_script("tools/plot_run.py", run, "--data", small_shards).returncode == 0
-    assert run_script("tools/record_run.py", run, "--results", tmp_path / "rows.csv").returncode == 0
+    assert run_forked("tools/plot_run.py", run, "--data", small_shards).returncode == 0
+    assert run_forked("tools/record_run.py", run, "--results", tmp_path / "rows.csv").returncode == 0
     assert "random resized crops" in (tmp_path / "rows.csv").read_text()
-    stopping = run_script("train.py", *options[:2], "--output", tmp_path / "other", *options[4:], "--corrupt", "stop")
+    stopping = run_forked("train.py", *options[:2], "--output", tmp_path / "other", *options[4:], "--corrupt", "stop")
     assert_refused(without_progress(stopping), f"{shards.where(7)}: cannot be decoded", "make the shards again")
 
 
@@ -310,13 +394,13 @@ def test_tuned_settings_and_the_profiler_where_a_run_waits(
         "--data", small_shards, "--arch", "resnet18", "--epochs", 1, "--batch-size", 12, "--image-size", 32,
         "--scale", 36, 68, "--log-every", 1,
     )  # fmt: skip
-    result = run_script("train.py", *options, "--output", tmp_path / "tuned")
+    result = run_forked("train.py", *options, "--output", tmp_path / "tuned")
     assert result.returncode == 0, result.stderr
     assert "; 3 threads, 5 batches ahead\n" in result.stdout
 
     more = ("--threads", 2, "--prefetch", 1, "--order", "blocks", "--engine", "cpu", "--output", tmp_path / "slow")
     # Some 6 images/s, slower than any machine trains.
-    result = run_script("tests/slowed_train.py", *options, *more, MEGABYTES_PER_S="0.02")
+    result = run_forked("tests/slowed_train.py", *options, *more, MEGABYTES_PER_S="0.02")
     assert result.returncode == 0, result.stderr
     assert "; 2 threads, 1 batches ahead\n" in result.stdout
     rows = read_metrics(tmp_path / "slow" / "metrics.csv")
@@ -358,7 +442,7 @@ def test_bad_input_is_refused_and_leaves_nothing(small_shards: Path, finished: P
     run = tmp_path / "run"
 
     def refused(*options: Any, words: str, data: Path = small_shards) -> None:
-        assert_refused(run_script("train.py", *arguments(data, run, *options)), words)
+        assert_refused(run_forked("train.py", *arguments(data, run, *options)), words)
         assert not run.exists()
 
     refused("--arch", "resnet19", words="unknown --arch 'resnet19'; choose from plain18, plain34, resnet18, resnet18_a")
@@ -375,13 +459,13 @@ def test_bad_input_is_refused_and_leaves_nothing(small_shards: Path, finished: P
     refused("--recipe", "none", words="no recipe 'none'; choose from cifar")
     refused("--block-shards", 0, words="--block-shards")
     before = {path: path.stat().st_mtime_ns for path in finished.rglob("*")}
-    assert_refused(run_script("train.py", *arguments(small_shards, finished)), "exists already")
+    assert_refused(run_forked("train.py", *arguments(small_shards, finished)), "exists already")
     assert_refused(
-        run_script("train.py", *arguments(small_shards, finished, "--resume", "--arch", "resnet34")), "not of --arch resnet34"
+        run_forked("train.py", *arguments(small_shards, finished, "--resume", "--arch", "resnet34")), "not of --arch resnet34"
     )
-    assert_refused(run_script("train.py", *arguments(small_shards, finished, "--resume", "--seed", 1)), "other data, seed")
+    assert_refused(run_forked("train.py", *arguments(small_shards, finished, "--resume", "--seed", 1)), "other data, seed")
     assert_refused(
-        run_script("train.py", *arguments(small_shards, finished, "--resume", "--batch-size", 16)), "with --batch-size 8"
+        run_forked("train.py", *arguments(small_shards, finished, "--resume", "--batch-size", 16)), "with --batch-size 8"
     )
     assert {path: path.stat().st_mtime_ns for path in finished.rglob("*")} == before
 
@@ -390,8 +474,8 @@ def test_resuming_on_data_with_other_classes_is_refused(image_folder: Path, fini
     for split in ("train", "val"):
         for name in ("n00000000", "n00000001"):
             shutil.copytree(image_folder / split / name, tmp_path / "images" / split / name)
-    assert run_script("tools/make_shards.py", tmp_path / "images", "--out", tmp_path / "shards").returncode == 0
+    assert run_forked("tools/make_shards.py", tmp_path / "images", "--out", tmp_path / "shards").returncode == 0
     before = {path: path.stat().st_mtime_ns for path in finished.rglob("*")}
-    result = run_script("train.py", *arguments(tmp_path / "shards", finished, "--resume"))
+    result = run_forked("train.py", *arguments(tmp_path / "shards", finished, "--resume"))
     assert_refused(result, "was trained on 3 classes", "has 2")
     assert {path: path.stat().st_mtime_ns for path in finished.rglob("*")} == before

@@ -1,15 +1,19 @@
 """train.py, with every training batch's place, ids and draws (as views) written to $TRACE.<process>.<rank> as it is handed out.
 
-What is written are the draws that the engine was given, not a second evaluation of the plan.
+What is written are the draws that the engine was given, not a second evaluation of the plan. It may also end on its own: with
+SIGKILL before the $KILL_AT-th of the moves, links and syncs that checkpoints take, or with SIGTERM in $TERM_IN_VALIDATION.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import shutil
+import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -37,9 +41,25 @@ def iterate(self: Loader) -> Iterator[Batch]:
             row["draws"] = [[repr(value) for value in field.tolist()] for field in views if field is not None]
             with Path(name).open("a") as stream:
                 stream.write(json.dumps(row) + "\n")
+        elif os.environ.get("TERM_IN_VALIDATION"):
+            os.kill(os.getpid(), signal.SIGTERM)
         yield batch
 
 
+def counted(operation: Callable[..., Any]) -> Callable[..., Any]:
+    def count(*arguments: Any, **options: Any) -> Any:
+        global operations
+        operations += any(isinstance(one, int) or "checkpoints" in str(one) for one in arguments)
+        if str(operations) == os.environ.get("KILL_AT"):
+            os.kill(os.getpid(), signal.SIGKILL)
+        return operation(*arguments, **options)
+
+    return count
+
+
+operations = 0
+for owner, name in ((os, "fsync"), (os, "replace"), (Path, "rename"), (Path, "symlink_to"), (shutil, "rmtree")):
+    setattr(owner, name, counted(getattr(owner, name)))
 Loader.plan = plan  # type: ignore[method-assign]
 Loader.__iter__ = iterate  # type: ignore[method-assign]
 

@@ -1,10 +1,16 @@
-"""What launchers do to a process: two launches that look parallel and are not, and threads taken away on a CPU."""
+"""What launchers do to a process: two launches that look parallel and are not, threads taken away on a CPU,
+an orphan, and a store of the dead."""
 
 from __future__ import annotations
 
+import ctypes
 import os
+import signal
+import sys
 
 import psutil
+import torch
+from torch import distributed
 
 from pipeline.errors import UserError
 
@@ -31,3 +37,39 @@ def check_launch(processes: int) -> None:
                 "accelerate launch was asked for several CPU processes but started one; "
                 "use: ACCELERATE_USE_CPU=true torchrun --nproc_per_node N train.py ..."
             )
+
+
+def meet_again() -> None:
+    """Among processes that torchrun has started again: meet, which Accelerate then leaves alone.
+
+    Torchrun gives them the store of those that died, with the addresses of these still in it (seen in torch 2.13), which they
+    would try in vain. A prefix makes the store a fresh one.
+    """
+    environment = os.environ
+    restarts = environment.get("TORCHELASTIC_RESTART_COUNT", "0")
+    if restarts == "0" or environment.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        return
+    on_cpu = "ACCELERATE_USE_CPU" in environment or not torch.cuda.is_available()
+    rank, processes = int(environment["RANK"]), int(environment["WORLD_SIZE"])
+    store = distributed.TCPStore(environment["MASTER_ADDR"], int(environment["MASTER_PORT"]), processes, is_master=False)
+    distributed.init_process_group(
+        "gloo" if on_cpu else "nccl", store=distributed.PrefixStore(f"restart_{restarts}", store), rank=rank, world_size=processes
+    )
+
+
+def end_with_launcher() -> None:
+    """Under `accelerate launch` with one process: get SIGTERM when the launcher ends. It does not pass on the one that it gets,
+    and the training would go on alone, holding its GPU.
+    """
+    launcher = psutil.Process().parent()
+    if sys.platform == "linux" and launcher is not None and _is_accelerate(launcher):
+        parent_death_signal = 1  # PR_SET_PDEATHSIG, prctl(2)
+        ctypes.CDLL(None).prctl(parent_death_signal, signal.SIGTERM)
+
+
+def _is_accelerate(process: psutil.Process) -> bool:
+    try:
+        words = process.cmdline()
+    except psutil.Error:
+        return False
+    return "accelerate.commands.launch" in words or ("launch" in words and any("accelerate" in word for word in words))

@@ -89,6 +89,24 @@ class Meter:
         return figures
 
 
+class NonFinite:
+    """The first step whose loss was not finite, found without waiting for the device in each."""
+
+    _NEVER = 1 << 62
+
+    def __init__(self, device: torch.device) -> None:
+        self._first = torch.full((), self._NEVER, dtype=torch.int64, device=device)
+
+    def add(self, step: int, loss: torch.Tensor) -> None:
+        """Note a step's loss: (), on the device."""
+        self._first = torch.where(torch.isfinite(loss), self._first, self._first.clamp(max=step))
+
+    def read(self, gather: Callable[[torch.Tensor], torch.Tensor]) -> int | None:
+        """The first such step of any process, None so far. gather: a tensor's values over all processes."""
+        first = int(gather(self._first).min())
+        return None if first == self._NEVER else first
+
+
 class MetricsFile:
     """RUN/metrics.csv: a row per log interval and per validation; cells that a row has no figure for stay empty.
 

@@ -11,16 +11,18 @@ MILESTONES = (1 / 3, 2 / 3)  # shares of the run: epochs 30 and 60 of 90
 PATIENCE = 3
 THRESHOLD = 1e-4  # share of the lowest error that a lower one must gain; torch's ReduceLROnPlateau has the same
 
-SCHEDULES = ("step", "plateau", "cosine")
+SIZE_STEP = 16  # pixels
+
+SCHEDULES = ("step", "plateau", "cosine", "linear")
 
 
 @dataclass(frozen=True)
 class Schedule:
     """The learning rate of every step of a run.
 
-    kind: "step" divides by 10 at `milestones`; "plateau" where the validation error stops falling (see `plateaus`); "cosine"
-    falls from the base to 0. base: the rate after warm-up. steps: of the whole run. milestones, warmup: in steps. warmup_lr: the
-    rate during warm-up (He et al. 2015, section 4.2, for ResNet-110); by default it rises linearly from 0.
+    kind: "step" divides by 10 at `milestones`; "plateau" where the validation error stops falling (see `plateaus`); "cosine" and
+    "linear" fall from the base to 0. base: the rate after warm-up. steps: of the whole run. milestones, warmup: in steps.
+    warmup_lr: the rate during warm-up (He et al. 2015, section 4.2, for ResNet-110); by default it rises linearly from 0.
     """
 
     kind: str
@@ -40,8 +42,11 @@ class Schedule:
             return self.base * FACTOR ** sum(middle >= milestone for milestone in self.milestones)
         if self.kind == "plateau":
             return self.base * FACTOR ** plateaus(errors, self.patience)
+        done = (middle - self.warmup) / (self.steps - self.warmup)
         if self.kind == "cosine":
-            return self.base * 0.5 * (1 + math.cos(math.pi * (middle - self.warmup) / (self.steps - self.warmup)))
+            return self.base * 0.5 * (1 + math.cos(math.pi * done))
+        if self.kind == "linear":
+            return self.base * (1 - done)
         raise ValueError(f"unknown schedule {self.kind!r}; choose from {', '.join(SCHEDULES)}")
 
 
@@ -58,3 +63,21 @@ def plateaus(errors: Sequence[float], patience: int) -> int:
         if waited > patience:
             count, waited = count + 1, 0
     return count
+
+
+def image_sizes(start: int, end: int, ramp: tuple[float, float], epochs: int) -> tuple[tuple[int, int], ...]:
+    """Progressive resizing, as `LoaderSpec.image_size` takes it: (first epoch, size) steps, each of another size than before.
+
+    The size is `start` until epoch ramp[0], then rises linearly, in multiples of SIZE_STEP, and is `end` from epoch ramp[1] on.
+    Raises ValueError where no epoch is left for `end`.
+    """
+    first, last = ramp
+    if not 0 <= first <= last <= epochs - 1:
+        raise ValueError(f"no ramp from epoch {first:g} to {last:g} in {epochs} epochs")
+    steps: list[tuple[int, int]] = []
+    for epoch in range(epochs):
+        done = 1.0 if epoch >= last else max(0.0, (epoch - first) / (last - first))
+        size = end if done == 1 else start + int((end - start) * done / SIZE_STEP) * SIZE_STEP
+        if not steps or size != steps[-1][1]:
+            steps.append((epoch, size))
+    return tuple(steps)

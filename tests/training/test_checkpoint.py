@@ -1,16 +1,12 @@
 from __future__ import annotations
 
-import os
-import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import torch
 from safetensors.torch import load_file
 
-from tests.helpers import ROOT
+from tests.helpers import Forked
 from training.checkpoint import load_checkpoint, save_checkpoint
 from training.metrics import COLUMNS, MetricsFile, read_metrics
 
@@ -52,7 +48,6 @@ def test_saving_a_step_again_replaces_it(tmp_path: Path) -> None:
 SAVER = """
 import sys
 from pathlib import Path
-sys.path.insert(0, sys.argv[2])
 import torch
 from safetensors.torch import save_file
 from training.checkpoint import save_checkpoint
@@ -65,16 +60,17 @@ for step in range(1, 100000):
 
 def test_killed_anywhere_the_last_checkpoint_is_whole(tmp_path: Path) -> None:
     reached = 0
-    for trial in range(8):
-        process = subprocess.Popen([sys.executable, "-c", SAVER, str(tmp_path), str(ROOT)], stdout=subprocess.PIPE, text=True)
-        assert process.stdout is not None
-        process.stdout.readline()
+    script, folder = tmp_path / "saver.py", tmp_path / "checkpoints"
+    script.write_text(SAVER)
+    for trial in range(20):
+        process = Forked(script, folder)
+        while not (folder / "last").exists():
+            time.sleep(0.005)
         time.sleep(0.03 + 0.017 * trial)
-        os.kill(process.pid, signal.SIGKILL)
-        printed = process.stdout.read().split()
-        process.wait()
-        optimizer, state = load_checkpoint(tmp_path / "last")
-        weights = load_file(tmp_path / "last" / "model.safetensors")
+        process.kill()
+        printed = process.wait().stdout.split()
+        optimizer, state = load_checkpoint(folder / "last")
+        weights = load_file(folder / "last" / "model.safetensors")
         assert state["step"] >= int(printed[-1] if printed else 1)
         assert bool((optimizer["tensor"] == state["step"]).all())
         assert bool((weights["tensor"] == state["step"]).all())

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from pipeline.errors import UserError
-from training.options import make_schedule, parse_arguments, parser, recipes
+from training.options import make_schedule, parse_arguments, recipes
 
 DATA = ("--data", "x")
 
@@ -58,7 +58,10 @@ def test_every_recipe_is_read_and_has_its_command_in_its_head(name: str) -> None
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (("--recipe", "fast-and-loose"), "no recipe 'fast-and-loose'; choose from cifar, cifar110, paper"),
+        (
+            ("--recipe", "fast-and-loose"),
+            "no recipe 'fast-and-loose'; choose from cifar, cifar110, fast, imagenette, paper, strong",
+        ),
         (("--recipe", "cifar", "--milestones", "64000"), "--milestones: 64000 lies outside the run's 64000 iterations"),
         (("--recipe", "cifar110", "--epochs", "3"), "--warmup 400 must be shorter than the run's 3 epochs"),
         (("--epochs", "3", "--iterations", "9"), "two ways to give the run's length"),
@@ -66,6 +69,14 @@ def test_every_recipe_is_read_and_has_its_command_in_its_head(name: str) -> None
         (("--alpha-std", "-1"), "--alpha-std not negative"),
         (("--warmup-lr", "0"), "--warmup-lr positive"),
         (("--arch", "resnet19"), "unknown --arch 'resnet19'"),
+        (("--arch", "plain18", "--blurpool"), "--blurpool: there is no plain18_blur; choose from resnet18_blur"),
+        (("--label-smoothing", "1"), "--label-smoothing, --drop-path and --ema must lie in [0, 1)"),
+        (("--drop-path", "-0.1"), "must lie in [0, 1)"),
+        (("--arch", "plain18", "--drop-path", "0.1"), "--drop-path: plain18 has no residual branches to drop"),
+        (("--ema", "1"), "must lie in [0, 1)"),
+        (("--ramp", "1", "2"), "--ramp belongs to --start-size"),
+        (("--trackers", "neptune"), "unknown tracker 'neptune'"),
+        (("--mixup", "-1"), "--mixup and --cutmix must not be negative"),
     ],
 )
 def test_what_does_not_go_together_is_refused(words: tuple[str, ...], message: str) -> None:
@@ -78,9 +89,9 @@ def test_a_recipe_of_ones_own(tmp_path: Path) -> None:
     path = tmp_path / "mine.toml"
     path.write_text('arch = "resnet18"\nepochs = 5\nscale = [300, 400]\ncompile = true\n')
     args = parse_arguments(None, [*DATA, "--recipe", str(path), "--iterations", "7"])
-    assert (args.arch, args.epochs, args.iterations, args.scale, args.compile) == ("resnet18", None, 7, [300, 400], True)
+    assert (args.arch, args.epochs, args.iterations, args.scale, args.compile) == ("resnet18", None, 7, [300, 400], "default")
     path.write_text("epochs = 5\ncompile = false\n")
-    assert parse_arguments(None, [*DATA, "--recipe", str(path)]).compile is False
+    assert parse_arguments(None, [*DATA, "--recipe", str(path)]).compile is None
 
     for content, message in (("batchsize = 3", "batchsize is no option"), ("resume = true", "resume is no option"),
                              ("epochs = ", "cannot be read as TOML"), ("epochs = 1.5", "--epochs")):  # fmt: skip
@@ -89,10 +100,3 @@ def test_a_recipe_of_ones_own(tmp_path: Path) -> None:
             parse_arguments(None, [*DATA, "--recipe", str(path)])
     with pytest.raises(UserError, match="no recipe"):
         parse_arguments(None, [*DATA, "--recipe", str(tmp_path / "none.toml")])
-
-
-def test_the_nets_are_listed_without_any_other_option(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit) as ended:
-        parser().parse_args(["--list"])
-    assert ended.value.code == 0
-    assert "resnet152_v1" in capsys.readouterr().out

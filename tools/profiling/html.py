@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import base64
 from collections.abc import Iterator
 from html import escape
 from pathlib import Path
 from typing import Any
+
+from pages import cell, page, picture
 
 from pipeline import storage
 from pipeline.errors import UserError
@@ -21,17 +22,11 @@ CHARTS = {
     "timeline": "Steps of training along time",
 }
 CSS = """
-:root { --ink: #1f2933; --grey: #5c6770; --line: #e3e7ea; --work: #2f6690; --held-up: #c0392b; --even: #3b7a57; }
-* { box-sizing: border-box; }
-html { -webkit-text-size-adjust: 100%; }
-body { margin: 0 auto; max-width: 900px; padding: 32px 24px 48px; background: #fff; color: var(--ink);
-  font: 16px/1.5 system-ui, -apple-system, "Segoe UI", Roboto, "DejaVu Sans", sans-serif; font-variant-numeric: tabular-nums; }
-header p { margin: 0; color: var(--grey); font-size: 14px; overflow-wrap: anywhere; }
-h1 { display: inline-block; margin: 10px 0 0; padding: 5px 12px; border-radius: 4px; color: #fff; font-size: 21px;
-  line-height: 1.3; letter-spacing: .05em; print-color-adjust: exact; -webkit-print-color-adjust: exact; }
+:root { --work: #2f6690; --held-up: #c0392b; --even: #3b7a57; }
+h1 { display: inline-block; padding: 5px 12px; border-radius: 4px; color: #fff; letter-spacing: .05em;
+  print-color-adjust: exact; -webkit-print-color-adjust: exact; }
 h1.input { background: var(--held-up); } h1.compute { background: var(--work); } h1.balanced { background: var(--even); }
 h1.alone { background: var(--grey); }
-h2 { margin: 40px 0 8px; font-size: 17px; line-height: 1.3; }
 .numbers { display: grid; grid-template-columns: repeat(auto-fit, minmax(145px, 1fr)); gap: 20px 24px;
   margin: 24px 0 0; padding: 0; }
 header h1 + p { margin-top: 6px; }
@@ -47,42 +42,27 @@ header h1 + p { margin-top: 6px; }
 .remedy .change { font-size: 19px; font-weight: 600; }
 figure { margin: 32px 0 0; }
 img { display: block; width: 100%; max-width: 760px; height: auto; margin-left: max(-18px, -2.4%); }
-.wide { overflow-x: auto; }
-table { border-collapse: collapse; font-size: 14px; line-height: 1.35; }
-th, td { padding: 5px 0 5px 20px; border-bottom: 1px solid var(--line); text-align: right; vertical-align: top;
-  white-space: nowrap; }
-th { color: var(--grey); font-weight: 400; font-size: 13px; vertical-align: bottom; }
-.text, .note { text-align: left; } th:first-child, td:first-child { padding-left: 0; }
 .note { color: var(--grey); } .roomy .note { min-width: 230px; white-space: normal; overflow-wrap: anywhere; }
 tr.limit td { color: var(--held-up); font-weight: 600; } tr.limit .note { font-weight: 400; }
 tr.now td { font-weight: 600; } tr.now .note { font-weight: 400; }
 tr.unused td, tr.error td { color: var(--grey); }
-.under { margin: 8px 0 0; color: var(--grey); font-size: 13px; max-width: 760px; overflow-wrap: anywhere; }
-@media (max-width: 520px) { body { padding: 20px 14px 32px; } .numbers { grid-template-columns: 1fr 1fr; gap: 16px; }
-  .numbers b { font-size: 25px; } th, td { padding-left: 14px; }
+@media (max-width: 520px) { .numbers { grid-template-columns: 1fr 1fr; gap: 16px; } .numbers b { font-size: 25px; }
   .note { min-width: 150px; white-space: normal; } }
-@media print { body { max-width: none; padding: 0; font-size: 11pt; } figure, tr, .numbers, .remedy { break-inside: avoid; }
-  h2 { break-after: avoid; } .wide { overflow: visible; }
-  img { margin-left: 0; } table { font-size: 8.5pt; } th, td { padding-left: 10px; } }
+@media print { .numbers, .remedy { break-inside: avoid; } img { margin-left: 0; } }
 """
 
 
 def html(profile: Profile, pngs: dict[str, bytes]) -> str:
     """The report. pngs: as charts.draw gives them."""
-    title = f"Cropfeed profile: {profile['data']['path']}"
     parts = [
-        "<!DOCTYPE html>",
-        '<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">',
-        f"<title>{escape(title)}</title><style>{CSS}</style></head><body>",
         *header(profile),
         *numbers(profile),
         f'<p class="verdict">{escape(profile["verdict"]["text"])}</p>',
         *remedy(profile),
-        *(picture(CHARTS[name], pngs[name]) for name in CHARTS if name in pngs),
+        *(f"<figure>{picture(CHARTS[name], pngs[name])}</figure>" for name in CHARTS if name in pngs),
         *(part for section in sections(profile) for part in tabulated(section)),
-        "</body></html>",
     ]
-    return "\n".join(parts) + "\n"
+    return page(f"Cropfeed profile: {profile['data']['path']}", CSS, parts)
 
 
 def header(profile: Profile) -> Iterator[str]:
@@ -128,11 +108,6 @@ def remedy(profile: Profile) -> Iterator[str]:
     yield f"<p>{escape(brings)}</p></div>" if verdict["remedy"] != "none" else "</div>"
 
 
-def picture(alt: str, png: bytes) -> str:
-    data = base64.b64encode(png).decode()
-    return f'<figure><img alt="{escape(alt)}" src="data:image/png;base64,{data}"></figure>'
-
-
 def tabulated(section: Section) -> Iterator[str]:
     """A section as a heading, a table and its notes."""
     yield f"<h2>{escape(section.title)}</h2>"
@@ -158,10 +133,6 @@ def line(row: Row, section: Section, width: int) -> str:
     if left:
         cells += f'<td class="note" colspan="{left}">{escape(row.note)}</td>'
     return f"<tr{f' class={row.kind}' if row.kind else ''}>{cells}</tr>"
-
-
-def cell(tag: str, text: str, is_text: bool) -> str:
-    return f"<{tag}{' class=text' if is_text else ''}>{escape(text)}</{tag}>"
 
 
 def write_report(profile: Profile, folder: Path) -> Path:

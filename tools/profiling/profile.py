@@ -15,7 +15,6 @@ from typing import Any
 
 from doctoring.machine import available_memory
 from peers import data as images
-from recording import commit, hardware, versions
 
 from model import ARCHS
 from pipeline import choose_engine, storage
@@ -35,6 +34,7 @@ from profiling.storage import MEMORY, Ceiling, cached_read_ms, local_files, read
 from profiling.training import Consumer, Emulated, Model, Training, measure_training
 from profiling.tune import tune
 from training import tuned
+from training.provenance import commit, hardware, versions
 
 FITS = 0.8  # of the available memory that the page cache may take in the long run
 PREFETCHES = (1, 2, 4)

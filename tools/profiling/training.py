@@ -22,7 +22,9 @@ from pipeline.loader import Batch
 from pipeline.spec import PRECISIONS, LoaderSpec
 from profiling.loaders import Opened, synchronise
 from profiling.measuring import Estimate, Usage, in_turns, usage
+from training.compiling import compiled
 from training.metrics import Clock
+from training.optimizers import make_optimizer
 
 MOMENTUM, WEIGHT_DECAY = 0.9, 1e-4
 MOST_STEPS = 100  # that a timeline shows
@@ -52,11 +54,20 @@ class Model:
         self._kind = torch.device(spec.device).type
         net = ARCHS[arch](num_classes=classes).to(spec.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
         self._net = net.train()
-        self._optimizer = torch.optim.SGD(net.parameters(), 1e-3, MOMENTUM, weight_decay=WEIGHT_DECAY)
+        self._optimizer = make_optimizer("sgd", net, 1e-3, MOMENTUM, WEIGHT_DECAY, norm_and_bias=True)
         self._scaler = torch.amp.GradScaler(self._kind, enabled=precision == "fp16")
 
+    def autocast(self) -> torch.autocast:
+        return torch.autocast(self._kind, self.dtype, enabled=self.dtype != torch.float32)
+
+    def compile(self, mode: str, images: torch.Tensor) -> str | None:
+        """torch.compile the net as train.py does, for images of this shape; why that does not work, if it does not."""
+        told: list[str] = []
+        self._net = compiled(self._net, mode, images, self.autocast, told.append)
+        return told[0] if told else None
+
     def step(self, batch: Batch) -> None:
-        with torch.autocast(self._kind, self.dtype, enabled=self.dtype != torch.float32):
+        with self.autocast():
             loss = F.cross_entropy(self._net(batch.images), batch.labels)
         self._scaler.scale(loss).backward()
         self._scaler.step(self._optimizer)

@@ -1,0 +1,60 @@
+"""Training runs on one page: python tools/report.py runs/a runs/b --out report.html
+
+One HTML file that needs nothing else: a table of the runs; their loss, top-1 (against epochs and minutes), learning rate,
+images/s and waiting over each other; and of each run's net the images of the validation split that it classifies worst and the
+classes that it confuses. Runs may be still going: make the page again to see how they do.
+
+The nets are tested on the data that they were trained on, or on --data; with --no-evaluate not at all, which takes a second.
+"""
+
+from __future__ import annotations
+
+from datetime import datetime
+from pathlib import Path
+
+import _path  # noqa: F401
+import torch
+from reporting.curves import draw
+from reporting.page import html
+from reporting.runs import read_runs
+from reporting.worst import evaluate_runs
+
+from pipeline import storage
+from pipeline.errors import Parser, positive, run_cli
+from pipeline.spec import PRECISIONS
+from training.launch import core_share
+
+
+def parser() -> Parser:
+    parser = Parser(__doc__)
+    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="the --output of a train.py")
+    parser.add_argument("--out", default="report.html", help="the page (report.html)")
+    parser.add_argument("--no-evaluate", action="store_true", help="leave out worst images and confusion")
+    parser.add_argument("--data", help="folder or URL (s3://...) of shards to test on (default: each run's own)")
+    parser.add_argument("--split", default="val")
+    parser.add_argument("--worst", type=positive, default=16, help="images to show of each run (16)")
+    parser.add_argument("--cache", type=Path, help="folder for copies of remote shards (CROPFEED_CACHE; ~/.cache/cropfeed)")
+    parser.add_argument("--cache-gb", type=float, help="its bound (CROPFEED_CACHE_GB; 80 %% of the free disk)")
+    parser.add_argument("--batch-size", type=positive, default=256)
+    parser.add_argument("--precision", default="no", choices=PRECISIONS)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--engine", default="auto", help="cpu, where runs have several image sizes")
+    parser.add_argument("--threads", type=positive, default=core_share())
+    return parser
+
+
+def main() -> None:
+    args = parser().parse_args()
+    runs = read_runs(args.runs)
+    charts = draw(runs)
+    tested = {} if args.no_evaluate else evaluate_runs(runs, args)
+    page = html(runs, charts, tested, args.split, datetime.now().strftime("%Y-%m-%d %H:%M"))
+    storage.write(args.out, page.encode())
+    for name, reason in tested.items():
+        if isinstance(reason, str):
+            print(f"{name}: not tested: {reason}")
+    print(f"{args.out} written")
+
+
+if __name__ == "__main__":
+    run_cli(main)

@@ -1,0 +1,170 @@
+"""The curves of several runs over each other, as SVG for a page whose style gives the colours.
+
+matplotlib draws; its colours stand for the page's: what it wrote as INK becomes var(--ink), so that one picture serves a light
+and a dark page. Runs' colours are those of Okabe and Ito 2008 that can be seen on white, told apart with any colour vision; from
+the seventh run on they come again, dashed.
+"""
+
+from __future__ import annotations
+
+import io
+import re
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+from matplotlib import rc_context
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
+from reporting.runs import Floats, Run, time_weights
+
+# (on a light page, on a dark one)
+COLOURS = (
+    ("#0072b2", "#4ba6e0"),
+    ("#d55e00", "#f2803a"),
+    ("#009e73", "#22bd90"),
+    ("#cc79a7", "#dd94bb"),
+    ("#56b4e9", "#8accf2"),
+    ("#e69f00", "#f0b73c"),
+)
+DASHES: tuple[Any, ...] = ("solid", (0, (5, 2)), (0, (1.5, 1.5)), (0, (6, 2, 1.5, 2)))
+INK, GREY, LINE = "#1f2933", "#5c6770", "#e3e7ea"
+MOST = 150  # points of a curve: more are means of as many rows each as it takes
+WIDTH, HEIGHT = 4.7, 2.75  # inches: small, so that the letters can be read on a phone
+STYLE: Any = {
+    "svg.fonttype": "none",  # letters stay letters
+    "svg.hashsalt": "cropfeed",  # the same curves, the same file
+    "font.family": "sans-serif",
+    "font.sans-serif": ["DejaVu Sans"],
+    "font.size": 9.5,
+    "text.color": INK,
+    "axes.edgecolor": LINE,
+    "axes.labelcolor": GREY,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "xtick.color": GREY,
+    "ytick.color": GREY,
+}
+
+
+class Chart(NamedTuple):
+    """x, y: columns of metrics.csv. x_unit: what of the x column is 1 on the axis. percent: y is a share. pale: a column drawn
+    thin and pale beside y. timed: a row counts for the time it took."""
+
+    title: str
+    x: str
+    y: str
+    label: str
+    x_unit: float = 1
+    percent: bool = False
+    pale: str = ""
+    timed: bool = False
+
+
+CHARTS = (
+    Chart("Training loss", "epoch", "train_loss", "epoch"),
+    Chart("Top-1, % (pale: training)", "epoch", "val_top1", "epoch", percent=True, pale="train_top1"),
+    Chart("Top-1, % (pale: training)", "seconds", "val_top1", "minutes", x_unit=60, percent=True, pale="train_top1"),
+    Chart("Learning rate", "epoch", "lr", "epoch"),
+    Chart("Images per second", "epoch", "images_per_s", "epoch", timed=True),
+    Chart("Waiting for data, % of the time", "epoch", "wait_share", "epoch", percent=True, timed=True),
+)
+
+
+def draw(runs: Sequence[Run]) -> list[tuple[Chart, str]]:
+    """The charts of which any run has points, as <svg> elements."""
+    charts = [
+        chart for chart in CHARTS if any(len(run.series(chart.x, y)[0]) for run in runs for y in (chart.y, chart.pale) if y)
+    ]
+    with rc_context(STYLE):
+        return [(chart, svg(figure_of(chart, runs), f"c{number}")) for number, chart in enumerate(charts)]
+
+
+def colour(place: int) -> str:
+    """Of the run at this place in the list, as the page's style names it."""
+    return f"var(--run-{place % len(COLOURS)})"
+
+
+def figure_of(chart: Chart, runs: Sequence[Run]) -> Figure:
+    figure = Figure(figsize=(WIDTH, HEIGHT), layout="constrained")
+    axes = figure.add_subplot()
+    for place, run in enumerate(runs):
+        stroke = COLOURS[place % len(COLOURS)][0]
+        dashes = DASHES[place // len(COLOURS) % len(DASHES)]
+        if chart.pale:
+            axes.plot(*points(run, chart, chart.pale), color=stroke, ls=dashes, lw=0.9, alpha=0.45, zorder=2)
+        rare = chart.y.startswith("val_")
+        marker = "o" if rare and len(run.series(chart.x, chart.y)[0]) <= 30 else ""
+        if chart.y == "lr":
+            dashes = interleaved(run, runs) or dashes
+        axes.plot(*points(run, chart, chart.y), color=stroke, ls=dashes, lw=1.7, marker=marker, ms=3.5, zorder=3)
+    finish(axes, chart)
+    if chart.y == "wait_share":
+        axes.set_ylim(0, waiting_limit(runs))
+    return figure
+
+
+def finish(axes: Axes, chart: Chart) -> None:
+    axes.set_xlabel(chart.label)
+    axes.set_xlim(0, None)
+    axes.set_ylim(0, None)
+    axes.tick_params(length=0)
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_locator(MaxNLocator(6, steps=[1, 2, 5, 10]))
+    axes.grid(color=LINE, lw=0.6)
+    axes.set_axisbelow(True)
+
+
+def interleaved(run: Run, runs: Sequence[Run]) -> Any:
+    """Dashes for a run whose schedule others have, too, so that all of them can be seen; None where it is alone."""
+    same = [other for other in runs if same_start(run.series("epoch", "lr"), other.series("epoch", "lr"))]
+    return (3 * same.index(run), (3, 3 * (len(same) - 1))) if len(same) > 1 else None
+
+
+def same_start(one: tuple[Floats, Floats], other: tuple[Floats, Floats]) -> bool:
+    """Whether two curves are the same as far as both go; False where either has no points."""
+    length = min(len(one[0]), len(other[0]))
+    return length > 0 and all(np.array_equal(ours[:length], theirs[:length]) for ours, theirs in zip(one, other, strict=True))
+
+
+def waiting_limit(runs: Sequence[Run]) -> float:
+    """Per cent. A run's first row may stick out: the loader starts in it, which would flatten all the rest."""
+    later = [float(waits[1:].max()) for run in runs if len(waits := run.series("epoch", "wait_share")[1]) > 1]
+    return 110 * max(0.05, *later, 0)
+
+
+def points(run: Run, chart: Chart, y: str) -> tuple[Floats, Floats]:
+    """A curve, in the chart's units, of at most MOST points."""
+    x_values, y_values = run.series(chart.x, y)
+    weights = time_weights(run)[np.isfinite(run.columns[chart.x]) & np.isfinite(run.columns[y])] if chart.timed else None
+    return thinned(x_values / chart.x_unit, 100 * y_values if chart.percent else y_values, weights)
+
+
+def thinned(x: Floats, y: Floats, weights: Floats | None = None) -> tuple[Floats, Floats]:
+    """At most MOST points: means of neighbours, by weight."""
+    if len(x) <= MOST:
+        return x, y
+    if weights is None:
+        weights = np.ones_like(x)
+    starts = np.arange(0, len(x), -(-len(x) // MOST))
+    total = np.add.reduceat(weights, starts)
+    return np.add.reduceat(weights * x, starts) / total, np.add.reduceat(weights * y, starts) / total
+
+
+def svg(figure: Figure, prefix: str) -> str:
+    """As an element for an HTML page. prefix: of its ids, which must differ from those of the page's other pictures."""
+    stream = io.StringIO()
+    figure.savefig(stream, format="svg", transparent=True, metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
+    text = stream.getvalue()
+    text = text[text.index("<svg") :]
+    text = re.sub(r"<metadata>.*?</metadata>|<style.*?</style>", "", text, flags=re.S)  # the style would be the whole page's
+    text = re.sub(r' (xmlns(:\w+)?|version|width|height)="[^"]*"', "", text[: text.index(">")]) + text[text.index(">") :]
+    text = text.replace("xlink:href=", "href=")
+    text = re.sub(r'(\bid="|href="#|url\(#)', rf"\g<1>{prefix}-", text)
+    for number, (light, _) in enumerate(COLOURS):
+        text = text.replace(light, f"var(--run-{number})")
+    for name, value in (("ink", INK), ("grey", GREY), ("line", LINE)):
+        text = text.replace(value, f"var(--{name})")
+    return text.strip()

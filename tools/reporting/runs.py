@@ -1,0 +1,130 @@
+"""Runs as train.py leaves them or is still making them: config.json and metrics.csv, read and summed up."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from pipeline.errors import UserError
+from training.metrics import COLUMNS, read_metrics
+
+Floats = npt.NDArray[np.float64]
+
+
+@dataclass(frozen=True, eq=False)
+class Run:
+    """A run's folder. name: the folder's, made longer where several runs have it. config: config.json. columns: those of
+    metrics.csv, float64 (rows,) each, nan where a row has no figure."""
+
+    folder: Path
+    name: str
+    config: dict[str, Any]
+    columns: dict[str, Floats]
+
+    def argument(self, name: str) -> Any:
+        """One of train.py's options, None where the run does not tell."""
+        return (self.config.get("arguments") or {}).get(name)
+
+    def series(self, x: str, y: str) -> tuple[Floats, Floats]:
+        """Two columns' finite pairs."""
+        both = np.isfinite(self.columns[x]) & np.isfinite(self.columns[y])
+        return self.columns[x][both], self.columns[y][both]
+
+    @property
+    def weights(self) -> Path | None:
+        """The finished net; while there is none the best one so far, else the last."""
+        names = (".", "checkpoints/best", "checkpoints/last")
+        files = (self.folder / name / "model.safetensors" for name in names)
+        return next((file for file in files if file.is_file()), None)
+
+
+@dataclass(frozen=True)
+class Summary:
+    """A run's figures, each None where there are none yet. epochs, seconds: up to its last row. top1, top5: of the last
+    validation, 0..1; best: of all, and in which epoch. images_per_s: the rows' median. wait_share: of the whole time."""
+
+    epochs: float | None
+    seconds: float | None
+    top1: float | None
+    top5: float | None
+    best: float | None
+    best_epoch: float | None
+    images_per_s: float | None
+    wait_share: float | None
+
+
+def read_runs(folders: Sequence[Path]) -> list[Run]:
+    """The runs, each once, in the order given. Raises UserError for a folder that is none."""
+    places = list(dict.fromkeys(folder.resolve() for folder in folders))  # runs/latest is one of the others
+    return [read_run(place, name) for place, name in zip(places, _names(places), strict=True)]
+
+
+def read_run(folder: Path, name: str) -> Run:
+    config, metrics = folder / "config.json", folder / "metrics.csv"
+    if not config.is_file() or not metrics.is_file():
+        raise UserError(f"{folder}: no run there (no config.json and metrics.csv); give the --output of a train.py")
+    try:
+        content = json.loads(config.read_text())
+        if not isinstance(content, dict) or not isinstance(content.get("arguments", {}), dict):
+            raise ValueError("no object of options")
+    except (OSError, ValueError) as error:
+        raise UserError(f"{config}: is damaged ({error}); give another run") from error
+    try:
+        rows = read_metrics(metrics)
+        columns = {name: np.array([float(row.get(name) or "nan") for row in rows], np.float64) for name in COLUMNS}
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(f"{metrics}: is damaged ({error}); give another run") from error
+    return Run(folder, name, content, columns)
+
+
+def _names(places: Sequence[Path]) -> list[str]:
+    """For each folder as many of its path's last parts as tell it from the others."""
+    names = []
+    for place in places:
+        lengths = range(1, len(place.parts))
+        tails = (place.parts[-length:] for length in lengths)
+        alone = (tail for tail in tails if sum(other.parts[-len(tail) :] == tail for other in places) == 1)
+        names.append("/".join(next(alone, place.parts)))
+    return names
+
+
+def summary(run: Run) -> Summary:
+    epochs, top1 = run.series("epoch", "val_top1")
+    best = int(np.argmax(top1)) if len(top1) else None
+    weights, waits = time_weights(run), run.columns["wait_share"]
+    known = np.isfinite(waits) & np.isfinite(weights)
+    return Summary(
+        epochs=_last(run.columns["epoch"]),
+        seconds=_last(run.columns["seconds"]),
+        top1=_last(top1),
+        top5=_last(run.series("epoch", "val_top5")[1]),
+        best=None if best is None else float(top1[best]),
+        best_epoch=None if best is None else float(epochs[best]),
+        images_per_s=float(np.nanmedian(run.columns["images_per_s"])) if known.any() else None,
+        wait_share=float(np.average(waits[known], weights=weights[known])) if known.any() else None,
+    )
+
+
+def time_weights(run: Run) -> Floats:
+    """For each row the time that its steps took, up to a factor: rows are of equally many images (the first of an epoch
+    may be of fewer)."""
+    with np.errstate(divide="ignore"):
+        return 1 / run.columns["images_per_s"]
+
+
+def first_at(run: Run, top1: float) -> tuple[float, float] | None:
+    """Epoch and seconds of the first validation with at least this top-1 share, None where there was none yet."""
+    reached = np.flatnonzero(run.columns["val_top1"] >= top1)
+    if not len(reached):
+        return None
+    return float(run.columns["epoch"][reached[0]]), float(run.columns["seconds"][reached[0]])
+
+
+def _last(values: Floats) -> float | None:
+    return float(values[-1]) if len(values) else None

@@ -1,0 +1,118 @@
+"""Mixup and CutMix as a pure function: what is mixed, and how much, depends on (seed, epoch, position in the epoch) alone.
+
+The image at an even position of the epoch and the one after it are a pair: each is mixed with the other. Processes and parts of a
+batch hold whole pairs, so the mixed images are the same for any number of them, and after any restart.
+
+Sources:
+- Mixup, a x + (1 - a) y with a ~ Beta(alpha, alpha): Zhang, Cisse, Dauphin, Lopez-Paz 2018, "mixup: beyond empirical risk
+  minimization".
+- CutMix, a box of y in x: Yun et al. 2019, "CutMix: regularization strategy to train strong classifiers with localizable
+  features", section 3.1. The box's centre is uniform, its sides are sqrt(1 - a) of the picture's; what lies outside the picture
+  is cut off, and a becomes what is left of x.
+- Random numbers: Philox of Salmon et al. 2011, NumPy's. The key is the seed, the counter (pair, epoch).
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import torch
+import torch.nn.functional as F
+from scipy.special import betaincinv
+
+from pipeline.errors import UserError
+
+_STREAM = 0x6D697869  # the key's second word, "mixi"
+
+Floats = npt.NDArray[np.float32]
+
+
+class Mixes(NamedTuple):
+    """How N images are mixed, with the one beside them each.
+
+    share: float32 (N,), of the image itself in the mixed one, and so of its label. opacity: float32 (N,), of the image itself
+    outside of the box: 1 in CutMix, `share` in mixup. boxes: float32 (N, 4), top, left, bottom, right in whole pixels, where the
+    other image is alone; empty in mixup.
+    """
+
+    share: Floats
+    opacity: Floats
+    boxes: Floats
+
+
+class Mixing:
+    """Mixup, CutMix, or for each pair one of them with equal chance."""
+
+    def __init__(self, mixup: float, cutmix: float, seed: int, batch_size: int, processes: int = 1, accumulate: int = 1) -> None:
+        """mixup, cutmix: their alphas; 0 for none. batch_size: global. Raises UserError where some part would split a pair."""
+        if not (0 <= mixup < float("inf") and 0 <= cutmix < float("inf")):
+            raise UserError(f"--mixup {mixup:g} and --cutmix {cutmix:g} must not be negative")
+        if batch_size % (2 * processes * accumulate):
+            raise UserError(
+                f"--batch-size {batch_size} must be a multiple of 2 x processes x --accumulate ({2 * processes * accumulate}), "
+                "as --mixup and --cutmix mix pairs of images; change --batch-size or --accumulate"
+            )
+        self.mixup, self.cutmix, self.seed = mixup, cutmix, seed
+
+    def draw(self, epoch: int, low: int, high: int, size: tuple[int, int]) -> Mixes:
+        """Of the images at positions [low, high) of an epoch's order, both even. size: height and width of the pictures, pixels.
+
+        Other sizes give the same boxes in proportion, but for rounding to whole pixels.
+        """
+        if low % 2 or high % 2:
+            raise ValueError(f"positions {low} to {high} split a pair")
+        counter = np.array([low // 2, epoch, 0, 0], np.uint64)  # its first word counts the pairs
+        words = np.random.Philox(key=np.array([self.seed, _STREAM], np.uint64), counter=counter).random_raw(2 * (high - low))
+        levels: npt.NDArray[np.float64] = (words >> np.uint64(11)).astype(np.float64) * 2.0**-53  # in [0, 1)
+        level, choice, *centre = levels.reshape(-1, 4).T
+        is_mixup = choice < 0.5 if self.mixup and self.cutmix else np.full(len(level), bool(self.mixup))
+        share = np.where(is_mixup, _beta(self.mixup, level), _beta(self.cutmix, level))
+        boxes = _boxes(share, np.stack(centre, 1), size)
+        boxes[is_mixup] = 0
+        height, width = size
+        area = (boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1])
+        opacity = np.where(is_mixup, share, 1.0)
+        share = np.where(is_mixup, share, 1 - area / (height * width))
+        return Mixes(*(np.repeat(of_pair, 2, axis=0).astype(np.float32) for of_pair in (share, opacity, boxes)))
+
+
+def _beta(alpha: float, level: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+    """Quantiles of Beta(alpha, alpha) at levels of [0, 1); 1, for an image alone, where alpha is 0."""
+    found: npt.NDArray[np.float64] = betaincinv(alpha, alpha, level) if alpha else np.ones_like(level)
+    return found
+
+
+def _boxes(share: npt.NDArray[np.float64], centre: npt.NDArray[np.float64], size: tuple[int, int]) -> npt.NDArray[np.float64]:
+    """CutMix's boxes as in `Mixes`, (N, 4). share: (N,), before the picture's border cuts boxes off. centre: (N, 2) in [0, 1)."""
+    half = np.sqrt(1 - share)[:, None] / 2
+    edges = np.concatenate([np.maximum(centre - half, 0), np.minimum(centre + half, 1)], 1)
+    return np.rint(edges * np.tile(size, 2))
+
+
+def apply(images: torch.Tensor, mixes: Mixes) -> tuple[torch.Tensor, torch.Tensor]:
+    """Mixed images, (N, 3, H, W) of the same dtype and memory format, and the shares of their own labels, float32 (N,), on their
+    device. Does not wait for the device. The arithmetic is in the images' dtype.
+    """
+    count, _, height, width = images.shape
+    table = torch.from_numpy(np.column_stack(mixes))  # one copy to the device for all
+    if images.device.type == "cuda":  # from other memory the host would wait for the copy
+        table = table.pin_memory()
+    share, opacity, top, left, bottom, right = table.to(images.device, non_blocking=True)[:, :, None, None].unbind(1)
+    rows = torch.arange(height, device=images.device)[:, None]
+    columns = torch.arange(width, device=images.device)
+    is_inside = (rows >= top) & (rows < bottom) & (columns >= left) & (columns < right)  # (N, H, W)
+    of_other = torch.where(is_inside, 1.0, 1 - opacity).to(images.dtype)
+    pairs = images.unflatten(0, (count // 2, 2))
+    mixed = torch.lerp(pairs, pairs.flip(1), of_other.view(count // 2, 2, 1, height, width))
+    return mixed.flatten(0, 1), share.flatten()
+
+
+def mixed_loss(logits: torch.Tensor, labels: torch.Tensor, share: torch.Tensor, label_smoothing: float = 0.0) -> torch.Tensor:
+    """Mean cross entropy with the own label's share and the neighbour's rest. logits: (N, classes). labels: int64 (N,), of the
+    images before mixing. share: (N,).
+    """
+    others = labels.view(-1, 2).flip(1).flatten()
+    own, other = (F.cross_entropy(logits, one, reduction="none", label_smoothing=label_smoothing) for one in (labels, others))
+    return torch.lerp(other, own, share.to(own.dtype)).mean()
