@@ -78,7 +78,7 @@ class Run:
             write_config(output, args, accelerator, loader, self.progress.step)
         accelerator.wait_for_everyone()
         accelerator.log_with = make_trackers(args.trackers, output, self.progress.step)
-        start_trackers(accelerator, vars(args))
+        start_trackers(accelerator, vars(args), output)
         self.stop = StopRequest(accelerator.num_processes)
 
     def restore(self) -> dict[str, Any]:

@@ -15,6 +15,7 @@ needs, and DALI.
   times what the training eats.
 - profile: the profiler's verdict on the same, with the GPU's own clock and NVML; the doctor's lines come first of all.
 - nets: logits against torchvision's ResNets, where it is installed.
+- imagenette, where --imagenette names its shards: minutes of ResNet-18 to 90 % top-1 at 128 and at 160 pixels.
 """
 
 from __future__ import annotations
@@ -53,7 +54,7 @@ from training.launch import core_share
 
 MEAN_LIMIT, PERCENTILE_LIMIT = 1.0, 4.0  # of 255; JPEG decoders differ in their inverse DCT
 REPEATS = 5
-PARTS = ("pixels", "train", "steps", "feed", "profile", "nets")  # most important first
+PARTS = ("pixels", "train", "steps", "feed", "profile", "nets", "imagenette")  # most important first
 TORCHVISIONS = ("resnet18", "resnet34", "resnet50", "resnet101", "resnet152")
 
 
@@ -182,9 +183,23 @@ def check_parts(args: argparse.Namespace, data: dict[str, Path], spec: LoaderSpe
             measure_feeds(data, spec, results, seconds / 2, REPEATS, images)
         elif part == "profile":
             good &= check_profiler(spec, first, seconds)
-        else:
+        elif part == "nets":
             good &= check_nets(args.device, results)
+        elif args.imagenette:
+            for size in (128, 160):
+                good &= train_imagenette(args.imagenette, size, results)
     return good
+
+
+def train_imagenette(shards: Path, size: int, results: Path) -> bool:
+    """Time to 90 % by recipe imagenette, longer and larger; False if it could not be trained."""
+    with tempfile.TemporaryDirectory() as work:
+        options = ["--arch", "resnet18", "--image-size", size, "--start-size", size - 32, "--eval-size", size, "--epochs", 40]
+        command = [
+            sys.executable, _path.ROOT / "tools" / "bench_accuracy.py", "--shards", shards, "--images", shards, "--work", work,
+            "--contenders", "cropfeed", "--seeds", 0, "--levels", 80, 85, 90, "--results", results, "--", *options,
+        ]  # fmt: skip
+        return subprocess.run([str(word) for word in command], check=False).returncode == 0
 
 
 def main() -> None:
@@ -196,6 +211,7 @@ def main() -> None:
     parser.add_argument("--batch-size", type=positive, default=256)
     parser.add_argument("--image-size", type=positive, default=224)
     parser.add_argument("--source", type=Path, help="folder of class folders of JPEGs, instead of drawn images")
+    parser.add_argument("--imagenette", type=Path, help="folder of Imagenette's shards, for the last part")
     parser.add_argument("--images", type=positive, default=250, help="per class, of 8 (default: 250)")
     parser.add_argument("--seconds", type=float, default=2, help="per repeat (default: 2)")
     parser.add_argument("--results", type=Path, default=_path.ROOT / "tools" / "results" / "gpu.csv")

@@ -16,7 +16,6 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 
-from model.weights import Recipe, load_weights
 from pipeline import open_loader
 from pipeline.errors import Parser, UserError, run_cli
 from pipeline.geometry import Geometry, choose_geometry
@@ -45,8 +44,8 @@ def plot_curves(metrics: Path, picture: Path) -> None:
     plt.close(figure)
 
 
-def plot_batch(recipe: Recipe, data: str, geometry: Geometry, picture: Path, rows: int = 4, columns: int = 8) -> None:
-    spec = LoaderSpec(data, batch_size=rows * columns, image_size=recipe.image_size, geometry=geometry)
+def plot_batch(data: str, geometry: Geometry, size: int, picture: Path, rows: int = 4, columns: int = 8) -> None:
+    spec = LoaderSpec(data, batch_size=rows * columns, image_size=size, geometry=geometry)
     loader = open_loader(spec)
     batch = next(iter(loader))
     pixels = batch.images.permute(0, 2, 3, 1).numpy() * loader.normalization.std + loader.normalization.mean
@@ -68,11 +67,11 @@ def main() -> None:
     if not (args.run / "metrics.csv").is_file() or not (args.run / "model.safetensors").is_file():
         raise UserError(f"{args.run}: no finished run there; give the --output of a train.py that has ended")
     plot_curves(args.run / "metrics.csv", args.run / "curves.png")
-    recipe = Recipe.from_header(load_weights(args.run / "model.safetensors")[1])
-    assert recipe is not None
     options = json.loads((args.run / "config.json").read_text())["arguments"]
-    geometry = choose_geometry(options["geometry"], options["scale"], recipe.image_size)
-    plot_batch(recipe, args.data, geometry, args.run / "batch.png")
+    size = options["image_size"]
+    plot_batch(
+        args.data, choose_geometry(options["geometry"], options["scale"], size, options["area"]), size, args.run / "batch.png"
+    )
     print(f"{args.run / 'curves.png'} and {args.run / 'batch.png'} written")
 
 

@@ -39,7 +39,8 @@ def main() -> None:
     if val:
         figures |= {"val_top1": float(val[-1]["val_top1"]), "val_top5": float(val[-1]["val_top5"])}
     geometry = "S {}..{}".format(*options["scale"]) if options["scale"] else WORDS[options["geometry"]]
-    net = f"{options['arch']} at {options['image_size']}, {geometry}"
+    sizes = f"{options['start_size']} to {options['image_size']}" if options["start_size"] else options["image_size"]
+    net = f"{options['arch']} at {sizes}, {geometry}"
     length = f"{options['iterations']} iterations" if options["iterations"] else f"{options['epochs']} epochs"
     spec = f"{Path(options['data']).name}, {net}, {length}, precision {config['precision']}"
     command = " ".join(Path(part).name if i == 0 else part for i, part in enumerate(config["command"]))

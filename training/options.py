@@ -22,6 +22,7 @@ from training.trackers import check_trackers
 
 RECIPES = Path(__file__).with_name("recipes")
 DEFAULT_EPOCHS = 90
+METAVARS = {int: "N", positive: "N", float: "X", Path: "FOLDER"}
 RAMP = (0.3, 0.7)  # shares of the way from the first epoch to the last
 
 
@@ -35,13 +36,20 @@ def parser(description: str | None = None) -> Parser:
     parse = Parser(description)
     for add in (_add_run, _add_net, _add_optimization, _add_pictures, _add_regularization, _add_feed, _add_records):
         add(parse)
+    parse.usage = "train.py [--recipe NAME] --data SHARDS [options]"
+    for action in parse._actions:
+        action.metavar = action.metavar or METAVARS.get(action.type)
     return parse
 
 
 def _add_run(parse: Parser) -> None:
     parse.add_argument("--list", action=_ListNets, nargs=0, help="list the nets with parameters and multiply-adds, and end")
-    parse.add_argument("--recipe", help=f"{', '.join(recipes())}, or a .toml file: options, which those given here override")
-    parse.add_argument("--data", required=True, help="folder or URL (s3://...) of shards, from tools/make_shards.py")
+    parse.add_argument(
+        "--recipe", metavar="NAME", help=f"{', '.join(recipes())}, or a .toml file: options, which those given here override"
+    )
+    parse.add_argument(
+        "--data", metavar="SHARDS", required=True, help="folder or URL (s3://...) of shards, from tools/make_shards.py"
+    )
     parse.add_argument("--output", type=Path, help="folder of this run (default: runs/ARCH)")
     parse.add_argument("--resume", nargs="?", const="last", choices=("last", "auto"), help="go on from the last checkpoint in "
                        "--output; auto: from the start where there is none")  # fmt: skip

@@ -32,9 +32,12 @@ def make_trackers(names: Sequence[str], output: Path, step: int) -> list[str | G
     return [board if name == "tensorboard" else name for name in dict.fromkeys(names) if name != "none"]
 
 
-def start_trackers(accelerator: Accelerator, config: dict[str, Any]) -> None:
-    """Begin, and give the trackers that have projects the run's options; TensorBoard has config.json beside it."""
-    accelerator.init_trackers(PROJECT)
+def start_trackers(accelerator: Accelerator, config: dict[str, Any], output: Path) -> None:
+    """Begin, and give the trackers that have projects the run's options; TensorBoard has config.json beside it. The run is named
+    after its folder, `output`, which W&B's files go to.
+    """
+    named = {"wandb": {"name": output.name, "dir": str(output)}, "trackio": {"name": output.name}}
+    accelerator.init_trackers(PROJECT, init_kwargs=named)
     for tracker in accelerator.trackers:
         if tracker.name != "tensorboard":
             tracker.store_init_configuration(

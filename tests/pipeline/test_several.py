@@ -20,7 +20,7 @@ from pipeline.picture import Decoder
 from pipeline.several import Look, Several
 from pipeline.shards import ShardSet
 from pipeline.spec import LoaderSpec
-from tests.helpers import open_image, run_script
+from tests.helpers import open_image, run_forked
 
 CENTRE, TEN, WHOLE, SMALL = (
     Look(CentreCrop(36), 32),
@@ -35,7 +35,7 @@ ALL = (CENTRE, TEN, WHOLE, SMALL)
 def regions(image_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Shards of `image_folder` that open at the crop."""
     out = tmp_path_factory.mktemp("regions") / "data"
-    assert run_script("tools/make_shards.py", image_folder, "--out", out, "--shard-size", 16).returncode == 0
+    assert run_forked("tools/make_shards.py", image_folder, "--out", out, "--shard-size", 16).returncode == 0
     return out
 
 

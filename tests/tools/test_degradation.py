@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from tests.helpers import assert_refused, run_script, without_progress
+from tests.helpers import assert_refused, run_forked, without_progress
 from training.metrics import read_metrics
 
 pytestmark = pytest.mark.usefixtures("one_core")
@@ -36,7 +36,7 @@ TRAINING = (
 
 def degradation(data: Path, folder: Path, *more: Any, training: tuple[Any, ...] = TRAINING) -> Any:
     options = ("--data", data, "--output", folder / "runs", "--nets", "plain20", "resnet20", "--results", folder / "rows.csv")
-    return run_script("tools/degradation.py", *options, *more, *training)
+    return run_forked("tools/degradation.py", *options, *more, *training)
 
 
 @pytest.fixture(scope="module")

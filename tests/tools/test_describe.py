@@ -3,11 +3,11 @@ from __future__ import annotations
 import re
 
 from model import ARCHS
-from tests.helpers import assert_refused, run_script
+from tests.helpers import assert_refused, run_forked
 
 
 def test_all_nets_are_listed_with_their_parameters() -> None:
-    result = run_script("tools/describe.py")
+    result = run_forked("tools/describe.py")
     assert result.returncode == 0, result.stderr
     lines = result.stdout.splitlines()[1:]
     assert [line.split()[0] for line in lines] == list(ARCHS)
@@ -18,7 +18,7 @@ def test_all_nets_are_listed_with_their_parameters() -> None:
 
 
 def test_table_1_of_a_net() -> None:
-    result = run_script("tools/describe.py", "resnet50", "resnet18", "--image-size", 448)
+    result = run_forked("tools/describe.py", "resnet50", "resnet18", "--image-size", 448)
     assert result.returncode == 0, result.stderr
     first, second = result.stdout.split("\n\n")
     assert re.search(r"conv1 +64x224x224 +7x7, 64, stride 2; 3x3 max pool, stride 2", first)
@@ -28,4 +28,4 @@ def test_table_1_of_a_net() -> None:
 
 
 def test_an_unknown_net_is_refused() -> None:
-    assert_refused(run_script("tools/describe.py", "vgg19"), "vgg19", "resnet50")
+    assert_refused(run_forked("tools/describe.py", "vgg19"), "vgg19", "resnet50")

@@ -20,7 +20,7 @@ from pipeline.errors import UserError
 from pipeline.loader import Loader
 from pipeline.shards import Manifest, ShardSet
 from pipeline.spec import LoaderSpec
-from tests.helpers import assert_refused, picture, run_script
+from tests.helpers import assert_refused, picture, run_forked
 
 pytestmark = pytest.mark.usefixtures("one_core")
 
@@ -28,7 +28,7 @@ pytestmark = pytest.mark.usefixtures("one_core")
 @pytest.fixture(scope="module")
 def run(small_shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("run") / "run"
-    result = run_script(
+    result = run_forked(
         "train.py", "--data", small_shards, "--output", folder, "--arch", "resnet18", "--epochs", 3, "--batch-size", 12,
         "--image-size", 56, "--mean", "channel", "--lr", 0.02, "--threads", 1, "--log-every", 2,
     )  # fmt: skip
@@ -63,7 +63,7 @@ def centre(path: Path, short: int, crop: int) -> Image.Image:
 
 
 def test_figures_are_those_of_a_plain_evaluation(image_folder: Path, small_shards: Path, run: Path, tmp_path: Path) -> None:
-    result = run_script(
+    result = run_forked(
         "tools/evaluate.py", run, "--data", small_shards, "--json", tmp_path / "figures.json",
         "--per-class", tmp_path / "classes.csv", "--confusion", tmp_path / "confusion.csv", "--batch-size", 5,
         "--results", tmp_path / "rows.csv",
@@ -94,7 +94,7 @@ def test_it_agrees_with_training_and_reads_checkpoints(small_shards: Path, run: 
     (run / "model.safetensors").rename(tmp_path / "moved.safetensors")
     try:
         for weights in (run, run / "checkpoints" / "last" / "model.safetensors", tmp_path / "moved.safetensors"):
-            assert run_script("tools/evaluate.py", weights, "--data", small_shards, "--json", tmp_path / "f.json").returncode == 0
+            assert run_forked("tools/evaluate.py", weights, "--data", small_shards, "--json", tmp_path / "f.json").returncode == 0
             assert json.loads((tmp_path / "f.json").read_text())["top1"] == pytest.approx(float(logged))
     finally:
         (tmp_path / "moved.safetensors").rename(run / "model.safetensors")
@@ -103,7 +103,7 @@ def test_it_agrees_with_training_and_reads_checkpoints(small_shards: Path, run: 
 def test_torchvision_style_weights(small_shards: Path, run: Path, tmp_path: Path) -> None:
     weights, _ = load_weights(run / "model.safetensors")
     torch.save(weights, tmp_path / "net.pth")
-    result = run_script(
+    result = run_forked(
         "tools/evaluate.py", tmp_path / "net.pth", "--data", small_shards, "--arch", "resnet18", "--json", tmp_path / "f.json"
     )
     assert result.returncode == 0, result.stderr
@@ -119,22 +119,22 @@ def test_torchvision_style_weights(small_shards: Path, run: Path, tmp_path: Path
         ("junk.pth", ("--arch", "resnet18"), "junk.pth"),
         ("nowhere", (), "no weights there"),
     ):
-        assert_refused(run_script("tools/evaluate.py", tmp_path / path, "--data", small_shards, *options), words)
+        assert_refused(run_forked("tools/evaluate.py", tmp_path / path, "--data", small_shards, *options), words)
 
 
 def test_pictures_and_records_of_a_run(small_shards: Path, run: Path, tmp_path: Path) -> None:
-    result = run_script("tools/plot_run.py", run, "--data", small_shards)
+    result = run_forked("tools/plot_run.py", run, "--data", small_shards)
     assert result.returncode == 0, result.stderr
     for name in ("curves.png", "batch.png"):
         pixels = np.asarray(Image.open(run / name).convert("RGB"))
         assert min(pixels.shape[:2]) > 300
         assert len(np.unique(pixels.reshape(-1, 3), axis=0)) > 20
-    assert run_script("tools/record_run.py", run, "--results", tmp_path / "rows.csv").returncode == 0
+    assert run_forked("tools/record_run.py", run, "--results", tmp_path / "rows.csv").returncode == 0
     rows = {row["metric"]: row for row in csv.DictReader((tmp_path / "rows.csv").open())}
     assert 0 <= float(rows["val_top1"]["value"]) <= 1
     assert "resnet18 at 56" in rows["minutes"]["spec"]
-    assert_refused(run_script("tools/plot_run.py", tmp_path, "--data", small_shards), "no finished run")
-    assert_refused(run_script("tools/record_run.py", tmp_path), "no finished run")
+    assert_refused(run_forked("tools/plot_run.py", tmp_path, "--data", small_shards), "no finished run")
+    assert_refused(run_forked("tools/record_run.py", tmp_path), "no finished run")
 
 
 SCHEMES = ("centre", "ten-crop", "multi-scale")
@@ -339,7 +339,7 @@ def squares(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
                     image = Image.fromarray(pixels if name == "given" else np.ascontiguousarray(pixels[:, ::-1]))
                     image.save(folder / f"{label}_{index}.JPEG", "PNG")
         out = root / f"{name}-shards"
-        assert run_script("tools/make_shards.py", root / name, "--out", out, "--profile", "original").returncode == 0
+        assert run_forked("tools/make_shards.py", root / name, "--out", out, "--profile", "original").returncode == 0
         found.append(out)
     return found[0], found[1]
 

@@ -21,7 +21,7 @@ from model.exporting import Served, check_packages, write_onnx, write_program
 from model.loading import load_net
 from model.weights import Recipe, save_weights
 from pipeline.errors import UserError
-from tests.helpers import assert_refused, run_script
+from tests.helpers import assert_refused, run_forked
 
 pytestmark = pytest.mark.usefixtures("one_core")
 
@@ -73,7 +73,7 @@ def assert_close(found: torch.Tensor, expected: torch.Tensor) -> None:
 
 
 def export(source: Path, out: Path, *options: Any, **environment: Any) -> Path:
-    result = run_script("tools/export.py", source, "--out", out, *options, **environment)
+    result = run_forked("tools/export.py", source, "--out", out, *options, **environment)
     assert result.returncode == 0, result.stderr
     return out
 
@@ -216,7 +216,7 @@ def test_what_is_wrong_is_refused_and_leaves_nothing(saved: dict[str, Path], tmp
         ((source, *out, "--push", "me/a--b"), "give user/name"),
         ((source, "--out", tmp_path / "file" / "out"), "cannot be written"),
     ):
-        assert_refused(run_script("tools/export.py", *options, **offline), words)
+        assert_refused(run_forked("tools/export.py", *options, **offline), words)
     assert {path.name for path in tmp_path.iterdir()} == before
 
 
@@ -333,7 +333,7 @@ def test_pushed_and_loaded_back(saved: dict[str, Path], hub: tuple[str, type[Hub
     (tmp_path / "load.py").write_text(LOAD)
     state = net_of("resnet20").state_dict()
     for more in (there, there | {"HF_HUB_OFFLINE": "1", "HF_ENDPOINT": "http://127.0.0.1:1"}):
-        result = run_script(tmp_path / "load.py", Path(__file__).parents[2], tmp_path / "state.pt", **more)
+        result = run_forked(tmp_path / "load.py", Path(__file__).parents[2], tmp_path / "state.pt", **more)
         assert result.returncode == 0, result.stderr
         found, mean = torch.load(tmp_path / "state.pt")
         (tmp_path / "state.pt").unlink()
@@ -345,6 +345,6 @@ def test_pushed_and_loaded_back(saved: dict[str, Path], hub: tuple[str, type[Hub
 
     options = ("tools/export.py", saved["resnet20"], "--out", tmp_path / "third", "--push", "me/net")
     there["HF_TOKEN"] = "wrong"
-    result = run_script(*options, **there)
+    result = run_forked(*options, **there)
     assert_refused(result, "--push me/net: failed", "401", "third is complete, try again: hf upload me/net")
     assert (tmp_path / "third" / "model.safetensors").is_file()

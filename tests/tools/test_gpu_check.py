@@ -7,8 +7,10 @@ import importlib.util
 import sys
 from functools import partial
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 
+import bench_accuracy
+import gpu_check
 import pytest
 import torch
 from gpu_train import CLASSES, PlainStep, measure_steps, share_of_peak, synthetic
@@ -18,11 +20,12 @@ from model import ARCHS
 from pipeline.errors import UserError
 from pipeline.geometry import ScaleJitter
 from pipeline.spec import LoaderSpec
-from tests.helpers import run_script
+from tests.helpers import run_forked
+from training.options import make_sizes, parse_arguments
 
 
 def test_the_script_is_whole(image_folder: Path, tmp_path: Path) -> None:
-    result = run_script(
+    result = run_forked(
         "tools/gpu_check.py", "--device", "cpu", "--arch", "resnet18", "--batch-size", 8, "--image-size", 64,
         "--source", image_folder, "--seconds", 0.02, "--results", tmp_path / "rows.csv",
         "--parts", "nets", "profile", "feed", "train", "pixels",
@@ -49,6 +52,25 @@ def test_the_script_is_whole(image_folder: Path, tmp_path: Path) -> None:
     assert all(ratio > 0 for ratio in ratios.values())
     assert all(float(row["low"]) <= float(row["value"]) <= float(row["high"]) for row in rows)
     assert int(rows[6]["repeats"]) == 5
+
+
+def test_imagenette_is_trained_by_words_that_its_scripts_take(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    found: list[str] = []
+
+    def started(words: list[str], **_: object) -> SimpleNamespace:
+        found.extend(words)
+        return SimpleNamespace(returncode=0)
+
+    monkeypatch.setattr(gpu_check.subprocess, "run", started)
+    assert gpu_check.train_imagenette(tmp_path, 160, tmp_path / "rows.csv")
+    own, theirs = bench_accuracy.split_command(found[2:])
+    args = bench_accuracy.parser().parse_args(own)
+    assert (args.contenders, args.levels, args.results) == (["cropfeed"], [80, 85, 90], tmp_path / "rows.csv")
+    options = parse_arguments(None, ["--data", "x", "--recipe", "imagenette", *theirs])
+    assert (options.arch, options.eval_size) == ("resnet18", 160)
+    sizes = make_sizes(options, 147)
+    assert isinstance(sizes, tuple)
+    assert (sizes[0], sizes[-1][1]) == ((0, 128), 160)
 
 
 SPEC = LoaderSpec("nowhere", batch_size=4, image_size=32, geometry=ScaleJitter(36, 48))
@@ -157,7 +179,7 @@ def test_no_gpu_row_without_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.gpu
 def test_everything_on_the_gpu(tmp_path: Path) -> None:
-    result = run_script("tools/gpu_check.py", "--seconds", 2, "--results", tmp_path / "rows.csv")
+    result = run_forked("tools/gpu_check.py", "--seconds", 2, "--results", tmp_path / "rows.csv")
     assert result.returncode == 0, result.stdout + result.stderr
     rows = {(row["benchmark"], row["metric"]): float(row["value"]) for row in csv.DictReader((tmp_path / "rows.csv").open())}
     for arch in ("resnet18", "resnet50", "resnet152"):

@@ -6,13 +6,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tests.helpers import assert_refused, run_script
+from tests.helpers import assert_refused, run_forked
 
 
 @pytest.fixture(scope="module")
 def demo_images(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("demo") / "images"
-    result = run_script("tools/make_demo_data.py", out, "--train", 60, "--val", 30)
+    result = run_forked("tools/make_demo_data.py", out, "--train", 60, "--val", 30)
     assert result.returncode == 0, result.stderr
     return out
 
@@ -52,14 +52,14 @@ def test_images_are_mixed_as_imagenets_are(demo_images: Path) -> None:
 
 
 def test_the_same_seed_draws_the_same_images(demo_images: Path, tmp_path: Path) -> None:
-    run_script("tools/make_demo_data.py", tmp_path / "again", "--train", 2, "--val", 1, "--workers", 1)
+    run_forked("tools/make_demo_data.py", tmp_path / "again", "--train", 2, "--val", 1, "--workers", 1)
     for path in (tmp_path / "again").rglob("*.JPEG"):
         assert path.read_bytes() == (demo_images / path.relative_to(tmp_path / "again")).read_bytes()
-    run_script("tools/make_demo_data.py", tmp_path / "other", "--train", 1, "--val", 1, "--seed", 5)
+    run_forked("tools/make_demo_data.py", tmp_path / "other", "--train", 1, "--val", 1, "--seed", 5)
     name = "train/disc/disc_00000.JPEG"
     assert (tmp_path / "other" / name).read_bytes() != (demo_images / name).read_bytes()
 
 
 def test_bad_arguments_are_refused(demo_images: Path, tmp_path: Path) -> None:
-    assert_refused(run_script("tools/make_demo_data.py", demo_images), "exists already")
-    assert_refused(run_script("tools/make_demo_data.py", tmp_path / "x", "--train", 0), "at least 1")
+    assert_refused(run_forked("tools/make_demo_data.py", demo_images), "exists already")
+    assert_refused(run_forked("tools/make_demo_data.py", tmp_path / "x", "--train", 0), "at least 1")

@@ -30,7 +30,7 @@ from model.testing import Score
 from model.weights import Recipe, save_weights
 from pipeline.errors import UserError
 from pipeline.shards import Manifest
-from tests.helpers import run_script
+from tests.helpers import run_forked
 from training.metrics import COLUMNS
 
 pytestmark = pytest.mark.usefixtures("one_core")
@@ -434,7 +434,7 @@ def test_bad_input_is_refused(tmp_path: Path, make_page: Callable[..., Sound]) -
 
 
 def test_as_a_script(tmp_path: Path) -> None:
-    result = run_script("tools/report.py", make_run(tmp_path / "a"), "--no-evaluate", cwd=tmp_path)
+    result = run_forked("tools/report.py", make_run(tmp_path / "a"), "--no-evaluate", cwd=tmp_path)
     assert result.returncode == 0, result.stderr
     assert result.stdout == "report.html written\n"
     read((tmp_path / "report.html").read_text())

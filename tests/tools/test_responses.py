@@ -11,7 +11,7 @@ from PIL import Image
 from model import ARCHS
 from model.weights import Recipe, save_weights
 from pipeline.shards import Manifest
-from tests.helpers import run_script
+from tests.helpers import run_forked
 
 pytestmark = pytest.mark.usefixtures("one_core")
 
@@ -25,7 +25,7 @@ def test_two_nets_in_one_picture(small_shards: Path, tmp_path: Path) -> None:
         save_weights(tmp_path / f"{arch}.safetensors", ARCHS[arch](num_classes=3).state_dict(), recipe.header())
     files = [tmp_path / "plain20.safetensors", tmp_path / "resnet20.safetensors"]
     options = ("--data", small_shards, "--images", 10, "--batch-size", 8)
-    result = run_script(
+    result = run_forked(
         "tools/responses.py", *files, *options, "--output", tmp_path / "f.png", "--csv", tmp_path / "f.csv"
     )  # fmt: skip
     assert result.returncode == 0, result.stderr
@@ -38,7 +38,7 @@ def test_two_nets_in_one_picture(small_shards: Path, tmp_path: Path) -> None:
     for color in ((31, 119, 180), (255, 127, 14)):  # one line each, in matplotlib's first two colours
         assert (picture == color).all(axis=1).sum() > 100
 
-    fewer = run_script("tools/responses.py", files[0], "--data", small_shards, "--images", 2, "--csv", tmp_path / "g.csv",
+    fewer = run_forked("tools/responses.py", files[0], "--data", small_shards, "--images", 2, "--csv", tmp_path / "g.csv",
                        "--output", tmp_path / "g.png")  # fmt: skip
     assert fewer.returncode == 0, fewer.stderr
     assert (tmp_path / "g.csv").read_text().splitlines()[1:] != (tmp_path / "f.csv").read_text().splitlines()[1:20]

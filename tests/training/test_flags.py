@@ -23,7 +23,7 @@ from model.weights import Recipe, load_weights
 from pipeline.errors import UserError
 from pipeline.geometry import CentreCrop, PaddedCrop, RandomResizedCrop, ScaleJitter
 from pipeline.loader import Loader
-from tests.helpers import ROOT, run_forked, without_progress
+from tests.helpers import run_forked, without_progress
 from training import trackers
 from training.feeding import open_loaders, recipe_of
 from training.metrics import read_metrics
@@ -381,9 +381,9 @@ def test_a_tracker_by_name_gets_options_and_figures(monkeypatch: pytest.MonkeyPa
         name = "wandb"
         requires_logging_directory = False
 
-        def __init__(self, project: str, **_: Any) -> None:
+        def __init__(self, project: str, **more: Any) -> None:
             super().__init__()
-            told.append(project)
+            told.append((project, more["name"]))
 
         @property
         def tracker(self) -> Any:
@@ -407,9 +407,9 @@ def test_a_tracker_by_name_gets_options_and_figures(monkeypatch: pytest.MonkeyPa
     trackers.check_trackers(["tensorboard", "wandb", "none"])
     accelerator = Accelerator(cpu=True)
     accelerator.log_with = trackers.make_trackers(["wandb", "wandb", "tensorboard"], tmp_path, 0)
-    trackers.start_trackers(accelerator, {"lr": 0.1, "scale": [1, 2]})
+    trackers.start_trackers(accelerator, {"lr": 0.1, "scale": [1, 2]}, tmp_path / "first")
     accelerator.log({"loss": 1.5}, step=3)
-    assert told == ["cropfeed", "started", {"lr": 0.1, "scale": "[1, 2]"}, ({"loss": 1.5}, 3)]
+    assert told == [("cropfeed", "first"), "started", {"lr": 0.1, "scale": "[1, 2]"}, ({"loss": 1.5}, 3)]
     assert list((tmp_path / "tensorboard").glob("*tfevents*"))
 
 
@@ -441,12 +441,11 @@ def test_every_option_is_shown() -> None:
 
 
 def test_help_is_grouped_and_short(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    """No option takes more than three lines, and README's section on training names each group."""
+    """A screen or two: fewer than a hundred lines, in groups."""
     monkeypatch.setenv("COLUMNS", "132")
     with pytest.raises(SystemExit):
         parser("Train.").parse_args(["--help"])
     text = capsys.readouterr().out
-    assert len(text.splitlines()) < 130
+    assert len(text.splitlines()) < 100
     for group in ("net:", "optimization", "pictures:", "regularization", "data feed:", "records:"):
         assert f"\n{group}" in text
-    assert ROOT.joinpath("train.py").exists()

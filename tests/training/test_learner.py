@@ -1,0 +1,58 @@
+"""The training step on a GPU never waits for it; what it computes: test_flags.py."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate import Accelerator
+
+from training.feeding import open_loaders
+from training.learner import Learner
+from training.metrics import NonFinite
+from training.options import parse_arguments
+
+OPTIONS = (
+    "--arch", "resnet18", "--batch-size", "16", "--image-size", "64", "--amp", "bf16", "--accumulate", "2", "--ema", "0.9",
+    "--mixup", "0.2", "--cutmix", "1", "--drop-path", "0.1", "--label-smoothing", "0.1", "--no-norm-decay",
+)  # fmt: skip
+
+
+@pytest.fixture
+def strict() -> Iterator[None]:
+    """Waiting for the GPU is an error."""
+    yield
+    torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.gpu
+@pytest.mark.usefixtures("strict")
+@pytest.mark.parametrize("optimizer", ["sgd", "lars"])
+def test_no_step_waits_for_the_gpu(optimizer: str, small_shards: Path) -> None:
+    args = parse_arguments(None, ["--data", str(small_shards), "--optimizer", optimizer, *OPTIONS])
+    accelerator = Accelerator(mixed_precision="bf16", gradient_accumulation_steps=2)
+    loader = open_loaders(args, accelerator)[0]
+    learner = Learner(args, accelerator, loader)
+    learner.start(loader, None)
+    lost = NonFinite(accelerator.device)
+    batches = list(loader)  # the loader may wait, in a thread of its own
+    for step, batch in enumerate(batches):
+        if step == 1:  # the first sets things up
+            torch.cuda.set_sync_debug_mode("error")
+        loss, _ = learner.step(batch, step, 0, 16 * step, 0.1)
+        lost.add(step, loss)
+    torch.cuda.set_sync_debug_mode("default")
+    assert lost.read(accelerator.gather) is None
+
+
+def test_a_lost_loss_is_found_where_it_was_first() -> None:
+    lost = NonFinite(torch.device("cpu"))
+    for step, loss in enumerate((1.0, 2.0)):
+        lost.add(step, torch.tensor(loss))
+    assert lost.read(lambda tensor: tensor) is None
+    for step, loss in enumerate((float("nan"), 1.0, float("inf")), 7):
+        lost.add(step, torch.tensor(loss))
+    assert lost.read(lambda tensor: tensor) == 7
+    assert lost.read(lambda tensor: torch.stack([tensor, torch.tensor(3)])) == 3  # another process's
