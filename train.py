@@ -96,7 +96,9 @@ class Run:
         saved, state = load_checkpoint(path)
         for name in SETTINGS:
             if state[name] != getattr(self.args, name):
-                raise UserError(f"{path}: was made with --{name.replace('_', '-')} {state[name]}; resume with the same")
+                words = f"with{'' if state[name] else 'out'} --{name.replace('_', '-')}"
+                value = f" {state[name]}" if state[name] and state[name] is not True else ""
+                raise UserError(f"{path}: was made {words}{value}; resume with the same")
         self.loader.load_state_dict(state["loader"])
         self.learner.net.load_state_dict(weights)
         self.progress = Progress(**state["progress"])
@@ -202,7 +204,7 @@ class Run:
         if share > WAITING and self.rows > 1 and not self.told_of_waiting:
             self.told_of_waiting = True
             if self.accelerator.is_main_process:
-                command = profile_command(self.args, self.args.amp or self.accelerator.mixed_precision)
+                command = profile_command(self.args, self.accelerator.mixed_precision)
                 bar.write(f"waiting for data {share:.0%} of the time; this says what to change: {command}")
 
     def tell_of_replaced(self, bar: Any) -> None:
@@ -250,6 +252,8 @@ def main() -> None:
         gradient_accumulation_steps=args.accumulate,
         project_config=ProjectConfiguration(str(output), str(output)),
     )
+    if args.amp and accelerator.mixed_precision != args.amp:  # Accelerate goes on without it
+        raise UserError(f"--amp {args.amp}: a {accelerator.device.type} device does not have it; take --amp bf16 or no")
     check_launch(accelerator.num_processes)
     if accelerator.device.type == "cuda":
         torch.backends.cudnn.benchmark = True

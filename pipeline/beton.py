@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import io
 import multiprocessing
+import os
 import signal
 import warnings
 import zlib
@@ -37,6 +38,7 @@ MODES = ("jpg", "raw", "proportion", "region")
 _INSTALL = "apt-get install g++ pkg-config libopencv-dev libturbojpeg0-dev && pip install 'cropfeed[ffcv]'"
 _LEAST_PAGE = 1 << 23  # bytes; the stock writer's page
 _CHUNK = 16  # samples that a worker sends at a time
+_THREADS = "NUMBA_THREADING_LAYER"
 Sizes = npt.NDArray[np.int64]
 
 
@@ -109,7 +111,8 @@ def _encoded(shards: ShardSet, options: Options, workers: int) -> Iterator[Itera
         for first in range(min(workers, -(-len(shards) // _CHUNK))):
             receiver, sender = context.Pipe(duplex=False)
             process = context.Process(target=_work, args=(sender, *_origin(shards), options, first, workers), daemon=True)
-            process.start()
+            with _own_threads_in_numba():
+                process.start()
             sender.close()  # now only the worker holds it: its death ends the stream
             processes.append(process)
             receivers.append(receiver)
@@ -119,6 +122,22 @@ def _encoded(shards: ShardSet, options: Options, workers: int) -> Iterator[Itera
             process.kill()
             process.join()
             receiver.close()
+
+
+@contextmanager
+def _own_threads_in_numba() -> Iterator[None]:
+    """The workers' server, which begins with the first of them, is not to load TBB, where OpenCV's packages brought it: that has
+    been seen to wait for ever for its threads when a process that has forked ends. Nothing there computes in numba's threads.
+    """
+    before = os.environ.get(_THREADS)
+    os.environ[_THREADS] = "workqueue"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[_THREADS]
+        else:
+            os.environ[_THREADS] = before
 
 
 def _origin(shards: ShardSet) -> tuple[str, str, Path | None, float | None]:

@@ -458,6 +458,12 @@ def test_bad_input_is_refused_and_leaves_nothing(small_shards: Path, finished: P
     refused("--weights", tmp_path / "none.pth", words="no weights there")
     refused("--recipe", "none", words="no recipe 'none'; choose from cifar")
     refused("--block-shards", 0, words="--block-shards")
+    refused(
+        "--mixup", 1, "--accumulate", 8, words="--mixup and --cutmix mix pairs of images; change --batch-size or --accumulate"
+    )
+    refused("--start-size", 16, "--ramp", 1, 5, words="the last epoch must have --image-size 32")
+    if not torch.cuda.is_available():
+        refused("--amp", "fp16", words="--amp fp16: a cpu device does not have it; take --amp bf16 or no")
     before = {path: path.stat().st_mtime_ns for path in finished.rglob("*")}
     assert_refused(run_forked("train.py", *arguments(small_shards, finished)), "exists already")
     assert_refused(
@@ -466,6 +472,9 @@ def test_bad_input_is_refused_and_leaves_nothing(small_shards: Path, finished: P
     assert_refused(run_forked("train.py", *arguments(small_shards, finished, "--resume", "--seed", 1)), "other data, seed")
     assert_refused(
         run_forked("train.py", *arguments(small_shards, finished, "--resume", "--batch-size", 16)), "with --batch-size 8"
+    )
+    assert_refused(
+        run_forked("train.py", *arguments(small_shards, finished, "--resume", "--ema", 0.9)), "was made without --ema; resume"
     )
     assert {path: path.stat().st_mtime_ns for path in finished.rglob("*")} == before
 

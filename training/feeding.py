@@ -6,6 +6,7 @@ import shlex
 from dataclasses import replace
 from typing import Any
 
+import torch
 from accelerate import Accelerator
 
 from model.weights import Recipe
@@ -22,7 +23,6 @@ def open_loaders(args: Any, accelerator: Accelerator) -> tuple[Loader, Loader | 
     """The training loader, and the validation loader where the data has that split."""
     if args.batch_size % (accelerator.num_processes * args.accumulate):
         raise UserError(f"--batch-size {args.batch_size} must be a multiple of processes x --accumulate")
-    precision = args.amp or accelerator.mixed_precision
     spec = LoaderSpec(
         args.data,
         batch_size=args.batch_size,
@@ -33,7 +33,7 @@ def open_loaders(args: Any, accelerator: Accelerator) -> tuple[Loader, Loader | 
         seed=args.seed,
         normalization=args.mean,
         alpha_std=args.alpha_std,
-        dtype=PRECISIONS[precision],
+        dtype=PRECISIONS.get(accelerator.mixed_precision, torch.float32),
         corrupt=args.corrupt,
         device=str(accelerator.device),
         rank=accelerator.process_index,

@@ -52,7 +52,7 @@ def write_config(output: Path, args: Any, accelerator: Accelerator, loader: Load
     config = {
         "command": sys.argv,
         "arguments": vars(args) | {"scale": scale_of(loader.spec.geometry)},
-        "precision": args.amp or accelerator.mixed_precision,
+        "precision": accelerator.mixed_precision,
         "processes": accelerator.num_processes,
         "engine": loader.engine,
         "commit": start["commit"],

@@ -14,8 +14,10 @@ deviation, which train.py does not do: to a net that begins with a convolution a
 from __future__ import annotations
 
 import argparse
+import json
 import math
 import random
+import sys
 import time
 from contextlib import AbstractContextManager
 from functools import partial
@@ -154,9 +156,11 @@ class Trainer:
 
 
 def train(args: argparse.Namespace) -> None:
-    """The whole run; writes OUTPUT/metrics.csv as train.py does, and OUTPUT/model.pt."""
+    """The whole run; writes OUTPUT/metrics.csv and config.json, which tools/report.py reads, as train.py does, and model.pt."""
     trainer = Trainer(args)
     args.output.mkdir(parents=True, exist_ok=True)
+    made = {"command": sys.argv, "arguments": vars(args), "precision": args.precision, "engine": "DataLoader"}
+    (args.output / "config.json").write_text(json.dumps(made, default=str))
     metrics = MetricsFile(args.output / "metrics.csv", 0)
     per_epoch, step, losses = len(trainer.train_loader), 0, []
     began = time.perf_counter()
