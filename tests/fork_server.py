@@ -1,8 +1,8 @@
 """Runs our scripts in processes forked from this one, which has imported what they need: a start takes no seven seconds then.
 
-A request is a line of JSON on stdin: command (script, arguments), environment, folder (to run in), stdout and stderr (files). The
-answers are two lines: the process's number when it has begun, its exit code (as subprocess has it) when it has ended.
-`tests.helpers.Forked` is the client.
+A request is a line of JSON on stdin: command (script, arguments), environment, folder (to run in), cores (numbers), stdout and
+stderr (files). The answers are two lines: the process's number when it has begun, and when it has ended its exit code, as
+subprocess has it. `tests.helpers.Forked` is the client.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ ROOT = Path(__file__).resolve().parents[1]
 def run(request: dict[str, Any]) -> int:
     """In the forked process: become the script; its exit code."""
     os.setsid()
+    os.sched_setaffinity(0, request["cores"])
     os.environ.clear()
     os.environ.update(request["environment"])
     os.chdir(request["folder"])

@@ -136,7 +136,7 @@ class Forked:
         self._files = [f"{self._folder.name}/{name}" for name in ("stdout", "stderr")]
         request = {
             "command": self.command, "environment": clean_environment() | environment, "folder": str(cwd),
-            "stdout": self._files[0], "stderr": self._files[1],
+            "stdout": self._files[0], "stderr": self._files[1], "cores": sorted(os.sched_getaffinity(0)),
         }  # fmt: skip
         server = Forked._server
         assert server.stdin is not None
