@@ -1,9 +1,9 @@
 #!/bin/bash
 # sbatch tools/launch/slurm.sh --recipe strong --arch resnet50 --data /data/shards --output /runs/strong
 #
-# Trains on all GPUs of two nodes; change the numbers below. A process that dies is started again, with its run, by torchrun. A minute
-# and a half before the time limit, or at preemption, the run saves and the job is queued again, on as many nodes as there are then:
-# it goes on at the exact sample. The output must be on storage that all nodes share.
+# Trains on all GPUs of two nodes; change the numbers below. Where a process dies, torchrun starts all of them again. A minute and a
+# half before the time limit, or at preemption, the run saves and the job is queued again, to go on at the exact sample; so does a
+# job with other numbers and the same --output, which must be on storage that all nodes share.
 #SBATCH --job-name=cropfeed
 #SBATCH --nodes=2
 #SBATCH --ntasks-per-node=1
