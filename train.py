@@ -252,8 +252,8 @@ def main() -> None:
         gradient_accumulation_steps=args.accumulate,
         project_config=ProjectConfiguration(str(output), str(output)),
     )
-    if args.amp and accelerator.mixed_precision != args.amp:  # Accelerate goes on without it
-        raise UserError(f"--amp {args.amp}: a {accelerator.device.type} device does not have it; take --amp bf16 or no")
+    if accelerator.device.type == "cpu" and accelerator.mixed_precision == "fp16":  # whose sums would be float16, too
+        raise UserError("precision fp16: a CPU does not train in it; take --amp bf16 or no")
     check_launch(accelerator.num_processes)
     if accelerator.device.type == "cuda":
         torch.backends.cudnn.benchmark = True

@@ -463,7 +463,7 @@ def test_bad_input_is_refused_and_leaves_nothing(small_shards: Path, finished: P
     )
     refused("--start-size", 16, "--ramp", 1, 5, words="the last epoch must have --image-size 32")
     if not torch.cuda.is_available():
-        refused("--amp", "fp16", words="--amp fp16: a cpu device does not have it; take --amp bf16 or no")
+        refused("--amp", "fp16", words="precision fp16: a CPU does not train in it; take --amp bf16 or no")
     before = {path: path.stat().st_mtime_ns for path in finished.rglob("*")}
     assert_refused(run_forked("train.py", *arguments(small_shards, finished)), "exists already")
     assert_refused(

@@ -87,7 +87,7 @@ def assert_predicted(found: dict[str, Any]) -> None:
 
 def test_a_slow_storage_is_named(small_shards: Path) -> None:
     """A copy in memory is not slow."""
-    found = checked(profile(options(small_shards, demand=4 * DEMAND, planted=Planted("reader", 0.5))))
+    found = checked(profile(options(small_shards, demand=2 * DEMAND, planted=Planted("reader", 0.5))))
     verdict = found["verdict"]
     assert (verdict["limit"], verdict["stage"], verdict["remedy"]) == ("input", "read warm", "cache")
     assert "Reading limits" in verdict["text"]
