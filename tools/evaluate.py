@@ -46,9 +46,6 @@ def parser() -> Parser:
     parser = Parser(__doc__)
     parser.add_argument("weights", nargs="+", metavar="WEIGHTS_OR_RUN", help="or a .npz that --save wrote; several: an ensemble")
     parser.add_argument("--data", help="folder or URL (s3://...) of shards; not needed for .npz files alone")
-    parser.add_argument("--cache", type=Path, help="folder for copies of remote shards (CROPFEED_CACHE; ~/.cache/cropfeed)")
-    parser.add_argument("--cache-gb", type=float, help="its bound (CROPFEED_CACHE_GB; 80 %% of the free disk)")
-    parser.add_argument("--split", default="val")
     parser.add_argument("--schemes", nargs="+", choices=SCHEMES, help="default: centre; of .npz files what they hold")
     scales = " ".join(map(str, SCALES))
     parser.add_argument(
@@ -64,12 +61,20 @@ def parser() -> Parser:
     parser.add_argument("--per-class", type=Path, help="write a CSV with a row a class there, of the first scheme")
     parser.add_argument("--confusion", type=Path, help="write the confusion matrix as CSV there, of the first scheme")
     parser.add_argument("--arch", help="for weights that do not name it: " + ", ".join(ARCHS))
+    add_feed_options(parser)
+    return parser
+
+
+def add_feed_options(parser: Parser) -> None:
+    """What `open_pictures` and a `Classifier` need to be told, beside --data."""
+    parser.add_argument("--split", default="val")
+    parser.add_argument("--cache", type=Path, help="folder for copies of remote shards (CROPFEED_CACHE; ~/.cache/cropfeed)")
+    parser.add_argument("--cache-gb", type=float, help="its bound (CROPFEED_CACHE_GB; 80 %% of the free disk)")
     parser.add_argument("--batch-size", type=positive, default=256)
     parser.add_argument("--precision", default="no", choices=PRECISIONS)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--engine", default="auto", help="cpu, where there are several schemes, scales or image sizes")
     parser.add_argument("--threads", type=positive, default=core_share())
-    return parser
 
 
 def choose_schemes(asked: Sequence[str] | None, saved: Sequence[Saved]) -> list[str]:

@@ -13,7 +13,7 @@ from datetime import datetime
 from pathlib import Path
 
 import _path  # noqa: F401
-import torch
+from evaluate import add_feed_options
 from reporting.curves import draw
 from reporting.page import html
 from reporting.runs import read_runs
@@ -21,8 +21,6 @@ from reporting.worst import evaluate_runs
 
 from pipeline import storage
 from pipeline.errors import Parser, positive, run_cli
-from pipeline.spec import PRECISIONS
-from training.launch import core_share
 
 
 def parser() -> Parser:
@@ -31,15 +29,8 @@ def parser() -> Parser:
     parser.add_argument("--out", default="report.html", help="the page (report.html)")
     parser.add_argument("--no-evaluate", action="store_true", help="leave out worst images and confusion")
     parser.add_argument("--data", help="folder or URL (s3://...) of shards to test on (default: each run's own)")
-    parser.add_argument("--split", default="val")
     parser.add_argument("--worst", type=positive, default=16, help="images to show of each run (16)")
-    parser.add_argument("--cache", type=Path, help="folder for copies of remote shards (CROPFEED_CACHE; ~/.cache/cropfeed)")
-    parser.add_argument("--cache-gb", type=float, help="its bound (CROPFEED_CACHE_GB; 80 %% of the free disk)")
-    parser.add_argument("--batch-size", type=positive, default=256)
-    parser.add_argument("--precision", default="no", choices=PRECISIONS)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--engine", default="auto", help="cpu, where runs have several image sizes")
-    parser.add_argument("--threads", type=positive, default=core_share())
+    add_feed_options(parser)
     return parser
 
 

@@ -14,6 +14,7 @@ from typing import Any
 
 from accelerate import Accelerator
 
+from pipeline import storage
 from pipeline.errors import UserError
 from pipeline.loader import Loader
 from training.feeding import scale_of
@@ -62,6 +63,4 @@ def write_config(output: Path, args: Any, accelerator: Accelerator, loader: Load
         "environment": environment(),
         "starts": [*starts, start],
     }
-    temporary = path.with_name("config.json.partial")
-    temporary.write_text(json.dumps(config, indent=1, default=str))
-    os.replace(temporary, path)
+    storage.write(str(path), json.dumps(config, indent=1, default=str).encode())

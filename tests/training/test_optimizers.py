@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -23,6 +24,16 @@ def fill_gradients(net: nn.Module, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     for parameter in net.parameters():
         parameter.grad = torch.randn(parameter.shape, generator=generator)
+
+
+def steps(net: nn.Module, optimizer: torch.optim.Optimizer, rates: Sequence[float]) -> Iterator[float]:
+    """A step with other gradients at each rate, which is yielded after it."""
+    for step, rate in enumerate(rates):
+        fill_gradients(net, step)
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        optimizer.step()
+        yield rate
 
 
 @pytest.mark.parametrize("arch", ["resnet18", "resnet50", "resnet20"])
@@ -50,11 +61,7 @@ def test_sgd_is_the_formula_of_momentum_and_decay(norm_and_bias: bool) -> None:
     assert all(group["fused"] for group in optimizer.param_groups)
     expected = [parameter.detach().double().numpy().copy() for parameter in net.parameters()]
     momenta = [np.zeros_like(array) for array in expected]
-    for step, rate in enumerate((0.1, 0.1, 0.02, 0.3)):
-        fill_gradients(net, step)
-        for group in optimizer.param_groups:
-            group["lr"] = rate
-        optimizer.step()
+    for rate in steps(net, optimizer, (0.1, 0.1, 0.02, 0.3)):
         for place, parameter in enumerate(net.parameters()):
             assert parameter.grad is not None
             decay = 0.01 if norm_and_bias or parameter.ndim > 1 else 0.0
@@ -70,11 +77,7 @@ def test_lars_is_algorithm_1(norm_and_bias: bool) -> None:
     optimizer = make_optimizer("lars", net, 1.0, 0.9, 0.5, norm_and_bias)
     weights = [parameter.detach().double().numpy().copy() for parameter in net.parameters()]
     velocities = [np.zeros_like(array) for array in weights]
-    for step, rate in enumerate((10.0, 10.0, 2.0, 30.0, 0.5)):
-        fill_gradients(net, step)
-        for group in optimizer.param_groups:
-            group["lr"] = rate
-        optimizer.step()
+    for rate in steps(net, optimizer, (10.0, 10.0, 2.0, 30.0, 0.5)):
         for place, parameter in enumerate(net.parameters()):
             assert parameter.grad is not None
             gradient, weight = parameter.grad.double().numpy(), weights[place]
