@@ -160,7 +160,7 @@ class Run:
         for batch in meter.timed(self.loader):
             rate = self.schedule.rate(progress.step, progress.errors)
             start = self.loader.consumed - args.batch_size
-            loss, top1 = self.learner.step(batch, progress.step, self.loader.epoch, start, rate)
+            loss, top1 = self.learner.step(batch, self.loader.epoch, start, rate)
             self.not_finite.add(progress.step, loss)
             meter.add(loss, top1)
             progress.step += 1

@@ -60,14 +60,15 @@ def option_c(channels_in: int, channels_out: int, stride: int) -> nn.Module:
     return nn.Sequential(nn.Conv2d(channels_in, channels_out, 1, stride, bias=False), nn.BatchNorm2d(channels_out))
 
 
-def drop_rows(x: torch.Tensor, probability: float) -> torch.Tensor:
+def drop_rows(x: torch.Tensor, probability: float, level: torch.Tensor | None = None) -> torch.Tensor:
     """Stochastic depth, each image by itself: of x (N, C, H, W) each row is zeros with `probability`, else scaled so that the
-    expectation stays.
+    expectation stays. torchvision's StochasticDepth in mode "row" does the same.
 
-    Draws from torch's default generator of the device. torchvision's StochasticDepth in mode "row" does the same.
+    level: (N,), uniform in [0, 1): rows below `probability` are zeros. None: drawn by torch's default generator of the device.
     """
-    keep = 1 - probability
-    return x * x.new_empty((x.shape[0], 1, 1, 1)).bernoulli_(keep).div_(keep)
+    if level is None:
+        level = torch.rand(x.shape[0], device=x.device)
+    return x * ((level >= probability) / (1 - probability)).to(x.dtype)[:, None, None, None]
 
 
 class Block(nn.Module):
@@ -93,11 +94,12 @@ class Block(nn.Module):
     def layers(self, x: torch.Tensor) -> torch.Tensor:
         raise NotImplementedError
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, level: torch.Tensor | None = None) -> torch.Tensor:
+        """level: see `drop_rows`."""
         out = self.layers(x)
         if self.is_residual:
             if self.training and self.drop_path:
-                out = drop_rows(out, self.drop_path)
+                out = drop_rows(out, self.drop_path, level)
             out += x if self.downsample is None else self.downsample(x)
         return cast(torch.Tensor, self.relu(out))
 
@@ -149,11 +151,21 @@ class BottleneckV1(Bottleneck):
     strides_first = True
 
 
+class Stage(nn.Sequential):
+    """Blocks, one after another. forward: x, and where they are given the blocks' levels (N, blocks), see `drop_rows`."""
+
+    def forward(self, x: torch.Tensor, levels: torch.Tensor | None = None) -> torch.Tensor:
+        for number, block in enumerate(self):
+            x = block(x, None if levels is None else levels[:, number])
+        return x
+
+
 class ResNet(nn.Module):
     """A net of blocks in stages; each stage but the first halves the picture and doubles the channels.
 
     forward: images (N, 3, H, W) -> logits (N, num_classes), for any H and W: the classifier sees the mean over places, so that on
-    pictures larger than those trained on the net is fully convolutional.
+    pictures larger than those trained on the net is fully convolutional. For stochastic depth, it also takes levels: (N, blocks),
+    uniform in [0, 1), which decide what is dropped; without them torch's generator does.
     depths: blocks in each stage. shortcut: one of the options, None for a plain net. width: channels of the first stage.
     small: CIFAR's 3x3 stem for pictures of 32 pixels, instead of 7x7, stride 2 and max pooling for 224.
     blur: whether strided convolutions, the first apart, see their input blurred.
@@ -180,6 +192,7 @@ class ResNet(nn.Module):
         if not 0 <= drop_path < 1 or (drop_path and shortcut is None):
             raise ValueError(f"drop_path must lie in [0, 1), and be 0 in a plain net, not {drop_path}")
         self.image_size = 32 if small else 224  # the side of the pictures it is meant for
+        self.depths = depths
         self.conv1 = nn.Conv2d(3, width, 3, 1, 1, bias=False) if small else nn.Conv2d(3, width, 7, 2, 3, bias=False)
         self.bn1 = nn.BatchNorm2d(width)
         self.relu = nn.ReLU(inplace=True)
@@ -192,7 +205,7 @@ class ResNet(nn.Module):
             for index in range(depth):
                 blocks.append(block(channels_in, channels, 2 if stage > 0 and index == 0 else 1, shortcut))
                 channels_in = channels * block.expansion
-            self.add_module(name, nn.Sequential(*blocks))
+            self.add_module(name, Stage(*blocks))
         self.avgpool = nn.AdaptiveAvgPool2d(1)
         self.fc = nn.Linear(channels_in, num_classes)
         self.apply(initialise)
@@ -202,10 +215,15 @@ class ResNet(nn.Module):
         if blur:  # behind the drawing of weights, which is thus the same
             blur_strided(self)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    @property
+    def blocks(self) -> int:
+        return sum(self.depths)
+
+    def forward(self, x: torch.Tensor, levels: torch.Tensor | None = None) -> torch.Tensor:
         x = self.maxpool(self.relu(self.bn1(self.conv1(x))))
-        for name in self.stage_names:
-            x = getattr(self, name)(x)
+        of_stages = [None] * len(self.depths) if levels is None else levels.split(self.depths, 1)
+        for name, own in zip(self.stage_names, of_stages, strict=True):
+            x = getattr(self, name)(x, own)
         return cast(torch.Tensor, self.fc(self.avgpool(x).flatten(1)))
 
 

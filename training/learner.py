@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,7 @@ from pipeline import plan
 from pipeline.loader import Batch, Loader
 from training.averaging import Average
 from training.compiling import compiled
+from training.levels import Stream, levels, on_device
 from training.mixing import Mixing, apply, mixed_loss
 from training.optimizers import load_state, make_optimizer
 
@@ -48,8 +50,10 @@ class Learner:
             count = args.batch_size // accelerator.num_processes // args.accumulate
             side = loader.spec.size_at(loader.epoch)
             images = torch.zeros(count, 3, side, side, dtype=loader.spec.dtype, device=accelerator.device)
-            images = images.to(memory_format=torch.channels_last)
-            fast = compiled(self.net, args.compile, images, accelerator.autocast, accelerator.print)
+            inputs = [images.to(memory_format=torch.channels_last)]
+            if args.drop_path:
+                inputs.append(self._levels(0, 0, count, accelerator.device))
+            fast = compiled(self.net, args.compile, inputs, accelerator.autocast, accelerator.print)
         self.model, self.optimizer = accelerator.prepare(fast, optimizer)
         if saved:
             load_state(self.optimizer, saved["optimizer"])
@@ -68,26 +72,27 @@ class Learner:
             state |= {"average": self.average.state_dict(), "net": self.net.state_dict()}
         return state
 
-    def step(self, batch: Batch, step: int, epoch: int, start: int, rate: float) -> tuple[torch.Tensor, torch.Tensor]:
+    def step(self, batch: Batch, epoch: int, start: int, rate: float) -> tuple[torch.Tensor, torch.Tensor]:
         """One update from this process's part of a global batch; its mean loss and top-1 share, still on the device.
 
-        step: of the run. epoch, start: the place where the global batch starts.
+        epoch, start: the place where the global batch starts.
         """
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         rank, processes = self.accelerator.process_index, self.accelerator.num_processes
-        if self.args.drop_path:  # draws from torch's generator: give it the state that a resumed run would give it
-            torch.manual_seed(int(np.random.SeedSequence([self.args.seed, step, rank]).generate_state(1, np.uint64)[0]))
+        low, high = plan.share(start, start + self.args.batch_size, rank, processes)
         images, labels, parts = batch.images, batch.labels, self.args.accumulate
-        shares: tuple[torch.Tensor | None, ...] = (None,) * parts
+        shares: Sequence[torch.Tensor | None] = [None] * parts
+        drawn: Sequence[tuple[torch.Tensor, ...]] = [()] * parts  # what the net takes beside the images
+        if self.args.drop_path:
+            drawn = [(part,) for part in self._levels(epoch, low, high, images.device).chunk(parts)]
         if self.mixing is not None:
-            low, high = plan.share(start, start + self.args.batch_size, rank, processes)
             images, share = apply(images, self.mixing.draw(epoch, low, high, (images.shape[2], images.shape[3])))
             shares = share.chunk(parts)
         mean, top1 = torch.zeros(2, device=images.device)
-        for part, targets, own in zip(images.chunk(parts), labels.chunk(parts), shares, strict=True):
+        for part, targets, own, more in zip(images.chunk(parts), labels.chunk(parts), shares, drawn, strict=True):
             with self.accelerator.accumulate(self.model):  # without all-reduce but at the last part
-                logits = self.model(part)
+                logits = self.model(part, *more)
                 loss = self._loss(logits, targets, own)
                 self.accelerator.backward(loss)  # divides by the number of parts
                 self.optimizer.step()
@@ -97,6 +102,11 @@ class Learner:
         if self.average is not None:
             self.average.update(self.net)
         return mean, top1
+
+    def _levels(self, epoch: int, low: int, high: int, device: torch.device) -> torch.Tensor:
+        """What decides which blocks are dropped for the images at positions [low, high): float32 (high - low, blocks)."""
+        drawn = levels(self.args.seed, Stream.DROP, epoch, low, high, self.net.blocks)
+        return on_device(drawn.astype(np.float32), device)
 
     def _loss(self, logits: torch.Tensor, labels: torch.Tensor, share: torch.Tensor | None) -> torch.Tensor:
         smoothing = self.args.label_smoothing

@@ -9,7 +9,7 @@ Sources:
 - CutMix, a box of y in x: Yun et al. 2019, "CutMix: regularization strategy to train strong classifiers with localizable
   features", section 3.1. The box's centre is uniform, its sides are sqrt(1 - a) of the picture's; what lies outside the picture
   is cut off, and a becomes what is left of x.
-- Random numbers: Philox of Salmon et al. 2011, NumPy's. The key is the seed, the counter (pair, epoch).
+- Random numbers: `training.levels`, where a pair is a position.
 """
 
 from __future__ import annotations
@@ -23,8 +23,7 @@ import torch.nn.functional as F
 from scipy.special import betaincinv
 
 from pipeline.errors import UserError
-
-_STREAM = 0x6D697869  # the key's second word, "mixi"
+from training.levels import Stream, levels, on_device
 
 Floats = npt.NDArray[np.float32]
 
@@ -63,10 +62,7 @@ class Mixing:
         """
         if low % 2 or high % 2:
             raise ValueError(f"positions {low} to {high} split a pair")
-        counter = np.array([low // 2, epoch, 0, 0], np.uint64)  # its first word counts the pairs
-        words = np.random.Philox(key=np.array([self.seed, _STREAM], np.uint64), counter=counter).random_raw(2 * (high - low))
-        levels: npt.NDArray[np.float64] = (words >> np.uint64(11)).astype(np.float64) * 2.0**-53  # in [0, 1)
-        level, choice, *centre = levels.reshape(-1, 4).T
+        level, choice, *centre = levels(self.seed, Stream.MIX, epoch, low // 2, high // 2, 4).T
         is_mixup = choice < 0.5 if self.mixup and self.cutmix else np.full(len(level), bool(self.mixup))
         share = np.where(is_mixup, _beta(self.mixup, level), _beta(self.cutmix, level))
         boxes = _boxes(share, np.stack(centre, 1), size)
@@ -96,10 +92,8 @@ def apply(images: torch.Tensor, mixes: Mixes) -> tuple[torch.Tensor, torch.Tenso
     device. Does not wait for the device. The arithmetic is in the images' dtype.
     """
     count, _, height, width = images.shape
-    table = torch.from_numpy(np.column_stack(mixes))  # one copy to the device for all
-    if images.device.type == "cuda":  # from other memory the host would wait for the copy
-        table = table.pin_memory()
-    share, opacity, top, left, bottom, right = table.to(images.device, non_blocking=True)[:, :, None, None].unbind(1)
+    table = on_device(np.column_stack(mixes), images.device)  # one copy for all
+    share, opacity, top, left, bottom, right = table[:, :, None, None].unbind(1)
     rows = torch.arange(height, device=images.device)[:, None]
     columns = torch.arange(width, device=images.device)
     is_inside = (rows >= top) & (rows < bottom) & (columns >= left) & (columns < right)  # (N, H, W)

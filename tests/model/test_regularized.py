@@ -82,6 +82,31 @@ def test_the_same_seed_drops_the_same_and_gradients_flow() -> None:
     assert all(parameter.grad is not None for parameter in net.parameters())
 
 
+@pytest.mark.parametrize("arch", ["resnet20", "resnet50"])
+def test_levels_decide_what_is_dropped(arch: str) -> None:
+    """Each block is watched: an image takes the shortcut alone where its level is below the block's probability."""
+    torch.manual_seed(0)
+    net = ARCHS[arch](num_classes=3, drop_path=0.7).train()
+    levels = torch.rand(12, net.blocks)
+    blocks = [module for module in net.modules() if isinstance(module, Block)]
+    assert len(blocks) == net.blocks
+    dropped = []
+
+    def watch(block: nn.Module, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
+        assert isinstance(block, Block)
+        shortcut = inputs[0] if block.downsample is None else block.downsample(inputs[0])
+        dropped.append((output == shortcut.relu()).flatten(1).all(1))
+
+    for block in blocks:
+        block.register_forward_hook(watch)
+    before = torch.get_rng_state()
+    net(torch.randn(12, 3, 32, 32, generator=torch.Generator().manual_seed(1)), levels)
+    assert torch.equal(torch.get_rng_state(), before)
+    expected = levels < torch.tensor([block.drop_path for block in blocks])
+    assert torch.equal(torch.stack(dropped, 1), expected)
+    assert 0 < int(expected.sum()) < expected.numel()
+
+
 def test_evaluation_drops_nothing_and_zero_draws_nothing() -> None:
     torch.manual_seed(0)
     plain = ARCHS["resnet20"](num_classes=3)

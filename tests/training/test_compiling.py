@@ -21,7 +21,7 @@ def test_a_compiled_net_gives_the_same_and_the_trial_leaves_no_trace(net: nn.Mod
     monkeypatch.setattr(torch, "compile", lambda module, mode: compile_(module, backend="aot_eager"))
     before = {name: value.clone() for name, value in net.state_dict().items()}
     told: list[str] = []
-    fast = compiled(net, "default", torch.zeros(5, 3, 8, 8), nullcontext, told.append)
+    fast = compiled(net, "default", [torch.zeros(5, 3, 8, 8)], nullcontext, told.append)
     assert not told
     assert fast is not net
     assert all(torch.equal(value, before[name]) for name, value in net.state_dict().items())
@@ -43,6 +43,6 @@ def test_one_that_cannot_be_compiled_trains_as_it_is(net: nn.Module, monkeypatch
 
     monkeypatch.setattr(torch, "compile", broken)
     told: list[str] = []
-    assert compiled(net, "default", torch.zeros(5, 3, 8, 8), nullcontext, told.append) is net
+    assert compiled(net, "default", [torch.zeros(5, 3, 8, 8)], nullcontext, told.append) is net
     assert told == ["torch.compile does not work here (no compiler here); training goes on without it"]
     assert all(torch.equal(value, before[name]) for name, value in net.state_dict().items())

@@ -11,6 +11,7 @@ from accelerate import Accelerator
 
 from training.feeding import open_loaders
 from training.learner import Learner
+from training.levels import Stream, levels
 from training.metrics import NonFinite
 from training.options import parse_arguments
 
@@ -41,10 +42,30 @@ def test_no_step_waits_for_the_gpu(optimizer: str, small_shards: Path) -> None:
     for step, batch in enumerate(batches):
         if step == 1:  # the first sets things up
             torch.cuda.set_sync_debug_mode("error")
-        loss, _ = learner.step(batch, step, 0, 16 * step, 0.1)
+        loss, _ = learner.step(batch, 0, 16 * step, 0.1)
         lost.add(step, loss)
     torch.cuda.set_sync_debug_mode("default")
     assert lost.read(accelerator.gather) is None
+
+
+def test_each_process_and_part_drops_blocks_by_the_images_positions(small_shards: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    words = ["--data", str(small_shards), "--arch", "resnet18", "--image-size", "32", "--batch-size", "16"]
+    args = parse_arguments(None, [*words, "--accumulate", "2", "--drop-path", "0.5", "--seed", "6"])
+    accelerator = Accelerator(cpu=True, gradient_accumulation_steps=2)
+    loader = open_loaders(args, accelerator)[0]
+    learner = Learner(args, accelerator, loader)
+    learner.start(loader, None)
+    seen: list[torch.Tensor] = []
+    learner.net.register_forward_pre_hook(lambda net, inputs: seen.append(inputs[1]))
+    batch = next(iter(loader))
+    monkeypatch.setattr(Accelerator, "num_processes", 2)
+    for rank in range(2):
+        monkeypatch.setattr(Accelerator, "process_index", rank)
+        part = batch._replace(images=batch.images[8 * rank : 8 * rank + 8], labels=batch.labels[8 * rank : 8 * rank + 8])
+        learner.step(part, 3, 32, 0.1)
+    assert [len(one) for one in seen] == [4, 4, 4, 4]
+    expected = levels(6, Stream.DROP, 3, 32, 48, 8)
+    torch.testing.assert_close(torch.cat(seen), torch.from_numpy(expected).float(), rtol=0, atol=0)
 
 
 def test_a_lost_loss_is_found_where_it_was_first() -> None:

@@ -63,7 +63,7 @@ class Model:
     def compile(self, mode: str, images: torch.Tensor) -> str | None:
         """torch.compile the net as train.py does, for images of this shape; why that does not work, if it does not."""
         told: list[str] = []
-        self._net = compiled(self._net, mode, images, self.autocast, told.append)
+        self._net = compiled(self._net, mode, [images], self.autocast, told.append)
         return told[0] if told else None
 
     def step(self, batch: Batch) -> None:
