@@ -15,6 +15,14 @@ import numpy.typing as npt
 import torch
 
 
+def to_device(array: npt.NDArray[Any], device: torch.device | str) -> torch.Tensor:
+    """A table of numbers on the device, without waiting for it; on a CPU, a tensor on the array's memory."""
+    tensor = torch.from_numpy(array)
+    if torch.device(device).type != "cuda":
+        return tensor
+    return tensor.pin_memory().to(device, non_blocking=True)  # from other memory the host would wait for the copy
+
+
 class BufferPool:
     """Lends arrays as tensors. When the last tensor on an array is gone, wherever that was, the array is lent again.
 

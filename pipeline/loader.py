@@ -26,7 +26,7 @@ import torch
 
 from pipeline import plan
 from pipeline.augment import Floats, Normalization, colour_tail, lighting, translate_tensor
-from pipeline.buffers import BufferPool
+from pipeline.buffers import BufferPool, to_device
 from pipeline.errors import UserError
 from pipeline.geometry import Views, WholeImage
 from pipeline.order import Blocks, ByShape, Full, Order, Sequential
@@ -362,10 +362,7 @@ class Loader(ABC):
             self.shards.prefetch([*order.shards(*place), *order.shards(*following)])
 
     def _to_device(self, array: npt.NDArray[Any]) -> torch.Tensor:
-        tensor = torch.from_numpy(array)
-        if torch.device(self.spec.device).type == "cpu":
-            return tensor
-        return tensor.pin_memory().to(self.spec.device, non_blocking=True)
+        return to_device(array, self.spec.device)
 
 
 def choose_normalization(spec: LoaderSpec, manifest: Manifest) -> Normalization:

@@ -22,7 +22,7 @@ import numpy.typing as npt
 import torch
 
 from pipeline import plan
-from pipeline.buffers import BufferPool
+from pipeline.buffers import BufferPool, to_device
 from pipeline.errors import UserError
 from pipeline.geometry import Geometry, Views
 from pipeline.order import ByShape
@@ -158,9 +158,7 @@ class Several:
         """The batch on the device, without waiting for that."""
         for chunk in job.chunks:
             chunk.result()
-        labels = torch.from_numpy(self.shards.samples["label"][job.ids].astype(np.int64))
-        if self._device.type == "cuda":
-            labels = labels.pin_memory().to(self._device, non_blocking=True)
+        labels = to_device(self.shards.samples["label"][job.ids].astype(np.int64), self._device)
         pictures = _split(self._buffers.deliver(job.tensor), job.shapes)
         return Looks(dict(zip(self.looks, pictures, strict=True)), labels, job.ids)
 

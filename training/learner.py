@@ -14,10 +14,11 @@ from torch import nn
 from model import ARCHS
 from model.resnet import ResNet
 from pipeline import plan
+from pipeline.buffers import to_device
 from pipeline.loader import Batch, Loader
 from training.averaging import Average
 from training.compiling import compiled
-from training.levels import Stream, levels, on_device
+from training.levels import Stream, levels
 from training.mixing import Mixing, apply, mixed_loss
 from training.optimizers import load_state, make_optimizer
 
@@ -106,7 +107,7 @@ class Learner:
     def _levels(self, epoch: int, low: int, high: int, device: torch.device) -> torch.Tensor:
         """What decides which blocks are dropped for the images at positions [low, high): float32 (high - low, blocks)."""
         drawn = levels(self.args.seed, Stream.DROP, epoch, low, high, self.net.blocks)
-        return on_device(drawn.astype(np.float32), device)
+        return to_device(drawn.astype(np.float32), device)
 
     def _loss(self, logits: torch.Tensor, labels: torch.Tensor, share: torch.Tensor | None) -> torch.Tensor:
         smoothing = self.args.label_smoothing

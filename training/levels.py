@@ -10,7 +10,6 @@ from enum import Enum
 
 import numpy as np
 import numpy.typing as npt
-import torch
 
 
 class Stream(Enum):
@@ -28,11 +27,3 @@ def levels(seed: int, stream: Stream, epoch: int, low: int, high: int, count: in
     words = bits.random_raw(4 * blocks * (high - low)).reshape(-1, 4 * blocks)[:, :count]
     found: npt.NDArray[np.float64] = (words >> np.uint64(11)).astype(np.float64) * 2.0**-53
     return found
-
-
-def on_device(table: npt.NDArray[np.generic], device: torch.device) -> torch.Tensor:
-    """A table of numbers as a tensor on the device, without waiting for it."""
-    tensor = torch.from_numpy(table)
-    if device.type == "cuda":  # from other memory the host would wait for the copy
-        tensor = tensor.pin_memory()
-    return tensor.to(device, non_blocking=True)

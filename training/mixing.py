@@ -22,8 +22,9 @@ import torch
 import torch.nn.functional as F
 from scipy.special import betaincinv
 
+from pipeline.buffers import to_device
 from pipeline.errors import UserError
-from training.levels import Stream, levels, on_device
+from training.levels import Stream, levels
 
 Floats = npt.NDArray[np.float32]
 
@@ -92,7 +93,7 @@ def apply(images: torch.Tensor, mixes: Mixes) -> tuple[torch.Tensor, torch.Tenso
     device. Does not wait for the device. The arithmetic is in the images' dtype.
     """
     count, _, height, width = images.shape
-    table = on_device(np.column_stack(mixes), images.device)  # one copy for all
+    table = to_device(np.column_stack(mixes), images.device)  # one copy for all
     share, opacity, top, left, bottom, right = table[:, :, None, None].unbind(1)
     rows = torch.arange(height, device=images.device)[:, None]
     columns = torch.arange(width, device=images.device)
