@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from pipeline import storage
-from tests.helpers import run_script, s3_client, s3_server, write_image_folder
+from tests.helpers import run_forked, run_script, s3_client, s3_server, write_image_folder
+from tests.runs import arguments
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -49,6 +50,15 @@ def small_shards(image_folder: Path, tmp_path_factory: pytest.TempPathFactory) -
     result = run_script("tools/make_shards.py", image_folder, "--out", out, "--profile", "original", "--shard-size", 16)
     assert result.returncode == 0, result.stderr
     return out
+
+
+@pytest.fixture(scope="module")
+def finished(small_shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run in fp32 on one process, never stopped, with its trace beside it."""
+    folder = tmp_path_factory.mktemp("finished")
+    result = run_forked("tests/traced_train.py", *arguments(small_shards, folder / "run"), TRACE=str(folder / "trace"))
+    assert result.returncode == 0, result.stderr
+    return folder / "run"
 
 
 @pytest.fixture(scope="session")

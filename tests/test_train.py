@@ -1,16 +1,8 @@
 from __future__ import annotations
 
 import json
-import os
-import random
-import re
 import shlex
 import shutil
-import signal
-import subprocess
-import sys
-import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -24,72 +16,14 @@ from model.weights import Recipe, load_weights
 from pipeline import plan
 from pipeline.shards import ShardSet
 from pipeline.spec import LoaderSpec
-from tests.helpers import ROOT, Forked, assert_refused, clean_environment, run_forked, run_script, without_progress
+from tests.helpers import assert_refused, run_forked, run_script, without_progress
+from tests.runs import EPOCHS, STEPS, arguments, steps_logged, torchrun, traces
 from training import tuned
-from training.checkpoint import load_checkpoint
 from training.metrics import read_metrics
 
 pytestmark = pytest.mark.usefixtures("one_core")
 
-EPOCHS, STEPS = 5, 7  # 60 images in batches of 8
-TORCHRUN = ("-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29611")
-
-
-def arguments(data: Path, output: Path, *more: Any) -> list[str]:
-    options = [
-        "--data", data, "--output", output, "--arch", "resnet20", "--epochs", EPOCHS, "--batch-size", 8, "--image-size", 32,
-        "--scale", 36, 68, "--lr", 0.01, "--threads", 1, "--log-every", 1, "--checkpoint-every", 3, *more,
-    ]  # fmt: skip
-    return [str(option) for option in options]
-
-
-@pytest.fixture(scope="module")
-def finished(small_shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run in fp32 on one process, never stopped, with its trace beside it."""
-    folder = tmp_path_factory.mktemp("finished")
-    result = run_forked("tests/traced_train.py", *arguments(small_shards, folder / "run"), TRACE=str(folder / "trace"))
-    assert result.returncode == 0, result.stderr
-    return folder / "run"
-
-
-def steps_logged(run: Path) -> int:
-    path = run / "metrics.csv"
-    return sum(bool(row["train_loss"]) for row in read_metrics(path)) if path.exists() else 0
-
-
-def wait_for_rows(run: Path, rows: int, is_running: Callable[[], bool]) -> None:
-    """Until metrics.csv has `rows` more training rows than now."""
-    deadline = time.monotonic() + 120
-    target = None
-    while target is None or steps_logged(run) < target:
-        assert is_running()
-        assert time.monotonic() < deadline
-        # A resumed run first cuts metrics.csv back to its checkpoint: count from there, once it has started over.
-        if target is None and list(run.glob("tensorboard/*tfevents*")):
-            target = min(steps_logged(run) + rows, EPOCHS * STEPS - 1)
-        time.sleep(0.005)
-
-
-def traces(stem: Path) -> dict[tuple[int, int], dict[str, Any]]:
-    """Global batches by place: ids and draws, ranks put together in order. Batches done twice must be the same."""
-    parts: dict[tuple[int, int], dict[str, dict[int, dict[str, Any]]]] = {}
-    for path in stem.parent.glob(stem.name + ".*"):
-        for line in path.read_text().splitlines():
-            row = json.loads(line)
-            process = path.name.split(".")[-2] if row["rank"] == 0 else "other"
-            parts.setdefault((row["epoch"], row["consumed"]), {}).setdefault(process, {})[row["rank"]] = row
-    found = {}
-    for place, processes in parts.items():
-        whole = []
-        others = processes.pop("other", {})
-        for ranks in processes.values():
-            together = [ranks[0]] if len(ranks[0]["ids"]) == 8 else [ranks[0], others[1]]
-            ids = [index for row in together for index in row["ids"]]
-            draws = [[value for row in together for value in row["draws"][field]] for field in range(3)]
-            whole.append({"ids": ids, "draws": draws})
-        assert all(each == whole[0] for each in whole), place
-        found[place] = whole[0]
-    return found
+TORCHRUN = torchrun(29611)
 
 
 def test_a_run_learns_and_leaves_everything_behind(small_shards: Path, finished: Path) -> None:
@@ -117,179 +51,6 @@ def test_a_run_learns_and_leaves_everything_behind(small_shards: Path, finished:
     for epoch in range(EPOCHS):
         ids = [index for step in range(1, STEPS + 1) for index in trained[(epoch, 8 * step)]["ids"]]
         assert ids == plan.order(0, epoch, range(56), 60).tolist()
-
-
-def figures(run: Path) -> list[tuple[str, ...]]:
-    return [(row["step"], row["lr"], row["train_loss"], row["val_top1"]) for row in read_metrics(run / "metrics.csv")]
-
-
-def assert_same_end(run: Path, trace: Path, finished: Path) -> None:
-    """The run's weights, figures and batches are those of the one that was never stopped, bit for bit."""
-    ours, theirs = load_file(run / "model.safetensors"), load_file(finished / "model.safetensors")
-    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
-    assert figures(run) == figures(finished)
-    assert traces(trace) == traces(finished.parent / "trace")
-
-
-def assert_checkpoints_are_whole(run: Path) -> int:
-    """Whatever `last` and `best` name can be read; returns the last one's step, 0 where there is none."""
-    for link in (run / "checkpoints").glob("[lb]*"):
-        _, state = load_checkpoint(link)
-        load_weights(link / "model.safetensors")
-        assert f"step-{state['progress']['step']:08d}" in link.resolve().name
-    last = run / "checkpoints" / "last"
-    return int(load_checkpoint(last)[1]["progress"]["step"]) if last.exists() else 0
-
-
-def test_killed_at_20_random_moments_it_ends_in_the_same_bits(small_shards: Path, finished: Path, tmp_path: Path) -> None:
-    """At every second one while it writes a checkpoint: before one of the moves and syncs that this takes."""
-    rng = random.Random(4)
-    run, trace = tmp_path / "run", tmp_path / "trace"
-    command = ["tests/traced_train.py", *arguments(small_shards, run, "--resume", "auto")]
-    kills, step = 0, 0
-    while kills < 20:
-        is_near_the_end = step > (EPOCHS - 1) * STEPS
-        if kills % 2:
-            process = Forked(*command, TRACE=str(trace), KILL_AT=str(rng.randint(1, 5 if is_near_the_end else 14)))
-        else:
-            process = Forked(*command, TRACE=str(trace))
-            wait_for_rows(run, 1 if is_near_the_end else rng.randint(1, 3), lambda: True)
-            time.sleep(rng.uniform(0, 0.02))
-            process.kill()
-        result = process.wait()
-        assert result.returncode == -signal.SIGKILL, result.stderr
-        kills += 1
-        assert not (run / "model.safetensors").exists()
-        step, before = assert_checkpoints_are_whole(run), step
-        assert step >= before
-        shutil.rmtree(run / "tensorboard", ignore_errors=True)
-    assert step > 0
-    result = run_forked(*command, TRACE=str(trace))
-    assert result.returncode == 0, result.stderr
-    assert_same_end(run, trace, finished)
-
-
-def test_sigterm_saves_where_it_is_and_ends_well(small_shards: Path, finished: Path, tmp_path: Path) -> None:
-    """In a step, then in a validation, which is done again; nothing is lost and nothing done twice."""
-    run, trace = tmp_path / "run", tmp_path / "trace"
-    command = ["tests/traced_train.py", *arguments(small_shards, run, "--resume", "auto")]
-    process = Forked(*command, TRACE=str(trace))
-    wait_for_rows(run, 9, lambda: True)
-    process.kill(signal.SIGTERM)
-    result = process.wait()
-    assert result.returncode == 0, result.stderr
-    step = assert_checkpoints_are_whole(run)
-    assert step >= 9
-    assert f"stopped at step {step}, as asked, and saved; --resume goes on from there" in result.stdout
-    assert not (run / "model.safetensors").exists()
-
-    result = run_forked(*command, TRACE=str(trace), TERM_IN_VALIDATION="1")
-    assert result.returncode == 0, result.stderr
-    step = assert_checkpoints_are_whole(run)
-    assert step % STEPS == 0
-    assert figures(run)[-1][3] == ""  # not validated
-    shutil.rmtree(run / "tensorboard")
-    result = run_forked(*command, TRACE=str(trace))
-    assert result.returncode == 0, result.stderr
-    assert_same_end(run, trace, finished)
-
-
-def test_a_loss_that_is_not_finite_stops_the_run_with_its_images(small_shards: Path, tmp_path: Path) -> None:
-    """The first step's update is beyond bounds: the second step's loss is lost, which shows where the next row is due. The last
-    checkpoint is of before.
-    """
-    run = tmp_path / "run"
-    options = [*arguments(small_shards, run), "--lr", 1e30, "--log-every", 5, "--checkpoint-every", 1]
-    result = without_progress(run_forked("train.py", *options))
-    assert_refused(result, f"{run}/not-finite.json: holds the images of step 1, whose loss is not finite", "lower --lr")
-    found = json.loads((run / "not-finite.json").read_text())
-    assert (found["step"], found["epoch"]) == (1, 0)
-    assert found["ids"] == plan.order(0, 0, range(8, 16), 60).tolist()
-    shards = ShardSet(small_shards, "train")
-    assert found["images"] == [shards.where(sample) for sample in found["ids"]]
-    assert assert_checkpoints_are_whole(run) == 1
-
-
-def test_one_process_then_two_of_which_one_dies_then_one(small_shards: Path, finished: Path, tmp_path: Path) -> None:
-    """Torchrun starts both processes again and they go on; at SIGTERM they save. The batches are those of one process."""
-    run, trace = tmp_path / "run", tmp_path / "trace"
-    process = Forked("tests/traced_train.py", *arguments(small_shards, run), TRACE=str(trace))
-    wait_for_rows(run, 8, lambda: True)
-    process.kill()
-    process.wait()
-    shutil.rmtree(run / "tensorboard")
-    two = subprocess.Popen(
-        [sys.executable, *TORCHRUN, "--max-restarts", "1", "--monitor-interval", "0.2", str(ROOT / "tests" / "traced_train.py"),
-         *arguments(small_shards, run, "--resume")],
-        env=clean_environment() | {"TRACE": str(trace), "ACCELERATE_USE_CPU": "true"}, start_new_session=True,
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd="/tmp",
-    )  # fmt: skip
-    try:
-        wait_for_rows(run, 4, lambda: two.poll() is None)
-        (second,) = trace.parent.glob("trace.*.1")
-        shutil.rmtree(run / "tensorboard")
-        os.kill(int(second.suffixes[-2][1:]), signal.SIGKILL)
-        died = time.monotonic()
-        wait_for_rows(run, 4, lambda: two.poll() is None)
-        assert time.monotonic() - died < 60
-        two.send_signal(signal.SIGTERM)
-        output = two.communicate(timeout=60)[0]
-    finally:
-        if two.poll() is None:
-            os.killpg(two.pid, signal.SIGKILL)
-    stopped = re.search(r"stopped at step (\d+), as asked", output)
-    assert stopped is not None, output
-    assert assert_checkpoints_are_whole(run) == int(stopped[1])
-    assert len(list(trace.parent.glob("trace.*.1"))) == 2
-    result = run_forked("tests/traced_train.py", *arguments(small_shards, run, "--resume"), TRACE=str(trace))
-    assert result.returncode == 0, result.stderr
-    assert traces(trace) == traces(finished.parent / "trace")
-    assert [row[0] for row in figures(run)] == [row[0] for row in figures(finished)]
-    ours, theirs = ([float(row[2]) for row in figures(one) if row[2]] for one in (run, finished))
-    assert sum(ours[-STEPS:]) == pytest.approx(sum(theirs[-STEPS:]), rel=0.5)  # the curve goes on, not bit for bit
-
-
-def test_iterations_end_a_run_within_an_epoch_and_it_goes_on_from_there(
-    small_shards: Path, finished: Path, tmp_path: Path
-) -> None:
-    """10 of 7 an epoch, then 14 by --resume: the batches are those of a run of epochs."""
-    run, trace = tmp_path / "run", tmp_path / "trace"
-    options = arguments(small_shards, run)
-    at = options.index("--epochs")
-    options[at : at + 2] = ["--iterations", "10"]
-    result = run_forked("tests/traced_train.py", *options, "--milestones", 8, TRACE=str(trace))
-    assert result.returncode == 0, result.stderr
-    rows = read_metrics(run / "metrics.csv")
-    assert [float(row["lr"]) for row in rows if row["lr"]] == pytest.approx([0.01] * 8 + [0.001] * 2)
-    assert [int(row["step"]) for row in rows if row["val_top1"]] == [7, 10]
-    assert (run / "checkpoints" / "last").resolve().name == "step-00000010"
-    options[at + 1] = "14"
-    result = run_forked("tests/traced_train.py", *options, "--resume", TRACE=str(trace))
-    assert result.returncode == 0, result.stderr
-    assert [int(row["step"]) for row in read_metrics(run / "metrics.csv") if row["val_top1"]] == [7, 10, 14]
-    whole = traces(finished.parent / "trace")
-    assert traces(trace) == {place: whole[place] for place in sorted(whole)[:14]}
-
-
-def test_a_plateau_divides_the_rate_and_a_resumed_run_remembers_it(small_shards: Path, tmp_path: Path) -> None:
-    """With a learning rate of next to nothing the error stays as it is: each validation but the first bears it, every second
-    one divides."""
-    run = tmp_path / "run"
-    options = [*arguments(small_shards, run, "--schedule", "plateau", "--patience", 1), "--lr", 1e-9, "--epochs"]
-    for epochs, more in ((4, ()), (7, ("--resume",))):
-        result = run_forked("train.py", *options, epochs, *more)
-        assert result.returncode == 0, result.stderr
-    rows = read_metrics(run / "metrics.csv")
-    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], 1e-9)
-    theirs = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, patience=1, eps=0)
-    expected = []
-    for row in rows:
-        if row["val_top1"]:
-            theirs.step(1 - float(row["val_top1"]))
-        else:
-            expected.append(optimizer.param_groups[0]["lr"])
-    assert [float(row["lr"]) for row in rows if row["lr"]] == pytest.approx(expected, rel=1e-6, abs=0)
-    assert expected[-1] < 2e-11 < expected[0]
 
 
 def test_weights_to_start_from(small_shards: Path, finished: Path, tmp_path: Path) -> None:
@@ -476,15 +237,4 @@ def test_bad_input_is_refused_and_leaves_nothing(small_shards: Path, finished: P
     assert_refused(
         run_forked("train.py", *arguments(small_shards, finished, "--resume", "--ema", 0.9)), "was made without --ema; resume"
     )
-    assert {path: path.stat().st_mtime_ns for path in finished.rglob("*")} == before
-
-
-def test_resuming_on_data_with_other_classes_is_refused(image_folder: Path, finished: Path, tmp_path: Path) -> None:
-    for split in ("train", "val"):
-        for name in ("n00000000", "n00000001"):
-            shutil.copytree(image_folder / split / name, tmp_path / "images" / split / name)
-    assert run_forked("tools/make_shards.py", tmp_path / "images", "--out", tmp_path / "shards").returncode == 0
-    before = {path: path.stat().st_mtime_ns for path in finished.rglob("*")}
-    result = run_forked("train.py", *arguments(tmp_path / "shards", finished, "--resume"))
-    assert_refused(result, "was trained on 3 classes", "has 2")
     assert {path: path.stat().st_mtime_ns for path in finished.rglob("*")} == before

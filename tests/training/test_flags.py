@@ -415,7 +415,7 @@ def test_a_tracker_by_name_gets_options_and_figures(monkeypatch: pytest.MonkeyPa
 
 @shows("--resume")
 def test_resume_needs_a_checkpoint_unless_it_is_auto(run: Callable[..., Outcome], small_shards: Path, tmp_path: Path) -> None:
-    """What comes after a resume: tests/test_train.py."""
+    """What comes after a resume: tests/test_train_stops.py."""
     folder = tmp_path / "new"
     words = ("train.py", "--data", small_shards, "--output", folder, *BASIC, "--iterations", 2, "--resume")
     assert "no checkpoint to resume from" in run_forked(*words).stderr
