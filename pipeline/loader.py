@@ -14,8 +14,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import logging
-import threading
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from typing import Any, NamedTuple
@@ -35,9 +33,8 @@ from pipeline.plan import Ints
 from pipeline.region import Bytes
 from pipeline.shards import Manifest, ShardSet
 from pipeline.spec import LoaderSpec, check, check_device
+from pipeline.substitutes import Substitutes
 from pipeline.tail import STORED, Tail
-
-log = logging.getLogger("cropfeed")
 
 
 class Batch(NamedTuple):
@@ -80,7 +77,7 @@ class Loader(ABC):
 
     `epoch` and `consumed` (samples of the epoch handed out, over all ranks) are the whole state. A batch counts as consumed
     once it is yielded. Iterating again after a `break` goes on where it stopped; `seek` goes anywhere.
-    `corrupt`: sample -> why it cannot be decoded, of those met so far. `replaced`: samples handed out in such ones' places.
+    `substitutes.corrupt`: the samples met so far that cannot be decoded. `replaced`: samples handed out in such ones' places.
     """
 
     engine: str  # its name in `pipeline.ENGINES`
@@ -108,10 +105,8 @@ class Loader(ABC):
         self._on_device: dict[tuple[int, int], tuple[torch.Tensor, torch.Tensor]] = {}
         self.epoch = 0
         self.consumed = 0
-        self.corrupt: dict[int, str] = {}
-        self._unreadable: set[tuple[int, int]] = set()  # (epoch, sample)
+        self.substitutes = Substitutes(spec.seed, count, spec.corrupt == "stop", self.where)
         self.replaced = 0
-        self._marking = threading.Lock()
         self._hinted: tuple[int, int] | None = None
 
     # --- What an engine implements
@@ -121,7 +116,7 @@ class Loader(ABC):
         """The batch of a part: `finish` of the pictures that `plan` asks for.
 
         Parts come in the order of `upcoming`, except after `close`, which `seek` calls. A sample that cannot be decoded goes to
-        `replace`, or to `mark_corrupt` and `plan` anew.
+        `replace`, or to `substitutes.mark`, and then the part to `plan` anew.
         """
 
     def close(self) -> None:
@@ -149,7 +144,7 @@ class Loader(ABC):
             except BaseException:  # an interrupt, too: what is in the making may have lost its place
                 self.close()
                 raise
-            if self.corrupt:
+            if self.substitutes.corrupt:
                 planned = self.order.samples(part.epoch, np.arange(part.low, part.high))
                 self.replaced += int(np.count_nonzero(batch.ids != planned))
             yield batch
@@ -216,9 +211,9 @@ class Loader(ABC):
     def replace(self, work: Work, place: int, reason: str) -> None:
         """The sample at `place` of a part cannot be decoded: its substitute, and that one's size and views, take its place.
 
-        For any thread; others may work at other places of the part. Raises UserError as `mark_corrupt` and `plan` do.
+        For any thread; others may work at other places of the part. Raises UserError as `Substitutes` does.
         """
-        self.mark_corrupt(work.part.epoch, int(work.ids[place]), reason)
+        self.substitutes.mark(work.part.epoch, int(work.ids[place]), reason)
         one = self._plan(work.part, np.array([work.part.low + place]))
         work.ids[place], work.heights[place], work.widths[place] = one.ids[0], one.heights[0], one.widths[0]
         views = slice(place * self.crops, (place + 1) * self.crops)
@@ -239,22 +234,6 @@ class Loader(ABC):
                 return self.make_pictures(decoder, work, place, out)
             except CorruptImageError as error:
                 self.replace(work, place, str(error))
-
-    def mark_corrupt(self, epoch: int, sample: int, reason: str) -> None:
-        """A sample's views of an epoch cannot be decoded: plans of that epoch replace it. Warns once of each sample; raises
-        UserError if the spec says to stop.
-
-        By epoch, because another epoch's crop may miss the damage: a loader that knows the sample must not give other batches
-        than one that was resumed and does not.
-        """
-        with self._marking:
-            known = sample in self.corrupt
-            self.corrupt[sample] = reason
-            self._unreadable.add((epoch, sample))
-        if self.spec.corrupt == "stop":
-            raise UserError(f"{self.where(sample)}: cannot be decoded ({reason}); make the shards again")
-        if not known:
-            log.warning("%s: cannot be decoded (%s); another sample takes its place", self.where(sample), reason)
 
     def finish(self, pixels: torch.Tensor, work: Work) -> Batch:
         """The batch of a part's pictures, without waiting for the device.
@@ -319,9 +298,7 @@ class Loader(ABC):
 
     def _plan(self, part: Part, positions: Ints) -> Work:
         spec = self.spec
-        ids = self.order.samples(part.epoch, positions)
-        if self._unreadable:
-            ids = np.array([self._decodable(part.epoch, sample) for sample in ids.tolist()])
+        ids = self.substitutes.apply(part.epoch, self.order.samples(part.epoch, positions))
         heights, widths = self._sizes(ids)
         size = spec.size_at(part.epoch)
         geometry = spec.geometry_at(size)
@@ -340,17 +317,6 @@ class Loader(ABC):
                 raise UserError(f"{spec.data}: holds FFCV files only, which have no shards to make blocks of; take order full")
             return Blocks(self.shards.sizes, spec.seed, spec.block_shards)
         return Sequential(count)
-
-    def _decodable(self, epoch: int, sample: int) -> int:
-        """The sample, or its first substitute, that is not known to be unreadable in this epoch."""
-        if (epoch, sample) not in self._unreadable:
-            return sample
-        count = len(self.shards)
-        for attempt in range(plan.MAX_SUBSTITUTES if count > 1 else 0):
-            other = plan.substitute(self.spec.seed, epoch, sample, attempt, count)
-            if (epoch, other) not in self._unreadable:
-                return other
-        raise UserError(f"{self.where(sample)}: cannot be decoded, nor can what should replace it; make the shards again")
 
     def _prefetch(self, order: Blocks, part: Part) -> None:
         """At a block's beginning, ask for its shards and the next block's."""

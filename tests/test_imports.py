@@ -33,6 +33,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "pipeline/region_field.py": ("pipeline.region",),
     "pipeline/beton.py": ("pipeline.shards", "pipeline.region_field", "pipeline.storage", "pipeline.errors"),
     "pipeline/shards.py": ("pipeline.augment", "pipeline.cache", "pipeline.prefetch", "pipeline.storage", "pipeline.errors"),
+    "pipeline/substitutes.py": ("pipeline.plan", "pipeline.errors"),
     "pipeline/spec.py": ("pipeline.plan", "pipeline.augment", "pipeline.geometry", "pipeline.errors"),
     "pipeline/loader.py": (
         "pipeline.plan",
@@ -44,6 +45,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
         "pipeline.region",
         "pipeline.shards",
         "pipeline.spec",
+        "pipeline.substitutes",
         "pipeline.tail",
         "pipeline.errors",
     ),

@@ -146,7 +146,7 @@ class DaliLoader(Loader):
                 try:
                     self.make_pictures(Decoder(), work, place, pictures)
                 except CorruptImageError as error:
-                    self.mark_corrupt(work.part.epoch, int(work.ids[place]), str(error))
+                    self.substitutes.mark(work.part.epoch, int(work.ids[place]), str(error))
                     found = True
         return found
 

@@ -1,4 +1,4 @@
-"""Testing schemes: the fully convolutional form, scales, averages and means. tests/tools/test_evaluate.py has them on shards."""
+"""Testing schemes: the fully convolutional form, scales, averages and means. On shards: tests/tools/test_evaluate_schemes.py."""
 
 from __future__ import annotations
 

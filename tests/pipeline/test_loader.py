@@ -184,7 +184,7 @@ def test_the_result_does_not_depend_on_what_is_known(small_shards: Path) -> None
     assert ids(loaders[1]) == first[2]
     loaders[0].seek(0, 0)
     assert ids(loaders[0]) == first[0]
-    assert loaders[0].corrupt == dict.fromkeys(bad, "it is bad")
+    assert loaders[0].substitutes.corrupt == dict.fromkeys(bad, "it is bad")
     planned = [plan.order(0, epoch, np.arange(56), 60) for epoch in (0, 1, 2, 0)]
     assert loaders[0].replaced == sum(int(np.isin(epoch, list(bad)).sum()) for epoch in planned)
 

@@ -75,7 +75,7 @@ def test_corrupt_samples_are_replaced_as_the_plan_says(
         replaced += sum(a != b for a, b in zip(expected, plan.order(0, epoch, np.arange(56), 60).tolist(), strict=True))
         assert loader.replaced == replaced > 0
     loader.close()
-    assert loader.corrupt.keys() == corrupt
+    assert loader.substitutes.corrupt.keys() == corrupt
     warnings = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
     for sample in corrupt:
         assert sum(f"{loader.where(sample)}: cannot be decoded (" in message for message in warnings) == 1

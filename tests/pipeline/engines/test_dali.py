@@ -115,7 +115,7 @@ def test_what_dali_alone_cannot_decode_is_made_on_the_host(
     for ours, theirs in zip(loader, expected, strict=True):
         assert ours.ids.tolist() == theirs.ids.tolist()
         assert (ours.images - theirs.images).abs().mean() < 1
-    assert not loader.corrupt
+    assert not loader.substitutes.corrupt
     assert "Invalid marker" in capfd.readouterr().err + capfd.readouterr().out
     loader.close()
 
