@@ -14,6 +14,7 @@ from pipeline import open_loader, plan
 from pipeline.errors import UserError
 from pipeline.geometry import CentreCrop, Geometry, ScaleJitter, choose_geometry
 from pipeline.loader import Loader
+from pipeline.shards import Manifest
 from pipeline.spec import PRECISIONS, LoaderSpec
 from training.options import make_sizes, parser
 from training.tuned import with_tuned
@@ -23,12 +24,14 @@ def open_loaders(args: Any, accelerator: Accelerator) -> tuple[Loader, Loader | 
     """The training loader, and the validation loader where the data has that split."""
     if args.batch_size % (accelerator.num_processes * args.accumulate):
         raise UserError(f"--batch-size {args.batch_size} must be a multiple of processes x --accumulate")
+    splits = Manifest(args.data).splits
+    steps_per_epoch = splits.get("train", {"images": 0})["images"] // args.batch_size or 1  # the loader refuses too few images
     spec = LoaderSpec(
         args.data,
         batch_size=args.batch_size,
         order=args.order,
         block_shards=args.block_shards,
-        image_size=args.image_size,
+        image_size=make_sizes(args, steps_per_epoch),
         geometry=choose_geometry(args.geometry, args.scale, args.image_size, args.area),
         seed=args.seed,
         normalization=args.mean,
@@ -43,14 +46,9 @@ def open_loaders(args: Any, accelerator: Accelerator) -> tuple[Loader, Loader | 
         cache_gb=args.cache_gb,
     )
     spec = with_tuned(spec, args.threads, args.prefetch)
-    train_loader = open_loader(spec)
-    if args.start_size:  # an epoch's size depends on how many epochs there are, which the data tell of --iterations
-        train_loader.close()
-        train_loader = open_loader(replace(spec, image_size=make_sizes(args, len(train_loader))))
-    has_val = "val" in train_loader.shards.manifest.splits
-    if args.schedule == "plateau" and not has_val:
+    if args.schedule == "plateau" and "val" not in splits:
         raise UserError(f"{args.data}: has no split val, whose error --schedule plateau needs; take another schedule")
-    return train_loader, open_loader(evaluation(args, spec)) if has_val else None
+    return open_loader(spec), open_loader(evaluation(args, spec)) if "val" in splits else None
 
 
 def evaluation(args: Any, spec: LoaderSpec) -> LoaderSpec:
