@@ -24,6 +24,23 @@ BLURRED = [arch for arch in ARCHS if arch.endswith("_blur")]
 KERNEL = np.outer([1, 2, 1], [1, 2, 1]) / 16
 
 
+def dropped(net: nn.Module, *inputs: torch.Tensor) -> torch.Tensor:
+    """Run the net: which images took the shortcut alone, bool (N, blocks), as each block's input and output show."""
+    found = []
+
+    def watch(block: nn.Module, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
+        assert isinstance(block, Block)
+        shortcut = inputs[0] if block.downsample is None else block.downsample(inputs[0])
+        found.append((output == shortcut.relu()).flatten(1).all(1))
+
+    for block in net.modules():
+        if isinstance(block, Block):
+            block.register_forward_hook(watch)
+    with torch.no_grad():
+        net(*inputs)
+    return torch.stack(found, 1)
+
+
 @pytest.mark.parametrize("arch", ["resnet18", "resnet50", "resnet56"])
 def test_later_blocks_are_dropped_more_often(arch: str) -> None:
     """Huang et al. 2016, equation 4: survival falls linearly from 1 at the input to 1 - drop_path at the last block."""
@@ -38,19 +55,8 @@ def test_blocks_are_dropped_by_image_as_often_as_they_should_be() -> None:
     torch.manual_seed(0)
     net = ARCHS["resnet20"](num_classes=3, drop_path=0.6).train()
     blocks = [module for module in net.modules() if isinstance(module, BasicBlock)]
-    dropped = []
-
-    def watch(block: nn.Module, inputs: tuple[torch.Tensor], output: torch.Tensor) -> None:
-        assert isinstance(block, BasicBlock)
-        shortcut = inputs[0] if block.downsample is None else block.downsample(inputs[0])
-        dropped.append((output == shortcut.relu()).flatten(1).all(1))
-
-    for block in blocks:
-        block.register_forward_hook(watch)
     count = 3000
-    with torch.no_grad():
-        net(torch.randn(count, 3, 8, 8))
-    shares = torch.stack(dropped).double()  # (blocks, images)
+    shares = dropped(net, torch.randn(count, 3, 8, 8)).T.double()  # (blocks, images)
     for share, block in zip(shares.mean(1).tolist(), blocks, strict=True):
         assert abs(share - block.drop_path) < 4.5 * (block.drop_path * (1 - block.drop_path) / count) ** 0.5
     assert shares.corrcoef().fill_diagonal_(0).abs().max() < 4.5 / count**0.5
@@ -90,20 +96,12 @@ def test_levels_decide_what_is_dropped(arch: str) -> None:
     levels = torch.rand(12, net.blocks)
     blocks = [module for module in net.modules() if isinstance(module, Block)]
     assert len(blocks) == net.blocks
-    dropped = []
-
-    def watch(block: nn.Module, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
-        assert isinstance(block, Block)
-        shortcut = inputs[0] if block.downsample is None else block.downsample(inputs[0])
-        dropped.append((output == shortcut.relu()).flatten(1).all(1))
-
-    for block in blocks:
-        block.register_forward_hook(watch)
+    images = torch.randn(12, 3, 32, 32, generator=torch.Generator().manual_seed(1))
     before = torch.get_rng_state()
-    net(torch.randn(12, 3, 32, 32, generator=torch.Generator().manual_seed(1)), levels)
+    found = dropped(net, images, levels)
     assert torch.equal(torch.get_rng_state(), before)
     expected = levels < torch.tensor([block.drop_path for block in blocks])
-    assert torch.equal(torch.stack(dropped, 1), expected)
+    assert torch.equal(found, expected)
     assert 0 < int(expected.sum()) < expected.numel()
 
 
