@@ -70,15 +70,16 @@ class Run:
         self.schedule = make_schedule(args, len(self.loader))
         self.not_finite = NonFinite(accelerator.device)
         self.started = time.perf_counter() - self.progress.seconds
+        run_id = ""  # the main process alone writes to trackers
         if accelerator.is_main_process:
             loader, spec = self.loader, self.loader.spec
             print(f"engine {loader.engine}: {loader.why}; {spec.threads} threads, {spec.prefetch} batches ahead", flush=True)
             output.mkdir(parents=True, exist_ok=True)
             self.metrics = MetricsFile(output / "metrics.csv", self.progress.step)
-            write_config(output, args, accelerator, loader, self.progress.step)
+            run_id = write_config(output, args, accelerator, loader, self.progress.step)
         accelerator.wait_for_everyone()
         accelerator.log_with = make_trackers(args.trackers, output, self.progress.step)
-        start_trackers(accelerator, vars(args), output)
+        start_trackers(accelerator, vars(args), output, run_id, self.progress.step)
         self.stop = StopRequest(accelerator.num_processes)
 
     def restore(self) -> dict[str, Any]:

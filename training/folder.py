@@ -11,6 +11,7 @@ import sys
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 from accelerate import Accelerator
 
@@ -39,10 +40,13 @@ def check_output(args: Any, output: Path) -> bool:
     return False
 
 
-def write_config(output: Path, args: Any, accelerator: Accelerator, loader: Loader, step: int) -> None:
-    """RUN/config.json, with a line for each start of the run. step: where this one begins."""
+def write_config(output: Path, args: Any, accelerator: Accelerator, loader: Loader, step: int) -> str:
+    """RUN/config.json, with a line for each start of the run; returns the run's id, the same for all starts. step: where this
+    one begins.
+    """
     path = output / "config.json"
-    starts = json.loads(path.read_text()).get("starts", []) if step and path.exists() else []
+    before = json.loads(path.read_text()) if step and path.exists() else {}
+    run_id: str = before.get("id") or uuid4().hex
     start = {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "step": step,
@@ -51,6 +55,7 @@ def write_config(output: Path, args: Any, accelerator: Accelerator, loader: Load
     }
     manifest = loader.shards.manifest
     config = {
+        "id": run_id,
         "command": sys.argv,
         "arguments": vars(args) | {"scale": scale_of(loader.spec.geometry)},
         "precision": accelerator.mixed_precision,
@@ -61,6 +66,7 @@ def write_config(output: Path, args: Any, accelerator: Accelerator, loader: Load
         "hardware": hardware(),
         "data": {"fingerprint": manifest.fingerprint, "classes": len(loader.classes), "images": len(loader.shards)},
         "environment": environment(),
-        "starts": [*starts, start],
+        "starts": [*before.get("starts", []), start],
     }
     storage.write(str(path), json.dumps(config, indent=1, default=str).encode())
+    return run_id

@@ -32,11 +32,15 @@ def make_trackers(names: Sequence[str], output: Path, step: int) -> list[str | G
     return [board if name == "tensorboard" else name for name in dict.fromkeys(names) if name != "none"]
 
 
-def start_trackers(accelerator: Accelerator, config: dict[str, Any], output: Path) -> None:
+def start_trackers(accelerator: Accelerator, config: dict[str, Any], output: Path, run_id: str, step: int) -> None:
     """Begin, and give the trackers that have projects the run's options; TensorBoard has config.json beside it. The run is named
-    after its folder, `output`, which W&B's files go to.
+    after its folder, `output`, which W&B's files go to. A run that goes on at a `step` goes on in W&B and Trackio: there by
+    `run_id`, here by its name.
     """
-    named = {"wandb": {"name": output.name, "dir": str(output)}, "trackio": {"name": output.name}}
+    named = {
+        "wandb": {"name": output.name, "dir": str(output), "id": run_id, "resume": "allow"},
+        "trackio": {"name": output.name, "resume": "allow" if step else "never"},
+    }
     accelerator.init_trackers(PROJECT, init_kwargs=named)
     for tracker in accelerator.trackers:
         if tracker.name != "tensorboard":

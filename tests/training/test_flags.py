@@ -383,7 +383,7 @@ def test_a_tracker_by_name_gets_options_and_figures(monkeypatch: pytest.MonkeyPa
 
         def __init__(self, project: str, **more: Any) -> None:
             super().__init__()
-            told.append((project, more["name"]))
+            told.append((project, more))
 
         @property
         def tracker(self) -> Any:
@@ -407,9 +407,11 @@ def test_a_tracker_by_name_gets_options_and_figures(monkeypatch: pytest.MonkeyPa
     trackers.check_trackers(["tensorboard", "wandb", "none"])
     accelerator = Accelerator(cpu=True)
     accelerator.log_with = trackers.make_trackers(["wandb", "wandb", "tensorboard"], tmp_path, 0)
-    trackers.start_trackers(accelerator, {"lr": 0.1, "scale": [1, 2]}, tmp_path / "first")
+    folder = tmp_path / "first"
+    trackers.start_trackers(accelerator, {"lr": 0.1, "scale": [1, 2]}, folder, "abc", 0)
     accelerator.log({"loss": 1.5}, step=3)
-    assert told == [("cropfeed", "first"), "started", {"lr": 0.1, "scale": "[1, 2]"}, ({"loss": 1.5}, 3)]
+    given = {"name": "first", "dir": str(folder), "id": "abc", "resume": "allow"}
+    assert told == [("cropfeed", given), "started", {"lr": 0.1, "scale": "[1, 2]"}, ({"loss": 1.5}, 3)]
     assert list((tmp_path / "tensorboard").glob("*tfevents*"))
 
 
@@ -421,9 +423,12 @@ def test_resume_needs_a_checkpoint_unless_it_is_auto(run: Callable[..., Outcome]
     assert "no checkpoint to resume from" in run_forked(*words).stderr
     assert run_forked(*words, "auto").returncode == 0
     before = (folder / "metrics.csv").read_text()
+    run_id = json.loads((folder / "config.json").read_text())["id"]
     assert run_forked(*words, "auto").returncode == 0  # has ended already
     assert (folder / "metrics.csv").read_text() == before
-    assert [start["step"] for start in json.loads((folder / "config.json").read_text())["starts"]] == [0, 2]
+    config = json.loads((folder / "config.json").read_text())
+    assert [start["step"] for start in config["starts"]] == [0, 2]
+    assert config["id"] == run_id
 
 
 @shows("--recipe", "--list")
