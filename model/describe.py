@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import nn
+from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from model.resnet import ARCHS, Block, ResNet
@@ -31,6 +32,19 @@ class Description(NamedTuple):
     multiply_adds: int
 
 
+def outline(arch: str, **options: Any) -> ResNet:
+    """A net in ARCHS on torch's meta device: shapes without numbers. options: its constructor's."""
+    with torch.device("meta"), _NothingDrawn():
+        return ARCHS[arch](**options)
+
+
+class _NothingDrawn(TorchFunctionMode):
+    """Initial weights are not drawn: on the meta device there are none, but it takes most of the time to make a net there."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return args[0] if func in (torch.Tensor.normal_, torch.Tensor.uniform_) else func(*args, **(kwargs or {}))
+
+
 def describe(arch: str, image_size: int | None = None) -> Description:
     """Of a net in ARCHS with its usual number of classes (1000, or CIFAR's 10), for square pictures.
 
@@ -39,7 +53,7 @@ def describe(arch: str, image_size: int | None = None) -> Description:
     device.
     """
     with torch.device("meta"), torch.no_grad():
-        net = ARCHS[arch]()
+        net = outline(arch)
         size = image_size or net.image_size
         outputs: dict[str, tuple[int, ...]] = {}
         names = ["conv1", *net.stage_names, "fc"]

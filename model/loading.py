@@ -22,6 +22,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from model.describe import outline
 from model.resnet import ARCHS, ResNet
 from model.weights import Recipe, load_weights
 from pipeline.augment import TORCHVISION
@@ -183,8 +184,7 @@ def _remedy(weights: Weights) -> str:
     outputs = _outputs(weights)
     fitting = []
     for arch in (name for name in ARCHS if not name.endswith("_blur")):  # their weights are the others'
-        with torch.device("meta"):
-            net = ARCHS[arch](**({"num_classes": outputs} if outputs else {}))
+        net = outline(arch, **({"num_classes": outputs} if outputs else {}))
         if _difference(net.state_dict(), weights) is None:
             fitting.append(arch)
     if fitting:
