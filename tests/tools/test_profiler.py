@@ -78,10 +78,10 @@ def checked(found: dict[str, Any]) -> dict[str, Any]:
     return found
 
 
-def assert_predicted(found: dict[str, Any]) -> None:
+def assert_predicted(found: dict[str, Any], repeats: int = 3) -> None:
     applied = found["applied"]
     assert applied["predicted_gain"] == found["verdict"]["predicted_gain"]
-    assert len(applied["gains"]) == 3
+    assert len(applied["gains"]) == repeats
     assert abs(applied["predicted_gain"] / applied["measured_gain"] - 1) <= NEAR, applied
 
 
@@ -99,13 +99,14 @@ def test_a_slow_storage_is_named(small_shards: Path) -> None:
 
 @pytest.mark.usefixtures("slow_decoding")
 def test_one_decoding_thread_is_named(small_shards: Path) -> None:
+    """In five repeats: of three, a gain of 1.9 is not beyond chance where another test takes the cores in one of them."""
     spec = replace(options(small_shards).spec, threads=1)
-    found = checked(profile(options(small_shards, spec=spec, demand=4 * DEMAND)))
+    found = checked(profile(options(small_shards, spec=spec, demand=4 * DEMAND, repeats=5)))
     verdict = found["verdict"]
     assert (verdict["limit"], verdict["stage"], verdict["remedy"]) == ("input", "decode", "threads")
     assert verdict["change"] == "--threads 2"
     assert "1 thread of 2 usable cores" in verdict["text"]
-    assert_predicted(found)
+    assert_predicted(found, repeats=5)
 
 
 def test_a_slow_model_is_named(small_shards: Path) -> None:
