@@ -15,9 +15,9 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-from numba import njit
 
 from pipeline.huffman import fill_decoding_table, lookup
+from pipeline.jit import jit
 from pipeline.region import big16, open_tiles
 from pipeline.samples import finish, idct_2, idct_4, idct_8
 from pipeline.scan import refill, unstuff
@@ -36,7 +36,7 @@ _ZIGZAG = np.array(
 )  # fmt: skip
 
 
-@njit(cache=True, nogil=True)
+@jit
 def _fill_symbols(bits: Any, symbols: Any, out: Any) -> None:
     """The table of whole symbols. For each `_LOOK` bits that begin with an AC code and its extra bits: value << 16 | step << 8 |
     length, where step is what the coefficient's number grows by (`_END` at an end of block); 0 where they are too few.
@@ -63,14 +63,14 @@ def _fill_symbols(bits: Any, symbols: Any, out: Any) -> None:
         code <<= 1
 
 
-@njit(cache=True, nogil=True)
+@jit
 def _extended(bits: Any, size: Any, count: Any) -> Any:
     """The value (T.81 F.2.2.1) of the last `count` of the `size` bits at the top."""
     value = np.int64((bits >> np.uint64(64 - size)) & np.uint64((1 << count) - 1))
     return value if count == 0 or value >> (count - 1) else value + 1 - (1 << count)
 
 
-@njit(cache=True, nogil=True)
+@jit
 def _read_header(data: Any, position: Any, frame: Any, body: Any, quant: Any, parts: Any, luts: Any, limits: Any, offsets: Any,
                  values: Any, symbols: Any) -> Any:  # fmt: skip
     """Read the segments from `position` to the entropy-coded data. Returns the number of components, or REFUSED.
@@ -126,7 +126,7 @@ def _read_header(data: Any, position: Any, frame: Any, body: Any, quant: Any, pa
     return count
 
 
-@njit(cache=True, nogil=True)
+@jit
 def _decode_tiles(
     data: Any, body: Any, starts: Any, tiles: Any, interval: Any,
     first_row: Any, last_row: Any, first_column: Any, last_column: Any,
@@ -208,7 +208,7 @@ def _decode_tiles(
     return True
 
 
-@njit(cache=True, nogil=True)
+@jit
 def _blocks_of_mcu(parts: Any, count: Any, wide: Any, tall: Any, bases: Any, strides: Any) -> Any:
     """What `_decode_tiles` must know of each block of an MCU: its `blocks`, `places` and `downs`.
 
@@ -229,7 +229,7 @@ def _blocks_of_mcu(parts: Any, count: Any, wide: Any, tall: Any, bases: Any, str
     return blocks, corners, downs
 
 
-@njit(cache=True, nogil=True)
+@jit
 def decode(data: Any, top: Any, left: Any, bottom: Any, right: Any, room: Any, place: Any) -> Any:
     """Decode what a region needs of a region-addressable JPEG to `room`. Returns 0, REFUSED, or bytes that `room` lacks.
 

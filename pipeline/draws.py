@@ -14,7 +14,8 @@ import math
 from typing import Any
 
 import numpy as np
-from numba import njit
+
+from pipeline.jit import jit
 
 # Streams keep the uses of Philox apart; they are its counter's last word.
 ORDER = 0  # a permutation of a split's samples
@@ -38,7 +39,7 @@ _32 = np.uint64(32)
 _TO_UNIT = 1.0 / 4294967296.0
 
 
-@njit(cache=True, nogil=True)
+@jit
 def philox(key: Any, c0: Any, c1: Any, c2: Any, c3: Any) -> Any:
     """Philox4x32-10 of a 64-bit key and four 32-bit counter words: four words."""
     k0 = key & _LOW32
@@ -55,31 +56,31 @@ def philox(key: Any, c0: Any, c1: Any, c2: Any, c3: Any) -> Any:
     return c0, c1, c2, c3
 
 
-@njit(cache=True, nogil=True)
+@jit
 def _of_sample(seed: Any, epoch: Any, sample: Any, stream: Any) -> Any:
     """The four words of a sample in an epoch, from one stream."""
     sample = np.uint64(sample)
     return philox(seed, sample & _LOW32, sample >> _32, epoch, np.uint64(stream))
 
 
-@njit(cache=True, nogil=True)
+@jit
 def _below(word: Any, n: Any) -> Any:
     """A word scaled to an integer in [0, n). The bias is n / 2^32 at most: under one in a million for n < 4096."""
     return np.int64((word * np.uint64(n)) >> _32)
 
 
-@njit(cache=True, nogil=True)
+@jit
 def _between(word: Any, low: Any, high: Any) -> Any:
     """A word scaled to a real number in [low, high)."""
     return low + (high - low) * (word * _TO_UNIT)
 
 
-@njit(cache=True, nogil=True)
+@jit
 def _is_heads(word: Any) -> Any:
     return (word >> np.uint64(31)) != np.uint64(0)
 
 
-@njit(cache=True, nogil=True)
+@jit
 def _mix(x: Any) -> Any:
     """SplitMix64's finaliser (Steele, Lea, Flood 2014): every input bit flips every output bit with probability near 1/2."""
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
@@ -87,7 +88,7 @@ def _mix(x: Any) -> Any:
     return x ^ (x >> np.uint64(31))
 
 
-@njit(cache=True, nogil=True)
+@jit
 def permute(seed: Any, epoch: Any, block: Any, stream: Any, positions: Any, n: Any, out: Any) -> None:
     """The permutation of [0, n) keyed by (seed, epoch, block, stream) at `positions`, int64 (N,), to `out`, int64 (N,)."""
     half_bits = _MIN_HALF_BITS
@@ -115,7 +116,7 @@ def permute(seed: Any, epoch: Any, block: Any, stream: Any, positions: Any, n: A
         out[i] = np.int64(x)
 
 
-@njit(cache=True, nogil=True)
+@jit
 def colour(seed: Any, epoch: Any, samples: Any, std: Any, alphas: Any) -> None:
     """Normal numbers of deviation `std`, to alphas, float32 (N, 3): Box and Muller 1958."""
     for i in range(len(samples)):
@@ -129,7 +130,7 @@ def colour(seed: Any, epoch: Any, samples: Any, std: Any, alphas: Any) -> None:
         alphas[i, 2] = radius * math.cos(2.0 * math.pi * (w3 * _TO_UNIT))
 
 
-@njit(cache=True, nogil=True)
+@jit
 def jitter(
     seed: Any, epoch: Any, samples: Any, heights: Any, widths: Any, low: Any, high: Any, crop: Any, padding: Any,
     short: Any, top: Any, left: Any, flip: Any,
@@ -145,7 +146,7 @@ def jitter(
         flip[i] = _is_heads(w3)
 
 
-@njit(cache=True, nogil=True)
+@jit
 def resized_crop(
     seed: Any, epoch: Any, samples: Any, heights: Any, widths: Any, area_low: Any, area_high: Any, aspect_low: Any,
     aspect_high: Any, windows: Any, flip: Any,
@@ -173,7 +174,7 @@ def resized_crop(
         flip[i] = _is_heads(_of_sample(seed, epoch, samples[i], FLIP)[0])
 
 
-@njit(cache=True, nogil=True)
+@jit
 def substitute(seed: Any, epoch: Any, sample: Any, attempt: Any, n: Any) -> Any:
     """A number of [0, n) other than `sample`. n: at least 2."""
     w0, w1, _, _ = _of_sample(seed, epoch, sample, SUBSTITUTE + attempt)

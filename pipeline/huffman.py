@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-from numba import njit
+
+from pipeline.jit import jit
 
 _LOOK = 10  # bits looked up at once; longer codes are rare and take the slow way
 
@@ -25,13 +26,13 @@ def decoding_tables(tables: dict[tuple[int, int], bytes]) -> tuple[Any, Any, Any
     return luts, limits, offsets, values
 
 
-@njit(cache=True, nogil=True)
+@jit
 def _entry(size: Any, symbol: Any) -> Any:
     """What a decoder needs of a code: symbol << 16 | size with the extra bits, which the symbol's low four bits count."""
     return np.uint32(symbol) << 16 | (size + (symbol & 15))
 
 
-@njit(cache=True, nogil=True)
+@jit
 def fill_decoding_table(table: Any, index: Any, luts: Any, limits: Any, offsets: Any, values: Any) -> bool:
     if len(table) - 16 > 256:
         return False
@@ -56,7 +57,7 @@ def fill_decoding_table(table: Any, index: Any, luts: Any, limits: Any, offsets:
     return True
 
 
-@njit(cache=True, nogil=True)
+@jit
 def lookup(bits: Any, table: Any, luts: Any, limits: Any, offsets: Any, values: Any) -> Any:
     """The `_entry` of the code at the top of `bits`; 0 where no code fits."""
     entry = luts[table, bits >> np.uint64(64 - _LOOK)]
@@ -69,7 +70,7 @@ def lookup(bits: Any, table: Any, luts: Any, limits: Any, offsets: Any, values: 
     return np.uint32(0)
 
 
-@njit(cache=True, nogil=True)
+@jit
 def optimal_table(counts: Any) -> tuple[Any, Any]:
     """BITS (16) and HUFFVAL of a code optimal for `counts` (257; the last is reserved), T.81 K.2, codes of 16 bits at most."""
     used = np.nonzero(counts[:256])[0]
@@ -129,7 +130,7 @@ def optimal_table(counts: Any) -> tuple[Any, Any]:
     return out, used[order].astype(np.uint8)
 
 
-@njit(cache=True, nogil=True)
+@jit
 def assign_codes(bits: Any, symbols: Any, codes: Any) -> None:
     """T.81 C.2: codes by size, then in the symbols' order; each << its count of extra bits << 8 | size with them."""
     code, place = 0, 0

@@ -13,10 +13,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import simplejpeg
-from numba import njit
 from PIL import Image, UnidentifiedImageError
 
 from pipeline.decode import decode
+from pipeline.jit import jit
 from pipeline.region import Bytes, _cut
 from pipeline.resample import resample
 
@@ -103,7 +103,7 @@ def why_corrupt(data: Bytes) -> str | None:
     return None
 
 
-@njit(nogil=True, cache=True)
+@jit
 def region_of(height: Any, width: Any, windows: Any, rows: Any, columns: Any) -> Any:
     """What resampling all of an image's `windows` to (rows, columns) needs: top, left, bottom, right, whole pixels.
 
@@ -122,7 +122,7 @@ def region_of(height: Any, width: Any, windows: Any, rows: Any, columns: Any) ->
     return top, left, bottom, right
 
 
-@njit(nogil=True, cache=True)
+@jit
 def cut_windows(data: Any, height: Any, width: Any, windows: Any, rows: Any, columns: Any, piece: Any, place: Any) -> Any:
     """Cut what resampling all `windows` to (rows, columns) needs; returns the cut's bytes, or a negative number where the image
     does not open at the crop. place: gets top, left, height, width of the cut, or of the whole image.
@@ -134,7 +134,7 @@ def cut_windows(data: Any, height: Any, width: Any, windows: Any, rows: Any, col
     return length
 
 
-@njit(nogil=True, cache=True)
+@jit
 def resample_windows(pixels: Any, place: Any, windows: Any, flip: Any, out: Any) -> None:
     """All of an image's pictures from the pixels that lie at `place` in it. out: uint8 (C, h, w, 3)."""
     top, left = float(place[0]), float(place[1])
@@ -144,7 +144,7 @@ def resample_windows(pixels: Any, place: Any, windows: Any, flip: Any, out: Any)
         )
 
 
-@njit(nogil=True, cache=True)
+@jit
 def _decode(data: Any, height: Any, width: Any, windows: Any, rows: Any, columns: Any, room: Any, place: Any) -> Any:
     """Decode what resampling to (rows, columns) needs. Returns 0, a negative number where `decode` refuses, or the bytes that
     `room` lacks."""
@@ -152,7 +152,7 @@ def _decode(data: Any, height: Any, width: Any, windows: Any, rows: Any, columns
     return decode(data, top, left, bottom, right, room, place)
 
 
-@njit(nogil=True, cache=True)
+@jit
 def _make(data: Any, height: Any, width: Any, windows: Any, flip: Any, out: Any, room: Any, place: Any) -> Any:
     """Decode and resample. Returns as `_decode` does."""
     _, rows, columns, _ = out.shape

@@ -55,7 +55,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
-from numba import njit
+
+from pipeline.jit import jit
 
 Bytes = npt.NDArray[np.uint8]
 
@@ -106,22 +107,22 @@ def cut(data: Bytes, top: int, left: int, bottom: int, right: int) -> Cut:
     return Cut(out[:length], *place.tolist())
 
 
-@njit(cache=True, nogil=True)
+@jit
 def _little16(data: Any, position: Any) -> Any:
     return np.int64(data[position]) | np.int64(data[position + 1]) << 8
 
 
-@njit(cache=True, nogil=True)
+@jit
 def _little32(data: Any, position: Any) -> Any:
     return _little16(data, position) | _little16(data, position + 2) << 16
 
 
-@njit(cache=True, nogil=True)
+@jit
 def big16(data: Any, position: Any) -> Any:
     return np.int64(data[position]) << 8 | np.int64(data[position + 1])
 
 
-@njit(cache=True, nogil=True)
+@jit
 def _copy(data: Any, start: Any, end: Any, out: Any, at: Any) -> Any:
     """Copy data[start:end] to `at` in `out`; returns where it ends. A loop: numba compiles a slice assignment 10 times slower."""
     source, target = data[start:end], out[at : at + end - start]
@@ -130,7 +131,7 @@ def _copy(data: Any, start: Any, end: Any, out: Any, at: Any) -> Any:
     return at + end - start
 
 
-@njit(cache=True, nogil=True)
+@jit
 def _is_table(data: Any, position: Any) -> bool:
     """Whether a whole APP11 segment of ours stands at `position`."""
     if position + 4 + 22 > len(data) or data[position] != 0xFF or data[position + 1] != 0xEB:
@@ -142,7 +143,7 @@ def _is_table(data: Any, position: Any) -> bool:
     return data[position + 12] == 1 and position + 2 + big16(data, position + 2) <= len(data)
 
 
-@njit(cache=True, nogil=True)
+@jit
 def _cut(data: Any, top: Any, left: Any, bottom: Any, right: Any, out: Any, place: Any) -> Any:
     """`cut` for compiled callers, which need no GIL. Returns the JPEG's bytes, or a negative reason (a key of `_REASONS`).
 
@@ -185,7 +186,7 @@ def _cut(data: Any, top: Any, left: Any, bottom: Any, right: Any, out: Any, plac
     return written
 
 
-@njit(cache=True, nogil=True)
+@jit
 def open_tiles(data: Any) -> Any:
     """Status (0 or a negative reason); where each tile begins from the entropy-coded data on, int64 (T + 1,); where the table,
     the header behind it, SOF0 and the entropy-coded data begin; MCUs in a tile, tiles in a row; MCU width and height; the image's
@@ -209,7 +210,7 @@ def open_tiles(data: Any) -> Any:
     return status, starts, table, header, frame, body, interval, tiles, mcu_width, mcu_height, height, width
 
 
-@njit(cache=True, nogil=True)
+@jit
 def _tiles_over(low: Any, high: Any, side: Any, mcu: Any, tile: Any) -> Any:
     """The first tile that pixels [low, high) of an axis need, and the one after the last. side, mcu, tile: pixels."""
     # A pixel in the half of its chroma sample that faces the next sample is interpolated with that: the next pixel's sample.
@@ -217,7 +218,7 @@ def _tiles_over(low: Any, high: Any, side: Any, mcu: Any, tile: Any) -> Any:
     return max(low - beyond, 0) // tile, -(-min(high + beyond, side) // tile)
 
 
-@njit(cache=True, nogil=True)
+@jit
 def read_table(data: Any) -> Any:
     """Status (0 or a negative reason), where the table begins, bytes of a length, interval, tiles, rows, MCU width and height."""
     if len(data) < 6 or data[0] != 0xFF or data[1] != 0xD8:
@@ -235,7 +236,7 @@ def read_table(data: Any) -> Any:
     return status, at, size, interval, tiles, rows, mcu_width, mcu_height
 
 
-@njit(cache=True, nogil=True)
+@jit
 def read_lengths(data: Any, position: Any, size: Any, starts: Any) -> Any:
     """Fill `starts` with where each segment begins, from the first one's beginning. Returns where the table ends, or a reason."""
     starts[0] = 0
@@ -257,7 +258,7 @@ def read_lengths(data: Any, position: Any, size: Any, starts: Any) -> Any:
     return position
 
 
-@njit(cache=True, nogil=True)
+@jit
 def find_frame(data: Any, position: Any) -> Any:
     """Where SOF0's marker stands and where the entropy-coded data begins; -1 and -1 in a damaged header."""
     frame = -1

@@ -23,9 +23,11 @@ from typing import Any
 
 import numpy as np
 from llvmlite import ir
-from numba import njit, types
+from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
+
+from pipeline.jit import jit
 
 _BAND = 32  # rows resampled together; a multiple of _TILE
 _TILE = 16  # side of the blocks that are transposed in registers
@@ -114,7 +116,7 @@ def _blend_chunk(
     return signature, codegen
 
 
-@njit(nogil=True, cache=True)
+@jit
 def _blend(
     source: Any, source_at: Any, step: Any, weights: Any, weights_at: Any, count: Any, target: Any, target_at: Any, n: Any
 ) -> None:
@@ -131,7 +133,7 @@ def _blend(
         _blend_chunk(source, source_at + at, step, weights, weights_at, count, target, target_at + at)
 
 
-@njit(nogil=True, cache=True)
+@jit
 def _taps(low: Any, high: Any, side: Any, size: Any, flip: Any, starts: Any, counts: Any, weights: Any) -> None:
     """The filter of one axis: output pixel i is the sum over k < counts[i] of weights[i, k] / 256 * source pixel starts[i] + k.
 
@@ -166,7 +168,7 @@ def _taps(low: Any, high: Any, side: Any, size: Any, flip: Any, starts: Any, cou
         starts[place], counts[place] = first, kept
 
 
-@njit(nogil=True, cache=True)
+@jit
 def resample(pixels: Any, top: Any, left: Any, bottom: Any, right: Any, flip: Any, out: Any) -> None:
     """Resample a window of `pixels` to `out`.
 
@@ -211,7 +213,7 @@ def resample(pixels: Any, top: Any, left: Any, bottom: Any, right: Any, flip: An
             _write_rows(mixed, y, min(_TILE, in_band - y), row, picture, (band_top + y) * row)
 
 
-@njit(nogil=True, cache=True)
+@jit
 def _write_rows(mixed: Any, first: Any, count: Any, row: Any, picture: Any, at: Any) -> None:
     """Transpose rows [first, first + count) of a band, at most `_TILE`, back to where they begin in the picture. row: bytes."""
     if count < _TILE or row < _TILE:

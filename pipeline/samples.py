@@ -10,8 +10,10 @@ from typing import Any
 
 import numpy as np
 from llvmlite import ir
-from numba import njit, types
+from numba import types
 from numba.extending import intrinsic
+
+from pipeline.jit import jit
 
 _CHUNK = 32  # pixels whose colour is converted at a time
 _I8, _I32, _I64 = (ir.IntType(bits) for bits in (8, 32, 64))
@@ -102,7 +104,7 @@ def _idct_of(size: int) -> Any:
 idct_8, idct_4, idct_2 = _idct_of(8), _idct_of(4), _idct_of(2)
 
 
-@njit(cache=True, nogil=True)
+@jit
 def _widen(sums: Any, count: Any, tall: Any, out: Any) -> None:
     """libjpeg's triangle filter along a row (h2v1 and h2v2_fancy_upsample). out: uint8 (2 * count,).
 
@@ -121,7 +123,7 @@ def _widen(sums: Any, count: Any, tall: Any, out: Any) -> None:
     out[2 * count - 1] = np.uint16(sums[count - 1] * 4 + high) >> shift
 
 
-@njit(cache=True, nogil=True)
+@jit
 def _chroma_row(
     plane: Any, start: Any, stride: Any, y: Any, rows: Any, count: Any, wide: Any, tall: Any, sums: Any, out: Any
 ) -> None:
@@ -191,7 +193,7 @@ def _rgb_chunk(typing: Any, luma: Any, luma_at: Any, cb: Any, cb_at: Any, cr: An
     return types.void(luma, types.int64, cb, types.int64, cr, types.int64, out, types.int64), codegen
 
 
-@njit(cache=True, nogil=True)
+@jit
 def _rgb_row(luma: Any, luma_at: Any, cb: Any, cb_at: Any, cr: Any, cr_at: Any, count: Any, out: Any, out_at: Any) -> None:
     """A row of `count` pixels from and to flat uint8 arrays, from where `_at` says on."""
     if count >= _CHUNK:
@@ -206,7 +208,7 @@ def _rgb_row(luma: Any, luma_at: Any, cb: Any, cb_at: Any, cr: Any, cr_at: Any, 
         out[out_at + 3 * x + 2] = min(max(y + ((116130 * b + 32768) >> 16), 0), 255)
 
 
-@njit(cache=True, nogil=True)
+@jit
 def finish(room: Any, bases: Any, strides: Any, count: Any, wide: Any, tall: Any, height: Any, width: Any, place: Any) -> None:
     """The pixels of a decoded region from its components' samples, all in `room`: uint8 (bytes,).
 

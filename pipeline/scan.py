@@ -8,9 +8,9 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-from numba import njit
 
 from pipeline.huffman import lookup
+from pipeline.jit import jit
 
 TRUNCATED, BAD_CODE, BAD_VALUE, NO_ROOM = -1, -2, -3, -4
 
@@ -24,7 +24,7 @@ _CATEGORIES = np.array([value.bit_length() for value in range(1 << 11)], np.uint
 _PADDING = 10 * 64 * 31 // 8 + 16
 
 
-@njit(cache=True, nogil=True)
+@jit
 def _word(data: Any, at: Any) -> Any:
     """8 bytes. `at` is unsigned, which spares numba's handling of negative indices: all is one load."""
     word = np.uint64(0)
@@ -33,13 +33,13 @@ def _word(data: Any, at: Any) -> Any:
     return word
 
 
-@njit(cache=True, nogil=True)
+@jit
 def _has_ff(word: Any) -> Any:
     """Whether one of a word's 8 bytes is 0xFF: inverted it is 0, and 1 less sets its top bit."""
     return (~word - np.uint64(0x0101010101010101)) & word & np.uint64(0x8080808080808080) != 0
 
 
-@njit(cache=True, nogil=True)
+@jit
 def unstuff(stream: Any, position: Any, stop: Any, data: Any) -> Any:
     """Copy to `data` the bytes before the next marker or `stop`, less stuffed zeros, and 8 zeros. Returns where, how many."""
     count = 0
@@ -62,19 +62,19 @@ def unstuff(stream: Any, position: Any, stop: Any, data: Any) -> Any:
     return position, count
 
 
-@njit(cache=True, nogil=True)
+@jit
 def refill(data: Any, at: Any, bits: Any, have: Any) -> Any:
     """Read whole bytes to have 56 bits or more at the top of `bits`. Below may be some of the next byte's, the same each time."""
     return at + np.uint64((63 - have) >> 3), bits | _word(data, at) >> np.uint64(have), have | 56
 
 
-@njit(cache=True, nogil=True)
+@jit
 def _extra(bits: Any, size: Any, count: Any) -> Any:
     """The last `count` of the `size` bits at the top."""
     return np.int64((bits >> np.uint64(64 - size)) & np.uint64((1 << count) - 1))
 
 
-@njit(cache=True, nogil=True)
+@jit
 def _after_restart(stream: Any, position: Any, number: Any) -> Any:
     """Where data goes on behind the restart marker that must stand at `position` (fill bytes allowed), or a reason.
 
@@ -87,19 +87,19 @@ def _after_restart(stream: Any, position: Any, number: Any) -> Any:
     return position + 2
 
 
-@njit(cache=True, nogil=True)
+@jit
 def _left(end: Any, at: Any, have: Any) -> Any:
     """Bits not yet taken of the data that ends at byte `end`; negative where more were taken than there are."""
     return 8 * (end - np.int64(at)) + have
 
 
-@njit(cache=True, nogil=True)
+@jit
 def _reason(reason: Any, left: Any) -> Any:
     """Why to refuse: what was read beyond the data's end is no data, whatever it seems to be."""
     return reason if left >= 0 else TRUNCATED
 
 
-@njit(cache=True, nogil=True)
+@jit
 def read_scan(
     stream: Any, mcus: Any, interval: Any, tile: Any, blocks: Any, selectors: Any,
     luts: Any, limits: Any, offsets: Any, values: Any, tokens: Any, starts: Any, counts: Any,
@@ -180,7 +180,7 @@ def read_scan(
     return np.int64(total)
 
 
-@njit(cache=True, nogil=True)
+@jit
 def _pack(tokens: Any, start: Any, end: Any, codes: Any, words: Any) -> Any:
     """A tile's codes in words of 32 bits from the second on, the last one filled up with ones. Returns the number of bytes."""
     bits, have = np.uint64(0), np.uint64(0)
@@ -196,7 +196,7 @@ def _pack(tokens: Any, start: Any, end: Any, codes: Any, words: Any) -> Any:
     return (np.int64(have) + 7) >> 3
 
 
-@njit(cache=True, nogil=True)
+@jit
 def _stuff(words: Any, count: Any, out: Any, written: Any) -> Any:
     """Put `count` bytes of `words` into `out`, a zero after each 0xFF. Returns bytes written, or a reason."""
     for place in range(np.uint64((count + 3) >> 2)):
@@ -222,7 +222,7 @@ def _stuff(words: Any, count: Any, out: Any, written: Any) -> Any:
     return written
 
 
-@njit(cache=True, nogil=True)
+@jit
 def write_scan(tokens: Any, starts: Any, codes: Any, lengths: Any, out: Any) -> Any:
     """Code the tiles into `out`, a marker after each and EOI after the last; fill `lengths`. Returns bytes, or a reason.
 

@@ -7,10 +7,11 @@ from typing import Any
 import numpy as np
 import torch
 from llvmlite import ir
-from numba import njit, types
+from numba import types
 from numba.extending import intrinsic, overload
 
 from pipeline.augment import Floats, Normalization
+from pipeline.jit import jit
 
 # What an array is to NumPy that torch sees in each dtype; NumPy has no bfloat16, numba hardly float16.
 STORED: dict[torch.dtype, np.dtype[Any]] = {
@@ -54,7 +55,7 @@ def _compile_store(row: Any, out: Any) -> Any:
     return {types.float32: to_float32, types.int16: to_float16, types.uint16: to_bfloat16}[out.dtype]
 
 
-@njit(nogil=True, cache=True)
+@jit
 def _tail(pixels: Any, shift: Any, mean: Any, inverse: Any, out: Any) -> None:
     """One picture. pixels: uint8 (H, W, 3). shift: float32 (3,). mean: float32 (H or 1, W * 3). inverse: float32 (W * 3,).
 

@@ -19,7 +19,6 @@ import ctypes.util
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import replace
-from functools import cache
 from pathlib import Path
 from queue import Empty, Full
 from typing import Any
@@ -37,11 +36,13 @@ from ffcv.pipeline.compiler import Compiler
 from ffcv.pipeline.state import State
 from ffcv.reader import Reader
 from ffcv.utils import cast_int_to_byte_ptr
-from numba import carray, njit, prange
+from llvmlite.binding import load_library_permanently
+from numba import carray, prange, types
 
 from pipeline import storage
 from pipeline.decode import decode
 from pipeline.errors import UserError
+from pipeline.jit import jit
 from pipeline.loader import Batch, Loader, Part, Work, check_turn
 from pipeline.picture import Decoder, Pixels, region_of, resample_windows
 from pipeline.plan import Ints
@@ -53,83 +54,78 @@ _RAW = IMAGE_MODES["raw"]
 _STATUS, _WINDOWS, _FLIP, _OUT, _CROPS, _ROWS, _COLUMNS = range(7)  # of an order
 _ORDER = 7
 
+# libjpeg-turbo, which FFCV itself is linked with. By their names, not as ctypes has them, whose addresses numba could not cache.
+load_library_permanently(ctypes.util.find_library("turbojpeg") or "libturbojpeg.so.0")
+_begin = types.ExternalFunction("tjInitDecompress", types.intp())
+_decompress = types.ExternalFunction(
+    "tjDecompress2",
+    types.intc(types.intp, types.intp, types.ulong, types.intp, types.intc, types.intc, types.intc, types.intc, types.intc),
+)
+_end = types.ExternalFunction("tjDestroy", types.intc(types.intp))
+
 
 def open(spec: LoaderSpec) -> FfcvLoader:
     """A loader of `spec` over the split's .beton. Raises UserError for a bad spec, or where there is no such file."""
     return FfcvLoader(spec)
 
 
-@cache
-def _compiled_picture_maker() -> Any:
-    """Compile, once: (an order's address, the image's mode, height, width, address and bytes) -> 0, or what FFCV's library says.
+@jit
+def _decode_whole(jpeg: Any, pixels: Any) -> Any:
+    """A function of its own: numba frees an array after its last use, and taking its address is none; arguments live on."""
+    decoder = _begin()
+    rgb, exact = 0, 0
+    status = _decompress(
+        decoder, jpeg.ctypes.data, len(jpeg), pixels.ctypes.data, pixels.shape[1], 0, pixels.shape[0], rgb, exact
+    )
+    _end(decoder)
+    return status
 
-    An order is int64 (7,): room for the status; addresses of the image's windows, float64 (C, 4), of flip, uint8 (C,), and of its
-    pictures, uint8 (C, H, W, 3); C, H, W.
+
+@jit
+def _make_pictures(order: Any, field: Any, storage: Any) -> Any:
+    """Fill what `order` asks for, from the image of metadata `field` in FFCV's storage; 0, or what libjpeg-turbo says.
+
+    order: int64 (7,): room for what is returned; addresses of the image's windows, float64 (C, 4), of flip, uint8 (C,), and of
+    its pictures, uint8 (C, H, W, 3); C, H, W.
     """
-    library = ctypes.CDLL(ctypes.util.find_library("turbojpeg") or "libturbojpeg.so.0")  # which FFCV itself is linked with
-    pointer, number = ctypes.c_int64, ctypes.c_int32
-    begin, decompress, end = library.tjInitDecompress, library.tjDecompress2, library.tjDestroy
-    begin.restype, begin.argtypes = pointer, []
-    decompress.argtypes = [pointer, pointer, ctypes.c_uint64, pointer, number, number, number, number, number]
-    end.argtypes = [pointer]
-
-    @njit(nogil=True)
-    def decode_whole(jpeg: Any, pixels: Any) -> Any:
-        """A function of its own: numba frees an array after its last use, and taking its address is none; arguments live on."""
-        decoder = begin()
-        rgb_exact = 0, 0
-        status = decompress(
-            decoder, jpeg.ctypes.data, len(jpeg), pixels.ctypes.data, pixels.shape[1], 0, pixels.shape[0], *rgb_exact
-        )
-        end(decoder)
-        return status
-
-    @njit("int64(int64, int64, int64, int64, int64, int64)", nogil=True)
-    def make(address: Any, mode: Any, height: Any, width: Any, data: Any, size: Any) -> Any:
-        order = carray(cast_int_to_byte_ptr(address), (8 * _ORDER,)).view(np.int64)
-        crops, rows, columns = order[_CROPS], order[_ROWS], order[_COLUMNS]
-        windows = carray(cast_int_to_byte_ptr(order[_WINDOWS]), (crops * 32,)).view(np.float64).reshape(crops, 4)
-        flip = carray(cast_int_to_byte_ptr(order[_FLIP]), (crops,))
-        out = carray(cast_int_to_byte_ptr(order[_OUT]), (crops * rows * columns * 3,)).reshape(crops, rows, columns, 3)
-        stored = carray(cast_int_to_byte_ptr(data), (size,))
-        whole = np.array([0, 0, height, width])
-        if mode == _RAW:
-            resample_windows(stored.reshape(height, width, 3), whole, windows, flip, out)
-            return 0
-        top, left, bottom, right = region_of(height, width, windows, rows, columns)
-        room = np.empty(6 * (bottom - top + 64) * (right - left + 64), np.uint8)  # for whole MCUs and their samples
-        place = np.empty(4, np.int64)
-        if decode(stored, top, left, bottom, right, room, place) == 0:
-            resample_windows(room[: 3 * place[2] * place[3]].reshape(place[2], place[3], 3), place, windows, flip, out)
-            return 0
-        pixels = np.empty((height, width, 3), np.uint8)
-        status = decode_whole(stored, pixels)
-        if status == 0:
-            resample_windows(pixels, whole, windows, flip, out)
-        return status
-
-    return make
+    content, pointers, sizes = storage
+    start = np.int64(field["data_ptr"])
+    size = sizes[np.searchsorted(pointers, field["data_ptr"])]
+    height, width = np.int64(field["height"]), np.int64(field["width"])
+    crops, rows, columns = order[_CROPS], order[_ROWS], order[_COLUMNS]
+    windows = carray(cast_int_to_byte_ptr(order[_WINDOWS]), (crops * 32,)).view(np.float64).reshape(crops, 4)
+    flip = carray(cast_int_to_byte_ptr(order[_FLIP]), (crops,))
+    out = carray(cast_int_to_byte_ptr(order[_OUT]), (crops * rows * columns * 3,)).reshape(crops, rows, columns, 3)
+    stored = carray(cast_int_to_byte_ptr(content.ctypes.data + start), (np.int64(size),))
+    whole = np.array([0, 0, height, width])
+    if field["mode"] == _RAW:
+        resample_windows(stored.reshape(height, width, 3), whole, windows, flip, out)
+        return 0
+    top, left, bottom, right = region_of(height, width, windows, rows, columns)
+    room = np.empty(6 * (bottom - top + 64) * (right - left + 64), np.uint8)  # for whole MCUs and their samples
+    place = np.empty(4, np.int64)
+    if decode(stored, top, left, bottom, right, room, place) == 0:
+        resample_windows(room[: 3 * place[2] * place[3]].reshape(place[2], place[3], 3), place, windows, flip, out)
+        return 0
+    pixels = np.empty((height, width, 3), np.uint8)
+    status = _decode_whole(stored, pixels)
+    if status == 0:
+        resample_windows(pixels, whole, windows, flip, out)
+    return status
 
 
-@cache
-def _compiled_batch_maker(parallel: bool) -> Any:
-    """The loop over a batch, compiled once for all loaders: (samples, orders, metadata, FFCV's storage) -> None.
+@jit
+def _make_batch(samples: Any, orders: Any, metadata: Any, storage: Any) -> None:
+    """Of its samples' orders, int64 (samples, 7). metadata: the image fields of all samples. storage: FFCV's."""
+    for i in range(len(samples)):
+        orders[i, _STATUS] = _make_pictures(orders[i], metadata[samples[i]], storage)
 
-    numba leaves out a parallel loop that writes to no argument: hence the status in the orders.
-    """
-    make, each = _compiled_picture_maker(), prange if parallel else range
 
-    @njit(nogil=True, parallel=parallel)
-    def make_batch(samples: Any, orders: Any, metadata: Any, storage: Any) -> None:
-        content, pointers, sizes = storage
-        for i in each(len(samples)):
-            field = metadata[samples[i]]
-            start = field["data_ptr"]
-            size = sizes[np.searchsorted(pointers, start)]
-            order, data = orders.ctypes.data + i * 8 * _ORDER, content.ctypes.data + np.int64(start)
-            orders[i, _STATUS] = make(order, field["mode"], field["height"], field["width"], data, size)
-
-    return make_batch
+@jit(parallel=True)
+def _make_batch_in_threads(samples: Any, orders: Any, metadata: Any, storage: Any) -> None:
+    """`_make_batch`. numba leaves out a parallel loop that writes to no argument: hence the status in the orders."""
+    for i in prange(len(samples)):
+        orders[i, _STATUS] = _make_pictures(orders[i], metadata[samples[i]], storage)
 
 
 class _PlannedDecoder(SimpleRGBImageDecoder):
@@ -279,7 +275,8 @@ class FfcvLoader(Loader):
                     batches_ahead=self.spec.prefetch,
                     drop_last=False,
                 )
-            make_batch, (stages, outputs) = _compiled_batch_maker(self._stock.num_workers > 1), self._stock.code
+            make_batch = _make_batch_in_threads if self._stock.num_workers > 1 else _make_batch
+            stages, outputs = self._stock.code
             torch.set_num_threads(threads)  # FFCV set its own for all of torch
 
             def stage(batch_indices: Any, metadata: Any, storage_state: Any, **memory: Any) -> tuple[Any]:

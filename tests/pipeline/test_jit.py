@@ -1,0 +1,75 @@
+"""What is compiled is kept, and follows the sources: tried on a package of two modules, each run a process of its own."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from pipeline import jit
+from tests.helpers import clean_environment
+
+LOW = """
+from pipeline.jit import jit
+
+@jit
+def low(x):
+    return x + STEP
+"""
+HIGH = """
+from pipeline.jit import jit
+from pipeline.low import low
+
+@jit
+def high(x):
+    return 10 * low(x)
+
+@jit(parallel=True)
+def sums(x):
+    for i in prange(len(x)):
+        x[i] = low(x[i])
+"""
+RUN = """
+import json, numpy
+from pipeline.high import high, sums
+numbers = numpy.zeros(3, numpy.int64)
+sums(numbers)
+print(json.dumps([high(1), numbers.tolist(), len(high.stats.cache_hits), len(sums.stats.cache_hits)]))
+"""
+
+
+@pytest.fixture
+def package(tmp_path: Path) -> Path:
+    folder = tmp_path / "pipeline"
+    folder.mkdir()
+    (folder / "__init__.py").touch()
+    shutil.copy(jit.__file__, folder)
+    (folder / "low.py").write_text(LOW.replace("STEP", "1"))
+    (folder / "high.py").write_text("from numba import prange\n" + HIGH)
+    return folder
+
+
+def run(package: Path) -> list[object]:
+    """high(1), three zeros after `sums`, and how many compilations of each came from the cache."""
+    environment = clean_environment()
+    environment.pop("NUMBA_CACHE_DIR", None)
+    result = subprocess.run(
+        [sys.executable, "-c", RUN], cwd=package.parent, env=environment, capture_output=True, text=True, check=False
+    )
+    assert result.returncode == 0, result.stderr
+    found: list[object] = json.loads(result.stdout)
+    return found
+
+
+def test_what_was_compiled_is_kept_until_a_source_changes(package: Path) -> None:
+    assert run(package) == [20, [1, 1, 1], 0, 0]
+    (package / "other.py").write_text("NUMBER = 1\n")  # compiles nothing
+    assert run(package) == [20, [1, 1, 1], 1, 1]
+    before = (package / "high.py").stat().st_mtime_ns
+    (package / "low.py").write_text(LOW.replace("STEP", "2"))
+    assert run(package) == [30, [2, 2, 2], 0, 0]
+    assert (package / "high.py").stat().st_mtime_ns == before
