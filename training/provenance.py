@@ -6,6 +6,7 @@ import os
 import platform
 import re
 import subprocess
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -29,8 +30,11 @@ def hardware() -> str:
     return f"{len(os.sched_getaffinity(0))} cores of {name}{gpu}"
 
 
+@cache
 def commit() -> str:
-    """The checkout's commit, with + where tracked files have changed since; "unknown" outside git."""
+    """The checkout's commit, with + where tracked files have changed since; "unknown" outside git. As it was when first asked:
+    rows that a program writes to a tracked file make no change of their own.
+    """
     try:
         found = subprocess.run(
             ["git", "describe", "--always", "--dirty=+", "--exclude=*"], cwd=ROOT, capture_output=True, text=True, check=False
@@ -40,6 +44,7 @@ def commit() -> str:
     return found.stdout.strip() or "unknown"
 
 
+@cache
 def versions() -> str:
     found = [f"python {platform.python_version()}"]
     for package in PACKAGES:

@@ -14,7 +14,7 @@ from statistics import mean, stdev
 from typing import Any, TypeVar
 
 import psutil
-from scipy.stats import t as students_t
+from scipy.special import stdtrit
 
 K = TypeVar("K")
 CONFIDENCE = 0.95
@@ -31,7 +31,7 @@ class Estimate:
     @staticmethod
     def of(values: Sequence[float]) -> Estimate:
         """values: at least two repeats."""
-        reach = float(students_t.ppf((1 + CONFIDENCE) / 2, len(values) - 1)) * stdev(values) / math.sqrt(len(values))
+        reach = float(stdtrit(len(values) - 1, (1 + CONFIDENCE) / 2)) * stdev(values) / math.sqrt(len(values))
         middle = mean(values)
         return Estimate(middle, middle - reach, middle + reach)
 
