@@ -54,7 +54,7 @@ _RAW = IMAGE_MODES["raw"]
 _STATUS, _WINDOWS, _FLIP, _OUT, _CROPS, _ROWS, _COLUMNS = range(7)  # of an order
 _ORDER = 7
 
-# libjpeg-turbo, which FFCV itself is linked with. By their names, not as ctypes has them, whose addresses numba could not cache.
+# Of libjpeg-turbo, which FFCV itself is linked with. By name: ctypes' functions are addresses, which numba could not cache.
 load_library_permanently(ctypes.util.find_library("turbojpeg") or "libturbojpeg.so.0")
 _begin = types.ExternalFunction("tjInitDecompress", types.intp())
 _decompress = types.ExternalFunction(
@@ -89,14 +89,14 @@ def _make_pictures(order: Any, field: Any, storage: Any) -> Any:
     its pictures, uint8 (C, H, W, 3); C, H, W.
     """
     content, pointers, sizes = storage
-    start = np.int64(field["data_ptr"])
-    size = sizes[np.searchsorted(pointers, field["data_ptr"])]
+    start = field["data_ptr"]
+    size = np.int64(sizes[np.searchsorted(pointers, start)])
     height, width = np.int64(field["height"]), np.int64(field["width"])
     crops, rows, columns = order[_CROPS], order[_ROWS], order[_COLUMNS]
     windows = carray(cast_int_to_byte_ptr(order[_WINDOWS]), (crops * 32,)).view(np.float64).reshape(crops, 4)
     flip = carray(cast_int_to_byte_ptr(order[_FLIP]), (crops,))
     out = carray(cast_int_to_byte_ptr(order[_OUT]), (crops * rows * columns * 3,)).reshape(crops, rows, columns, 3)
-    stored = carray(cast_int_to_byte_ptr(content.ctypes.data + start), (np.int64(size),))
+    stored = carray(cast_int_to_byte_ptr(content.ctypes.data + np.int64(start)), (size,))
     whole = np.array([0, 0, height, width])
     if field["mode"] == _RAW:
         resample_windows(stored.reshape(height, width, 3), whole, windows, flip, out)

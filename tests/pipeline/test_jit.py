@@ -21,6 +21,7 @@ def low(x):
     return x + STEP
 """
 HIGH = """
+from numba import prange
 from pipeline.jit import jit
 from pipeline.low import low
 
@@ -49,7 +50,7 @@ def package(tmp_path: Path) -> Path:
     (folder / "__init__.py").touch()
     shutil.copy(jit.__file__, folder)
     (folder / "low.py").write_text(LOW.replace("STEP", "1"))
-    (folder / "high.py").write_text("from numba import prange\n" + HIGH)
+    (folder / "high.py").write_text(HIGH)
     return folder
 
 
