@@ -7,12 +7,10 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-sys.path.insert(1, str(Path(__file__).resolve().parents[1] / "tools"))
-
-from profiling.planted import slow_reader
 
 import train
 from pipeline.errors import run_cli
+from tools.profiler.planted import slow_reader
 
 if __name__ == "__main__":
     with slow_reader(float(os.environ["MEGABYTES_PER_S"])):

@@ -6,7 +6,6 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-import profile_pipeline
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -18,6 +17,7 @@ from pipeline.shards import ShardSet
 from pipeline.spec import LoaderSpec
 from tests.helpers import assert_refused, run_forked, run_script, without_progress
 from tests.runs import EPOCHS, STEPS, arguments, steps_logged, torchrun, traces
+from tools import profile_pipeline
 from training import tuned
 from training.metrics import read_metrics
 

@@ -1,8 +1,11 @@
-"""Imported first by every script here, so that `python tools/NAME.py` finds `pipeline` and `model` without an install."""
+"""Imported first by every script here, so that our packages are found from the checkout's root without an install.
+
+This folder, which Python puts first, goes to the end: a module here must not hide another one of its name.
+"""
 
 import sys
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
-if str(ROOT) not in sys.path:
-    sys.path.insert(0, str(ROOT))
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parent
+sys.path[:] = [str(ROOT), *(place for place in sys.path if place not in (str(ROOT), str(HERE))), str(HERE)]

@@ -33,11 +33,12 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any, NamedTuple
 
-import _path
-from recording import Figure, record
+import _path  # noqa: F401
 from tqdm import tqdm
 
 from pipeline.errors import Parser, UserError, positive, run_cli
+from tools import ROOT
+from tools.recording import Figure, record
 from training.metrics import read_metrics
 from training.options import make_schedule, parse_arguments
 from training.options import parser as train_parser
@@ -112,9 +113,9 @@ def command(contender: str, seed: int, args: argparse.Namespace, theirs: Sequenc
     """What is run, but for --output: behind "python"."""
     words = ["--recipe", args.recipe, "--data", args.shards, "--seed", str(seed), *theirs]
     if contender == OURS:
-        return [str(_path.ROOT / "train.py"), *words]
+        return [str(ROOT / "train.py"), *words]
     cores = len(args.cores)
-    plain = ["-m", "peers.plain_train", "--data", str(args.images.absolute()), *plain_words(words, contender == PLAIN_BF16)]
+    plain = ["-m", "tools.peers.plain_train", "--data", str(args.images.absolute()), *plain_words(words, contender == PLAIN_BF16)]
     return [*plain, "--workers", str(args.workers or cores), "--threads", str(cores)]
 
 
@@ -145,7 +146,7 @@ def bring_to_end(folder: Path, words: list[str], cores: Sequence[int], epochs: i
         shutil.rmtree(folder)
     folder.mkdir(parents=True)
     log, output = folder / "log.txt", folder / "run"
-    environment = os.environ | {"OMP_NUM_THREADS": str(len(cores)), "PYTHONPATH": str(_path.ROOT / "tools")}
+    environment = os.environ | {"OMP_NUM_THREADS": str(len(cores)), "PYTHONPATH": str(ROOT)}
     began = time.perf_counter()
     with log.open("wb") as stream, pinned(cores):
         process = subprocess.Popen(
@@ -274,7 +275,7 @@ def parser() -> Parser:
     parse.add_argument("--cores", nargs="+", type=int, default=sorted(os.sched_getaffinity(0)), help="numbers of cores (all)")
     parse.add_argument("--workers", type=positive, help="of the plain script's DataLoader (the number of cores)")
     parse.add_argument("--rows-only", action="store_true")
-    parse.add_argument("--results", type=Path, default=_path.ROOT / "tools" / "results" / "accuracy.csv")
+    parse.add_argument("--results", type=Path, default=ROOT / "tools" / "results" / "accuracy.csv")
     return parse
 
 

@@ -17,9 +17,8 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-import _path
+import _path  # noqa: F401
 from PIL import Image
-from recording import Figure, record
 from tqdm import tqdm
 
 from conversion import statistics
@@ -27,6 +26,8 @@ from conversion.images import PROFILES
 from conversion.sources import Source
 from conversion.task import ShardTask, read_record, run
 from pipeline.errors import Parser, UserError, run_cli
+from tools import ROOT
+from tools.recording import Figure, record
 
 REPEATS = 5
 IMAGENET = 1_281_167  # training images
@@ -107,7 +108,7 @@ def shard_writer(files: list[str], out: Path) -> Callable[[], float]:
 def main() -> None:
     parser = Parser(__doc__)
     parser.add_argument("images", type=Path, metavar="IMAGES", help="folder of JPEGs")
-    parser.add_argument("--results", type=Path, default=_path.ROOT / "tools" / "results" / "convert.csv")
+    parser.add_argument("--results", type=Path, default=ROOT / "tools" / "results" / "convert.csv")
     args = parser.parse_args()
     files = sorted(str(path) for path in args.images.rglob("*") if path.suffix.lower() in (".jpeg", ".jpg"))
     if not files:

@@ -18,12 +18,13 @@ import tempfile
 import time
 from pathlib import Path
 
-import _path
+import _path  # noqa: F401
 import numpy as np
-from recording import Figure, record
 from tqdm import tqdm
 
 from pipeline.errors import Parser, UserError, positive, run_cli
+from tools import ROOT
+from tools.recording import Figure, record
 
 STARTING, WORKING = 1.5, 0.02  # seconds: the longest random moment where no shard is waited for, and after the last of them
 
@@ -38,7 +39,7 @@ def digests(folder: Path) -> dict[str, str]:
 
 
 def start(images: Path, out: Path, shard_size: int) -> subprocess.Popen[bytes]:
-    script = _path.ROOT / "tools" / "make_shards.py"
+    script = ROOT / "tools" / "make_shards.py"
     command = [sys.executable, str(script), str(images), "--out", str(out), "--shard-size", str(shard_size)]
     return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
 
@@ -74,7 +75,7 @@ def main() -> None:
     parser.add_argument("--kills", type=positive, default=100)
     parser.add_argument("--shard-size", type=positive, default=1, help="images in a shard (default: 1)")
     parser.add_argument("--seed", type=int, default=0, help="of the random moments")
-    parser.add_argument("--results", type=Path, default=_path.ROOT / "tools" / "results" / "kills.csv")
+    parser.add_argument("--results", type=Path, default=ROOT / "tools" / "results" / "kills.csv")
     args = parser.parse_args()
     rng = np.random.default_rng(args.seed)
     with tempfile.TemporaryDirectory(prefix="cropfeed-") as name:

@@ -19,13 +19,14 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-import _path
-from profiling.loaders import grid, measure_feeds
-from profiling.profile import PREFETCHES
-from recording import Figure, record
+import _path  # noqa: F401
 
 from pipeline.errors import Parser, UserError, run_cli
 from pipeline.spec import LoaderSpec
+from tools import ROOT
+from tools.profiler.loaders import grid, measure_feeds
+from tools.profiler.profile import PREFETCHES
+from tools.recording import Figure, record
 from training.launch import core_share
 
 PREDICTED = 0.2  # goal: predicted gain over measured gain, at most so far from 1
@@ -58,7 +59,7 @@ def profile(data: str, *options: str) -> Any:
     """The JSON of a run of the profiler."""
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "profile.json"
-        script = str(_path.ROOT / "tools" / "profile_pipeline.py")
+        script = str(ROOT / "tools" / "profile_pipeline.py")
         command = [sys.executable, script, data, "--json", str(file), "--engines", "cpu", *options]
         result = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
         if result.returncode:
@@ -104,7 +105,7 @@ def check_tuning(data: str, results: Path) -> bool:
 def main() -> None:
     parser = Parser(__doc__)
     parser.add_argument("data", metavar="DATA", help="folder of shards")
-    parser.add_argument("--results", type=Path, default=_path.ROOT / "tools" / "results" / "profile.csv")
+    parser.add_argument("--results", type=Path, default=ROOT / "tools" / "results" / "profile.csv")
     parser.add_argument("--only", choices=("faults", "tuning"))
     args = parser.parse_args()
     good = []

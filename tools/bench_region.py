@@ -23,10 +23,9 @@ import time
 from pathlib import Path
 from typing import NamedTuple
 
-import _path
+import _path  # noqa: F401
 import numpy as np
 import numpy.typing as npt
-from recording import Figure, record
 from tqdm import tqdm
 
 from pipeline import plan
@@ -34,6 +33,8 @@ from pipeline.errors import Parser, UserError, positive, run_cli
 from pipeline.region import Bytes, RegionError, cut
 from pipeline.shards import ShardSet
 from pipeline.transcode import transcode
+from tools import ROOT
+from tools.recording import Figure, record
 
 REPEATS = 5
 PASSES = 3  # over the images in a repeat; the least of an image's times counts
@@ -233,7 +234,7 @@ def main() -> None:
     for name in ("original", "lossless", "compact"):
         parser.add_argument(name, type=Path, metavar=name.upper(), help=f"folder of shards of profile {name}")
     parser.add_argument("--images", type=positive, default=1000, help="at most so many, evenly spaced (default: %(default)s)")
-    parser.add_argument("--results", type=Path, default=_path.ROOT / "tools" / "results" / "region.csv")
+    parser.add_argument("--results", type=Path, default=ROOT / "tools" / "results" / "region.csv")
     args = parser.parse_args()
     os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
     folders = read_folders([args.original, args.lossless, args.compact], args.images)

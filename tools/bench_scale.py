@@ -17,16 +17,17 @@ import tempfile
 import time
 from pathlib import Path
 
-import _path
+import _path  # noqa: F401
 import numpy as np
 import torch
-from recording import Figure, record
 
 from pipeline.errors import Parser, run_cli
 from pipeline.loader import Batch, Loader, Part
 from pipeline.plan import Ints
 from pipeline.shards import SAMPLE, Manifest
 from pipeline.spec import LoaderSpec
+from tools import ROOT
+from tools.recording import Figure, record
 
 COUNTS = (10_000, 1_281_167, 1_000_000_000)
 SHARDS = 10_000  # at most: the manifest has a line a shard, and start-up grows with these
@@ -98,7 +99,7 @@ def measure(folder: Path) -> dict[str, float]:
 def main() -> None:
     parser = Parser(__doc__)
     parser.add_argument("shards", type=Path, metavar="SHARDS", help="any folder of shards")
-    parser.add_argument("--results", type=Path, default=_path.ROOT / "tools" / "results" / "scale.csv")
+    parser.add_argument("--results", type=Path, default=ROOT / "tools" / "results" / "scale.csv")
     parser.add_argument("--measure", action="store_true", help="measure SHARDS itself, in this process, and print JSON")
     args = parser.parse_args()
     if args.measure:

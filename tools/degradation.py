@@ -21,17 +21,19 @@ from pathlib import Path
 from statistics import mean
 from typing import Any, NamedTuple
 
-import _path
+import _path  # noqa: F401
 import matplotlib
+
+from tools import ROOT
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 import numpy.typing as npt
-from recording import Figure, record
 
 from model import ARCHS
 from pipeline.errors import Parser, UserError, run_cli
+from tools.recording import Figure, record
 from training.metrics import read_metrics
 
 NETS = ("plain18", "plain34", "resnet18_a", "resnet34_a")
@@ -59,7 +61,7 @@ def train(folder: Path, words: list[str], launch: list[str]) -> None:
         words = [*words, "--resume"]
     elif folder.exists():
         shutil.rmtree(folder)  # stopped before its first checkpoint: there is nothing to go on with
-    code = subprocess.run([*launch, str(_path.ROOT / "train.py"), *words], check=False).returncode
+    code = subprocess.run([*launch, str(ROOT / "train.py"), *words], check=False).returncode
     if code:
         raise UserError(f"{folder}: train.py ended with exit code {code}; start this again to go on")
 
@@ -138,7 +140,7 @@ def main() -> None:
     parser.add_argument("--nets", nargs="+", default=NETS, help=" ".join(NETS))
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1])
     parser.add_argument("--launch", default=sys.executable, help="what starts train.py, such as 'accelerate launch' (python)")
-    parser.add_argument("--results", type=Path, default=_path.ROOT / "tools" / "results" / "degradation.csv")
+    parser.add_argument("--results", type=Path, default=ROOT / "tools" / "results" / "degradation.csv")
     args = parser.parse_args(ours)
     for net in args.nets:
         if net not in ARCHS:

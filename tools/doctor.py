@@ -20,10 +20,10 @@ from dataclasses import asdict
 from pathlib import Path
 
 import _path  # noqa: F401
-from doctoring import gpu, machine, packages
-from doctoring.lines import PACKAGES, Asked, Line
 
 from pipeline.errors import Parser, UserError, run_cli
+from tools.doctoring import gpu, machine, packages
+from tools.doctoring.lines import PACKAGES, Asked, Line
 
 Check = Callable[[Asked], list[Line]]
 
@@ -34,7 +34,7 @@ def check_data(asked: Asked) -> list[Line]:
     if asked.data is None:
         return []
     try:
-        from doctoring import data
+        from tools.doctoring import data
     except ImportError as error:
         return [Line("failed", "data", f"{asked.data}: cannot be read yet ({error})", PACKAGES)]
     return data.check(asked, asked.data)

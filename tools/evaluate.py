@@ -26,7 +26,6 @@ from typing import Any
 
 import _path  # noqa: F401
 import torch
-from recording import Figure, record
 from tqdm import tqdm
 
 from model import ARCHS
@@ -39,6 +38,7 @@ from pipeline.errors import Parser, UserError, positive, run_cli
 from pipeline.several import Look, Looks, Several
 from pipeline.shards import Manifest
 from pipeline.spec import PRECISIONS, LoaderSpec
+from tools.recording import Figure, record
 from training.launch import core_share
 
 

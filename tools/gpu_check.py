@@ -30,18 +30,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import _path
-import make_shards
+import _path  # noqa: F401
 import numpy as np
 import numpy.typing as npt
 import torch
-from gpu_feed import measure_feeds
-from gpu_train import measure_net, measure_steps
-from make_demo_data import make_demo_data
 from PIL import Image
-from profiling import profile as profiler
-from profiling.table import table
-from recording import Figure, record
 
 from model import ARCHS
 from pipeline import open_loader, plan
@@ -50,6 +43,13 @@ from pipeline.errors import Parser, UserError, positive, run_cli
 from pipeline.geometry import PaddedCrop, ScaleJitter
 from pipeline.loader import Loader
 from pipeline.spec import LoaderSpec
+from tools import ROOT, make_shards
+from tools.gpu_feed import measure_feeds
+from tools.gpu_train import measure_net, measure_steps
+from tools.make_demo_data import make_demo_data
+from tools.profiler import profile as profiler
+from tools.profiler.table import table
+from tools.recording import Figure, record
 from training.launch import core_share
 
 MEAN_LIMIT, PERCENTILE_LIMIT = 1.0, 4.0  # of 255; JPEG decoders differ in their inverse DCT
@@ -196,7 +196,7 @@ def train_imagenette(shards: Path, size: int, results: Path) -> bool:
     with tempfile.TemporaryDirectory() as work:
         options = ["--arch", "resnet18", "--image-size", size, "--start-size", size - 32, "--eval-size", size, "--epochs", 40]
         command = [
-            sys.executable, _path.ROOT / "tools" / "bench_accuracy.py", "--shards", shards, "--images", shards, "--work", work,
+            sys.executable, ROOT / "tools" / "bench_accuracy.py", "--shards", shards, "--images", shards, "--work", work,
             "--contenders", "cropfeed", "--seeds", 0, "--levels", 80, 85, 90, "--results", results, "--", *options,
         ]  # fmt: skip
         return subprocess.run([str(word) for word in command], check=False).returncode == 0
@@ -214,14 +214,14 @@ def main() -> None:
     parser.add_argument("--imagenette", type=Path, help="folder of Imagenette's shards, for the last part")
     parser.add_argument("--images", type=positive, default=250, help="per class, of 8 (default: 250)")
     parser.add_argument("--seconds", type=float, default=2, help="per repeat (default: 2)")
-    parser.add_argument("--results", type=Path, default=_path.ROOT / "tools" / "results" / "gpu.csv")
+    parser.add_argument("--results", type=Path, default=ROOT / "tools" / "results" / "gpu.csv")
     args = parser.parse_args()
     if args.device.startswith("cuda") and not torch.cuda.is_available():
         raise UserError("torch sees no CUDA GPU; run this on a machine that has one")
     if args.device == "cpu" and args.results == parser.get_default("results"):
         raise UserError("--device cpu measures no GPU; give another --results file")
     torch.backends.cudnn.benchmark = True  # as train.py and the reference scripts have it
-    subprocess.run([sys.executable, str(_path.ROOT / "tools" / "doctor.py")], check=False)
+    subprocess.run([sys.executable, str(ROOT / "tools" / "doctor.py")], check=False)
     with tempfile.TemporaryDirectory() as folder:
         profiles = ("lossless", "original", "compact") if "feed" in args.parts else ("lossless",)
         data = make_data(Path(folder), args.source, args.images, profiles)

@@ -15,8 +15,6 @@ from typing import Any
 import nvidia.dali.math as dali_math
 import torch
 from nvidia.dali import Pipeline, fn, types
-from profiling.loaders import endless, synchronise
-from recording import Figure, record
 
 from pipeline import open_loader
 from pipeline.engines.dali import DaliLoader
@@ -24,6 +22,8 @@ from pipeline.geometry import ScaleJitter
 from pipeline.loader import Loader
 from pipeline.shards import ShardSet
 from pipeline.spec import LoaderSpec
+from tools.profiler.loaders import endless, synchronise
+from tools.recording import Figure, record
 
 SHARES = (0.0, 0.5, 0.9)  # of the images, for the GPU's JPEG decoder in hardware
 STOCK = "stock DALI, original"

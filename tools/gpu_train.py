@@ -18,15 +18,15 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from profiling.loaders import synchronise
-from profiling.measuring import in_turns
-from profiling.training import MOMENTUM, WEIGHT_DECAY, Model, measure_training, run_alone
-from recording import Figure, record
 from torch import nn
 
 from model.describe import describe as describe_net
 from pipeline.loader import Batch
 from pipeline.spec import LoaderSpec
+from tools.profiler.loaders import synchronise
+from tools.profiler.measuring import in_turns
+from tools.profiler.training import MOMENTUM, WEIGHT_DECAY, Model, measure_training, run_alone
+from tools.recording import Figure, record
 from training.optimizers import parameter_groups
 
 CLASSES = 1000

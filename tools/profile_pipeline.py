@@ -9,7 +9,7 @@
     python tools/profile_pipeline.py DATA --compare [IMAGES]          every peer and every engine of ours
 
 DATA is a folder or URL of shards; of a folder of class folders of JPEGs, or a tar of one, shards are made in a temporary
-folder. The answer is a paragraph and tables; --json FILE writes all figures (tools/profiling/schema.json describes them),
+folder. The answer is a paragraph and tables; --json FILE writes all figures (tools/profiler/schema.json describes them),
 --report FOLDER a page for people, report.html, with its pictures.
 
 --compare: IMAGES (by default DATA's) is a folder of class folders of JPEGs, or a tar of one. Every contender makes the same
@@ -31,21 +31,22 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import _path
+import _path  # noqa: F401
 import torch
-from peers.compare import Options as CompareOptions
-from peers.compare import compare
-from peers.data import write_files
-from profiling.html import write_report
-from profiling.planted import Planted
-from profiling.profile import Options, profile, shards_of
-from profiling.table import table
 
 from model import ARCHS
 from pipeline import ENGINES, plan, storage
 from pipeline.errors import Parser, UserError, positive, run_cli
 from pipeline.geometry import GEOMETRIES, choose_geometry
 from pipeline.spec import PRECISIONS, LoaderSpec
+from tools import ROOT
+from tools.peers.compare import Options as CompareOptions
+from tools.peers.compare import compare
+from tools.peers.data import write_files
+from tools.profiler.html import write_report
+from tools.profiler.planted import Planted
+from tools.profiler.profile import Options, profile, shards_of
+from tools.profiler.table import table
 from training import tuned
 from training.launch import core_share
 
@@ -116,7 +117,7 @@ def parser() -> Parser:
     peers = parser.add_argument_group("comparison")
     peers.add_argument("--compare", nargs="?", const="", metavar="IMAGES", help="measure input pipelines on these images")
     peers.add_argument("--only", nargs="+", default=[], metavar="NAME", help="these contenders; NAME:500 on one kind of data")
-    peers.add_argument("--results", type=Path, default=_path.ROOT / "tools" / "results" / "compare.csv")
+    peers.add_argument("--results", type=Path, default=ROOT / "tools" / "results" / "compare.csv")
     peers.add_argument("--out", choices=("uint8", "float32"), default="uint8", help="of batches; float32: mean subtracted")
     peers.add_argument("--python-for", type=python_for, action="append", default=[], metavar="NAME=PYTHON")
     return parser

@@ -10,10 +10,11 @@ import json
 from pathlib import Path
 from statistics import mean
 
-import _path
-from recording import Figure, record
+import _path  # noqa: F401
 
 from pipeline.errors import Parser, UserError, run_cli
+from tools import ROOT
+from tools.recording import Figure, record
 from training.metrics import read_metrics
 
 WORDS = {"rrc": "random resized crops", "pad": "crops of the padded image"}  # geometries without a scale
@@ -22,7 +23,7 @@ WORDS = {"rrc": "random resized crops", "pad": "crops of the padded image"}  # g
 def main() -> None:
     parser = Parser(__doc__)
     parser.add_argument("run", type=Path, metavar="RUN")
-    parser.add_argument("--results", type=Path, default=_path.ROOT / "tools" / "results" / "training.csv")
+    parser.add_argument("--results", type=Path, default=ROOT / "tools" / "results" / "training.csv")
     args = parser.parse_args()
     if not (args.run / "model.safetensors").is_file():
         raise UserError(f"{args.run}: no finished run there; give the --output of a train.py that has ended")

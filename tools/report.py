@@ -13,14 +13,14 @@ from datetime import datetime
 from pathlib import Path
 
 import _path  # noqa: F401
-from evaluate import add_feed_options
-from reporting.curves import draw
-from reporting.page import html
-from reporting.runs import read_runs
-from reporting.worst import evaluate_runs
 
 from pipeline import storage
 from pipeline.errors import Parser, positive, run_cli
+from tools.evaluate import add_feed_options
+from tools.reporting.curves import draw
+from tools.reporting.page import html
+from tools.reporting.runs import read_runs
+from tools.reporting.worst import evaluate_runs
 
 
 def parser() -> Parser:

@@ -10,12 +10,12 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import bench_accuracy as bench
 import pytest
-from peers import plain_train
 
 from pipeline.errors import UserError
 from tests.helpers import ROOT
+from tools import bench_accuracy as bench
+from tools.peers import plain_train
 from training.metrics import read_metrics
 from training.options import make_schedule, make_sizes, parse_arguments
 

@@ -8,7 +8,6 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import evaluate
 import numpy as np
 import pytest
 import torch
@@ -23,6 +22,7 @@ from pipeline.loader import Loader
 from pipeline.shards import Manifest, ShardSet
 from pipeline.spec import LoaderSpec
 from tests.helpers import picture, run_forked
+from tools import evaluate
 
 pytestmark = pytest.mark.usefixtures("one_core")
 

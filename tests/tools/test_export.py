@@ -13,7 +13,6 @@ import numpy as np
 import onnxruntime
 import pytest
 import torch
-from export import publishing_folder
 from safetensors.torch import load_file, save_file
 
 from model import ARCHS
@@ -22,6 +21,7 @@ from model.loading import load_net
 from model.weights import Recipe, save_weights
 from pipeline.errors import UserError
 from tests.helpers import assert_refused, run_forked
+from tools.export import publishing_folder
 
 pytestmark = pytest.mark.usefixtures("one_core")
 

@@ -9,18 +9,17 @@ from functools import partial
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
-import bench_accuracy
-import gpu_check
 import pytest
 import torch
-from gpu_train import CLASSES, PlainStep, measure_steps, share_of_peak, synthetic
-from profiling.training import Model
 
 from model import ARCHS
 from pipeline.errors import UserError
 from pipeline.geometry import ScaleJitter
 from pipeline.spec import LoaderSpec
 from tests.helpers import run_forked
+from tools import bench_accuracy, gpu_check
+from tools.gpu_train import CLASSES, PlainStep, measure_steps, share_of_peak, synthetic
+from tools.profiler.training import Model
 from training.options import make_sizes, parse_arguments
 
 
@@ -166,7 +165,7 @@ def test_the_profilers_net_compiles_as_train_py_does(monkeypatch: pytest.MonkeyP
 
 
 def test_no_gpu_row_without_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    import gpu_check
+    from tools import gpu_check
 
     monkeypatch.setattr(sys, "argv", ["gpu_check.py", "--device", "cpu"])
     with pytest.raises(UserError, match="give another --results"):

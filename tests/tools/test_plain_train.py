@@ -11,12 +11,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from peers import plain_pictures, plain_train
 from PIL import Image
 
 from model import ARCHS
 from pipeline.errors import UserError
 from tests.helpers import picture
+from tools.peers import plain_pictures, plain_train
 from training.metrics import read_metrics
 from training.options import make_schedule, parse_arguments
 

@@ -14,22 +14,22 @@ from pathlib import Path
 from typing import Any
 
 import jsonschema
-import profile_pipeline
 import pytest
 import torch
-from profiling import profile as profiling
-from profiling.html import html
-from profiling.planted import Planted
-from profiling.profile import Options, profile
-from profiling.table import sections, table
 
 from pipeline.errors import UserError
 from pipeline.geometry import ScaleJitter
 from pipeline.picture import Decoder
 from pipeline.spec import LoaderSpec
 from tests.helpers import ROOT, run_script, without_progress
+from tools import profile_pipeline
+from tools.profiler import profile as profiling
+from tools.profiler.html import html
+from tools.profiler.planted import Planted
+from tools.profiler.profile import Options, profile
+from tools.profiler.table import sections, table
 
-SCHEMA = json.loads((ROOT / "tools" / "profiling" / "schema.json").read_text())
+SCHEMA = json.loads((ROOT / "tools" / "profiler" / "schema.json").read_text())
 DEMAND = 500.0  # images a second
 NEAR = 0.2  # predicted over measured gain, from 1
 

@@ -18,12 +18,9 @@ from typing import Any
 
 import numpy as np
 import pytest
-import report
 import torch
 from matplotlib.colors import to_hex
 from PIL import Image
-from reporting import curves, page, runs, worst
-from reporting.worst import Findings, Mistake
 
 from model import ARCHS, ResNet
 from model.testing import Score
@@ -31,6 +28,9 @@ from model.weights import Recipe, save_weights
 from pipeline.errors import UserError
 from pipeline.shards import Manifest
 from tests.helpers import run_forked
+from tools import report
+from tools.reporting import curves, page, runs, worst
+from tools.reporting.worst import Findings, Mistake
 from training.metrics import COLUMNS
 
 pytestmark = pytest.mark.usefixtures("one_core")

@@ -5,12 +5,12 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from doctoring.lines import Asked, Line
-from doctoring.machine import GB, available_memory, free_disk
 from pipeline import storage
 from pipeline.cache import FREE_SHARE, ShardCache, choose_cache
 from pipeline.errors import UserError
 from pipeline.shards import Manifest
+from tools.doctoring.lines import Asked, Line
+from tools.doctoring.machine import GB, available_memory, free_disk
 
 
 def check(asked: Asked, data: str) -> list[Line]:

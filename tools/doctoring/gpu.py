@@ -7,7 +7,7 @@ import re
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-from doctoring.lines import PACKAGES, Asked, Line, Status, has_gpu, probe, read
+from tools.doctoring.lines import PACKAGES, Asked, Line, Status, has_gpu, probe, read
 
 TORCH = (2, 11)
 # CUDA major version -> the first driver branch that runs its builds, as DALI's installation guide and support matrix say.

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from _path import ROOT
+from tools import ROOT
 
 PACKAGES = "pip install --constraint constraints.txt -e ."
 PROBE_S = 120  # until an import counts as hanging, as on a broken GPU

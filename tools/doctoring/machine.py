@@ -9,7 +9,7 @@ import resource
 import shutil
 from pathlib import Path
 
-from doctoring.lines import Asked, Line, has_gpu, read
+from tools.doctoring.lines import Asked, Line, has_gpu, read
 
 GB, GIB = 10**9, 2**30
 

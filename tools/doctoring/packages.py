@@ -8,7 +8,7 @@ import shutil
 import subprocess
 import sys
 
-from doctoring.lines import PACKAGES, Asked, Line, Status, probe
+from tools.doctoring.lines import PACKAGES, Asked, Line, Status, probe
 
 PYTHONS = ((3, 11), (3, 13))
 

@@ -15,14 +15,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import _path  # noqa: F401
-
-from peers import cuts, data, report
-from peers.contenders import CONTENDERS, Contender
-from peers.job import Job
-from peers.turns import measure
 from pipeline.errors import UserError
 from pipeline.shards import ShardSet
+from tools.peers import cuts, data, report
+from tools.peers.contenders import CONTENDERS, Contender
+from tools.peers.job import Job
+from tools.peers.turns import measure
 
 
 @dataclass(frozen=True)
@@ -45,7 +43,7 @@ class Options:
 
 
 def compare(options: Options) -> dict[str, Any]:
-    """Prepare, measure, write the rows, print the table. Returns what a JSON file is to hold, see `peers.report`."""
+    """Prepare, measure, write the rows, print the table. Returns what a JSON file is to hold, see `tools.peers.report`."""
     chosen = choose(options.only)
     check(options)
     os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: options.threads])  # inherited by every contender

@@ -36,7 +36,7 @@ class Contender:
 
     @property
     def reads_beton(self) -> bool:
-        return self.function.endswith(":ffcv") or self.function.startswith("peers.ffcv:")
+        return self.function.endswith(":ffcv") or self.function.startswith("tools.peers.ffcv:")
 
     @property
     def install(self) -> str:
@@ -51,27 +51,27 @@ _ENGINES = (("cpu", "lossless"), ("cpu", "compact"), ("cpu", "original"), ("dali
 
 
 def _peers(data: str) -> tuple[Contender, ...]:
-    loader, ahead = "peers.torch_loaders", 4  # two workers, two batches each
+    loader, ahead = "tools.peers.torch_loaders", 4  # two workers, two batches each
     return (
-        Contender("dali-plain", data, "peers.dali:plain", _DALI, 2),
-        Contender("dali-resize-crop-mirror", data, "peers.dali:resize_crop_mirror", _DALI, 2),
-        Contender("dali-roi", data, "peers.dali:roi", _DALI, 2),
-        Contender("ffcv-rrc", data, "peers.ffcv:random_resized_crop", _FFCV, 3),
-        Contender("ffcv-jitter", data, "peers.ffcv:scale_jitter", _FFCV, 3),
+        Contender("dali-plain", data, "tools.peers.dali:plain", _DALI, 2),
+        Contender("dali-resize-crop-mirror", data, "tools.peers.dali:resize_crop_mirror", _DALI, 2),
+        Contender("dali-roi", data, "tools.peers.dali:roi", _DALI, 2),
+        Contender("ffcv-rrc", data, "tools.peers.ffcv:random_resized_crop", _FFCV, 3),
+        Contender("ffcv-jitter", data, "tools.peers.ffcv:scale_jitter", _FFCV, 3),
         Contender("webdataset-opencv", data, f"{loader}:webdataset_opencv", ("webdataset", "torch", "opencv-python"), ahead),
         Contender("webdataset-pillow", data, f"{loader}:webdataset_pillow", ("webdataset", "torch", "pillow"), ahead),
         Contender("torch-pillow", data, f"{loader}:files_pillow", ("torch", "webdataset", "pillow"), ahead),
         Contender("torch-vips", data, f"{loader}:files_vips", ("pyvips-binary", "pyvips", "torch", "webdataset"), ahead),
-        Contender("spdl", data, "peers.spdl:threads", ("spdl", "spdl-core", "spdl-io"), 5),
-        Contender("tf-data", data, "peers.tf_data:decode_and_crop", ("tensorflow-cpu", "psutil"), 4),
+        Contender("spdl", data, "tools.peers.spdl:threads", ("spdl", "spdl-core", "spdl-io"), 5),
+        Contender("tf-data", data, "tools.peers.tf_data:decode_and_crop", ("tensorflow-cpu", "psutil"), 4),
     )
 
 
 def _ours() -> Iterator[Contender]:
     for engine, data in _ENGINES:
-        yield Contender(f"cropfeed-{engine}-{data}", data, f"peers.ours:{engine}", _OURS, 4, "ours")
+        yield Contender(f"cropfeed-{engine}-{data}", data, f"tools.peers.ours:{engine}", _OURS, 4, "ours")
     for data in ("lossless", "compact"):
-        yield Contender(DECODE, data, "peers.cuts:decode", ("simplejpeg",), 0, "decode")
+        yield Contender(DECODE, data, "tools.peers.cuts:decode", ("simplejpeg",), 0, "decode")
 
 
 CONTENDERS = (*_peers("original"), *_peers("500"), *_ours())

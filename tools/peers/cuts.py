@@ -9,16 +9,15 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import _path  # noqa: F401
 import numpy as np
 import numpy.typing as npt
 import simplejpeg
-from page_cache import drop_pages
 
-from peers.job import Job
 from pipeline import plan
 from pipeline.region import APP11, MAGIC, Bytes, cut
 from pipeline.shards import ShardSet
+from tools.page_cache import drop_pages
+from tools.peers.job import Job
 
 EPOCHS = 3  # whose draws are cut: more kinds of crops than images
 PAGE = mmap.PAGESIZE

@@ -16,7 +16,7 @@ import numpy as np
 import nvidia.dali.math as dmath
 from nvidia.dali import fn, pipeline_def, types
 
-from peers.job import Job
+from tools.peers.job import Job
 
 AHEAD = 2  # batches that DALI makes in advance
 Graph = Callable[[Any, Job], Any]  # encoded images -> crops

@@ -15,8 +15,6 @@ from collections.abc import Callable
 from contextlib import redirect_stdout
 from pathlib import Path
 
-import _path  # noqa: F401
-import make_shards
 import numpy as np
 import simplejpeg
 from PIL import Image
@@ -26,6 +24,7 @@ from conversion import betons
 from pipeline.errors import UserError
 from pipeline.region import Bytes
 from pipeline.shards import ShardSet
+from tools import make_shards
 
 KINDS = ("original", "500", "lossless", "compact")
 LONGEST, QUALITY = 500, 90  # what ffcv-imagenet's published results use

@@ -16,7 +16,7 @@ from ffcv.fields.rgb_image import RandomResizedCropRGBImageDecoder, ResizedCropR
 from ffcv.loader import Loader, OrderOption
 from ffcv.transforms import NormalizeImage, RandomHorizontalFlip, Squeeze, ToTensor
 
-from peers.job import Job
+from tools.peers.job import Job
 
 
 def random_resized_crop(job: Job) -> Iterator[tuple[Any, Any]]:

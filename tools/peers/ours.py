@@ -6,13 +6,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import _path  # noqa: F401
 import torch
 
-from peers.job import Job
 from pipeline import open_loader
 from pipeline.geometry import ScaleJitter
 from pipeline.spec import LoaderSpec
+from tools.peers.job import Job
 
 
 def cpu(job: Job) -> Iterator[tuple[Any, Any]]:

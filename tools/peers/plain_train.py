@@ -1,6 +1,6 @@
 """The training script that people write: PyTorch's DataLoader over a folder of images, Pillow behind it, and a loop.
 
-    cd tools && python -m peers.plain_train --data IMAGES --output RUN --arch resnet18 --epochs 16
+    cd tools && python -m tools.peers.plain_train --data IMAGES --output RUN --arch resnet18 --epochs 16
 
 For bench_accuracy.py, which gives it the hyper-parameters of one of train.py's recipes; options have train.py's names. Without
 further ones it is what most scripts are: float32, contiguous layout, the final picture size throughout. --precision,
@@ -24,7 +24,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import _path  # noqa: F401
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -33,9 +32,17 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from model import ARCHS
-from peers.plain_pictures import ImageFolder, Transform, jitter, resized_crop, to_tensor, training_transform, validation_transform
 from pipeline.errors import Parser, UserError, positive, run_cli
 from pipeline.plan import EVAL_SHORT, SCALE, short_at
+from tools.peers.plain_pictures import (
+    ImageFolder,
+    Transform,
+    jitter,
+    resized_crop,
+    to_tensor,
+    training_transform,
+    validation_transform,
+)
 from training.metrics import MetricsFile
 from training.options import make_sizes
 

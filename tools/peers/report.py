@@ -17,10 +17,10 @@ from statistics import median
 from typing import Any
 
 import numpy as np
-from recording import Figure, record
 
-from peers.cuts import Touched
-from peers.turns import Result
+from tools.peers.cuts import Touched
+from tools.peers.turns import Result
+from tools.recording import Figure, record
 
 CACHE = "warm"
 COLUMNS = f"{'':30}{'images/s':>9}  {'low to high':15}{'CPU ms':>8}{'× fastest peer':>16}{'× decoding':>12}"

@@ -9,13 +9,12 @@ import signal
 import subprocess
 import tempfile
 from contextlib import suppress
-from pathlib import Path
 from typing import Any
 
-from peers.contenders import Contender
-from peers.job import Job
+from tools import ROOT
+from tools.peers.contenders import Contender
+from tools.peers.job import Job
 
-TOOLS = Path(__file__).resolve().parents[1]
 OPENING = 120.0  # seconds at most to import, compile and run an epoch
 PATIENCE = 60.0  # seconds at most beyond those that a run is asked to take
 WARM = 1.0  # seconds at least of warming up
@@ -33,10 +32,10 @@ class Runner:
         self.versions = ""
         self._log = tempfile.TemporaryFile()  # noqa: SIM115 - closed in `close`
         self._connection, other = multiprocessing.Pipe()
-        path = os.pathsep.join(filter(None, [str(TOOLS), os.environ.get("PYTHONPATH")]))
+        path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
         try:
             self._process = subprocess.Popen(
-                [python, "-m", "peers.worker", str(other.fileno())],
+                [python, "-m", "tools.peers.worker", str(other.fileno())],
                 pass_fds=[other.fileno()],
                 env=os.environ | {"PYTHONPATH": path},
                 stdin=subprocess.DEVNULL,

@@ -16,7 +16,7 @@ import numpy as np
 import spdl.io
 from spdl.pipeline import PipelineBuilder
 
-from peers.job import Job, draw
+from tools.peers.job import Job, draw
 
 SINK = 2  # batches in the sink
 

@@ -14,7 +14,7 @@ from typing import Any
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 import tensorflow as tf
 
-from peers.job import Job
+from tools.peers.job import Job
 
 
 def decode_and_crop(job: Job) -> Iterator[tuple[Any, Any]]:

@@ -28,7 +28,7 @@ import webdataset as wds
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
-from peers.job import Job, Window, draw
+from tools.peers.job import Job, Window, draw
 
 PREFETCH = 2  # batches that each worker makes in advance, the default
 Pixels = npt.NDArray[np.uint8]  # (size, size, 3)

@@ -10,9 +10,9 @@ from dataclasses import dataclass, field
 
 from tqdm import tqdm
 
-from peers.contenders import Contender
-from peers.job import Job
-from peers.runner import ContenderError, Runner
+from tools.peers.contenders import Contender
+from tools.peers.job import Job
+from tools.peers.runner import ContenderError, Runner
 
 
 @dataclass

@@ -1,4 +1,4 @@
-"""The process of one contender: python -m peers.worker FD
+"""The process of one contender: python -m tools.peers.worker FD
 
 Its other end is runner.py, which sends JSON orders through the socket FD and gets one JSON answer to each:
 
@@ -26,7 +26,7 @@ from importlib.metadata import PackageNotFoundError, version
 from multiprocessing.connection import Connection
 from typing import Any
 
-from peers.job import Job
+from tools.peers.job import Job
 
 RESTING = 0.2  # seconds in which a process at rest uses no CPU time that its clock (of 10 ms) shows
 PR_SET_PDEATHSIG = 1  # linux/prctl.h

@@ -18,7 +18,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from reporting.runs import Floats, Run, time_weights
+from tools.reporting.runs import Floats, Run, time_weights
 
 # (on a light page, on a dark one)
 COLOURS = (

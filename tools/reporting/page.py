@@ -8,13 +8,13 @@ from html import escape
 from typing import Any
 
 import torch
-from pages import cell, page, picture
-from profiling.figures import DASH, share, speed, three_digits
 
 from model.testing import Score
-from reporting.curves import COLOURS, DASHES, Chart, colour
-from reporting.runs import Run, Summary, first_at, summary
-from reporting.worst import Findings, Mistake
+from tools.pages import cell, page, picture
+from tools.profiler.figures import DASH, share, speed, three_digits
+from tools.reporting.curves import COLOURS, DASHES, Chart, colour
+from tools.reporting.runs import Run, Summary, first_at, summary
+from tools.reporting.worst import Findings, Mistake
 
 WHOLE = 20  # classes up to which the whole confusion matrix is shown
 PAIRS = 20  # of classes confused most, where there are more

@@ -12,7 +12,6 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 import torch
-from evaluate import open_pictures
 from PIL import Image
 from tqdm import tqdm
 
@@ -23,7 +22,8 @@ from pipeline.errors import UserError
 from pipeline.several import Looks
 from pipeline.shards import Manifest, ShardSet
 from pipeline.spec import PRECISIONS, check_device
-from reporting.runs import Run
+from tools.evaluate import open_pictures
+from tools.reporting.runs import Run
 
 QUALITY = 85  # of the pictures, as JPEG
 

@@ -6,7 +6,7 @@ import textwrap
 from collections.abc import Iterator
 from typing import Any
 
-from profiling.figures import (
+from tools.profiler.figures import (
     DASH,
     Row,
     Section,

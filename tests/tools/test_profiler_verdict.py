@@ -8,15 +8,15 @@ from typing import Any
 
 import pytest
 import torch
-from profiling.loaders import Feed
-from profiling.measuring import Estimate, Usage
-from profiling.remedies import Converted, Remedy, Situation, compute_remedies, nearest, remedies
-from profiling.stages import Measured, Stages
-from profiling.storage import Ceiling
-from profiling.training import Emulated, Training, Window
-from profiling.verdict import Verdict, ceilings, judge, limit_of
 
 from pipeline.spec import LoaderSpec
+from tools.profiler.loaders import Feed
+from tools.profiler.measuring import Estimate, Usage
+from tools.profiler.remedies import Converted, Remedy, Situation, compute_remedies, nearest, remedies
+from tools.profiler.stages import Measured, Stages
+from tools.profiler.storage import Ceiling
+from tools.profiler.training import Emulated, Training, Window
+from tools.profiler.verdict import Verdict, ceilings, judge, limit_of
 
 JITTER = (0.99, 1.0, 1.01)  # of the repeats
 SPEC = LoaderSpec("shards", engine="cpu", threads=1, prefetch=2)

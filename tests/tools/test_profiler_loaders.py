@@ -13,17 +13,17 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from profiling import loaders, measuring
-from profiling import training as trainings
-from profiling.loaders import Feed, Opened, grid, measure_feeds
-from profiling.measuring import Estimate, Usage
-from profiling.training import Emulated, Model, Training, measure_training, run_alone, run_window
 
 from pipeline.errors import UserError
 from pipeline.geometry import ScaleJitter
 from pipeline.loader import Batch, Loader
 from pipeline.spec import LoaderSpec
 from tests.helpers import FakeTime
+from tools.profiler import loaders, measuring
+from tools.profiler import training as trainings
+from tools.profiler.loaders import Feed, Opened, grid, measure_feeds
+from tools.profiler.measuring import Estimate, Usage
+from tools.profiler.training import Emulated, Model, Training, measure_training, run_alone, run_window
 from training import metrics
 
 

@@ -18,7 +18,7 @@ from typing import Any
 from unittest.mock import patch
 
 from pipeline.shards import ShardSet
-from profiling import storage
+from tools.profiler import storage
 
 KINDS = ("reader", "model", "threads")
 

@@ -7,12 +7,11 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from pages import cell, page, picture
-
 from pipeline import storage
 from pipeline.errors import UserError
-from profiling.figures import Row, Section, gain, gain_interval, interval, share, speed
-from profiling.table import sections
+from tools.pages import cell, page, picture
+from tools.profiler.figures import Row, Section, gain, gain_interval, interval, share, speed
+from tools.profiler.table import sections
 
 Profile = dict[str, Any]
 TAGS = {"input": "INPUT-BOUND", "compute": "COMPUTE-BOUND", "balanced": "BALANCED"}
@@ -138,7 +137,7 @@ def line(row: Row, section: Section, width: int) -> str:
 def write_report(profile: Profile, folder: Path) -> Path:
     """Write folder/report.html and its charts as PNGs, none of them by halves; returns the report's path."""
     try:
-        from profiling import charts
+        from tools.profiler import charts
     except ImportError as error:
         raise UserError(f"{folder}: matplotlib is not installed; pip install -e '.[dev]', or do without --report") from error
     pngs = charts.draw(profile)

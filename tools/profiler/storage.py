@@ -10,11 +10,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from page_cache import drop_pages
 
 from pipeline.shards import ShardSet
 from pipeline.spec import LoaderSpec
-from profiling.measuring import Estimate, in_turns
+from tools.page_cache import drop_pages
+from tools.profiler.measuring import Estimate, in_turns
 
 PIECE = 4 << 20  # bytes read at once
 STREAMS = (1, 4, 16)

@@ -11,7 +11,7 @@ from statistics import median
 from tqdm import tqdm
 
 from pipeline.spec import LoaderSpec
-from profiling.loaders import Opened, run
+from tools.profiler.loaders import Opened, run
 
 BUDGET = 45.0  # seconds, openings included
 TURN = 0.3  # seconds

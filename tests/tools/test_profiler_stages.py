@@ -16,9 +16,6 @@ import numpy.typing as npt
 import pytest
 import simplejpeg
 import torch
-from peers import data
-from profiling import stages
-from profiling.stages import Measured, Samples, measure_stages, speed
 
 from pipeline import open_loader
 from pipeline.errors import UserError
@@ -26,6 +23,9 @@ from pipeline.geometry import Geometry, PaddedCrop, ScaleJitter
 from pipeline.shards import ShardSet
 from pipeline.spec import LoaderSpec
 from tests.helpers import open_image
+from tools.peers import data
+from tools.profiler import stages
+from tools.profiler.stages import Measured, Samples, measure_stages, speed
 
 SIZE = 32
 STORED_AS = {torch.uint8: np.uint8, torch.float32: np.float32, torch.bfloat16: np.uint16}

@@ -17,9 +17,9 @@ from matplotlib.patches import Rectangle
 from matplotlib.text import Text
 from matplotlib.transforms import Bbox
 from PIL import Image
-from profiling import charts
 
 from tests.tools.profiles import EXAMPLES, Profile, far_apart, input_bound, no_demand, on_a_gpu
+from tools.profiler import charts
 
 
 @pytest.mark.parametrize("example", EXAMPLES)

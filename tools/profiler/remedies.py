@@ -13,10 +13,10 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from pipeline.spec import LoaderSpec
-from profiling.loaders import Feed
-from profiling.stages import Stages
-from profiling.storage import MEMORY
-from profiling.training import Training
+from tools.profiler.loaders import Feed
+from tools.profiler.stages import Stages
+from tools.profiler.storage import MEMORY
+from tools.profiler.training import Training
 
 # The nearest first: an option, another engine, a copy in memory, other shards, another machine.
 ORDER = ("threads", "prefetch", "engine", "cache", "profile", "machine")

@@ -11,9 +11,6 @@ from pathlib import Path
 
 import jsonschema
 import pytest
-from profiling import figures
-from profiling.html import html, write_report
-from profiling.table import WIDTH, table
 
 from pipeline.errors import UserError
 from tests.tools.profiles import (
@@ -31,8 +28,11 @@ from tests.tools.profiles import (
     throttled,
     tuned,
 )
+from tools.profiler import figures
+from tools.profiler.html import html, write_report
+from tools.profiler.table import WIDTH, table
 
-SCHEMA = json.loads((Path(__file__).parents[2] / "tools" / "profiling" / "schema.json").read_text())
+SCHEMA = json.loads((Path(__file__).parents[2] / "tools" / "profiler" / "schema.json").read_text())
 HOSTILE = "/data/<script>alert(1)</script> & \"shards\" 'x'"
 
 
@@ -294,8 +294,8 @@ def test_folder_that_cannot_be_written_is_named(tmp_path: Path) -> None:
 
 
 def test_report_without_matplotlib_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delitem(sys.modules, "profiling.charts")
-    monkeypatch.delattr("profiling.charts", raising=False)
+    monkeypatch.delitem(sys.modules, "tools.profiler.charts")
+    monkeypatch.delattr("tools.profiler.charts", raising=False)
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     with pytest.raises(UserError, match=r"matplotlib is not installed; pip install -e '\.\[dev\]'"):
         write_report(input_bound(), tmp_path / "out")

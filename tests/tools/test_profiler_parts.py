@@ -11,12 +11,12 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from profiling import storage
-from profiling.planted import Planted, Throttle, slow_reader
 
 from pipeline.errors import UserError
 from pipeline.shards import ShardSet
 from pipeline.spec import LoaderSpec
+from tools.profiler import storage
+from tools.profiler.planted import Planted, Throttle, slow_reader
 
 # --- Planted faults
 

@@ -20,8 +20,8 @@ from tqdm import tqdm
 from model import ARCHS
 from pipeline.loader import Batch
 from pipeline.spec import PRECISIONS, LoaderSpec
-from profiling.loaders import Opened, synchronise
-from profiling.measuring import Estimate, Usage, in_turns, usage
+from tools.profiler.loaders import Opened, synchronise
+from tools.profiler.measuring import Estimate, Usage, in_turns, usage
 from training.compiling import compiled
 from training.metrics import Clock
 from training.optimizers import make_optimizer

@@ -17,7 +17,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
-from profiling.figures import at_threads, count, loader_milliseconds, milliseconds, seconds, share, speed
+from tools.profiler.figures import at_threads, count, loader_milliseconds, milliseconds, seconds, share, speed
 
 Profile = dict[str, Any]
 INK, GREY, PALE = "#1f2933", "#6b7680", "#d5dade"

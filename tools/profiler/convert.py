@@ -7,12 +7,12 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
-from peers import data
 
 from pipeline.shards import ShardSet
 from pipeline.spec import LoaderSpec
-from profiling.remedies import Converted
-from profiling.stages import Stages, measure_warm
+from tools.peers import data
+from tools.profiler.remedies import Converted
+from tools.profiler.stages import Stages, measure_warm
 
 IMAGES = 256  # converted, evenly spread over the split
 

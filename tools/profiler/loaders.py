@@ -10,15 +10,15 @@ from statistics import mean
 from typing import Any
 
 import torch
-from page_cache import drop_pages
 from tqdm import tqdm
 
 from pipeline import open_loader
 from pipeline.errors import UserError
 from pipeline.loader import Batch, Loader
 from pipeline.spec import LoaderSpec
-from profiling.measuring import Estimate, Usage, in_turns, usage
-from profiling.storage import local_files
+from tools.page_cache import drop_pages
+from tools.profiler.measuring import Estimate, Usage, in_turns, usage
+from tools.profiler.storage import local_files
 
 
 @dataclass

@@ -9,14 +9,14 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import pytest
-from profiling import tune as tuning
-from profiling.ahead import Host, plan_ahead
-from profiling.measuring import Usage
-from profiling.tune import tune
 
 from pipeline.errors import UserError
 from pipeline.spec import LoaderSpec
 from tests.helpers import FakeTime
+from tools.profiler import tune as tuning
+from tools.profiler.ahead import Host, plan_ahead
+from tools.profiler.measuring import Usage
+from tools.profiler.tune import tune
 
 # --- Planning ahead
 

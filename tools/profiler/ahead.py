@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from profiling.figures import amount, count, speed
+from tools.profiler.figures import amount, count, speed
 
 GRADIENT_BYTES = 4  # of a parameter's gradient, float32
 

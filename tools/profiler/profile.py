@@ -13,26 +13,25 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from doctoring.machine import available_memory
-from peers import data as images
-
 from model import ARCHS
 from pipeline import choose_engine, storage
 from pipeline.errors import UserError
 from pipeline.shards import ShardSet
 from pipeline.spec import LoaderSpec
-from profiling import verdict
-from profiling.ahead import Host, plan_ahead
-from profiling.apply import apply
-from profiling.convert import convert_sample
-from profiling.loaders import Feed, grid, measure_feeds
-from profiling.measuring import cores
-from profiling.planted import Planted, slow_reader
-from profiling.remedies import Situation
-from profiling.stages import Stages, measure_stages
-from profiling.storage import MEMORY, Ceiling, cached_read_ms, local_files, read_ceiling
-from profiling.training import Consumer, Emulated, Model, Training, measure_training
-from profiling.tune import tune
+from tools.doctoring.machine import available_memory
+from tools.peers import data as images
+from tools.profiler import verdict
+from tools.profiler.ahead import Host, plan_ahead
+from tools.profiler.apply import apply
+from tools.profiler.convert import convert_sample
+from tools.profiler.loaders import Feed, grid, measure_feeds
+from tools.profiler.measuring import cores
+from tools.profiler.planted import Planted, slow_reader
+from tools.profiler.remedies import Situation
+from tools.profiler.stages import Stages, measure_stages
+from tools.profiler.storage import MEMORY, Ceiling, cached_read_ms, local_files, read_ceiling
+from tools.profiler.training import Consumer, Emulated, Model, Training, measure_training
+from tools.profiler.tune import tune
 from training import tuned
 from training.provenance import commit, hardware, versions
 

@@ -24,7 +24,6 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from numba import njit
-from page_cache import drop_pages
 
 from pipeline.augment import lighting, translate
 from pipeline.engines.cpu import CpuLoader
@@ -34,8 +33,9 @@ from pipeline.picture import CorruptImageError, Decoder, cut_windows, resample_w
 from pipeline.shards import ShardSet
 from pipeline.spec import LoaderSpec
 from pipeline.tail import STORED
-from profiling.measuring import Estimate, in_turns
-from profiling.storage import local_files, storage_bytes
+from tools.page_cache import drop_pages
+from tools.profiler.measuring import Estimate, in_turns
+from tools.profiler.storage import local_files, storage_bytes
 
 SAMPLES = 256  # whose decoded pixels, about 60 MB, are kept for the stages behind decoding
 PAGE = 4096

@@ -7,9 +7,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from profiling.figures import bytes_rate, gain, milliseconds, share, size, speed
-from profiling.remedies import Remedy, Situation, compute_remedies, nearest, remedies
-from profiling.storage import Ceiling
+from tools.profiler.figures import bytes_rate, gain, milliseconds, share, size, speed
+from tools.profiler.remedies import Remedy, Situation, compute_remedies, nearest, remedies
+from tools.profiler.storage import Ceiling
 
 WAITING = 0.05  # share of training's time spent waiting from which the input is the limit; train.py speaks up at the same
 AMPLE = 1.2  # times the demand that the loader gives from which the input has room to spare

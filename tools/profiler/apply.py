@@ -11,12 +11,12 @@ from typing import Any
 from pipeline.errors import UserError
 from pipeline.shards import ShardSet
 from pipeline.spec import LoaderSpec
-from profiling.loaders import measure_feeds
-from profiling.measuring import Estimate
-from profiling.remedies import Remedy, Situation
-from profiling.storage import MEMORY
-from profiling.training import Consumer, measure_training
-from profiling.verdict import Verdict
+from tools.profiler.loaders import measure_feeds
+from tools.profiler.measuring import Estimate
+from tools.profiler.remedies import Remedy, Situation
+from tools.profiler.storage import MEMORY
+from tools.profiler.training import Consumer, measure_training
+from tools.profiler.verdict import Verdict
 
 MOST_COPIED = 8 << 30  # bytes of shards that are copied to memory for a try
 

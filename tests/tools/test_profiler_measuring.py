@@ -14,7 +14,8 @@ from typing import Any
 import pytest
 import scipy.stats
 import torch
-from profiling.measuring import Estimate, GpuSampler, cores, cpu_seconds, in_turns, usage
+
+from tools.profiler.measuring import Estimate, GpuSampler, cores, cpu_seconds, in_turns, usage
 
 # --- Intervals and turns
 
