@@ -80,7 +80,7 @@ def test_padded_crops_of_a_cifar_net_by_its_recipe(small_shards: Path, tmp_path:
     assert recipe is not None
     assert (recipe.arch, recipe.image_size, recipe.eval_short) == ("resnet20", 32, 32)
     assert run_forked("tools/plot_run.py", run, "--data", small_shards).returncode == 0
-    assert run_forked("tools/record_run.py", run, "--results", tmp_path / "rows.csv").returncode == 0
+    assert run_forked("tools/bench/record_run.py", run, "--results", tmp_path / "rows.csv").returncode == 0
     assert "resnet20 at 32, crops of the padded image, 8 iterations" in (tmp_path / "rows.csv").read_text()
 
 
@@ -138,7 +138,7 @@ def test_blocks_random_resized_crops_and_a_corrupt_image(small_shards: Path, tmp
     assert result.stderr.count(": cannot be decoded (") == 1
     assert json.loads((run / "config.json").read_text())["arguments"]["scale"] is None
     assert run_forked("tools/plot_run.py", run, "--data", small_shards).returncode == 0
-    assert run_forked("tools/record_run.py", run, "--results", tmp_path / "rows.csv").returncode == 0
+    assert run_forked("tools/bench/record_run.py", run, "--results", tmp_path / "rows.csv").returncode == 0
     assert "random resized crops" in (tmp_path / "rows.csv").read_text()
     stopping = run_forked("train.py", *options[:2], "--output", tmp_path / "other", *options[4:], "--corrupt", "stop")
     assert_refused(without_progress(stopping), f"{shards.where(7)}: cannot be decoded", "make the shards again")

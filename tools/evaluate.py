@@ -38,7 +38,7 @@ from pipeline.errors import Parser, UserError, positive, run_cli
 from pipeline.several import Look, Looks, Several
 from pipeline.shards import Manifest
 from pipeline.spec import PRECISIONS, LoaderSpec
-from tools.recording import Figure, record
+from tools.bench.recording import Figure, record
 from training.launch import core_share
 
 
@@ -57,7 +57,7 @@ def parser() -> Parser:
     parser.add_argument("--shares", nargs="+", type=float, help="each member's weight in the ensemble, in their order (1 each)")
     parser.add_argument("--save", help="write the predictions there, a .npz file")
     parser.add_argument("--json", type=Path, help="write top1, top5 and images there, and those of all schemes and members")
-    parser.add_argument("--results", type=Path, help="append a row for each figure there, as tools/results/ has them")
+    parser.add_argument("--results", type=Path, help="append a row for each figure there, as tools/bench/results/ has them")
     parser.add_argument("--per-class", type=Path, help="write a CSV with a row a class there, of the first scheme")
     parser.add_argument("--confusion", type=Path, help="write the confusion matrix as CSV there, of the first scheme")
     parser.add_argument("--arch", help="for weights that do not name it: " + ", ".join(ARCHS))

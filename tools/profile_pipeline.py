@@ -13,7 +13,7 @@ folder. The answer is a paragraph and tables; --json FILE writes all figures (to
 --report FOLDER a page for people, report.html, with its pictures.
 
 --compare: IMAGES (by default DATA's) is a folder of class folders of JPEGs, or a tar of one. Every contender makes the same
-batches from the same images on the same cores (see tools/peers/compare.py for the method, tools/peers/ for each contender's
+batches from the same images on the same cores (see tools/bench/peers/: compare.py for the method, the others for each contender's
 code and settings). It works in a temporary folder of about four times the images' bytes. Contenders whose package is missing
 are named, with what installs it; those that need a Python of their own get it by --python-for (it must hold psutil, too).
 """
@@ -40,9 +40,9 @@ from pipeline.errors import Parser, UserError, positive, run_cli
 from pipeline.geometry import GEOMETRIES, choose_geometry
 from pipeline.spec import PRECISIONS, LoaderSpec
 from tools import ROOT
-from tools.peers.compare import Options as CompareOptions
-from tools.peers.compare import compare
-from tools.peers.data import write_files
+from tools.bench.peers.compare import Options as CompareOptions
+from tools.bench.peers.compare import compare
+from tools.bench.peers.data import write_files
 from tools.profiler.html import write_report
 from tools.profiler.planted import Planted
 from tools.profiler.profile import Options, profile, shards_of
@@ -117,7 +117,7 @@ def parser() -> Parser:
     peers = parser.add_argument_group("comparison")
     peers.add_argument("--compare", nargs="?", const="", metavar="IMAGES", help="measure input pipelines on these images")
     peers.add_argument("--only", nargs="+", default=[], metavar="NAME", help="these contenders; NAME:500 on one kind of data")
-    peers.add_argument("--results", type=Path, default=ROOT / "tools" / "results" / "compare.csv")
+    peers.add_argument("--results", type=Path, default=ROOT / "tools" / "bench" / "results" / "compare.csv")
     peers.add_argument("--out", choices=("uint8", "float32"), default="uint8", help="of batches; float32: mean subtracted")
     peers.add_argument("--python-for", type=python_for, action="append", default=[], metavar="NAME=PYTHON")
     return parser

@@ -121,9 +121,9 @@ def test_pictures_and_records_of_a_run(small_shards: Path, run: Path, tmp_path: 
         pixels = np.asarray(Image.open(run / name).convert("RGB"))
         assert min(pixels.shape[:2]) > 300
         assert len(np.unique(pixels.reshape(-1, 3), axis=0)) > 20
-    assert run_forked("tools/record_run.py", run, "--results", tmp_path / "rows.csv").returncode == 0
+    assert run_forked("tools/bench/record_run.py", run, "--results", tmp_path / "rows.csv").returncode == 0
     rows = {row["metric"]: row for row in csv.DictReader((tmp_path / "rows.csv").open())}
     assert 0 <= float(rows["val_top1"]["value"]) <= 1
     assert "resnet18 at 56" in rows["minutes"]["spec"]
     assert_refused(run_forked("tools/plot_run.py", tmp_path, "--data", small_shards), "no finished run")
-    assert_refused(run_forked("tools/record_run.py", tmp_path), "no finished run")
+    assert_refused(run_forked("tools/bench/record_run.py", tmp_path), "no finished run")

@@ -22,12 +22,12 @@ import simplejpeg
 
 from pipeline.errors import UserError
 from tests.helpers import assert_refused, jpeg, run_script, without_progress, write_image_folder
-from tools.peers import cuts, dali, data, torch_loaders
-from tools.peers.compare import Options, check
-from tools.peers.contenders import CONTENDERS, DECODE, Contender
-from tools.peers.job import Job, draw
-from tools.peers.runner import ContenderError, Runner
-from tools.peers.turns import measure
+from tools.bench.peers import cuts, dali, data, torch_loaders
+from tools.bench.peers.compare import Options, check
+from tools.bench.peers.contenders import CONTENDERS, DECODE, Contender
+from tools.bench.peers.job import Job, draw
+from tools.bench.peers.runner import ContenderError, Runner
+from tools.bench.peers.turns import measure
 
 SIZE, LOW, HIGH = 32, 36, 68
 FIELDS = {"name", "data", "images_per_s", "low", "high", "cpu_ms_per_image", "ratio", "cpu_over_decode", "versions", "error"}
@@ -300,7 +300,7 @@ def test_float32_has_the_mean_subtracted(ramps: Job, name: str) -> None:
 @pytest.mark.skipif(os.environ.get("CROPFEED_WITHOUT") == "ffcv", reason="FFCV is not installed")
 def test_ffcv_makes_the_crops_it_claims(ramps: Job) -> None:
     """Its generator of crops, uncompiled; that FFCV compiles it is the other half."""
-    from tools.peers.ffcv import jitter_crop
+    from tools.bench.peers.ffcv import jitter_crop
 
     found = np.array([jitter_crop(HEIGHT, WIDTH, ramps.scale, (SIZE, SIZE)) for _ in range(192)], float)
     top, left, height, width = found.T

@@ -10,7 +10,7 @@ import numpy as np
 
 from pipeline.shards import ShardSet
 from pipeline.spec import LoaderSpec
-from tools.peers import data
+from tools.bench.peers import data
 from tools.profiler.remedies import Converted
 from tools.profiler.stages import Stages, measure_warm
 

@@ -16,8 +16,8 @@ from pipeline import open_loader
 from pipeline.errors import UserError
 from pipeline.loader import Batch, Loader
 from pipeline.spec import LoaderSpec
-from tools.page_cache import drop_pages
 from tools.profiler.measuring import Estimate, Usage, in_turns, usage
+from tools.profiler.page_cache import drop_pages
 from tools.profiler.storage import local_files
 
 

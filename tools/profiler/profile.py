@@ -18,8 +18,8 @@ from pipeline import choose_engine, storage
 from pipeline.errors import UserError
 from pipeline.shards import ShardSet
 from pipeline.spec import LoaderSpec
+from tools.bench.peers import data as images
 from tools.doctoring.machine import available_memory
-from tools.peers import data as images
 from tools.profiler import verdict
 from tools.profiler.ahead import Host, plan_ahead
 from tools.profiler.apply import apply

@@ -33,8 +33,8 @@ from pipeline.picture import CorruptImageError, Decoder, cut_windows, resample_w
 from pipeline.shards import ShardSet
 from pipeline.spec import LoaderSpec
 from pipeline.tail import STORED
-from tools.page_cache import drop_pages
 from tools.profiler.measuring import Estimate, in_turns
+from tools.profiler.page_cache import drop_pages
 from tools.profiler.storage import local_files, storage_bytes
 
 SAMPLES = 256  # whose decoded pixels, about 60 MB, are kept for the stages behind decoding

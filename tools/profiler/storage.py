@@ -13,8 +13,8 @@ import numpy as np
 
 from pipeline.shards import ShardSet
 from pipeline.spec import LoaderSpec
-from tools.page_cache import drop_pages
 from tools.profiler.measuring import Estimate, in_turns
+from tools.profiler.page_cache import drop_pages
 
 PIECE = 4 << 20  # bytes read at once
 STREAMS = (1, 4, 16)

@@ -1,0 +1,87 @@
+"""What version 0.1 (commit e2283d1) made is made the same, or read, by this version: shards, FFCV files, draws, a checkpoint.
+
+images/ was converted and trained on by that commit; expected.json has the SHA-256 of each file it wrote, and what its
+train.py did when it resumed run.tar.gz (whose weights were thinned out, to keep the file small).
+"""
+
+from __future__ import annotations
+
+import ast
+import csv
+import hashlib
+import json
+import os
+import tarfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from tests.helpers import run_forked, run_script
+
+HERE = Path(__file__).parent
+EXPECTED: dict[str, Any] = json.loads((HERE / "expected.json").read_text())
+HAS_FFCV = "ffcv" not in os.environ.get("CROPFEED_WITHOUT", "").split(",")
+
+
+def convert(out: Path, profile: str) -> Path:
+    file_format = "both" if HAS_FFCV else "webdataset"
+    result = run_script(
+        "tools/make_shards.py", HERE / "images", "--out", out, "--profile", profile, "--shard-size", 8, "--workers", 1,
+        "--format", file_format, "--ffcv-mode", "jpg" if profile == "original" else "region",
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    return out
+
+
+@pytest.fixture(scope="module")
+def lossless(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return convert(tmp_path_factory.mktemp("compatibility") / "data", "lossless")
+
+
+def assert_same_files(out: Path, profile: str) -> None:
+    for name, digest in EXPECTED["files"][profile].items():
+        if HAS_FFCV or not name.endswith(".beton"):
+            assert hashlib.sha256((out / name).read_bytes()).hexdigest() == digest, name
+
+
+@pytest.mark.parametrize("profile", ["compact", "original"])
+def test_shards_have_the_same_bytes(profile: str, tmp_path: Path) -> None:
+    assert_same_files(convert(tmp_path / "data", profile), profile)
+
+
+def test_lossless_shards_and_their_manifest_are_the_same(lossless: Path) -> None:
+    assert_same_files(lossless, "lossless")
+    found, expected = (json.loads(path.read_text()) for path in (lossless / "manifest.json", HERE / "manifest.json"))
+    statistics, before = found.pop("statistics"), expected.pop("statistics")
+    if not HAS_FFCV:
+        for split in expected["splits"].values():
+            del split["beton"]
+    assert found == expected
+    assert list(statistics) == list(before)
+    for name in ("channel_mean", "rgb_covariance", "eigenvalues", "eigenvectors"):
+        np.testing.assert_allclose(statistics[name], before[name], atol=1e-9)  # LAPACK's last bits depend on the processor
+    assert statistics["mean_image_sha256"] == before["mean_image_sha256"]
+
+
+def test_a_checkpoint_goes_on_with_the_same_samples_draws_and_losses(lossless: Path, tmp_path: Path) -> None:
+    with tarfile.open(HERE / "run.tar.gz") as tar:
+        tar.extractall(tmp_path, filter="data")
+    result = run_forked(
+        "tests/traced_train.py", "--data", lossless, "--output", tmp_path / "run", "--resume", "--arch", "resnet20",
+        "--epochs", 3, "--batch-size", 4, "--image-size", 32, "--scale", 36, 68, "--lr", 0.01, "--threads", 1, "--log-every", 1,
+        "--checkpoint-every", 20, "--ema", 0.9, "--mixup", 0.2, "--drop-path", 0.1, "--order", "blocks", "--block-shards", 2,
+        "--trackers", "none", TRACE=str(tmp_path / "trace"),
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    (trace,) = tmp_path.glob("trace.*")
+    batches = [json.loads(line) for line in trace.read_text().splitlines()]
+    assert [batch["ids"] for batch in batches] == [batch["ids"] for batch in EXPECTED["trace"]]
+    for batch, before in zip(batches, EXPECTED["trace"], strict=True):
+        for drawn, expected in zip(batch["draws"], before["draws"], strict=True):
+            np.testing.assert_allclose([ast.literal_eval(value) for value in drawn], [ast.literal_eval(v) for v in expected])
+    with (tmp_path / "run" / "metrics.csv").open() as stream:
+        rows = [[float(row[name] or 0) for name in ("step", "lr", "train_loss", "val_top1")] for row in csv.DictReader(stream)]
+    resumed = [row for row in rows if row[0] > 5]
+    assert resumed == [pytest.approx(row, rel=0.02, abs=1e-6) for row in EXPECTED["metrics"]]

@@ -1,0 +1,110 @@
+"""Is a conversion safe to kill anywhere? python tools/bench/bench_kills.py IMAGES --kills 100
+
+Converts IMAGES (whatever make_shards.py takes) once undisturbed, then again with its whole process group killed by SIGKILL so
+many times: each after a random number of further shards (none: while it starts) and a random moment more, so that the kills
+spread over the whole conversion; the last ones fall while the data set is completed. After each kill, all that a reader could see
+must be finished files, equal to the undisturbed run's; in the end all must be there.
+A row goes to tools/bench/results/kills.csv.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import _path  # noqa: F401
+import numpy as np
+from tqdm import tqdm
+
+from pipeline.errors import Parser, UserError, positive, run_cli
+from tools import ROOT
+from tools.bench.recording import Figure, record
+
+STARTING, WORKING = 1.5, 0.02  # seconds: the longest random moment where no shard is waited for, and after the last of them
+
+
+def digests(folder: Path) -> dict[str, str]:
+    """What a reader sees: name -> SHA-256 of every file, hidden ones and the converter's own records left out."""
+    return {
+        str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in folder.rglob("*")
+        if path.is_file() and not path.name.startswith(".") and path.relative_to(folder).parts[0] != "conversion"
+    }
+
+
+def start(images: Path, out: Path, shard_size: int) -> subprocess.Popen[bytes]:
+    script = ROOT / "tools" / "make_shards.py"
+    command = [sys.executable, str(script), str(images), "--out", str(out), "--shard-size", str(shard_size)]
+    return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
+
+
+def finished(out: Path) -> int:
+    return len(list(out.glob("conversion/*.npz")))
+
+
+def kill_at(process: subprocess.Popen[bytes], out: Path, shards: int, wait: float) -> bool:
+    """Kill once so many shards are finished and `wait` seconds are over; False if the conversion ended before."""
+    while finished(out) < shards and process.poll() is None:
+        time.sleep(0.005)
+    deadline = time.monotonic() + wait
+    while time.monotonic() < deadline and process.poll() is None:
+        time.sleep(0.002)
+    if process.poll() is not None:
+        return False
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    return True
+
+
+def check(out: Path, expected: dict[str, str]) -> None:
+    """Raise UserError if a reader of `out` could see anything but finished files."""
+    for name, digest in digests(out).items():
+        if expected.get(name) != digest:
+            raise UserError(f"{out / name}: visible after a kill, and not what an undisturbed run leaves")
+
+
+def main() -> None:
+    parser = Parser(__doc__)
+    parser.add_argument("images", type=Path, metavar="IMAGES")
+    parser.add_argument("--kills", type=positive, default=100)
+    parser.add_argument("--shard-size", type=positive, default=1, help="images in a shard (default: 1)")
+    parser.add_argument("--seed", type=int, default=0, help="of the random moments")
+    parser.add_argument("--results", type=Path, default=ROOT / "tools" / "bench" / "results" / "kills.csv")
+    args = parser.parse_args()
+    rng = np.random.default_rng(args.seed)
+    with tempfile.TemporaryDirectory(prefix="cropfeed-") as name:
+        expected_in, out = Path(name) / "expected", Path(name) / "out"
+        if start(args.images, expected_in, args.shard_size).wait():
+            raise UserError(f"{args.images}: cannot be converted; run make_shards.py on it to see why")
+        expected = digests(expected_in)
+        shards = sum(name.endswith(".tar") for name in expected)
+        gains: list[int] = []  # shards finished before each kill
+        bar = tqdm(total=args.kills, unit=" kills")
+        while len(gains) < args.kills:
+            left, kills_left = shards - finished(out), args.kills - len(gains)
+            further = min(int(rng.uniform(0, 2 * left / kills_left)), left)
+            process = start(args.images, out, args.shard_size)
+            if not kill_at(process, out, shards - left + further, float(rng.uniform(0, WORKING if further else STARTING))):
+                break
+            check(out, expected)
+            gains.append(max(finished(out) - (shards - left), 0))
+            bar.update()
+        bar.close()
+        if start(args.images, out, args.shard_size).wait() or digests(out) != expected:
+            raise UserError("the conversion after the kills is not the undisturbed one")
+    spec = f"{args.images.name}, {shards} shards of {args.shard_size}, {os.cpu_count()} workers"
+    record(
+        args.results, "SIGKILLs survived, all files equal", Figure("kills", [len(gains)]), engine="local", spec=spec, cache="warm"
+    )
+    worked = sum(gain > 0 for gain in gains)
+    record(args.results, "of these, after further shards", Figure("kills", [worked]), engine="local", spec=spec, cache="warm")
+
+
+if __name__ == "__main__":
+    run_cli(main)

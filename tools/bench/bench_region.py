@@ -1,0 +1,251 @@
+"""Region-addressable JPEG on one core: python tools/bench/bench_region.py ORIGINAL LOSSLESS COMPACT
+
+Three folders of shards of the same images, made by make_shards.py with the three profiles. Measures, on training images, with the
+plan's draws of a crop of 224 at S in 256..480:
+
+- decoding the whole image, the region by libjpeg-turbo's own partial decoding, and the region by cutting first. All three by the
+  same libjpeg-turbo with its exact settings (jpeg_decode.c, compiled here), in turns image by image, each image's best of
+  three passes, so that a busy machine harms none more; ratios are taken inside each repeat. Before, it is checked that all three
+  give the same pixels;
+- cutting alone, and writing the format (images/s); the folders' bytes.
+
+The files that can be cut have restart markers, which switch libjpeg-turbo's fast Huffman decoding off: the rows "against
+original" compare with the files as they come. Rows go to tools/bench/results/region.csv.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import subprocess
+import tempfile
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+import _path  # noqa: F401
+import numpy as np
+import numpy.typing as npt
+from tqdm import tqdm
+
+from pipeline import plan
+from pipeline.errors import Parser, UserError, positive, run_cli
+from pipeline.region import Bytes, RegionError, cut
+from pipeline.shards import ShardSet
+from pipeline.transcode import transcode
+from tools import ROOT
+from tools.bench.recording import Figure, record
+
+REPEATS = 5
+PASSES = 3  # over the images in a repeat; the least of an image's times counts
+CHECKED = 50  # images whose pixels are compared before anything is timed
+Regions = npt.NDArray[np.int64]
+INSTALL = "apt-get install gcc libjpeg62-turbo-dev"
+
+
+class Decoder:
+    """libjpeg-turbo, compiled from jpeg_decode.c. One output, kept from call to call: the next call overwrites it."""
+
+    def __init__(self, room: int) -> None:
+        """room: bytes of the largest picture's RGB."""
+        self._library = _compile(Path(__file__).with_name("jpeg_decode.c"))
+        self.version = "libjpeg-turbo " + self._library.version().decode()
+        self._out = np.zeros(room, np.uint8)
+        self._place = np.zeros(4, np.int64)
+        self._output = self._out.ctypes.data, room, self._place.ctypes.data
+
+    def __call__(self, jpeg: Bytes, region: Regions | None = None) -> None:
+        """Decode all of `jpeg`, or by partial decoding a region: int64 (4,), top, left, bottom, right."""
+        at = None if region is None else region.ctypes.data
+        if self._library.decode(jpeg.ctypes.data, len(jpeg), at, *self._output):
+            raise UserError(f"libjpeg-turbo: {self._library.why().decode()}")
+
+    def inside(self, region: Regions, top: int = 0, left: int = 0) -> Bytes:
+        """The region's pixels of the last output, uint8 (H, W, 3). top, left: where in the image what was decoded begins."""
+        y, x, height, width = (int(value) for value in self._place)
+        pixels = self._out[: height * width * 3].reshape(height, width, 3)
+        y, x = y + top, x + left
+        return pixels[region[0] - y : region[2] - y, region[1] - x : region[3] - x].copy()
+
+
+def _compile(source: Path) -> ctypes.CDLL:
+    with tempfile.TemporaryDirectory() as folder:
+        built = Path(folder) / "jpeg_decode.so"
+        flags = ["-O2", "-shared", "-fPIC", "-Werror=implicit-function-declaration"]  # another libjpeg has no partial decoding
+        try:
+            result = subprocess.run(["cc", *flags, source, "-o", built, "-ljpeg"], capture_output=True, text=True, check=False)
+        except FileNotFoundError as error:
+            raise UserError(f"no C compiler (cc), which this benchmark needs; {INSTALL}") from error
+        if result.returncode:
+            reason = next((line for line in result.stderr.splitlines() if "error" in line), "no reason given")
+            raise UserError(f"{source.name} does not compile ({reason}); {INSTALL}")
+        library = ctypes.CDLL(str(built))
+    library.version.restype = library.why.restype = ctypes.c_char_p
+    pointer, size = ctypes.c_void_p, ctypes.c_size_t
+    library.decode.argtypes = [pointer, size, pointer, pointer, size, pointer]
+    return library
+
+
+class Folder(NamedTuple):
+    """The images of one folder that are measured, in memory."""
+
+    name: str
+    jpegs: list[Bytes]
+    records: npt.NDArray[np.void]
+    ids: list[int]
+
+    def regions(self, epoch: int) -> Regions:
+        """What an engine needs of each image, whole pixels, int64 (N, 4)."""
+        heights, widths = self.records["height"].astype(np.int64), self.records["width"].astype(np.int64)
+        windows = plan.windows(plan.draw(0, epoch, self.ids, heights, widths), heights, widths, plan.CROP)
+        return plan.regions(windows, heights, widths, plan.CROP)
+
+
+def read_folders(paths: list[Path], count: int) -> list[Folder]:
+    """Evenly spaced images of the original, lossless and compact folders: those whose originals are baseline."""
+    stored = [ShardSet(path, "train") for path in paths]
+    for path, other in zip(paths, stored, strict=True):
+        if len(other) != len(stored[0]) or not np.array_equal(other.samples["label"], stored[0].samples["label"]):
+            raise UserError(f"{path}: holds other images than {paths[0]}; make both from the same source")
+    ids = []
+    for index in np.unique(np.linspace(0, len(stored[0]) - 1, count).astype(int)).tolist():
+        try:
+            transcode(stored[0].read(index).tobytes())
+            ids.append(index)
+        except RegionError:
+            continue
+    if not ids:
+        raise UserError(f"{paths[0]}: no baseline JPEG among the images; give shards of ordinary JPEGs")
+    return [
+        Folder(path.resolve().name, [one.read(index).copy() for index in ids], one.samples[ids], ids)
+        for path, one in zip(paths, stored, strict=True)
+    ]
+
+
+def check(folder: Folder, decode: Decoder, cuts: bool) -> None:
+    """All ways give the same pixels in the region."""
+    for index, (jpeg, region) in enumerate(zip(folder.jpegs[:CHECKED], folder.regions(0), strict=False)):
+        decode(jpeg)
+        whole = decode.inside(region)
+        decode(jpeg, region)
+        found = [decode.inside(region)]
+        if cuts:
+            try:
+                piece = cut(jpeg, *region.tolist())
+            except RegionError as error:
+                raise UserError(f"{folder.name}: image {folder.ids[index]}: {error}; make the shards again") from error
+            decode(piece.jpeg)
+            found.append(decode.inside(region, piece.top, piece.left))
+            decode_inside_cut(decode, jpeg, region)
+            found.append(decode.inside(region, piece.top, piece.left))
+        if not all(np.array_equal(pixels, whole) for pixels in found):
+            raise UserError(f"{folder.name}: image {folder.ids[index]}: the region's pixels differ from the whole image's")
+
+
+def decode_whole(decode: Decoder, jpeg: Bytes, region: Regions) -> None:
+    decode(jpeg)
+
+
+def decode_partially(decode: Decoder, jpeg: Bytes, region: Regions) -> None:
+    decode(jpeg, region)
+
+
+def decode_cut(decode: Decoder, jpeg: Bytes, region: Regions) -> None:
+    decode(cut(jpeg, *region.tolist()).jpeg)
+
+
+def decode_inside_cut(decode: Decoder, jpeg: Bytes, region: Regions) -> None:
+    """Cut, then decode partially: the cut's tiles reach beyond the region."""
+    piece = cut(jpeg, *region.tolist())
+    decode(piece.jpeg, region - (piece.top, piece.left, piece.top, piece.left))
+
+
+WAYS = {"whole": decode_whole, "partial": decode_partially, "cut": decode_cut, "cut, partial": decode_inside_cut}
+
+
+def time_decoding(folders: list[Folder], decode: Decoder, epoch: int) -> dict[tuple[str, str], float]:
+    """Seconds of all images, (profile, way) -> seconds. Each image goes all ways before the next one, the first way changing."""
+    ways = []
+    for profile, folder in zip(("original", "lossless", "compact"), folders, strict=True):
+        regions = folder.regions(epoch)
+        ways += [((profile, way), WAYS[way], folder.jpegs, regions) for way in list(WAYS)[: 2 if profile == "original" else 4]]
+    spent = np.full((len(ways), len(folders[0].jpegs)), np.inf)
+    for again in range(PASSES):
+        for image in range(spent.shape[1]):
+            for number in range(len(ways)):
+                way = (number + image + again) % len(ways)
+                _, work, jpegs, regions = ways[way]
+                began = time.perf_counter()
+                work(decode, jpegs[image], regions[image])
+                spent[way, image] = min(spent[way, image], time.perf_counter() - began)
+    return {key: float(times.sum()) for (key, *_), times in zip(ways, spent, strict=True)}
+
+
+def time_cutting(folder: Folder, epoch: int) -> float:
+    """Median seconds of a cut."""
+    spent = []
+    for jpeg, window in zip(folder.jpegs, folder.regions(epoch).tolist(), strict=True):
+        began = time.perf_counter()
+        cut(jpeg, *window)
+        spent.append(time.perf_counter() - began)
+    return float(np.median(spent))
+
+
+def time_transcoding(folder: Folder) -> float:
+    """Images a second."""
+    originals = [jpeg.tobytes() for jpeg in folder.jpegs]
+    began = time.perf_counter()
+    for original in originals:
+        transcode(original)
+    return len(originals) / (time.perf_counter() - began)
+
+
+def figures(folders: list[Folder], decode: Decoder) -> list[tuple[str, str, Figure]]:
+    """(profile, benchmark, figure) of everything."""
+    count = len(folders[0].jpegs)
+    named = dict(zip(("original", "lossless", "compact"), folders, strict=True))
+    time_decoding(folders, decode, 0)  # warm-up
+    repeats, transcoding = [], []
+    cutting: dict[str, list[float]] = {"lossless": [], "compact": []}
+    for epoch in tqdm(range(REPEATS), unit=" repeats"):
+        repeats.append(time_decoding(folders, decode, epoch))
+        for profile, values in cutting.items():
+            values.append(time_cutting(named[profile], epoch) * 1e6)
+        transcoding.append(time_transcoding(folders[0]))
+
+    found = [("original", "transcode", Figure("images_per_s", transcoding))]
+    for profile, way in repeats[0]:
+        milliseconds = [spent[profile, way] / count * 1e3 for spent in repeats]
+        found.append((profile, f"decode {way}", Figure("ms_per_image", milliseconds)))
+    size = {profile: sum(map(len, folder.jpegs)) for profile, folder in named.items()}
+    for profile, values in cutting.items():
+        found.append((profile, "cut alone", Figure("us_per_image_median", values)))
+        found.append((profile, "bytes against original", Figure("ratio", [size[profile] / size["original"]])))
+        for source in (profile, "original"):
+            for way in ("whole", "partial"):
+                for ours in ("cut", "cut, partial"):
+                    speedup = [spent[source, way] / spent[profile, ours] for spent in repeats]
+                    found.append((profile, f"decode {ours} against {way} of {source}", Figure("speedup", speedup)))
+    return found
+
+
+def main() -> None:
+    parser = Parser(__doc__)
+    for name in ("original", "lossless", "compact"):
+        parser.add_argument(name, type=Path, metavar=name.upper(), help=f"folder of shards of profile {name}")
+    parser.add_argument("--images", type=positive, default=1000, help="at most so many, evenly spaced (default: %(default)s)")
+    parser.add_argument("--results", type=Path, default=ROOT / "tools" / "bench" / "results" / "region.csv")
+    args = parser.parse_args()
+    os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
+    folders = read_folders([args.original, args.lossless, args.compact], args.images)
+    pixels = max(int((folder.records["height"].astype(np.int64) * folder.records["width"]).max()) for folder in folders)
+    decode = Decoder(3 * pixels)
+    for folder in folders:
+        check(folder, decode, cuts=folder is not folders[0])
+    for profile, benchmark, figure in figures(folders, decode):
+        spec = f"{profile}, {len(folders[0].jpegs)} images of {folders[0].name}, 224 crop, S 256..480, one core"
+        record(args.results, benchmark, figure, engine=decode.version, spec=spec, cache="warm")
+
+
+if __name__ == "__main__":
+    run_cli(main)

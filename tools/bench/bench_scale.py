@@ -1,0 +1,125 @@
+"""Start-up, memory and planning against the number of samples: python tools/bench/bench_scale.py SHARDS
+
+Makes data sets of 10^4, 1,281,167 and 10^9 samples that exist on paper alone, from the statistics in SHARDS' manifest: a
+manifest, and a sparse samples.npy whose records are all zeros. For each, in a process of its own: opening a loader, planning
+batches at random places of random epochs (order, draws, windows; sizes are made up), loading a saved place near an epoch's end,
+and what memory all of that took. No image is read. Rows go to tools/bench/results/scale.csv.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import _path  # noqa: F401
+import numpy as np
+import torch
+
+from pipeline.errors import Parser, run_cli
+from pipeline.loader import Batch, Loader, Part
+from pipeline.plan import Ints
+from pipeline.shards import SAMPLE, Manifest
+from pipeline.spec import LoaderSpec
+from tools import ROOT
+from tools.bench.recording import Figure, record
+
+COUNTS = (10_000, 1_281_167, 1_000_000_000)
+SHARDS = 10_000  # at most: the manifest has a line a shard, and start-up grows with these
+REPEATS, BATCHES, BATCH = 5, 50, 256
+
+
+class Planner(Loader):
+    """Plans, and makes nothing."""
+
+    engine = "none"
+
+    def _make(self, part: Part) -> Batch:
+        work = self.plan(part)
+        return Batch(torch.empty(0), torch.empty(0), work.ids)
+
+    def _sizes(self, ids: Ints) -> tuple[Ints, Ints]:
+        return 300 + ids % 200, 400 + ids % 300
+
+
+def write_paper_data(source: Manifest, folder: Path, count: int) -> None:
+    """A data set of `count` samples without a single image."""
+    size = max(1000, -(-count // SHARDS))
+    shards = [
+        {
+            "file": f"train/{number:06d}.tar",
+            "images": min(size, count - number * size),
+            "bytes": 1,
+            "sha256": "0",
+            "idx_sha256": "0",
+        }
+        for number in range(-(-count // size))
+    ]
+    manifest = json.loads((Path(source.root) / "manifest.json").read_text())
+    split = {"images": count, "samples": "train/samples.npy", "samples_sha256": "0", "shards": shards}
+    manifest["splits"] = {"train": split}
+    (folder / "train").mkdir(parents=True)
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    np.lib.format.open_memmap(folder / "train/samples.npy", "w+", SAMPLE, (count,)).flush()  # sparse: nothing is written
+
+
+def measure(folder: Path) -> dict[str, float]:
+    """Of one data set, in this process."""
+    spec = LoaderSpec(folder, batch_size=BATCH, normalization="channel")
+    warm = Planner(spec)
+    next(iter(warm))  # compiles
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    began = time.perf_counter()
+    loader = Planner(spec)
+    opened = time.perf_counter() - began
+    began = time.perf_counter()
+    loader.load_state_dict(loader.state_dict() | {"epoch": 77, "consumed": loader.total - BATCH})
+    next(iter(loader))
+    resumed = time.perf_counter() - began
+    places = random.Random(0)
+    began = time.perf_counter()
+    for _ in range(BATCHES):
+        loader.seek(places.randrange(1000), places.randrange(loader.total // BATCH) * BATCH)
+        next(iter(loader))
+    planned = (time.perf_counter() - began) / (BATCHES * BATCH)
+    grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
+    return {
+        "open_ms": opened * 1e3,
+        "resume_ms": resumed * 1e3,
+        "plan_us_per_image": planned * 1e6,
+        "memory_grown_mb": grown / 1e3,
+    }
+
+
+def main() -> None:
+    parser = Parser(__doc__)
+    parser.add_argument("shards", type=Path, metavar="SHARDS", help="any folder of shards")
+    parser.add_argument("--results", type=Path, default=ROOT / "tools" / "bench" / "results" / "scale.csv")
+    parser.add_argument("--measure", action="store_true", help="measure SHARDS itself, in this process, and print JSON")
+    args = parser.parse_args()
+    if args.measure:
+        print(json.dumps(measure(args.shards)))
+        return
+    source = Manifest(args.shards)
+    with tempfile.TemporaryDirectory() as folder:
+        for count in COUNTS:
+            data = Path(folder) / str(count)
+            write_paper_data(source, data, count)
+            command = [sys.executable, __file__, str(data), "--measure"]
+            runs = [
+                json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout) for _ in range(REPEATS)
+            ]
+            for metric in runs[0]:
+                figure = Figure(metric, [run[metric] for run in runs])
+                record(
+                    args.results, "scale", figure, engine="any", spec=f"{count} samples, order full, batch {BATCH}", cache="warm"
+                )
+
+
+if __name__ == "__main__":
+    run_cli(main)

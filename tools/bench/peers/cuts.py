@@ -1,0 +1,118 @@
+"""What our format alone costs: decoding cuts without any pipeline around it, and the bytes of a file that a crop touches."""
+
+from __future__ import annotations
+
+import ctypes
+import mmap
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import simplejpeg
+
+from pipeline import plan
+from pipeline.region import APP11, MAGIC, Bytes, cut
+from pipeline.shards import ShardSet
+from tools.bench.peers.job import Job
+from tools.profiler.page_cache import drop_pages
+
+EPOCHS = 3  # whose draws are cut: more kinds of crops than images
+PAGE = mmap.PAGESIZE
+
+
+def decode(job: Job) -> Iterator[tuple[Any, Any]]:
+    """Decode cuts made beforehand, by simplejpeg into one buffer, in one thread: what every engine of ours must do at least."""
+    shards = ShardSet(Path(job.data) / "shards", "train")
+    cuts = [
+        cut(shards.read(index), *region).jpeg.copy()
+        for epoch in range(EPOCHS)
+        for index, region in enumerate(regions(shards, job, epoch).tolist())
+    ]
+    room = np.empty(max(3 * height * width for height, width, *_ in map(simplejpeg.decode_jpeg_header, cuts)), np.uint8)
+    images = np.empty((job.batch_size, job.size, job.size, 3), job.out)  # only counted
+    at = 0
+    while True:
+        for _ in range(job.batch_size):
+            simplejpeg.decode_jpeg(cuts[at], buffer=room)
+            at = (at + 1) % len(cuts)
+        yield images, images
+
+
+def regions(shards: ShardSet, job: Job, epoch: int) -> npt.NDArray[np.int64]:
+    """What the crop of each image needs, whole pixels: int64 (N, 4) of top, left, bottom, right."""
+    heights, widths = shards.samples["height"].astype(np.int64), shards.samples["width"].astype(np.int64)
+    draws = plan.draw(0, epoch, np.arange(len(shards)), heights, widths, job.scale, job.size)
+    return plan.regions(plan.windows(draws, heights, widths, job.size), heights, widths, job.size)
+
+
+class Touched(NamedTuple):
+    """What crops read of their files, one number an image. needed: bytes that a cut reads. loaded, loaded_randomly: bytes that a
+    cold page cache loads for it, in whole pages, by the kernel's default reading ahead and with madvise(MADV_RANDOM); None where
+    the file system cannot drop pages. stored: bytes of the image. read_ahead: that default on this disk, e.g. "128 KiB"."""
+
+    needed: npt.NDArray[np.int64]
+    loaded: npt.NDArray[np.int64] | None
+    loaded_randomly: npt.NDArray[np.int64] | None
+    stored: npt.NDArray[np.int64]
+    read_ahead: str
+
+
+def touched(job: Job) -> Touched:
+    """Cut the crop of each image of an epoch."""
+    shards = ShardSet(Path(job.data) / "shards", "train")
+    windows = regions(shards, job, 0).tolist()
+    needed = [len(cut(shards.read(i), *window).jpeg) + table_bytes(shards.read(i)) for i, window in enumerate(windows)]
+    files, samples = shards.shards, shards.samples.copy()
+    del shards  # its maps: pages in use stay in the cache
+    loaded = {
+        advice: [
+            pages_loaded(files[sample["shard"]], int(sample["offset"]), int(sample["bytes"]), window, advice)
+            for sample, window in zip(samples, windows, strict=True)
+        ]
+        for advice in (mmap.MADV_NORMAL, mmap.MADV_RANDOM)
+    }
+    default, random = (None if None in pages else np.array(pages, np.int64) * PAGE for pages in loaded.values())
+    stored = samples["bytes"].astype(np.int64)
+    return Touched(np.array(needed, np.int64), default, random, stored, read_ahead(files[0]))
+
+
+def read_ahead(file: Path) -> str:
+    """How far the kernel reads ahead on a file's disk."""
+    device = file.stat().st_dev
+    setting = Path(f"/sys/class/bdi/{os.major(device)}:{os.minor(device)}/read_ahead_kb")
+    return f"{setting.read_text().strip()} KiB" if setting.exists() else "an unknown number of KiB"
+
+
+def table_bytes(jpeg: Bytes) -> int:
+    """Bytes of the table of segments, which a cut reads and does not repeat."""
+    data = jpeg.tobytes()
+    at = 4 + int.from_bytes(data[4:6], "big") if data[2:4] == b"\xff\xe0" else 2
+    start = at
+    while data[at : at + 2] == bytes([0xFF, APP11]) and data[at + 4 : at + 4 + len(MAGIC)] == MAGIC:
+        at += 2 + int.from_bytes(data[at + 2 : at + 4], "big")
+    return at - start
+
+
+def pages_loaded(file: Path, offset: int, count: int, window: list[int], advice: int) -> int | None:
+    """Pages of a shard in memory once one of its images was cut with none there before; None if they cannot be dropped."""
+    drop_pages([file])
+    with file.open("rb") as stream, mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as mapped:
+        mapped.madvise(advice)
+        content = np.frombuffer(mapped, np.uint8)
+        before = resident(content)
+        cut(content[offset : offset + count], *window)
+        after = resident(content)
+        del content  # or the map could not be closed
+    return None if before else after
+
+
+def resident(content: Bytes) -> int:
+    """Pages of a map that are in memory, by mincore(2)."""
+    found = np.zeros(-(-len(content) // PAGE), np.uint8)
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.mincore(ctypes.c_void_p(content.ctypes.data), ctypes.c_size_t(len(content)), ctypes.c_void_p(found.ctypes.data)):
+        raise OSError(ctypes.get_errno(), "mincore")
+    return int((found & 1).sum())

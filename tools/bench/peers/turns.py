@@ -1,0 +1,75 @@
+"""Taking turns: each contender warmed up once, then in every repeat each for some seconds, in an order drawn anew."""
+
+from __future__ import annotations
+
+import random
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+from tqdm import tqdm
+
+from tools.bench.peers.contenders import Contender
+from tools.bench.peers.job import Job
+from tools.bench.peers.runner import ContenderError, Runner
+
+
+@dataclass
+class Result:
+    """A contender's figures, one a repeat: images_per_s, and cpu_ms per image. error: why there are none, in one line.
+
+    runner: its process, as long as it is measured.
+    """
+
+    contender: Contender
+    versions: str = ""
+    images_per_s: list[float] = field(default_factory=list)
+    cpu_ms: list[float] = field(default_factory=list)
+    error: str | None = None
+    runner: Runner | None = None
+
+    @contextmanager
+    def trying(self) -> Iterator[None]:
+        """A failure in here ends this contender; the others go on."""
+        try:
+            yield
+        except ContenderError as error:
+            self.error = str(error)
+            self.stop()
+
+    def stop(self) -> None:
+        if self.runner:
+            self.runner.close()
+        self.runner = None
+
+
+def measure(
+    chosen: list[Contender], jobs: dict[str, Job], repeats: int, seconds: float, pythons: dict[str, str], errors: dict[str, str]
+) -> list[Result]:
+    """jobs: one for each kind of data. pythons: name -> interpreter, where it is not this one. errors: name:data -> why it cannot
+    take part."""
+    results = [Result(contender, error=errors.get(contender.key)) for contender in chosen]
+    try:
+        for result in tqdm(results, "warming up", unit=" contenders"):
+            if result.error is None:
+                with result.trying():
+                    start(result, jobs[result.contender.data], pythons)
+        order = random.Random(0)
+        turns = [result for _ in range(repeats) for result in order.sample(results, len(results))]
+        for result in tqdm(turns, "measuring", unit=" turns"):
+            if result.runner:
+                with result.trying():
+                    images_per_s, cpu_ms = result.runner.run(seconds)
+                    result.images_per_s.append(images_per_s)
+                    result.cpu_ms.append(cpu_ms)
+    finally:
+        for result in results:
+            result.stop()
+    return results
+
+
+def start(result: Result, job: Job, pythons: dict[str, str]) -> None:
+    result.runner = Runner(result.contender, pythons.get(result.contender.name, sys.executable))
+    result.runner.open(job)
+    result.versions = result.runner.versions
