@@ -8,7 +8,7 @@ from typing import Any
 
 from model.resnet import ResNet
 from model.weights import Recipe
-from pipeline.augment import Normalization
+from pipeline.pixels.normalize import Normalization
 
 # The nets that torchvision and timm have, by the same names.
 ELSEWHERE = ("resnet18", "resnet34", "resnet50", "resnet101", "resnet152")

@@ -16,9 +16,9 @@ import numpy as np
 import torch
 
 from model.testing import Score, Tally
-from pipeline import storage
+from pipeline.engines.multiview import Looks
 from pipeline.errors import UserError
-from pipeline.several import Looks
+from pipeline.store import files
 
 _FORMAT = "cropfeed-predictions 1"
 _BLOCK = 4096  # images at a time where no net has to see them
@@ -50,7 +50,7 @@ class Saved:
 
     def __init__(self, path: str) -> None:
         """Raises UserError for a file that is not there or holds something else."""
-        content = io.BytesIO(storage.read(path))
+        content = io.BytesIO(files.read(path))
         try:
             with np.load(content, allow_pickle=False) as file:
                 if str(file["format"]) != _FORMAT:
@@ -110,7 +110,7 @@ class Collected:
         texts = {"format": _FORMAT, "net": net, "fingerprint": self._ground.fingerprint, "split": self._ground.split}
         lists = {"schemes": list(self._found), "classes": self._ground.classes}
         ids = np.arange(self._ground.images)
-        with storage.publishing(path) as scratch, scratch.open("wb") as stream:
+        with files.publishing(path) as scratch, scratch.open("wb") as stream:
             np.savez(stream, labels=self._labels, ids=ids, **arrays, **texts, **lists)  # type: ignore[arg-type]
 
 

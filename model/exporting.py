@@ -22,8 +22,8 @@ from torch.export import Dim
 
 from model.resnet import ResNet
 from model.weights import Recipe
-from pipeline.augment import Normalization
 from pipeline.errors import UserError
+from pipeline.pixels.normalize import Normalization
 
 TOLERANCE = 1e-4  # of a graph's logits, against the greatest of torch's: float32, summed in another order
 _NEEDS = {"onnx": ("onnx", "onnxruntime", "onnxscript"), "safetensors": ("huggingface_hub",)}

@@ -25,8 +25,8 @@ import torch
 from model.describe import outline
 from model.resnet import ARCHS, ResNet
 from model.weights import Recipe, load_weights
-from pipeline.augment import TORCHVISION
 from pipeline.errors import UserError
+from pipeline.pixels.normalize import TORCHVISION
 
 Weights = dict[str, torch.Tensor]
 

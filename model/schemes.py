@@ -23,10 +23,10 @@ import torch
 from torch import nn
 
 from model.weights import Recipe
-from pipeline import plan
-from pipeline.augment import Normalization, colour_tail
-from pipeline.geometry import CentreCrop, TenCrop, WholeImage
-from pipeline.several import Look, Looks
+from pipeline.engines.multiview import Look, Looks
+from pipeline.pixels.normalize import Normalization, normalize_tensor
+from pipeline.plan import sampling
+from pipeline.plan.geometry import CentreCrop, TenCrop, WholeImage
 
 SCHEMES = ("centre", "centre-flip", "ten-crop", "multi-scale")
 SCALES = (224, 256, 384, 480, 640)  # short sides for nets of crops of 224; for others in proportion
@@ -41,7 +41,7 @@ def looks_of(scheme: str, recipe: Recipe, scales: Sequence[int] | None = None) -
         return {"centre-flip": Look(CentreCrop(short, mirrored=True), size)}
     if scheme == "ten-crop":
         return {"ten-crop": Look(TenCrop(short), size)}
-    shorts = scales or [plan.short_at(scale, size) for scale in SCALES]
+    shorts = scales or [sampling.short_at(scale, size) for scale in SCALES]
     # A whole image has the same pictures whatever a net's crops are: nets share the look.
     return {f"scale-{short}": Look(WholeImage(short, mirrored=True), short) for short in shorts}
 
@@ -92,7 +92,7 @@ class Classifier:
         mean, std = self._tails[look]
         found = []
         for part in pictures.split(max(1, self._most_pixels // (height * width))):
-            images = colour_tail(part, torch.zeros(len(part), 3, device=part.device), mean, std, self._dtype)
+            images = normalize_tensor(part, torch.zeros(len(part), 3, device=part.device), mean, std, self._dtype)
             with torch.autocast(self._device.type, self._dtype, enabled=self._dtype != torch.float32):
                 logits = self._net(images)
             found.append(logits.float().softmax(dim=1))

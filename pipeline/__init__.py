@@ -1,52 +1,53 @@
-"""Cropfeed's input pipeline: `open_loader(spec)` gives batches; see `pipeline.plan` for what makes them reproducible."""
+"""Cropfeed: labelled images as shards that decode at the crop, and batches from them by one deterministic augmentation plan.
+
+    from cropfeed import LoaderSpec, open_loader
+
+    loader = open_loader(LoaderSpec("/data/shards", batch_size=256))
+    for images, labels, ids in loader: ...
+
+`cropfeed.spec` says what can be loaded and `cropfeed.loader` what comes out; `plan` draws samples and augmentation, `jpeg` opens
+images at the crop, `pixels` resamples and normalizes, `store` reads shards, `engines` put these together, `convert` makes shards.
+(In a checkout of the repository this package is named `pipeline`.)
+
+Names here are imported when first used: `import cropfeed` takes no time and needs no other package.
+"""
 
 from __future__ import annotations
 
 import importlib
-from typing import TYPE_CHECKING
-
-from pipeline.errors import UserError
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from pipeline.loader import Loader, LoaderSpec
+    from .engines import ENGINES, choose_engine, open_loader
+    from .errors import UserError
+    from .loader import Batch, Loader
+    from .pixels.normalize import TORCHVISION, Normalization
+    from .plan.geometry import CentreCrop, Geometry, PaddedCrop, RandomResizedCrop, ScaleJitter, TenCrop, WholeImage
+    from .spec import LoaderSpec
 
-# Name -> module with an `open(spec) -> Loader`. Imported only when asked for.
-ENGINES = {"dali": "pipeline.engines.dali", "ffcv": "pipeline.engines.ffcv", "cpu": "pipeline.engines.cpu"}
+_HOMES = {
+    ".engines": ("ENGINES", "choose_engine", "open_loader"),
+    ".errors": ("UserError",),
+    ".loader": ("Batch", "Loader"),
+    ".pixels.normalize": ("Normalization", "TORCHVISION"),
+    ".plan.geometry": (
+        "CentreCrop", "Geometry", "PaddedCrop", "RandomResizedCrop", "ScaleJitter", "TenCrop", "WholeImage",
+    ),
+    ".spec": ("LoaderSpec",),
+}  # fmt: skip
+_HOME = {name: home for home, names in _HOMES.items() for name in names}
 
-
-def open_loader(spec: LoaderSpec) -> Loader:
-    """The loader of `spec` by its engine; "auto" takes the best for this machine and data, see `choose_engine`.
-
-    Raises UserError if the engine cannot be had.
-    """
-    name, why = choose_engine(spec) if spec.engine == "auto" else (spec.engine, "as asked for")
-    if name not in ENGINES:
-        raise UserError(f"unknown engine {name!r}; choose from {', '.join(ENGINES)}")
-    import torch  # here: tools/doctor.py imports this package where torch cannot be
-
-    threads = torch.get_num_threads()
-    try:
-        module = importlib.import_module(ENGINES[name])
-    except ImportError as error:
-        raise UserError(f"engine {name} cannot be imported ({error}); install it with: pip install -e '.[{name}]'") from error
-    finally:
-        torch.set_num_threads(threads)  # importing FFCV leaves all of torch with one
-    loader: Loader = module.open(spec)
-    loader.why = why
-    return loader
+__all__ = [
+    "ENGINES", "TORCHVISION", "Batch", "CentreCrop", "Geometry", "Loader", "LoaderSpec", "Normalization", "PaddedCrop",
+    "RandomResizedCrop", "ScaleJitter", "TenCrop", "UserError", "WholeImage", "choose_engine", "open_loader",
+]  # fmt: skip
 
 
-def choose_engine(spec: LoaderSpec) -> tuple[str, str]:
-    """The engine that feeds `spec` fastest on this machine, and why."""
-    from pipeline.shards import Manifest
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(_HOME[name], __name__), name)
 
-    entry = Manifest(spec.data).splits.get(spec.split, {})
-    if not entry.get("shards") and entry.get("beton"):
-        return "ffcv", "the data set holds FFCV files only"
-    if not spec.device.startswith("cuda"):
-        return "cpu", "batches stay on the CPU, where it is the fastest"
-    try:
-        importlib.import_module("nvidia.dali")
-    except ImportError:
-        return "cpu", "DALI, which would decode on the GPU, is not installed: pip install -e '.[dali]'"
-    return "dali", "it decodes on the GPU"
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

@@ -22,19 +22,18 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from pipeline import plan
-from pipeline.augment import Floats, Normalization, colour_tail, lighting, translate_tensor
-from pipeline.buffers import BufferPool, to_device
-from pipeline.errors import UserError
-from pipeline.geometry import Views, WholeImage
-from pipeline.order import Blocks, ByShape, Full, Order, Sequential
-from pipeline.picture import CorruptImageError, Decoder, Pixels
-from pipeline.plan import Ints
-from pipeline.region import Bytes
-from pipeline.shards import Manifest, ShardSet
-from pipeline.spec import LoaderSpec, check, check_device
-from pipeline.substitutes import Substitutes
-from pipeline.tail import STORED, Tail
+from .buffers import BufferPool, to_device
+from .errors import UserError
+from .jpeg.region import Bytes
+from .pixels.decoder import CorruptImageError, Decoder, Pixels
+from .pixels.normalize import Floats, Normalization, Normalizer, lighting, normalize_tensor, stored_dtype, translate_tensor
+from .plan import sampling
+from .plan.geometry import Views, WholeImage
+from .plan.order import Blocks, ByShape, Full, Order, Sequential
+from .plan.sampling import Ints
+from .plan.substitutes import Substitutes
+from .spec import LoaderSpec, check, check_device
+from .store.shards import Manifest, ShardSet
 
 
 class Batch(NamedTuple):
@@ -101,7 +100,7 @@ class Loader(ABC):
         self._stored_normalization = choose_normalization(spec, self.shards.manifest)
         self.normalization = self._stored_normalization.at(spec.final_size)
         self.buffers = BufferPool(spec.device)
-        self._tails: dict[tuple[int, int], Tail] = {}
+        self._tails: dict[tuple[int, int], Normalizer] = {}
         self._on_device: dict[tuple[int, int], tuple[torch.Tensor, torch.Tensor]] = {}
         self.epoch = 0
         self.consumed = 0
@@ -189,7 +188,7 @@ class Loader(ABC):
             stop = min(start + self.spec.batch_size, end, self.total)
             if self.spec.training and stop - start < self.spec.batch_size:
                 return  # resumed with another batch size: dropped, since ranks must not differ in their number of batches
-            low, high = plan.share(start, stop, self.spec.rank, self.spec.world_size)
+            low, high = sampling.share(start, stop, self.spec.rank, self.spec.world_size)
             if low < high:
                 yield Part(epoch, low, high, stop)
             start = stop
@@ -248,19 +247,19 @@ class Loader(ABC):
             return Batch(pixels.permute(0, 3, 1, 2), labels, work.ids)
         shift = lighting(work.views.alphas, self.basis)
         if pixels.device.type == "cpu":
-            out, images = self.buffers.lend(tuple(pixels.shape), STORED[self.spec.dtype])
+            out, images = self.buffers.lend(tuple(pixels.shape), stored_dtype(self.spec.dtype))
             self.tail(work.size).batch(pixels.numpy(), shift, out)
             return Batch(images.view(self.spec.dtype).permute(0, 3, 1, 2), labels, work.ids)
         if work.size not in self._on_device:
             normalization = self.normalization_at(work.size)
             self._on_device[work.size] = self._to_device(normalization.mean), self._to_device(normalization.std)
-        images = colour_tail(pixels, self._to_device(shift), *self._on_device[work.size], self.spec.dtype)
+        images = normalize_tensor(pixels, self._to_device(shift), *self._on_device[work.size], self.spec.dtype)
         return Batch(images, labels, work.ids)
 
-    def tail(self, size: tuple[int, int]) -> Tail:
+    def tail(self, size: tuple[int, int]) -> Normalizer:
         """The colour tail on the CPU for pictures of `size`, height and width. For any thread."""
         if size not in self._tails:
-            self._tails[size] = Tail(self.normalization_at(size), size[1])
+            self._tails[size] = Normalizer(self.normalization_at(size), size[1])
         return self._tails[size]
 
     def normalization_at(self, size: tuple[int, int]) -> Normalization:

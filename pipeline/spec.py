@@ -7,10 +7,10 @@ from pathlib import Path
 
 import torch
 
-from pipeline import plan
-from pipeline.augment import Normalization
-from pipeline.errors import UserError
-from pipeline.geometry import CentreCrop, Geometry, PaddedCrop, ScaleJitter, WholeImage
+from .errors import UserError
+from .pixels.normalize import Normalization
+from .plan import sampling
+from .plan.geometry import CentreCrop, Geometry, PaddedCrop, ScaleJitter, WholeImage
 
 PRECISIONS = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}  # by Accelerate's names
 ORDERS = ("full", "blocks", "sequential")
@@ -24,9 +24,9 @@ class LoaderSpec:
 
     data: the shards' folder, or its URL. split: "train", "val". training: drop the ragged end of an epoch, instead of delivering
     every sample once. batch_size: images in a *global* batch, over all ranks.
-    order: "full", "blocks" or "sequential", see `pipeline.order`; block_shards: shards in a block.
+    order: "full", "blocks" or "sequential", see `pipeline.plan.order`; block_shards: shards in a block.
     image_size: the crop's side, pixels. Or steps ((0, 128), (6, 160), (12, 224)), "from this epoch on, this size", for
-    progressive resizing. geometry: which part of an image becomes a picture, see `pipeline.geometry`; meant for the final size,
+    progressive resizing. geometry: which part of an image becomes a picture, see `plan.geometry`; meant for the final size,
     in proportion for the others. alpha_std: standard deviation of the PCA coefficients where the geometry is random, 0 for none.
     normalization: what the colour tail subtracts and divides by; "pixel" and "channel" take the data set's own mean and no
     division. dtype: of the images: float32, float16, bfloat16, or uint8 for plain pixels without the colour tail.
@@ -35,7 +35,7 @@ class LoaderSpec:
     engine: a name in `pipeline.ENGINES`, or "auto". threads: decoding threads. prefetch: batches made ahead.
     decoder_share: share of the JPEGs that a GPU's hardware decoder gets, where it has one (DALI's hw_decoder_load, and its
     default); best found by trying.
-    cache, cache_gb: folder and bound of the local copies of remote shards (defaults: `pipeline.cache.choose_cache`).
+    cache, cache_gb: folder and bound of the local copies of remote shards (defaults: `pipeline.store.cache.choose_cache`).
     """
 
     data: str | Path
@@ -44,11 +44,11 @@ class LoaderSpec:
     batch_size: int = 256
     order: str = "full"
     block_shards: int = 8
-    image_size: int | tuple[tuple[int, int], ...] = plan.CROP
+    image_size: int | tuple[tuple[int, int], ...] = sampling.CROP
     geometry: Geometry = ScaleJitter()
     seed: int = 0
     normalization: Normalization | str = "pixel"
-    alpha_std: float = plan.ALPHA_STD
+    alpha_std: float = sampling.ALPHA_STD
     dtype: torch.dtype = torch.float32
     corrupt: str = "replace"
     device: str = "cpu"
@@ -86,7 +86,7 @@ class LoaderSpec:
         side that is the crop's.
         """
         size = self.final_size
-        centre = CentreCrop(size) if isinstance(self.geometry, PaddedCrop) else CentreCrop().scaled(size, plan.CROP)
+        centre = CentreCrop(size) if isinstance(self.geometry, PaddedCrop) else CentreCrop().scaled(size, sampling.CROP)
         return replace(
             self,
             split=split,

@@ -9,7 +9,7 @@ import fsspec
 import pytest
 import torch
 
-from pipeline import storage
+from pipeline.store import files
 from tests.helpers import run_forked, run_script, s3_client, s3_server, write_image_folder
 from tests.runs import arguments
 
@@ -93,11 +93,11 @@ def s3(s3_endpoint: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
 def downloads(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The URLs downloaded by this process, in order."""
     urls = []
-    original = storage.pieces
+    original = files.pieces
 
     def counted(url: str, count: int) -> Iterator[bytes]:
         urls.append(url)
         return original(url, count)
 
-    monkeypatch.setattr(storage, "pieces", counted)
+    monkeypatch.setattr(files, "pieces", counted)
     return urls

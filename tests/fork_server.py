@@ -49,7 +49,7 @@ def main() -> None:
     # What takes long; all but train is otherwise imported when it is first needed.
     for name in ("torch._dynamo", "torch.utils.tensorboard", "pipeline.engines.cpu", "train"):
         importlib.import_module(name)
-    importlib.import_module("pipeline.plan").order(0, 0, range(2), 4)  # numba gets ready at the first call
+    importlib.import_module("pipeline.plan.sampling").order(0, 0, range(2), 4)  # numba gets ready at the first call
 
     for line in sys.stdin:
         pid = os.fork()

@@ -1,139 +1,99 @@
-"""Imports run one way: train.py, tools -> training, conversion, model -> pipeline, and in it to the plan; engines never meet."""
+"""Imports run one way, so that the library can be read and installed without the application, and both without the laboratory."""
 
 from __future__ import annotations
 
 import ast
+import subprocess
+import sys
+from importlib import metadata
 from pathlib import Path
 
 import pytest
 
 from tests.helpers import ROOT
 
-# Module -> what of our own it may import. A name stands for itself and everything below it.
-ALLOWED: dict[str, tuple[str, ...]] = {
-    "pipeline/errors.py": (),
+OURS = ("pipeline", "model", "training", "tools", "tests", "train")
+# A place -> the places that it may import from; the first that a file lies in counts. A place may always import from itself.
+RULES: dict[str, tuple[str, ...]] = {
     "pipeline/jit.py": (),
-    "pipeline/draws.py": ("pipeline.jit",),
-    "pipeline/plan.py": ("pipeline.draws",),
-    "pipeline/geometry.py": ("pipeline.plan", "pipeline.errors"),
-    "pipeline/order.py": ("pipeline.plan", "pipeline.draws"),
-    "pipeline/augment.py": (),
-    "pipeline/buffers.py": (),
-    "pipeline/resample.py": ("pipeline.jit",),
-    "pipeline/tail.py": (
-        "pipeline.jit",
-        "pipeline.augment",
-    ),
-    "pipeline/region.py": ("pipeline.jit",),
-    "pipeline/storage.py": ("pipeline.errors",),
-    "pipeline/prefetch.py": (),
-    "pipeline/cache.py": ("pipeline.storage", "pipeline.errors"),
-    "pipeline/huffman.py": ("pipeline.jit",),
-    "pipeline/scan.py": (
-        "pipeline.jit",
-        "pipeline.huffman",
-    ),
-    "pipeline/transcode.py": ("pipeline.huffman", "pipeline.scan", "pipeline.region"),
-    "pipeline/samples.py": ("pipeline.jit",),
-    "pipeline/decode.py": ("pipeline.jit", "pipeline.huffman", "pipeline.scan", "pipeline.samples", "pipeline.region"),
-    "pipeline/picture.py": ("pipeline.jit", "pipeline.decode", "pipeline.region", "pipeline.resample"),
-    "pipeline/region_field.py": ("pipeline.region",),
-    "pipeline/beton.py": ("pipeline.shards", "pipeline.region_field", "pipeline.storage", "pipeline.errors"),
-    "pipeline/shards.py": ("pipeline.augment", "pipeline.cache", "pipeline.prefetch", "pipeline.storage", "pipeline.errors"),
-    "pipeline/substitutes.py": ("pipeline.plan", "pipeline.errors"),
-    "pipeline/spec.py": ("pipeline.plan", "pipeline.augment", "pipeline.geometry", "pipeline.errors"),
-    "pipeline/loader.py": (
-        "pipeline.plan",
-        "pipeline.augment",
-        "pipeline.buffers",
-        "pipeline.geometry",
-        "pipeline.order",
-        "pipeline.picture",
-        "pipeline.region",
-        "pipeline.shards",
-        "pipeline.spec",
-        "pipeline.substitutes",
-        "pipeline.tail",
-        "pipeline.errors",
-    ),
-    "pipeline/several.py": (
-        "pipeline.plan",
-        "pipeline.buffers",
-        "pipeline.geometry",
-        "pipeline.order",
-        "pipeline.picture",
-        "pipeline.shards",
-        "pipeline.spec",
-        "pipeline.errors",
-    ),
-    "pipeline/engines/": (
-        "pipeline.plan",
-        "pipeline.augment",
-        "pipeline.decode",
-        "pipeline.geometry",
-        "pipeline.jit",
-        "pipeline.loader",
-        "pipeline.picture",
-        "pipeline.region",
-        "pipeline.resample",
-        "pipeline.shards",
-        "pipeline.spec",
-        "pipeline.storage",
-        "pipeline.tail",
-        "pipeline.errors",
-    ),
-    "pipeline/__init__.py": ("pipeline.loader", "pipeline.shards", "pipeline.spec", "pipeline.errors"),
-    "conversion/": ("conversion", "pipeline"),
-    "model/": (
-        "model",
-        "pipeline.plan",
-        "pipeline.augment",
-        "pipeline.geometry",
-        "pipeline.several",
-        "pipeline.storage",
-        "pipeline.errors",
-    ),
-    "training/": ("training", "model", "pipeline"),
-    "tools/": ("pipeline", "conversion", "model", "training", "tools"),
-    "train.py": ("pipeline", "model", "training"),
+    "pipeline/errors.py": (),
+    "pipeline/plan/": ("pipeline/jit.py", "pipeline/errors.py"),
+    "pipeline/jpeg/": ("pipeline/jit.py", "pipeline/errors.py"),
+    "pipeline/pixels/": ("pipeline/jpeg/", "pipeline/jit.py", "pipeline/errors.py"),
+    "pipeline/store/": ("pipeline/pixels/normalize.py", "pipeline/errors.py"),
+    "pipeline/": ("pipeline/",),
+    "model/": ("pipeline/",),
+    "training/": ("model/", "pipeline/"),
+    "train.py": ("training/", "model/", "pipeline/"),
+    "tools/bench/": ("tools/", "training/", "model/", "pipeline/"),
+    "tools/paper/": ("tools/", "training/", "model/", "pipeline/"),
+    "tools/": ("training/", "model/", "pipeline/"),
 }
-OURS = ("pipeline", "conversion", "model", "training", "tools", "tests", "train")
+LABORATORY = ("tools/bench/", "tools/paper/")
 
 
 def sources() -> list[Path]:
-    return [
-        path.relative_to(ROOT)
-        for path in sorted([*ROOT.glob("*.py"), *ROOT.glob("*/**/*.py")])
-        if path.parts[len(ROOT.parts)] in (*OURS, "train.py")
-    ]
+    files = sorted([*ROOT.glob("*.py"), *ROOT.glob("*/**/*.py")])
+    relative = [path.relative_to(ROOT) for path in files]
+    return [path for path in relative if path.parts[0] in (*OURS, "train.py") and path.parts[0] != "tests"]
 
 
 def imported(path: Path) -> set[str]:
-    """Our own modules that a file imports; `from pipeline import plan` counts as pipeline.plan."""
-    names: set[str] = set()
+    """The files of ours that a file imports, as paths from the root."""
+    found = set()
     for node in ast.walk(ast.parse((ROOT / path).read_text())):
         if isinstance(node, ast.Import):
-            names |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom) and node.module:
-            for alias in node.names:
-                below = f"{node.module}.{alias.name}"
-                is_module = (ROOT / (below.replace(".", "/") + ".py")).exists()
-                names.add(below if is_module else node.module)
-    return {name for name in names if name.split(".")[0] in OURS}
+            found |= {alias.name.replace(".", "/") for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            base = "/".join(path.parts[: len(path.parts) - node.level]) if node.level else ""
+            module = "/".join(filter(None, (base, (node.module or "").replace(".", "/"))))
+            found |= {f"{module}/{alias.name}" for alias in node.names}
+    files = set()
+    for name in found:
+        for place in (name, name.rpartition("/")[0]):  # a module, or a name in one
+            if place and (ROOT / f"{place}.py").is_file():
+                files.add(f"{place}.py")
+                break
+            if place and (ROOT / place / "__init__.py").is_file():
+                files.add(f"{place}/__init__.py")
+                break
+    return {file for file in files if file.split("/")[0] in (*OURS, "train.py")}
 
 
-@pytest.mark.parametrize("path", [path for path in sources() if path.parts[0] != "tests"], ids=str)
+@pytest.mark.parametrize("path", sources(), ids=str)
 def test_imports_run_one_way(path: Path) -> None:
-    rules = [
-        allowed
-        for place, allowed in ALLOWED.items()
-        if str(path) == place or (place.endswith("/") and str(path).startswith(place))
-    ]
-    assert len(rules) == 1, f"{path} has no place in the house, or two"
-    for name in imported(path):
-        assert any(name == allowed or name.startswith(allowed + ".") for allowed in rules[0]), f"{path} imports {name}"
+    place, allowed = next((place, allowed) for place, allowed in RULES.items() if str(path).startswith(place))
+    for file in imported(path):
+        assert file.startswith((place, *allowed)), f"{path} imports {file}"
+        assert place in LABORATORY or not file.startswith(LABORATORY), f"{path} imports {file}, which is the laboratory's"
 
 
-def test_the_rule_sees_imports() -> None:
-    assert "pipeline.plan" in imported(Path("pipeline/loader.py"))
-    assert "pipeline.engines.dali" not in imported(Path("pipeline/__init__.py"))
+@pytest.mark.parametrize("path", [path for path in sources() if path.parts[0] == "pipeline"], ids=str)
+def test_the_library_imports_itself_relatively(path: Path) -> None:
+    """It is installed under another name than it has in a checkout."""
+    for node in ast.walk(ast.parse((ROOT / path).read_text())):
+        if isinstance(node, ast.ImportFrom) and not node.level:
+            assert node.module is not None
+            assert node.module.split(".")[0] not in (*OURS, "cropfeed")
+
+
+def test_the_rules_see_imports() -> None:
+    assert "pipeline/plan/sampling.py" in imported(Path("pipeline/loader.py"))
+    assert "pipeline/plan/random.py" in imported(Path("pipeline/plan/order.py"))
+    assert "pipeline/engines/dali.py" not in imported(Path("pipeline/__init__.py"))
+
+
+def test_importing_the_library_needs_no_other_package() -> None:
+    code = (
+        "import sys, pipeline; dir(pipeline); print(sorted({m.split('.')[0] for m in sys.modules} & {'numpy', 'torch', 'numba'}))"
+    )
+    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert result.stdout == "[]\n"
+
+
+@pytest.mark.parametrize("folder", ["", "tools", "tools/bench", "tools/paper"])
+def test_no_script_hides_another_module(folder: str) -> None:
+    """A script's folder is first in sys.path when Python starts: `profiling` is a standard module since Python 3.15 (PEP 799)."""
+    names = {path.stem for path in (ROOT / folder).iterdir() if path.suffix == ".py" or (path / "__init__.py").exists()}
+    assert not names & (sys.stdlib_module_names | {"profiling"})
+    assert not names & set(metadata.packages_distributions()) - {"tools"} - set(OURS)

@@ -12,9 +12,9 @@ from safetensors.torch import load_file
 
 from model import ARCHS
 from model.weights import Recipe, load_weights
-from pipeline import plan
-from pipeline.shards import ShardSet
+from pipeline.plan import sampling
 from pipeline.spec import LoaderSpec
+from pipeline.store.shards import ShardSet
 from tests.helpers import assert_refused, run_forked, run_script, without_progress
 from tests.runs import EPOCHS, STEPS, arguments, steps_logged, torchrun, traces
 from tools import profile_pipeline
@@ -50,7 +50,7 @@ def test_a_run_learns_and_leaves_everything_behind(small_shards: Path, finished:
     assert sorted(trained) == [(epoch, 8 * step) for epoch in range(EPOCHS) for step in range(1, STEPS + 1)]
     for epoch in range(EPOCHS):
         ids = [index for step in range(1, STEPS + 1) for index in trained[(epoch, 8 * step)]["ids"]]
-        assert ids == plan.order(0, epoch, range(56), 60).tolist()
+        assert ids == sampling.order(0, epoch, range(56), 60).tolist()
 
 
 def test_weights_to_start_from(small_shards: Path, finished: Path, tmp_path: Path) -> None:
@@ -96,7 +96,7 @@ def test_two_processes_share_the_epoch(small_shards: Path, tmp_path: Path) -> No
         seen[path.suffix] = [index for row in rows if row["epoch"] == 0 for index in row["ids"]]
     assert len(seen[".0"]) == len(seen[".1"]) == 28
     assert not set(seen[".0"]) & set(seen[".1"])
-    assert set(seen[".0"]) | set(seen[".1"]) == set(plan.order(0, 0, range(56), 60).tolist())
+    assert set(seen[".0"]) | set(seen[".1"]) == set(sampling.order(0, 0, range(56), 60).tolist())
     counted = [
         line for line in result.stderr.replace("\r", "\n").splitlines() + result.stdout.splitlines() if "of 21 images" in line
     ]

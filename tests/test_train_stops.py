@@ -16,8 +16,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from pipeline import plan
-from pipeline.shards import ShardSet
+from pipeline.plan import sampling
+from pipeline.store.shards import ShardSet
 from tests.helpers import ROOT, Forked, assert_refused, clean_environment, run_forked, without_progress
 from tests.runs import (
     EPOCHS,
@@ -100,7 +100,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_with_its_images(small_shards: P
     assert_refused(result, f"{run}/not-finite.json: holds the images of step 1, whose loss is not finite", "lower --lr")
     found = json.loads((run / "not-finite.json").read_text())
     assert (found["step"], found["epoch"]) == (1, 0)
-    assert found["ids"] == plan.order(0, 0, range(8, 16), 60).tolist()
+    assert found["ids"] == sampling.order(0, 0, range(8, 16), 60).tolist()
     shards = ShardSet(small_shards, "train")
     assert found["images"] == [shards.where(sample) for sample in found["ids"]]
     assert assert_checkpoints_are_whole(run) == 1

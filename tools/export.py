@@ -31,9 +31,9 @@ from model.exporting import check_packages, write_onnx, write_program
 from model.loading import load_net
 from model.resnet import ARCHS, ResNet
 from model.weights import Recipe, save_weights
-from pipeline.augment import Normalization
 from pipeline.errors import Parser, UserError, run_cli
-from pipeline.storage import PARTIAL
+from pipeline.pixels.normalize import Normalization
+from pipeline.store.files import PARTIAL
 
 FORMATS = ("safetensors", "onnx", "torch-export")
 

@@ -19,7 +19,7 @@ import numpy as np
 from PIL import Image, ImageDraw
 from tqdm import tqdm
 
-from conversion.workers import end_with_parent
+from pipeline.convert.workers import end_with_parent
 from pipeline.errors import Parser, UserError, positive, run_cli
 
 Canvas = ImageDraw.ImageDraw

@@ -32,14 +32,14 @@ import time
 
 import _path  # noqa: F401
 
-from conversion import betons, conversion, run, sources, tars, verify
-from conversion.conversion import Settings
-from conversion.images import PROFILES
-from conversion.report import summary
-from conversion.sources import Listing
-from conversion.task import ShardTask
-from pipeline import storage
+from pipeline.convert import betons, conversion, run, sources, tars, verify
+from pipeline.convert.conversion import Settings
+from pipeline.convert.images import PROFILES
+from pipeline.convert.report import summary
+from pipeline.convert.sources import Listing
+from pipeline.convert.task import ShardTask
 from pipeline.errors import Parser, UserError, positive, run_cli
+from pipeline.store import files
 
 FORMATS = ("webdataset", "ffcv", "both")
 
@@ -89,12 +89,12 @@ def parser() -> Parser:
 
 def list_sources(src: str, skip_md5: bool) -> Listing:
     """What SRC holds, whichever kind of source it is."""
-    if not storage.is_folder(src):
+    if not files.is_folder(src):
         raise UserError(f"{src}: no such folder; give the folder that holds train/<class>/*.JPEG and val/<class>/*.JPEG")
-    if files := tars.official_files(src):
-        for name in () if skip_md5 else files:
+    if official := tars.official_files(src):
+        for name in () if skip_md5 else official:
             tars.check_md5(src, name)
-        return tars.list_official(src, files)
+        return tars.list_official(src, official)
     if found := tars.find_webdataset(src):
         return tars.list_webdataset(src, found)
     return sources.list_image_folder(src)
@@ -102,7 +102,7 @@ def list_sources(src: str, skip_md5: bool) -> Listing:
 
 def make_shards(args: argparse.Namespace) -> None:
     """Convert `args.src` into `args.out`, from the beginning or from where a run before this one stopped."""
-    src, out = storage.absolute(args.src), storage.absolute(args.out)
+    src, out = files.absolute(args.src), files.absolute(args.out)
     settings = Settings(args.profile, args.shard_size, args.seed)
     listing = list_sources(src, args.skip_md5)
     tasks = conversion.plan_tasks(listing, out, settings, args.strict)
@@ -133,7 +133,7 @@ def convert(args: argparse.Namespace, out: str, listing: Listing, settings: Sett
     if missing:
         print(f"{missing} shards are still to be made; whichever job makes the last one completes the data set")
         return False
-    print("\n".join(summary(json.loads(storage.read(storage.join(out, "report.json"))))))
+    print("\n".join(summary(json.loads(files.read(files.join(out, "report.json"))))))
     return True
 
 
@@ -160,7 +160,7 @@ def run_tasks(args: argparse.Namespace, tasks: list[ShardTask]) -> None:
 
 
 def verify_shards(out: str, workers: int) -> None:
-    problems = verify.verify(storage.absolute(out), workers)
+    problems = verify.verify(files.absolute(out), workers)
     print("\n".join(problems) or f"{out}: every byte is as it was written")
     if problems:
         raise UserError(f"{out}: {len(problems)} damaged; the command that made it makes damaged shards again")

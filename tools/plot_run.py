@@ -18,7 +18,7 @@ import numpy as np
 
 from pipeline import open_loader
 from pipeline.errors import Parser, UserError, run_cli
-from pipeline.geometry import Geometry, choose_geometry
+from pipeline.plan.geometry import Geometry, choose_geometry
 from pipeline.spec import LoaderSpec
 from training.metrics import read_metrics
 

@@ -35,10 +35,12 @@ import _path  # noqa: F401
 import torch
 
 from model import ARCHS
-from pipeline import ENGINES, plan, storage
+from pipeline import ENGINES
 from pipeline.errors import Parser, UserError, positive, run_cli
-from pipeline.geometry import GEOMETRIES, choose_geometry
+from pipeline.plan import sampling
+from pipeline.plan.geometry import GEOMETRIES, choose_geometry
 from pipeline.spec import PRECISIONS, LoaderSpec
+from pipeline.store import files
 from tools import ROOT
 from tools.bench.peers.compare import Options as CompareOptions
 from tools.bench.peers.compare import compare
@@ -93,7 +95,7 @@ def parser() -> Parser:
 
     loader = parser.add_argument_group("what is loaded, as train.py has it")
     loader.add_argument("--batch-size", type=positive, help="default: 64 on a CPU and for --compare, 256 on a GPU")
-    loader.add_argument("--image-size", type=positive, default=plan.CROP, help="side of the crop (default: %(default)s)")
+    loader.add_argument("--image-size", type=positive, default=sampling.CROP, help="side of the crop (default: %(default)s)")
     loader.add_argument("--geometry", default="jitter", choices=GEOMETRIES)
     loader.add_argument("--scale", type=positive, nargs=2, metavar=("LOW", "HIGH"), help="range of S (256 480 at size 224)")
     loader.add_argument("--order", default="full", choices=("full", "blocks"))
@@ -194,7 +196,7 @@ def profile_options(args: Any, data: str) -> Options:
 
 
 def run_comparison(args: Any, images: Path) -> dict[str, Any]:
-    low, high = args.scale or plan.SCALE
+    low, high = args.scale or sampling.SCALE
     return compare(
         CompareOptions(
             images=images,
@@ -242,7 +244,7 @@ def main() -> None:
         torch.set_num_threads(core_share())
     found = run_all(args)
     if args.json:
-        storage.write(str(args.json), json.dumps(found, indent=1).encode() + b"\n")
+        files.write(str(args.json), json.dumps(found, indent=1).encode() + b"\n")
     if "verdict" in found:
         print(table({name: part for name, part in found.items() if name != "rows"}))  # `compare` has printed its own
         if args.report:

@@ -14,8 +14,8 @@ from pathlib import Path
 
 import _path  # noqa: F401
 
-from pipeline import storage
 from pipeline.errors import Parser, positive, run_cli
+from pipeline.store import files
 from tools.evaluate import add_feed_options
 from tools.reporting.curves import draw
 from tools.reporting.page import html
@@ -40,7 +40,7 @@ def main() -> None:
     charts = draw(runs)
     tested = {} if args.no_evaluate else evaluate_runs(runs, args)
     page = html(runs, charts, tested, args.split, datetime.now().strftime("%Y-%m-%d %H:%M"))
-    storage.write(args.out, page.encode())
+    files.write(args.out, page.encode())
     for name, reason in tested.items():
         if isinstance(reason, str):
             print(f"{name}: not tested: {reason}")

@@ -10,12 +10,13 @@ import torch
 from accelerate import Accelerator
 
 from model.weights import Recipe
-from pipeline import open_loader, plan
+from pipeline import open_loader
 from pipeline.errors import UserError
-from pipeline.geometry import CentreCrop, Geometry, ScaleJitter, choose_geometry
 from pipeline.loader import Loader
-from pipeline.shards import Manifest
+from pipeline.plan import sampling
+from pipeline.plan.geometry import CentreCrop, Geometry, ScaleJitter, choose_geometry
 from pipeline.spec import PRECISIONS, LoaderSpec
+from pipeline.store.shards import Manifest
 from training.options import make_sizes, parser
 from training.tuned import with_tuned
 
@@ -57,7 +58,7 @@ def evaluation(args: Any, spec: LoaderSpec) -> LoaderSpec:
     geometry = spec.geometry
     assert isinstance(geometry, CentreCrop)
     if args.eval_size:
-        short = plan.short_at(geometry.short, args.eval_size, spec.final_size)
+        short = sampling.short_at(geometry.short, args.eval_size, spec.final_size)
         spec, geometry = replace(spec, image_size=args.eval_size), CentreCrop(short)
     return replace(spec, geometry=replace(geometry, mirrored=args.flip_test))
 

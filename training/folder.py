@@ -15,9 +15,9 @@ from uuid import uuid4
 
 from accelerate import Accelerator
 
-from pipeline import storage
 from pipeline.errors import UserError
 from pipeline.loader import Loader
+from pipeline.store import files
 from training.feeding import scale_of
 from training.provenance import commit, environment, hardware, versions
 
@@ -68,5 +68,5 @@ def write_config(output: Path, args: Any, accelerator: Accelerator, loader: Load
         "environment": environment(),
         "starts": [*before.get("starts", []), start],
     }
-    storage.write(str(path), json.dumps(config, indent=1, default=str).encode())
+    files.write(str(path), json.dumps(config, indent=1, default=str).encode())
     return run_id

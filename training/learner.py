@@ -13,9 +13,9 @@ from torch import nn
 
 from model import ARCHS
 from model.resnet import ResNet
-from pipeline import plan
 from pipeline.buffers import to_device
 from pipeline.loader import Batch, Loader
+from pipeline.plan import sampling
 from training.averaging import Average
 from training.compiling import compiled
 from training.levels import Stream, levels
@@ -81,7 +81,7 @@ class Learner:
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         rank, processes = self.accelerator.process_index, self.accelerator.num_processes
-        low, high = plan.share(start, start + self.args.batch_size, rank, processes)
+        low, high = sampling.share(start, start + self.args.batch_size, rank, processes)
         images, labels, parts = batch.images, batch.labels, self.args.accumulate
         shares: Sequence[torch.Tensor | None] = [None] * parts
         drawn: Sequence[tuple[torch.Tensor, ...]] = [()] * parts  # what the net takes beside the images

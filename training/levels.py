@@ -1,7 +1,7 @@
 """Random numbers of the training step as a pure function: of (seed, epoch, position in the epoch) and what they are for.
 
 Random numbers: Philox of Salmon et al. 2011, NumPy's. The key is the seed and the stream, the counter (position, epoch). The
-augmentation's own draws, which belong to samples, are `pipeline.plan`'s.
+augmentation's own draws, which belong to samples, are `pipeline.plan.sampling`'s.
 """
 
 from __future__ import annotations

@@ -11,9 +11,10 @@ from typing import Any
 
 from model import ARCHS
 from model.describe import describe, table
-from pipeline import ENGINES, plan
+from pipeline import ENGINES
 from pipeline.errors import Parser, UserError, positive
-from pipeline.geometry import GEOMETRIES
+from pipeline.plan import sampling
+from pipeline.plan.geometry import GEOMETRIES
 from pipeline.spec import CORRUPT, PRECISIONS
 from training.compiling import MODES
 from training.optimizers import OPTIMIZERS, REFERENCE_BATCH, scaled_rate
@@ -92,7 +93,7 @@ def _add_optimization(parse: Parser) -> None:
 
 def _add_pictures(parse: Parser) -> None:
     pictures = parse.add_argument_group("pictures")
-    pictures.add_argument("--image-size", type=positive, default=plan.CROP, help="side of the crop, pixels (224)")
+    pictures.add_argument("--image-size", type=positive, default=sampling.CROP, help="side of the crop, pixels (224)")
     pictures.add_argument("--start-size", type=positive, help="progressive resizing: the side at the start")
     pictures.add_argument("--ramp", type=float, nargs=2, metavar=("FROM", "TO"), help="epochs between which it rises; below 1: "
                           f"shares of the way to the last ({RAMP[0]:g} {RAMP[1]:g})")  # fmt: skip
@@ -102,8 +103,8 @@ def _add_pictures(parse: Parser) -> None:
         "--scale", type=int, nargs=2, metavar=("LO", "HI"), help="of the short side, for jitter (256 480 at 224)"
     )
     pictures.add_argument("--area", type=float, nargs=2, metavar=("LO", "HI"), help="share of the image, for rrc (0.08 1)")
-    pictures.add_argument("--alpha-std", type=float, default=plan.ALPHA_STD, help="deviation of the PCA colour's coefficients; 0 "
-                          "for none (0.1)")  # fmt: skip
+    pictures.add_argument("--alpha-std", type=float, default=sampling.ALPHA_STD, help="deviation of the PCA coefficients; "
+                          "0 for none (0.1)")  # fmt: skip
     pictures.add_argument("--mean", default="pixel", choices=("pixel", "channel"), help="what is subtracted (pixel)")
     pictures.add_argument("--eval-size", type=positive, help="side of the crop in validation, pixels (--image-size)")
     pictures.add_argument("--flip-test", action="store_true", help="validate on the crop and its mirror image")

@@ -17,10 +17,11 @@ from typing import Any
 
 import torch
 
-from pipeline import choose_engine, storage
+from pipeline import choose_engine
 from pipeline.errors import UserError
-from pipeline.shards import Manifest
 from pipeline.spec import LoaderSpec
+from pipeline.store import files
+from pipeline.store.shards import Manifest
 from training.launch import core_share
 
 
@@ -59,7 +60,7 @@ def save(spec: LoaderSpec, threads: int, prefetch: int, images_per_s: float) -> 
         "date": datetime.now(UTC).strftime("%Y-%m-%d"),
     }
     try:
-        storage.write(str(path), json.dumps(content, indent=1).encode() + b"\n")
+        files.write(str(path), json.dumps(content, indent=1).encode() + b"\n")
     except (OSError, UserError) as error:
         raise UserError(f"{path}: cannot be written ({error}); name another file in CROPFEED_TUNED") from error
     return path

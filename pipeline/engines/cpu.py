@@ -18,11 +18,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from pipeline.augment import lighting, translate
-from pipeline.loader import Batch, Loader, Part, Work, check_turn
-from pipeline.picture import Decoder
-from pipeline.spec import LoaderSpec
-from pipeline.tail import STORED
+from ..loader import Batch, Loader, Part, Work, check_turn
+from ..pixels.decoder import Decoder
+from ..pixels.normalize import lighting, stored_dtype, translate
+from ..spec import LoaderSpec
 
 _CHUNK = 16  # images that a thread makes at a time: enough to forget the hand-over, few enough to keep all threads busy
 
@@ -82,7 +81,7 @@ class CpuLoader(Loader):
         self._threads = self._threads or ThreadPoolExecutor(self.spec.threads, "cropfeed")
         work = self.plan(part)
         shape = (len(work.views.flip), *work.size, 3)
-        job = _Job(work, *self.buffers.lend(shape, STORED[self.spec.dtype] if self._tail_in_threads else np.uint8))
+        job = _Job(work, *self.buffers.lend(shape, stored_dtype(self.spec.dtype) if self._tail_in_threads else np.uint8))
         for first in range(0, len(work.ids), _CHUNK):
             places = range(first, min(first + _CHUNK, len(work.ids)))
             job.chunks.append(self._threads.submit(self._fill, job, places))

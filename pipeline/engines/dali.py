@@ -8,7 +8,7 @@ which torch sees without a copy; the colour tail follows on the same device.
 Two things are done on the host, where they are needed, which is rarely:
 - A picture at its image's border that is reduced more than fourfold. Where the filter reaches beyond the image, DALI repeats the
   image's last pixel and Pillow leaves it out. That shows in the picture's outermost pixels, by up to 1/8 of the step from the
-  last pixel to those beside it. Such pictures are made by `pipeline.picture` and pass DALI's graph unchanged, as binary PPM.
+  last pixel to those beside it. Such pictures are made by `pixels.decoder` and pass DALI's graph unchanged, as binary PPM.
   (Reduced less, it takes a frame of a pixel or two in full contrast around the image to exceed 4 of 255.)
 - DALI fails a whole batch for one sample that it cannot decode, without saying which. It is sought and replaced, and the pipeline
   starts again. Where there is none, DALI is stricter than the other engines, and the host makes what DALI had in hand.
@@ -26,11 +26,11 @@ import numpy.typing as npt
 import torch
 from nvidia.dali import Pipeline, fn, types
 
-from pipeline import plan
-from pipeline.loader import Batch, Loader, Part, Work, check_turn
-from pipeline.picture import CorruptImageError, Decoder, cut_windows, why_corrupt
-from pipeline.region import _NO_TABLE, Bytes
-from pipeline.spec import LoaderSpec
+from ..jpeg.region import _NO_TABLE, Bytes
+from ..loader import Batch, Loader, Part, Work, check_turn
+from ..pixels.decoder import CorruptImageError, Decoder, cut_windows, why_corrupt
+from ..plan import sampling
+from ..spec import LoaderSpec
 
 # External inputs: name, DALI type, dimensions of one sample.
 INPUTS = (
@@ -236,7 +236,7 @@ class _Feed:
             windows[self._views(place)] = np.stack([tops, 0 * tops, tops + rows, 0 * tops + columns], axis=1)
             flip[self._views(place)] = False
             heights[place], widths[place] = crops * rows, columns
-        regions = plan.regions(windows, heights.repeat(crops), widths.repeat(crops), work.size).reshape(count, crops, 4)
+        regions = sampling.regions(windows, heights.repeat(crops), widths.repeat(crops), work.size).reshape(count, crops, 4)
         corner = self._boxes[:, :2]
         start, end = regions[:, :, :2].min(axis=1) - corner, regions[:, :, 2:].max(axis=1) - corner
         origin = (corner + start if self._loader._slices else corner).repeat(crops, axis=0)

@@ -39,16 +39,16 @@ from ffcv.utils import cast_int_to_byte_ptr
 from llvmlite.binding import load_library_permanently
 from numba import carray, prange, types
 
-from pipeline import storage
-from pipeline.decode import decode
-from pipeline.errors import UserError
-from pipeline.jit import jit
-from pipeline.loader import Batch, Loader, Part, Work, check_turn
-from pipeline.picture import Decoder, Pixels, region_of, resample_windows
-from pipeline.plan import Ints
-from pipeline.region import Bytes
-from pipeline.shards import ShardSet
-from pipeline.spec import LoaderSpec
+from ..errors import UserError
+from ..jit import jit
+from ..jpeg.decode import decode
+from ..jpeg.region import Bytes
+from ..loader import Batch, Loader, Part, Work, check_turn
+from ..pixels.decoder import Decoder, Pixels, region_of, resample_windows
+from ..plan.sampling import Ints
+from ..spec import LoaderSpec
+from ..store import files
+from ..store.shards import ShardSet
 
 _RAW = IMAGE_MODES["raw"]
 _STATUS, _WINDOWS, _FLIP, _OUT, _CROPS, _ROWS, _COLUMNS = range(7)  # of an order
@@ -291,7 +291,7 @@ class FfcvLoader(Loader):
         spec = self.spec
         shards = ShardSet(spec.data, spec.split, spec.cache, spec.cache_gb, tars=False)
         root, entry = shards.manifest.root, shards.manifest.splits[spec.split].get("beton")
-        if storage.is_remote(root):
+        if files.is_remote(root):
             raise UserError(f"{root}: FFCV reads local files; copy the .beton, or take engine cpu or dali")
         if entry is None:
             raise UserError(f"{root}: has no FFCV file of {spec.split}; make the shards again with --format both")

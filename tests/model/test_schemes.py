@@ -11,8 +11,8 @@ from torch.nn import functional as F
 from model import ARCHS
 from model.schemes import SCALES, Classifier, looks_of
 from model.weights import Recipe
-from pipeline.geometry import CentreCrop, TenCrop, WholeImage
-from pipeline.several import Look, Looks
+from pipeline.engines.multiview import Look, Looks
+from pipeline.plan.geometry import CentreCrop, TenCrop, WholeImage
 
 MEAN = np.random.default_rng(0).uniform(80, 160, (32, 32, 3)).astype(np.float32)
 STD = np.array([50, 60, 70], np.float32)

@@ -15,12 +15,13 @@ import numpy as np
 import pytest
 import torch
 
-from pipeline import choose_engine, open_loader, plan
+from pipeline import choose_engine, open_loader
 from pipeline.errors import UserError
-from pipeline.geometry import CentreCrop, Geometry, PaddedCrop, ScaleJitter, WholeImage
 from pipeline.loader import Batch, Loader, Part
-from pipeline.shards import SAMPLE, Manifest
+from pipeline.plan import sampling
+from pipeline.plan.geometry import CentreCrop, Geometry, PaddedCrop, ScaleJitter, WholeImage
 from pipeline.spec import LoaderSpec
+from pipeline.store.shards import SAMPLE, Manifest
 
 
 class Blank(Loader):
@@ -72,7 +73,7 @@ def test_whole_images_come_once_and_never_in_one_batch_with_others(small_shards:
             sizes.update(dict.fromkeys(batch.ids.tolist(), tuple(batch.images.shape[2:])))
         records = loader.shards.samples
         for sample, size in sizes.items():
-            height, width = plan.resized([records[sample]["height"]], [records[sample]["width"]], 20)
+            height, width = sampling.resized([records[sample]["height"]], [records[sample]["width"]], 20)
             assert size == (height[0], width[0])
     assert seen == Counter(range(60))
 
@@ -185,7 +186,7 @@ def test_the_result_does_not_depend_on_what_is_known(small_shards: Path) -> None
     loaders[0].seek(0, 0)
     assert ids(loaders[0]) == first[0]
     assert loaders[0].substitutes.corrupt == dict.fromkeys(bad, "it is bad")
-    planned = [plan.order(0, epoch, np.arange(56), 60) for epoch in (0, 1, 2, 0)]
+    planned = [sampling.order(0, epoch, np.arange(56), 60) for epoch in (0, 1, 2, 0)]
     assert loaders[0].replaced == sum(int(np.isin(epoch, list(bad)).sum()) for epoch in planned)
 
 
@@ -197,11 +198,11 @@ def test_a_replacement_has_its_own_draws(small_shards: Path, geometry: Geometry)
     victim = int(before.ids[3])
     after = loader.plan(part)
     loader.replace(after, 3, "it is bad")
-    other = plan.substitute(0, 0, victim, 0, 60)
+    other = sampling.substitute(0, 0, victim, 0, 60)
     assert after.ids[3] == other
     record = loader.shards.samples[other]
     assert (after.heights[3], after.widths[3]) == (record["height"], record["width"])
-    its = geometry.views(0, 0, np.array([other]), after.heights[3:4], after.widths[3:4], 4, plan.ALPHA_STD)
+    its = geometry.views(0, 0, np.array([other]), after.heights[3:4], after.widths[3:4], 4, sampling.ALPHA_STD)
     planned_anew = loader.plan(part).views
     columns = zip(after.views.columns, its.columns, before.views.columns, planned_anew.columns, strict=True)
     for number, (column, own, old, planned) in enumerate(columns):

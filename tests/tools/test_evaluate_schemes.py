@@ -19,8 +19,8 @@ from model.weights import Recipe, load_weights, save_weights
 from pipeline import open_loader
 from pipeline.errors import UserError
 from pipeline.loader import Loader
-from pipeline.shards import Manifest, ShardSet
 from pipeline.spec import LoaderSpec
+from pipeline.store.shards import Manifest, ShardSet
 from tests.helpers import picture, run_forked
 from tools import evaluate
 

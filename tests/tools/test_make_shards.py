@@ -17,7 +17,7 @@ import pytest
 from PIL import Image
 
 from pipeline.errors import UserError
-from pipeline.shards import ShardSet
+from pipeline.store.shards import ShardSet
 from tests.helpers import ROOT, assert_refused, clean_environment, jpeg, open_image, picture, run_script, without_progress
 
 

@@ -26,7 +26,7 @@ from model import ARCHS, ResNet
 from model.testing import Score
 from model.weights import Recipe, save_weights
 from pipeline.errors import UserError
-from pipeline.shards import Manifest
+from pipeline.store.shards import Manifest
 from tests.helpers import run_forked
 from tools import report
 from tools.reporting import curves, page, runs, worst

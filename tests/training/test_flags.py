@@ -21,8 +21,8 @@ from safetensors.torch import load_file
 from model import ARCHS
 from model.weights import Recipe, load_weights
 from pipeline.errors import UserError
-from pipeline.geometry import CentreCrop, PaddedCrop, RandomResizedCrop, ScaleJitter
 from pipeline.loader import Loader
+from pipeline.plan.geometry import CentreCrop, PaddedCrop, RandomResizedCrop, ScaleJitter
 from tests.helpers import run_forked, without_progress
 from training import trackers
 from training.feeding import open_loaders, recipe_of
@@ -328,7 +328,7 @@ def test_how_the_data_are_fed(run: Callable[..., Outcome], small_shards: Path) -
 @shows("--cache", "--cache-gb")
 def test_the_cache_of_remote_shards(small_shards: Path, tmp_path: Path) -> None:
     spec = opened(small_shards, "--cache", tmp_path / "cache", "--cache-gb", 0.5)[0].spec
-    assert (spec.cache, spec.cache_gb) == (tmp_path / "cache", 0.5)  # which tests/pipeline/test_remote.py fills
+    assert (spec.cache, spec.cache_gb) == (tmp_path / "cache", 0.5)  # which tests/pipeline/store/test_remote.py fills
 
 
 @shows("--start-size", "--ramp")

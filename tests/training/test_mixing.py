@@ -7,8 +7,8 @@ import pytest
 import torch
 from scipy.stats import ks_2samp, kstest
 
-from pipeline import plan
 from pipeline.errors import UserError
+from pipeline.plan import sampling
 from training.mixing import Mixing, apply, mixed_loss
 
 PAIRS = 20_000
@@ -92,7 +92,7 @@ def test_any_number_of_processes_and_parts_sees_the_same_mixed_images(processes:
     mixing = Mixing(0.2, 1.0, 5, 32, processes, accumulate)
     found, losses = [], []
     for rank in range(processes):
-        low, high = plan.share(start, stop, rank, processes)
+        low, high = sampling.share(start, stop, rank, processes)
         own = slice(low - start, high - start)
         mixed, shares = apply(images[own], mixing.draw(9, low, high, (12, 10)))
         found.append(mixed)

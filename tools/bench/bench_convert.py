@@ -21,10 +21,10 @@ import _path  # noqa: F401
 from PIL import Image
 from tqdm import tqdm
 
-from conversion import statistics
-from conversion.images import PROFILES
-from conversion.sources import Source
-from conversion.task import ShardTask, read_record, run
+from pipeline.convert import statistics
+from pipeline.convert.images import PROFILES
+from pipeline.convert.sources import Source
+from pipeline.convert.task import ShardTask, read_record, run
 from pipeline.errors import Parser, UserError, run_cli
 from tools import ROOT
 from tools.bench.recording import Figure, record

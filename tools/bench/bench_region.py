@@ -28,11 +28,11 @@ import numpy as np
 import numpy.typing as npt
 from tqdm import tqdm
 
-from pipeline import plan
 from pipeline.errors import Parser, UserError, positive, run_cli
-from pipeline.region import Bytes, RegionError, cut
-from pipeline.shards import ShardSet
-from pipeline.transcode import transcode
+from pipeline.jpeg.region import Bytes, RegionError, cut
+from pipeline.jpeg.transcode import transcode
+from pipeline.plan import sampling
+from pipeline.store.shards import ShardSet
 from tools import ROOT
 from tools.bench.recording import Figure, record
 
@@ -97,8 +97,8 @@ class Folder(NamedTuple):
     def regions(self, epoch: int) -> Regions:
         """What an engine needs of each image, whole pixels, int64 (N, 4)."""
         heights, widths = self.records["height"].astype(np.int64), self.records["width"].astype(np.int64)
-        windows = plan.windows(plan.draw(0, epoch, self.ids, heights, widths), heights, widths, plan.CROP)
-        return plan.regions(windows, heights, widths, plan.CROP)
+        windows = sampling.windows(sampling.draw(0, epoch, self.ids, heights, widths), heights, widths, sampling.CROP)
+        return sampling.regions(windows, heights, widths, sampling.CROP)
 
 
 def read_folders(paths: list[Path], count: int) -> list[Folder]:

@@ -23,9 +23,9 @@ import torch
 
 from pipeline.errors import Parser, run_cli
 from pipeline.loader import Batch, Loader, Part
-from pipeline.plan import Ints
-from pipeline.shards import SAMPLE, Manifest
+from pipeline.plan.sampling import Ints
 from pipeline.spec import LoaderSpec
+from pipeline.store.shards import SAMPLE, Manifest
 from tools import ROOT
 from tools.bench.recording import Figure, record
 

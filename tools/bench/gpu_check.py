@@ -37,11 +37,12 @@ import torch
 from PIL import Image
 
 from model import ARCHS
-from pipeline import open_loader, plan
-from pipeline.augment import apply
+from pipeline import open_loader
 from pipeline.errors import Parser, UserError, positive, run_cli
-from pipeline.geometry import PaddedCrop, ScaleJitter
 from pipeline.loader import Loader
+from pipeline.pixels.reference import apply
+from pipeline.plan import sampling
+from pipeline.plan.geometry import PaddedCrop, ScaleJitter
 from pipeline.spec import LoaderSpec
 from tools import ROOT, make_shards
 from tools.bench.gpu_feed import measure_feeds
@@ -230,7 +231,7 @@ def main() -> None:
             data["lossless"],
             batch_size=args.batch_size,
             image_size=size,
-            geometry=ScaleJitter().scaled(size, plan.CROP),
+            geometry=ScaleJitter().scaled(size, sampling.CROP),
             dtype=torch.bfloat16,
             device=args.device,
             threads=core_share(),

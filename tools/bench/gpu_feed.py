@@ -18,10 +18,10 @@ from nvidia.dali import Pipeline, fn, types
 
 from pipeline import open_loader
 from pipeline.engines.dali import DaliLoader
-from pipeline.geometry import ScaleJitter
 from pipeline.loader import Loader
-from pipeline.shards import ShardSet
+from pipeline.plan.geometry import ScaleJitter
 from pipeline.spec import LoaderSpec
+from pipeline.store.shards import ShardSet
 from tools.bench.recording import Figure, record
 from tools.profiler.loaders import endless, synchronise
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from pipeline import storage
-from pipeline.cache import FREE_SHARE, ShardCache, choose_cache
 from pipeline.errors import UserError
-from pipeline.shards import Manifest
+from pipeline.store import files
+from pipeline.store.cache import FREE_SHARE, ShardCache, choose_cache
+from pipeline.store.shards import Manifest
 from tools.doctoring.lines import Asked, Line
 from tools.doctoring.machine import GB, available_memory, free_disk
 
@@ -20,13 +20,13 @@ def check(asked: Asked, data: str) -> list[Line]:
         sizes = file_sizes(manifest)
     except UserError as error:
         return [broken("data", error)]
-    remote = storage.is_remote(manifest.root)
+    remote = files.is_remote(manifest.root)
     if not remote and (wrong := damaged_files(manifest, sizes)):
         found = f"missing or of another size: {len(wrong)} of {len(sizes) + len(manifest.splits)} files, first {wrong[0]}"
         return [Line("failed", "data", found, "give the command that made these shards again: it makes what is damaged")]
     total, images = sum(sizes.values()), sum(split["images"] for split in manifest.splits.values())
     found = f"{images:,} images in {len(sizes):,} files of {total / GB:.3g} GB, profile {manifest.profile}"
-    cached = remote or asked.cache is not None or asked.cache_gb is not None  # as pipeline.shards.ShardSet decides
+    cached = remote or asked.cache is not None or asked.cache_gb is not None  # as pipeline.store.shards.ShardSet decides
     disk = check_cache(asked, sizes) if cached else check_data_disk(manifest.root)
     return [Line("ok", "data", found), check_page_cache(asked, total, manifest.profile), disk]
 
@@ -45,16 +45,16 @@ def file_sizes(manifest: Manifest) -> dict[str, int]:
     """Path or URL -> bytes of the files that hold the images; of tars, as the manifest says."""
     sizes: dict[str, int] = {}
     for split in manifest.splits.values():
-        sizes |= {storage.join(manifest.root, shard["file"]): shard["bytes"] for shard in split["shards"]}
+        sizes |= {files.join(manifest.root, shard["file"]): shard["bytes"] for shard in split["shards"]}
         if not split["shards"]:  # FFCV files only
-            url = storage.join(manifest.root, split["beton"]["file"])
-            sizes[url] = storage.size(url)
+            url = files.join(manifest.root, split["beton"]["file"])
+            sizes[url] = files.size(url)
     return sizes
 
 
 def damaged_files(manifest: Manifest, sizes: dict[str, int]) -> list[str]:
     wrong = [path for path, size in sizes.items() if not os.path.isfile(path) or os.path.getsize(path) != size]
-    samples = [storage.join(manifest.root, split["samples"]) for split in manifest.splits.values()]
+    samples = [files.join(manifest.root, split["samples"]) for split in manifest.splits.values()]
     return wrong + [path for path in samples if not os.path.isfile(path)]
 
 

@@ -57,7 +57,7 @@ def missing_for_ffcv() -> list[str]:
 _NUMBA_PROBE = """
 import json, numba
 assert numba.njit(lambda x: x + 1)(1) == 2
-from pipeline import draws
+from pipeline.plan import random
 print(json.dumps({"version": numba.__version__, "folder": draws.permute.stats.cache_path}))
 """
 

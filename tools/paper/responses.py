@@ -24,11 +24,11 @@ from model.loading import load_net
 from model.responses import Response, responses
 from model.weights import Recipe
 from pipeline import open_loader
-from pipeline.augment import Normalization
 from pipeline.errors import Parser, positive, run_cli
-from pipeline.geometry import CentreCrop
-from pipeline.shards import Manifest
+from pipeline.pixels.normalize import Normalization
+from pipeline.plan.geometry import CentreCrop
 from pipeline.spec import PRECISIONS, LoaderSpec
+from pipeline.store.shards import Manifest
 from training.launch import core_share
 
 

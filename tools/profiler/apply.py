@@ -9,8 +9,8 @@ from dataclasses import replace
 from typing import Any
 
 from pipeline.errors import UserError
-from pipeline.shards import ShardSet
 from pipeline.spec import LoaderSpec
+from pipeline.store.shards import ShardSet
 from tools.profiler.loaders import measure_feeds
 from tools.profiler.measuring import Estimate
 from tools.profiler.remedies import Remedy, Situation

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import numpy as np
 
-from pipeline.shards import ShardSet
 from pipeline.spec import LoaderSpec
+from pipeline.store.shards import ShardSet
 from tools.bench.peers import data
 from tools.profiler.remedies import Converted
 from tools.profiler.stages import Stages, measure_warm

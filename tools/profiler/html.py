@@ -7,8 +7,8 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from pipeline import storage
 from pipeline.errors import UserError
+from pipeline.store import files
 from tools.pages import cell, page, picture
 from tools.profiler.figures import Row, Section, gain, gain_interval, interval, share, speed
 from tools.profiler.table import sections
@@ -145,10 +145,10 @@ def write_report(profile: Profile, folder: Path) -> Path:
     try:
         for name in CHARTS:
             if name in pngs:
-                storage.write(str(folder / f"{name}.png"), pngs[name])
+                files.write(str(folder / f"{name}.png"), pngs[name])
             else:
                 (folder / f"{name}.png").unlink(missing_ok=True)  # of an earlier report: it would belie this one
-        storage.write(str(report), html(profile, pngs).encode())
+        files.write(str(report), html(profile, pngs).encode())
     except (OSError, UserError) as error:
         raise UserError(f"{folder}: the report cannot be written there ({error}); name another folder") from error
     return report

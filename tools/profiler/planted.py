@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
-from pipeline.shards import ShardSet
+from pipeline.store.shards import ShardSet
 from tools.profiler import storage
 
 KINDS = ("reader", "model", "threads")

@@ -14,10 +14,11 @@ from pathlib import Path
 from typing import Any
 
 from model import ARCHS
-from pipeline import choose_engine, storage
+from pipeline import choose_engine
 from pipeline.errors import UserError
-from pipeline.shards import ShardSet
 from pipeline.spec import LoaderSpec
+from pipeline.store import files
+from pipeline.store.shards import ShardSet
 from tools.bench.peers import data as images
 from tools.doctoring.machine import available_memory
 from tools.profiler import verdict
@@ -286,7 +287,7 @@ def free_bytes(folder: str) -> int:
 @contextmanager
 def shards_of(data: str, beton: bool) -> Iterator[str]:
     """The data set itself or, of a folder or tar of images, lossless shards in a temporary folder. beton: FFCV's file, too."""
-    if storage.is_remote(data) or (Path(data) / "manifest.json").exists():
+    if files.is_remote(data) or (Path(data) / "manifest.json").exists():
         yield data
         return
     with tempfile.TemporaryDirectory(prefix="cropfeed-profile-") as name:

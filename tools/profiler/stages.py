@@ -25,14 +25,13 @@ import numpy.typing as npt
 import torch
 from numba import njit
 
-from pipeline.augment import lighting, translate
 from pipeline.engines.cpu import CpuLoader
 from pipeline.errors import UserError
 from pipeline.loader import Work
-from pipeline.picture import CorruptImageError, Decoder, cut_windows, resample_windows
-from pipeline.shards import ShardSet
+from pipeline.pixels.decoder import CorruptImageError, Decoder, cut_windows, resample_windows
+from pipeline.pixels.normalize import lighting, stored_dtype, translate
 from pipeline.spec import LoaderSpec
-from pipeline.tail import STORED
+from pipeline.store.shards import ShardSet
 from tools.profiler.measuring import Estimate, in_turns
 from tools.profiler.page_cache import drop_pages
 from tools.profiler.storage import local_files, storage_bytes
@@ -114,7 +113,7 @@ class Samples:
         if not hasattr(own, "decoder"):
             shape = (self.loader.crops, *self.size, 3)
             own.decoder, own.picture, own.cut = Decoder(), np.empty(shape, np.uint8), np.empty(0, np.uint8)
-            own.row = np.empty(shape, STORED.get(self.loader.spec.dtype, np.uint8))
+            own.row = np.empty(shape, stored_dtype(self.loader.spec.dtype))
             own.place = np.empty(4, np.int64)
         return own
 
@@ -150,7 +149,7 @@ class Samples:
         """A whole batch."""
         loader = self.loader
         work = loader.plan(self.works[number % len(self.works)].part)
-        _, tensor = loader.buffers.lend((len(work.views.flip), *work.size, 3), STORED.get(loader.spec.dtype, np.uint8))
+        _, tensor = loader.buffers.lend((len(work.views.flip), *work.size, 3), stored_dtype(loader.spec.dtype))
         return loader.finish(tensor.view(loader.spec.dtype), work)
 
 

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import numpy as np
 
-from pipeline.shards import ShardSet
 from pipeline.spec import LoaderSpec
+from pipeline.store.shards import ShardSet
 from tools.profiler.measuring import Estimate, in_turns
 from tools.profiler.page_cache import drop_pages
 

@@ -18,10 +18,10 @@ from tqdm import tqdm
 from model.loading import load_net
 from model.schemes import Classifier
 from model.testing import Score, Tally
+from pipeline.engines.multiview import Looks
 from pipeline.errors import UserError
-from pipeline.several import Looks
-from pipeline.shards import Manifest, ShardSet
 from pipeline.spec import PRECISIONS, check_device
+from pipeline.store.shards import Manifest, ShardSet
 from tools.evaluate import open_pictures
 from tools.reporting.runs import Run
 

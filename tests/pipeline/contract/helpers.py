@@ -10,9 +10,9 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from pipeline.augment import apply
-from pipeline.geometry import ScaleJitter
 from pipeline.loader import Batch, Loader, Work
+from pipeline.pixels.reference import apply
+from pipeline.plan.geometry import ScaleJitter
 from pipeline.spec import LoaderSpec
 from tests.helpers import open_image
 

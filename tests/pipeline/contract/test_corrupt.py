@@ -11,14 +11,15 @@ import numpy as np
 import pytest
 import torch
 
-from pipeline import open_loader, plan
+from pipeline import open_loader
 from pipeline.errors import UserError
-from pipeline.geometry import Geometry, PaddedCrop, ScaleJitter
-from pipeline.shards import ShardSet
+from pipeline.plan import sampling
+from pipeline.plan.geometry import Geometry, PaddedCrop, ScaleJitter
+from pipeline.store.shards import ShardSet
 from tests.pipeline.contract.helpers import differences, ids, spec_for
 
 VICTIM = 7
-SECOND = plan.substitute(0, 0, VICTIM, 0, 60)  # what would take its place in epoch 0, were it not corrupt, too
+SECOND = sampling.substitute(0, 0, VICTIM, 0, 60)  # what would take its place in epoch 0, were it not corrupt, too
 TRUNCATED = 31
 
 
@@ -56,8 +57,8 @@ def overwrite(path: Path, start: int, count: int) -> None:
 def expected_ids(epoch: int, corrupt: set[int]) -> list[int]:
     """The epoch's samples by the plan alone."""
     found = []
-    for sample in plan.order(0, epoch, np.arange(56), 60).tolist():
-        candidates = [sample, *(plan.substitute(0, epoch, sample, attempt, 60) for attempt in range(32))]
+    for sample in sampling.order(0, epoch, np.arange(56), 60).tolist():
+        candidates = [sample, *(sampling.substitute(0, epoch, sample, attempt, 60) for attempt in range(32))]
         found.append(next(candidate for candidate in candidates if candidate not in corrupt))
     return found
 
@@ -72,7 +73,7 @@ def test_corrupt_samples_are_replaced_as_the_plan_says(
     for epoch in range(3):
         expected = expected_ids(epoch, corrupt)
         assert ids(loader) == expected
-        replaced += sum(a != b for a, b in zip(expected, plan.order(0, epoch, np.arange(56), 60).tolist(), strict=True))
+        replaced += sum(a != b for a, b in zip(expected, sampling.order(0, epoch, np.arange(56), 60).tolist(), strict=True))
         assert loader.replaced == replaced > 0
     loader.close()
     assert loader.substitutes.corrupt.keys() == corrupt

@@ -12,10 +12,11 @@ import pytest
 import torch
 from PIL import Image, ImageOps
 
-from pipeline import open_loader, plan
-from pipeline.augment import Normalization
-from pipeline.geometry import CentreCrop, Geometry, PaddedCrop, RandomResizedCrop, ScaleJitter, TenCrop, WholeImage
+from pipeline import open_loader
 from pipeline.loader import Loader
+from pipeline.pixels.normalize import Normalization
+from pipeline.plan import sampling
+from pipeline.plan.geometry import CentreCrop, Geometry, PaddedCrop, RandomResizedCrop, ScaleJitter, TenCrop, WholeImage
 from pipeline.spec import LoaderSpec
 from tests.helpers import SHARED, SUBSAMPLINGS, jpeg, picture
 from tests.pipeline.contract.conftest import make
@@ -79,7 +80,7 @@ def test_padded_crops_are_expanded_and_cropped(exact: Path, engine: str, device:
         (batch,) = loader
         sizes = [stored_image(loader, sample).size for sample in batch.ids.tolist()]
         widths, heights = zip(*sizes, strict=True)
-        drawn = plan.draw(0, epoch, batch.ids, heights, widths, (32, 32), 32, padding=4)
+        drawn = sampling.draw(0, epoch, batch.ids, heights, widths, (32, 32), 32, padding=4)
         for pixels, sample, top, left, flip in zip(batch.images, batch.ids.tolist(), *drawn[1:4], strict=True):
             image = stored_image(loader, sample).convert("RGB")
             image = image.resize([32 * side // min(image.size) for side in image.size], Image.Resampling.BILINEAR)

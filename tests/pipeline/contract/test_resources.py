@@ -15,7 +15,8 @@ import numpy as np
 import psutil
 import pytest
 
-from pipeline import open_loader, plan
+from pipeline import open_loader
+from pipeline.plan import sampling
 from tests.helpers import ROOT, clean_environment
 from tests.pipeline.contract.helpers import ids, spec_for
 
@@ -60,7 +61,7 @@ def test_no_interrupt_is_swallowed_and_the_place_is_kept(small: Path, engine: st
                 ids(loader)
         timer.join()
     epoch, consumed = loader.epoch, loader.consumed
-    assert ids(loader) == plan.order(0, epoch, np.arange(consumed, 56), 60).tolist()
+    assert ids(loader) == sampling.order(0, epoch, np.arange(consumed, 56), 60).tolist()
     loader.close()
 
 
@@ -70,7 +71,8 @@ import sys
 sys.path.insert(0, {str(ROOT)!r})
 from pathlib import Path
 import torch
-from pipeline import open_loader, plan
+from pipeline import open_loader
+from pipeline.plan import sampling
 from tests.pipeline.contract.helpers import spec_for
 torch.set_num_threads(5)
 loader = open_loader(spec_for(Path(sys.argv[1]), sys.argv[2], threads=3, order="blocks"))

@@ -10,11 +10,12 @@ import numpy as np
 import pytest
 import torch
 
-from pipeline import ENGINES, open_loader, plan
-from pipeline.augment import Normalization
+from pipeline import ENGINES, open_loader
 from pipeline.errors import UserError
-from pipeline.geometry import CentreCrop, PaddedCrop, RandomResizedCrop, ScaleJitter, TenCrop, WholeImage
 from pipeline.loader import Loader
+from pipeline.pixels.normalize import Normalization
+from pipeline.plan import sampling
+from pipeline.plan.geometry import CentreCrop, PaddedCrop, RandomResizedCrop, ScaleJitter, TenCrop, WholeImage
 from pipeline.spec import LoaderSpec
 from tests.pipeline.contract.conftest import WITHOUT
 from tests.pipeline.contract.helpers import differences, ids, spec_for
@@ -25,7 +26,7 @@ def test_training_follows_the_plan(small: Path, engine: str) -> None:
     assert len(loader) == 7
     for epoch in range(3):
         assert loader.epoch == epoch
-        assert ids(loader) == plan.order(3, epoch, np.arange(56), 60).tolist()
+        assert ids(loader) == sampling.order(3, epoch, np.arange(56), 60).tolist()
     loader.close()
 
 
@@ -126,7 +127,7 @@ def test_a_saved_place_gives_the_very_next_batch(small: Path, engine: str, stop:
 
 def test_resuming_with_other_ranks_and_batch_size_goes_on_at_the_sample(small: Path, engine: str) -> None:
     loader = open_loader(spec_for(small, engine))
-    order = plan.order(0, 0, np.arange(60), 60).tolist()
+    order = sampling.order(0, 0, np.arange(60), 60).tolist()
     batches = iter(loader)
     next(batches)
     next(batches)
@@ -160,7 +161,7 @@ def test_seeking_drops_what_was_in_flight(small: Path, engine: str) -> None:
     loader = open_loader(spec_for(small, engine))
     first = next(iter(loader))
     loader.seek(5, 16)
-    assert ids(loader) == plan.order(0, 5, np.arange(16, 56), 60).tolist()
+    assert ids(loader) == sampling.order(0, 5, np.arange(16, 56), 60).tolist()
     loader.seek(0, 0)
     again = next(iter(loader))
     assert torch.equal(first.images, again.images)

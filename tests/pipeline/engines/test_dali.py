@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
-from dataclasses import replace
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -12,15 +9,11 @@ import numpy as np
 import pytest
 import torch
 from nvidia.dali import Pipeline, fn
-from PIL import Image
 
-from pipeline import plan
-from pipeline.augment import Normalization, resample
-from pipeline.engines import dali, dali_reader
-from pipeline.errors import UserError
-from pipeline.geometry import CentreCrop, RandomResizedCrop, ScaleJitter, TenCrop
-from pipeline.shards import ShardSet
+from pipeline.engines import dali
+from pipeline.plan.geometry import CentreCrop, RandomResizedCrop, ScaleJitter, TenCrop
 from pipeline.spec import LoaderSpec
+from pipeline.store.shards import ShardSet
 from tests.helpers import jpeg, open_image, picture, run_script
 from tests.pipeline.contract.helpers import differences, spec_for
 
@@ -158,13 +151,6 @@ def test_the_gpu_graph_is_whole(geometry: ScaleJitter | TenCrop, slices: bool) -
     assert operators["ExternalSource"] == {"cpu"}
 
 
-def test_the_gpu_graph_of_the_reader_is_whole(small_shards: Path) -> None:
-    pipe = dali_reader.build_pipeline(LoaderSpec(small_shards, device="cuda:1"), ShardSet(small_shards, "train"))
-    operators = reachable(pipe._graph_out)
-    assert operators["ImageSlice"] == {"mixed"}
-    assert operators["Resize"] == {"gpu"}
-
-
 def reachable(outputs: Any) -> dict[str, set[str]]:
     """Operator name -> devices, of every operator that the outputs depend on."""
     found: dict[str, set[str]] = {}
@@ -174,75 +160,3 @@ def reachable(outputs: Any) -> dict[str, set[str]]:
         found.setdefault(source.name.strip("_").rsplit("_", 1)[0], set()).add(source._op._device)
         queue += source.inputs
     return found
-
-
-# --- DALI's own reader
-
-
-@pytest.mark.parametrize("world_size", [1, 2, 3])
-def test_the_reader_evaluates_every_sample_once(small_shards: Path, world_size: int) -> None:
-    spec = spec_for(small_shards, "dali", world_size=world_size, batch_size=6).evaluation()
-    loader = dali.open(replace(spec, world_size=1, batch_size=21))
-    ours = next(iter(loader))
-    seen: Counter[int] = Counter()
-    for rank in range(world_size):
-        for batch in dali_reader.reader(replace(spec, rank=rank)):
-            seen.update(batch.ids.tolist())
-            assert torch.equal(batch.labels, ours.labels[batch.ids])
-            assert (batch.images - ours.images[batch.ids]).abs().max() <= 1  # DALI computes windows in float32
-    assert seen == Counter(range(21))
-
-
-def test_the_reader_trains_on_the_same_distribution(small_shards: Path) -> None:
-    """Each picture is one of all possible jittered crops of its sample, or the mirror image of one, half the time."""
-    spec = spec_for(small_shards, "dali", batch_size=60, dtype=torch.uint8, seed=2**64 - 1)
-    batches = list(islice(dali_reader.reader(spec), 3))
-    shards = ShardSet(small_shards, "train")
-    for batch in batches:
-        assert batch.images.shape == (60, 3, 32, 32)
-        assert batch.labels.tolist() == shards.samples["label"][batch.ids].tolist()
-    flips = [
-        closest(open_image(shards.read(sample).tobytes()), image.permute(1, 2, 0).numpy())
-        for image, sample in zip(batches[0].images[:24], batches[0].ids.tolist(), strict=False)
-    ]
-    assert 4 <= sum(flips) <= 20
-    assert sorted(np.concatenate([batch.ids for batch in batches]).tolist()) == sorted(list(range(60)) * 3)
-    assert not torch.equal(batches[0].images, batches[1].images)
-
-
-def closest(image: Image.Image, picture: Any) -> bool:
-    """Whether a picture is the mirror image of a jittered crop, found by trying all of them."""
-    best = []
-    height, width = image.size[::-1]
-    for short in range(36, 69):
-        rows, columns = (int(side[0]) for side in plan.resized([height], [width], [short]))
-        whole = resample(image, (0, 0, height, width), False, (rows, columns)).astype(int)
-        patches = np.lib.stride_tricks.sliding_window_view(whole, (32, 32), axis=(0, 1))
-        for flip in (False, True):
-            target = picture[:, :: -1 if flip else 1].transpose(2, 0, 1).astype(int)
-            coarse = np.abs(patches[..., ::5, ::5] - target[:, ::5, ::5]).mean(axis=(2, 3, 4))
-            best.append((coarse.min(), flip))
-    distance, flip = min(best)
-    assert distance < 3
-    return flip
-
-
-def test_the_reader_adds_lighting(small_shards: Path) -> None:
-    """Over one picture's pixels, what it adds is a constant per channel, and varies between pictures."""
-    spec = spec_for(small_shards, "dali", batch_size=60, alpha_std=1.0, normalization=Normalization.of([0, 0, 0]))
-    with_light, plain = (next(dali_reader.reader(each)).images.float() for each in (spec, replace(spec, dtype=torch.uint8)))
-    shift = (with_light - plain).mean(dim=(2, 3))
-    assert (with_light - plain - shift[..., None, None]).abs().max() < 1e-3
-    assert shift.std(dim=0).min() > 1
-
-
-def test_the_reader_refuses_what_it_cannot_do(small_shards: Path) -> None:
-    for changes, words in (
-        ({"geometry": RandomResizedCrop()}, "takes ScaleJitter in order full"),
-        ({"order": "blocks"}, "takes ScaleJitter in order full"),
-        ({"image_size": ((0, 16), (1, 32))}, "one image size"),
-        ({"seed": -1}, "seed"),
-        ({"data": "/nowhere"}, "no such folder"),
-    ):
-        with pytest.raises(UserError, match=words):
-            dali_reader.reader(replace(spec_for(small_shards, "dali"), **changes))

@@ -14,7 +14,7 @@ import torch
 
 from model import ARCHS
 from pipeline.errors import UserError
-from pipeline.geometry import ScaleJitter
+from pipeline.plan.geometry import ScaleJitter
 from pipeline.spec import LoaderSpec
 from tests.helpers import run_forked
 from tools.bench import bench_accuracy, gpu_check

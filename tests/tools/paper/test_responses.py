@@ -10,7 +10,7 @@ from PIL import Image
 
 from model import ARCHS
 from model.weights import Recipe, save_weights
-from pipeline.shards import Manifest
+from pipeline.store.shards import Manifest
 from tests.helpers import run_forked
 
 pytestmark = pytest.mark.usefixtures("one_core")

@@ -15,8 +15,8 @@ import torch
 import torch.nn.functional as F
 
 from pipeline.errors import UserError
-from pipeline.geometry import ScaleJitter
 from pipeline.loader import Batch, Loader
+from pipeline.plan.geometry import ScaleJitter
 from pipeline.spec import LoaderSpec
 from tests.helpers import FakeTime
 from tools.profiler import loaders, measuring

@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 
 from pipeline.errors import UserError
-from pipeline.shards import ShardSet
 from pipeline.spec import LoaderSpec
+from pipeline.store.shards import ShardSet
 from tools.profiler import storage
 from tools.profiler.planted import Planted, Throttle, slow_reader
 

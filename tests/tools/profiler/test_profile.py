@@ -18,8 +18,8 @@ import pytest
 import torch
 
 from pipeline.errors import UserError
-from pipeline.geometry import ScaleJitter
-from pipeline.picture import Decoder
+from pipeline.pixels.decoder import Decoder
+from pipeline.plan.geometry import ScaleJitter
 from pipeline.spec import LoaderSpec
 from tests.helpers import ROOT, run_script, without_progress
 from tools import profile_pipeline

@@ -19,9 +19,9 @@ import torch
 
 from pipeline import open_loader
 from pipeline.errors import UserError
-from pipeline.geometry import Geometry, PaddedCrop, ScaleJitter
-from pipeline.shards import ShardSet
+from pipeline.plan.geometry import Geometry, PaddedCrop, ScaleJitter
 from pipeline.spec import LoaderSpec
+from pipeline.store.shards import ShardSet
 from tests.helpers import open_image
 from tools.bench.peers import data
 from tools.profiler import stages

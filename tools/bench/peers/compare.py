@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.errors import UserError
-from pipeline.shards import ShardSet
+from pipeline.store.shards import ShardSet
 from tools.bench.peers import cuts, data, report
 from tools.bench.peers.contenders import CONTENDERS, Contender
 from tools.bench.peers.job import Job

@@ -13,9 +13,9 @@ import numpy as np
 import numpy.typing as npt
 import simplejpeg
 
-from pipeline import plan
-from pipeline.region import APP11, MAGIC, Bytes, cut
-from pipeline.shards import ShardSet
+from pipeline.jpeg.region import APP11, MAGIC, Bytes, cut
+from pipeline.plan import sampling
+from pipeline.store.shards import ShardSet
 from tools.bench.peers.job import Job
 from tools.profiler.page_cache import drop_pages
 
@@ -44,8 +44,8 @@ def decode(job: Job) -> Iterator[tuple[Any, Any]]:
 def regions(shards: ShardSet, job: Job, epoch: int) -> npt.NDArray[np.int64]:
     """What the crop of each image needs, whole pixels: int64 (N, 4) of top, left, bottom, right."""
     heights, widths = shards.samples["height"].astype(np.int64), shards.samples["width"].astype(np.int64)
-    draws = plan.draw(0, epoch, np.arange(len(shards)), heights, widths, job.scale, job.size)
-    return plan.regions(plan.windows(draws, heights, widths, job.size), heights, widths, job.size)
+    draws = sampling.draw(0, epoch, np.arange(len(shards)), heights, widths, job.scale, job.size)
+    return sampling.regions(sampling.windows(draws, heights, widths, job.size), heights, widths, job.size)
 
 
 class Touched(NamedTuple):

@@ -20,10 +20,10 @@ import simplejpeg
 from PIL import Image
 from tqdm import tqdm
 
-from conversion import betons
+from pipeline.convert import betons
 from pipeline.errors import UserError
-from pipeline.region import Bytes
-from pipeline.shards import ShardSet
+from pipeline.jpeg.region import Bytes
+from pipeline.store.shards import ShardSet
 from tools import make_shards
 
 KINDS = ("original", "500", "lossless", "compact")

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from pipeline import open_loader
-from pipeline.geometry import ScaleJitter
+from pipeline.plan.geometry import ScaleJitter
 from pipeline.spec import LoaderSpec
 from tools.bench.peers.job import Job
 

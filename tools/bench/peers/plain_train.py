@@ -33,7 +33,7 @@ from tqdm import tqdm
 
 from model import ARCHS
 from pipeline.errors import Parser, UserError, positive, run_cli
-from pipeline.plan import EVAL_SHORT, SCALE, short_at
+from pipeline.plan.sampling import EVAL_SHORT, SCALE, short_at
 from tools.bench.peers.plain_pictures import (
     ImageFolder,
     Transform,

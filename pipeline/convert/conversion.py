@@ -1,0 +1,156 @@
+"""One conversion: what it will do, whether a folder holds the same one already, and what completes it.
+
+OUT holds, while it is being made, finished shards and the folder `conversion` (plan.json, a record a shard); no manifest.json, so
+nothing takes it for a data set. When every record is there, `complete` writes samples.npy, mean_image.npy, report.json and, last,
+manifest.json, each whole or not at all, and removes the records. All of it is a function of source listing and settings alone.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+from ..errors import UserError
+from ..plan import sampling
+from ..store import files, shards
+from . import statistics
+from .report import make_report
+from .sources import Listing
+from .task import RECORDS, Record, ShardTask, is_intact, read_record
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What decides the shards' bytes, besides the source. strict decides only whether there are any."""
+
+    profile: str
+    shard_size: int
+    seed: int
+
+
+def plan_tasks(listing: Listing, out: str, settings: Settings, strict: bool) -> dict[str, list[ShardTask]]:
+    """Which sample goes to which shard: the training listing in the plan's order, others as listed."""
+    tasks: dict[str, list[ShardTask]] = {}
+    digits = shards.label_digits(len(listing.classes))
+    for split, sources in listing.splits.items():
+        counted = statistics.IMAGES if split == next(iter(listing.splits)) else 0
+        if split == "train":
+            order = sampling.order(settings.seed, 0, np.arange(len(sources)), len(sources))
+            sources = [sources[i] for i in order]
+        tasks[split] = [
+            ShardTask(
+                out, split, shard, sources[start : start + settings.shard_size], settings.profile, digits, strict,
+                min(max(counted - start, 0), settings.shard_size),
+            )
+            for shard, start in enumerate(range(0, len(sources), settings.shard_size))
+        ]  # fmt: skip
+    return tasks
+
+
+def fingerprint(listing: Listing, settings: Settings) -> dict[str, Any]:
+    """What plan.json and the manifest say of a conversion; equal ones continue each other."""
+    return {"version": shards.VERSION, "source": listing.fingerprint(), **asdict(settings)}
+
+
+def is_complete(out: str) -> bool:
+    return files.exists(files.join(out, "manifest.json"))
+
+
+def begin(out: str, wanted: dict[str, Any]) -> None:
+    """Make `out` ours, or see that it is. Raises UserError where it holds something else."""
+    path = files.join(out, RECORDS, "plan.json")
+    if is_complete(out):
+        found = json.loads(files.read(files.join(out, "manifest.json"))).get("conversion")
+    elif files.exists(path):
+        found = json.loads(files.read(path))
+    elif any(entry.name != RECORDS for entry in files.listing(out)):  # another job may be writing plan.json just now
+        raise UserError(f"{out}: exists already and is no conversion of ours; remove it or give another --out")
+    else:
+        files.write(path, json.dumps(wanted, indent=1).encode())
+        return
+    if found != wanted:
+        differs = [name for name in wanted if not isinstance(found, dict) or found.get(name) != wanted[name]]
+        raise UserError(f"{out}: holds a conversion with another {', '.join(differs)}; remove it or give another --out")
+
+
+def complete(out: str, listing: Listing, settings: Settings, tasks: dict[str, list[ShardTask]], alone: bool) -> int:
+    """Write what makes a data set of the shards if all are there; return how many are missing. alone: see `remove_records`."""
+    records: dict[str, list[Record]] = {}
+    missing = 0
+    for split, split_tasks in tasks.items():
+        found = [read_record(task) for task in split_tasks]
+        records[split] = [record for record in found if record is not None]
+        missing += len(found) - len(records[split])
+    if is_complete(out):
+        return 0  # by another run, which has removed the records
+    if missing:
+        return missing
+    manifest = _manifest(out, listing, settings, records)
+    report = json.dumps(make_report(listing, settings.profile, records), indent=1).encode()
+    files.write(files.join(out, "report.json"), report)
+    files.write(files.join(out, "manifest.json"), json.dumps(manifest, indent=1).encode())
+    remove_records(out, alone)
+    return 0
+
+
+def damaged(out: str, tasks: dict[str, list[ShardTask]]) -> list[ShardTask]:
+    """The tasks whose shards a complete data set no longer has as its manifest says. Reads every shard."""
+    splits = json.loads(files.read(files.join(out, "manifest.json")))["splits"]
+    entries = {shard["file"]: shard for split in splits.values() for shard in split["shards"]}
+    every = [task for split in tasks.values() for task in split]
+    return [
+        task
+        for task in tqdm(every, unit=" shards", desc="checking")
+        if task.file in entries and not is_intact(task, entries[task.file])
+    ]
+
+
+def remove_records(out: str, alone: bool) -> None:
+    """Remove what only an unfinished conversion needs, killed runs' remains included.
+
+    alone: no other job works on `out`. Else what was written to within the hour may be another job's, and stays.
+    """
+    files.remove_folder(files.join(out, RECORDS))
+    files.remove_partials(out, 0 if alone else 3600)
+
+
+def _manifest(out: str, listing: Listing, settings: Settings, records: dict[str, list[Record]]) -> dict[str, Any]:
+    manifest: dict[str, Any] = {
+        "format": shards.FORMAT, "version": shards.VERSION, "profile": settings.profile,
+        "classes": listing.classes, "label_digits": shards.label_digits(len(listing.classes)),
+        "conversion": fingerprint(listing, settings), "splits": {}, "statistics": {},
+    }  # fmt: skip
+    for split, finished in records.items():
+        samples = np.concatenate([record.samples for record in finished])
+        if not len(samples):
+            raise UserError(f"{out}: no image of {split} can be used; {_first_reason(finished)}")
+        file = f"{split}/samples.npy"
+        manifest["splits"][split] = {
+            "images": len(samples), "samples": file, "samples_sha256": _save(out, file, samples),
+            "shards": [record.entry for record in finished],
+        }  # fmt: skip
+        if not manifest["statistics"]:  # of the first split: training, where there is one
+            total = statistics.Statistics.none()
+            for record in finished:
+                total.add(record.statistics)
+            digest = _save(out, "mean_image.npy", total.mean_image())
+            manifest["statistics"] = total.summary() | {"mean_image": "mean_image.npy", "mean_image_sha256": digest}
+    return manifest
+
+
+def _save(out: str, file: str, array: Any) -> str:
+    """Write an array as .npy; return the file's SHA-256."""
+    stream = io.BytesIO()
+    np.save(stream, array)
+    files.write(files.join(out, file), stream.getvalue())
+    return files.sha256(files.join(out, file))
+
+
+def _first_reason(records: Sequence[Record]) -> str:
+    return next(f"{name}: {reason}" for record in records for name, reason in record.left_out.items())

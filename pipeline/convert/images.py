@@ -1,0 +1,176 @@
+"""What becomes of one image: checked, decoded in full once, and stored as the profile says.
+
+| image | lossless | compact | original |
+| --- | --- | --- | --- |
+| baseline JPEG (8 bit, 1 or 3 components in one scan) | the same coefficients, region-addressable | re-encoded | as it is |
+| Adobe RGB JPEG (transform 0) | the same, its APP14 marker kept | re-encoded as YCbCr | as it is |
+| progressive, arithmetic, extended JPEG, or one scan a component | re-encoded | re-encoded | as it is |
+| CMYK or YCCK JPEG | re-encoded, Pillow's conversion to RGB | re-encoded | as it is |
+| PNG, WebP, BMP, whatever its name says | re-encoded, alpha dropped | re-encoded | as it is |
+| other formats that Pillow opens (GIF's first frame, TIFF) | re-encoded | re-encoded | re-encoded |
+| JPEG with damaged data that decoders get through | re-encoded as decoded | re-encoded | as it is |
+| 12-bit JPEG, undecodable, truncated, more than 178,956,970 pixels | left out | left out | left out |
+
+Re-encoded: for `lossless` (and `original`) quality 95, 4:4:4; for `compact` short side at most 480 (Lanczos), quality 90, 4:2:0.
+Grey stays grey. Both are then region-addressable like every other. Orientation tags are ignored, as in every published
+ImageNet result, and metadata (EXIF, XMP, ICC profiles, comments) is dropped.
+"""
+
+from __future__ import annotations
+
+import io
+import warnings
+from contextlib import suppress
+from typing import NamedTuple
+from xml.etree import ElementTree
+
+import numpy as np
+import numpy.typing as npt
+import simplejpeg
+from PIL import Image
+
+from ..jpeg.region import RegionError
+from ..jpeg.transcode import transcode
+
+PROFILES = ("lossless", "compact", "original")
+MAX_PIXELS = 178_956_970  # where Pillow, too, calls an image a decompression bomb
+COMPACT_SHORT = 480  # pixels: the longest short side that the scale jitter asks for
+ENGINE_FORMATS = ("JPEG", "MPO", "PNG", "BMP", "WEBP")  # what every engine decodes; MPO is a JPEG with more pictures behind it
+
+_GREY_MODES = ("1", "L", "LA", "La", "I;16", "I;16B", "I;16L")
+
+
+class UnreadableError(ValueError):
+    """An image that nobody can train on; the message says why, in one line."""
+
+
+class Stored(NamedTuple):
+    """An image as it goes into the shard.
+
+    data: the encoded bytes. height, width: pixels. facts: what the report counts, such as "cmyk". pixels: the decoded image, RGB,
+    uint8 (height, width, 3) or a Pillow image of any mode.
+    """
+
+    data: bytes
+    height: int
+    width: int
+    facts: tuple[str, ...]
+    pixels: npt.NDArray[np.uint8] | Image.Image
+
+
+def store(data: bytes, profile: str) -> Stored:
+    """Decode `data` in full and give what the profile stores of it. Raises UnreadableError."""
+    if profile == "lossless" and not _has_metadata(data):  # most of ImageNet: Pillow would find nothing to tell
+        with suppress(RegionError, ValueError):
+            return _lossless(data, ())
+    image = _open(data)
+    facts = _facts(image)
+    if profile == "original" and image.format in ENGINE_FORMATS:
+        return Stored(data, image.height, image.width, facts, _load(image))
+    if profile == "compact":
+        return _compact(_load(image), facts)
+    if image.format in ("JPEG", "MPO"):
+        try:
+            return _lossless(data, facts)
+        except (RegionError, ValueError) as error:
+            facts += (f"re-encoded: {error}",)
+    else:
+        facts += (f"re-encoded: {image.format}",)
+    loaded = _load(image)
+    return Stored(_encode(loaded, 95, "4:4:4"), loaded.height, loaded.width, facts, loaded)
+
+
+def _has_metadata(data: bytes) -> bool:
+    """Whether a file begins as JPEGs with EXIF, XMP or an Adobe marker do."""
+    head = data[: data.find(b"\xff\xda")]
+    return b"Exif\0" in head or b"ns.adobe.com" in head or b"Adobe" in head
+
+
+def _lossless(data: bytes, facts: tuple[str, ...]) -> Stored:
+    """Raises RegionError for what is no sound baseline JPEG, ValueError for what is too large or cannot be decoded."""
+    height, width, *_ = simplejpeg.decode_jpeg_header(data)
+    if height * width > MAX_PIXELS:
+        raise ValueError("too many pixels")
+    written = transcode(data)
+    pixels = simplejpeg.decode_jpeg(data, "RGB", fastdct=False, fastupsample=False, strict=False)
+    return Stored(written, height, width, facts, pixels)
+
+
+def _open(data: bytes) -> Image.Image:
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # broken metadata is told below, large images are refused here
+            image = Image.open(io.BytesIO(data))
+    except Exception as error:
+        raise UnreadableError(_reason(error)) from error
+    if image.width * image.height > MAX_PIXELS:
+        raise UnreadableError(f"{image.width} x {image.height} is more than {MAX_PIXELS} pixels")
+    return image
+
+
+def _load(image: Image.Image) -> Image.Image:
+    """The image, decoded in full, in mode L or RGB."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            if image.mode.startswith("I;16"):  # Pillow's own conversion would clip
+                return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+            return image.convert("L" if image.mode in _GREY_MODES else "RGB")
+    except Exception as error:  # decoders raise a dozen kinds; each means the same
+        raise UnreadableError(_reason(error)) from error
+
+
+def _reason(error: Exception) -> str:
+    text = " ".join(str(error).split())
+    return "not an image" if text.startswith("cannot identify image file") else text or type(error).__name__
+
+
+def _compact(image: Image.Image, facts: tuple[str, ...]) -> Stored:
+    short = min(image.size)
+    if short > COMPACT_SHORT:
+        width, height = (round(side * COMPACT_SHORT / short) for side in image.size)
+        image = image.resize((width, height), Image.Resampling.LANCZOS)
+    return Stored(_encode(image, 90, "4:2:0"), image.height, image.width, facts, image)
+
+
+def _encode(image: Image.Image, quality: int, subsampling: str) -> bytes:
+    stream = io.BytesIO()
+    try:
+        image.save(stream, "JPEG", quality=quality, subsampling=subsampling)
+    except (OSError, ValueError) as error:  # a side beyond 65,500
+        raise UnreadableError(f"{image.width} x {image.height} is more than a JPEG can hold") from error
+    return transcode(stream.getvalue())
+
+
+def _facts(image: Image.Image) -> tuple[str, ...]:
+    facts = []
+    if image.format not in ("JPEG", "MPO"):
+        facts.append(f"not a JPEG: {image.format}")
+    if image.mode == "CMYK":
+        facts.append("CMYK")
+    if image.info.get("adobe_transform") == 0 and image.mode == "RGB":
+        facts.append("Adobe RGB")
+    broken, orientation = _metadata(image)
+    if orientation != 1:
+        facts.append("orientation tag, ignored")
+    if broken:
+        facts.append("broken metadata")
+    return tuple(facts)
+
+
+def _metadata(image: Image.Image) -> tuple[bool, int]:
+    """Whether EXIF or XMP cannot be parsed, and the orientation tag (1 without one)."""
+    broken, orientation = False, 1
+    with warnings.catch_warnings(record=True) as warned:
+        warnings.simplefilter("always")
+        try:
+            if "exif" in image.info:
+                exif = Image.Exif()  # image.getexif() may have warned already, while it was opened
+                exif.load(image.info["exif"])
+                exif.get_ifd(0x8769)
+                orientation = exif.get(0x0112, 1)
+            if "xmp" in image.info:
+                ElementTree.fromstring(image.info["xmp"].rstrip(b"\0 "))
+        except Exception:  # whatever a parser of broken data trips over
+            broken = True
+    return broken or bool(warned), orientation

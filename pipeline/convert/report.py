@@ -1,0 +1,102 @@
+"""report.json: what was met on the way, so that nobody has to wonder which images a data set is made of.
+
+profile
+splits           name -> listed, stored, left_out (numbers of images), read_bytes, stored_bytes (of the stored images)
+facts            what was met -> images: how many, names: the first thousand of them
+left_out         [{split, image, reason}]: not in the shards
+duplicates       [{sha256, images: [{split, image, class}], across_splits, conflicting_labels}]: the same bytes more than once
+duplicate_images, conflicting_duplicates: images in such groups; in groups whose labels differ
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from .sources import Listing
+from .task import Record
+
+_NAMED = 1000  # of each fact
+
+
+def make_report(listing: Listing, profile: str, records: dict[str, list[Record]]) -> dict[str, Any]:
+    """The report of a complete conversion, as JSON-ready values."""
+    facts: dict[str, list[str]] = defaultdict(list)
+    left_out, splits = [], {}
+    for split, finished in records.items():
+        for record in finished:
+            for fact, names in record.facts.items():
+                facts[fact] += names
+            left_out += [{"split": split, "image": name, "reason": reason} for name, reason in record.left_out.items()]
+        splits[split] = {
+            "listed": len(listing.splits[split]),
+            "stored": sum(len(record.samples) for record in finished),
+            "left_out": sum(len(record.left_out) for record in finished),
+            "read_bytes": sum(record.read_bytes for record in finished),
+            "stored_bytes": sum(record.stored_bytes for record in finished),
+        }
+    duplicates = _duplicates(listing.classes, records)
+    return {
+        "profile": profile,
+        "splits": splits,
+        "facts": {fact: {"images": len(facts[fact]), "names": sorted(facts[fact])[:_NAMED]} for fact in sorted(facts)},
+        "left_out": sorted(left_out, key=lambda item: item["image"]),
+        "duplicate_images": sum(len(group["images"]) for group in duplicates),
+        "conflicting_duplicates": sum(len(group["images"]) for group in duplicates if group["conflicting_labels"]),
+        "duplicates": duplicates,
+    }
+
+
+def _duplicates(classes: list[str], records: dict[str, list[Record]]) -> list[dict[str, Any]]:
+    """Groups of stored images whose sources had the same bytes."""
+    where = [
+        (split, record, place)
+        for split, finished in records.items()
+        for record in finished
+        for place in range(len(record.samples))
+    ]
+    digests = np.concatenate([record.digests for finished in records.values() for record in finished])
+    groups = []
+    for places in _equal_rows(digests):
+        images = []
+        for split, record, place in sorted((where[i] for i in places), key=lambda found: found[1].names[found[2]]):
+            name = classes[int(record.samples["label"][place])]
+            images.append({"split": split, "image": record.names[place], "class": name})
+        groups.append(
+            {
+                "sha256": digests[places[0]].tobytes().hex(),
+                "images": images,
+                "across_splits": len({image["split"] for image in images}) > 1,
+                "conflicting_labels": len({image["class"] for image in images}) > 1,
+            }
+        )
+    return sorted(groups, key=lambda group: group["images"][0]["image"])
+
+
+def _equal_rows(digests: npt.NDArray[np.uint8]) -> list[npt.NDArray[np.int64]]:
+    """Places of equal rows of uint8 (N, 32), groups of at least two."""
+    keys = np.ascontiguousarray(digests).view("S32").ravel() if len(digests) else np.empty(0, "S32")
+    order = np.argsort(keys, kind="stable")
+    starts = np.flatnonzero(np.concatenate([[True], keys[order][1:] != keys[order][:-1]])) if len(keys) else np.empty(0, np.int64)
+    return [group for group in np.split(order, starts[1:]) if len(group) > 1]
+
+
+def summary(report: dict[str, Any]) -> list[str]:
+    """The report in a few lines for the terminal."""
+    lines = []
+    for split, found in report["splits"].items():
+        share = found["stored_bytes"] / max(found["read_bytes"], 1)
+        lines.append(f"{split}: {found['stored']} of {found['listed']} images, {share:.3f} of their bytes")
+    lines += [f"  {fact}: {found['images']}" for fact, found in report["facts"].items()]
+    if report["left_out"]:
+        first = report["left_out"][0]
+        lines.append(f"  left out: {len(report['left_out'])}, such as {first['image']} ({first['reason']})")
+    if report["duplicates"]:
+        lines.append(
+            f"  exact duplicates: {report['duplicate_images']} images in {len(report['duplicates'])} groups, "
+            f"{report['conflicting_duplicates']} of them under different labels"
+        )
+    return lines

@@ -1,0 +1,105 @@
+"""Running shard tasks: in a pool of local processes, or on a Ray cluster. Both run the same function on the same tasks."""
+
+from __future__ import annotations
+
+import logging
+import multiprocessing
+from collections.abc import Callable, Sequence
+from concurrent.futures import FIRST_EXCEPTION, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from multiprocessing.sharedctypes import Synchronized
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from ..errors import UserError
+from .task import ShardTask, run
+from .workers import end_with_parent
+
+_done: Synchronized[int]  # images finished by all workers of a pool, for the progress bar
+
+
+def run_local(tasks: Sequence[ShardTask], workers: int) -> None:
+    """All tasks in `workers` processes, in this one if that is one. The first error stops the rest; finished shards stay."""
+    if min(workers, len(tasks)) == 1:
+        with tqdm(total=sum(len(task.sources) for task in tasks), unit=" images", smoothing=0.1) as bar:
+            for task in tasks:
+                run(task, bar.update)
+        return
+    context = multiprocessing.get_context("spawn")
+    done: Synchronized[int] = context.Value("q", 0)
+    pool = ProcessPoolExecutor(min(workers, len(tasks)), context, _start_worker, (done,))
+    bar = tqdm(total=sum(len(task.sources) for task in tasks), unit=" images", smoothing=0.1)
+    try:
+        pending: set[Future[None]] = {pool.submit(_run_counted, task) for task in tasks}
+        while pending:
+            finished, pending = wait(pending, timeout=0.5, return_when=FIRST_EXCEPTION)
+            bar.update(done.value - bar.n)
+            for future in finished:
+                future.result()
+    except BaseException as error:
+        for process in list(pool._processes.values()):  # the pool itself would first finish the shards in progress
+            process.terminate()
+        if isinstance(error, BrokenProcessPool):
+            raise UserError(
+                "a worker process was killed, perhaps for want of memory (fewer --workers need less); "
+                "the same command again keeps the finished shards"
+            ) from error
+        raise
+    finally:
+        bar.close()
+        pool.shutdown(cancel_futures=True)
+
+
+def _start_worker(done: Synchronized[int]) -> None:
+    global _done
+    _done = done
+    end_with_parent()
+
+
+def _run_counted(task: ShardTask) -> None:
+    def count() -> None:
+        with _done.get_lock():
+            _done.value += 1
+
+    run(task, count)
+
+
+def run_ray(tasks: Sequence[ShardTask], address: str) -> None:
+    """All tasks on an existing Ray cluster, a core each. A task whose node dies is run again elsewhere; finished shards stay.
+
+    SRC and OUT must mean the same on every node: URLs, or a shared file system.
+    """
+    try:
+        import ray
+    except ImportError as error:
+        raise UserError("--engine ray needs Ray: pip install 'cropfeed[ray]'") from error
+    here = Path(__file__).resolve().parents[1]
+    try:
+        ray.init(
+            address=address,
+            runtime_env={"py_modules": [str(here / "conversion"), str(here / "pipeline")]},  # the nodes need not have our code
+            log_to_driver=False,
+            logging_level=logging.ERROR,
+        )
+    except Exception as error:
+        raise UserError(f"no Ray cluster at {address!r} ({error}); start one: ray start --head") from error
+    try:
+        remote: Callable[..., Any] = ray.remote(max_retries=10)(_run_quietly).remote
+        sizes = {remote(task): len(task.sources) for task in tasks}
+        with tqdm(total=sum(sizes.values()), unit=" images") as bar:
+            pending = list(sizes)
+            while pending:
+                finished, pending = ray.wait(pending, timeout=1)
+                for reference in finished:
+                    ray.get(reference)
+                    bar.update(sizes[reference])
+    except ray.exceptions.RayTaskError as error:
+        raise error.cause if isinstance(error.cause, UserError) else error from None
+    finally:
+        ray.shutdown()
+
+
+def _run_quietly(task: ShardTask) -> None:
+    run(task, lambda: None)

@@ -1,0 +1,99 @@
+"""What there is to convert: one listing for folders of images, the official ImageNet tars, and WebDataset tars."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+from ..errors import UserError
+from ..store import files
+
+
+@dataclass(frozen=True)
+class Source:
+    """One encoded image. path: the file that holds it, bytes [start, start + bytes) of it (the whole file, if bytes is None).
+
+    key: its name in the shard, unique in its split. name: its place below SRC, for reports. size: bytes, part of the fingerprint.
+    """
+
+    path: str
+    start: int
+    bytes: int | None
+    key: str
+    label: int
+    name: str
+    size: int
+
+
+@dataclass(frozen=True)
+class Listing:
+    """classes: names (wnids) in label order. splits: name -> its sources, in an order that depends on their names alone."""
+
+    classes: list[str]
+    splits: dict[str, list[Source]]
+
+    def fingerprint(self) -> str:
+        """Of every name, key, label and size: two listings with the same give the same shards if the files are the same."""
+        digest = hashlib.sha256(json.dumps(self.classes).encode())
+        for split, sources in self.splits.items():
+            for source in sources:
+                digest.update(json.dumps([split, source.name, source.key, source.label, source.size]).encode())
+        return digest.hexdigest()
+
+
+class Keys:
+    """Makes WebDataset keys: a key ends at the file name's first dot, and DALI's index splits its lines at white space."""
+
+    def __init__(self) -> None:
+        self._taken: set[str] = set()
+
+    def of(self, *parts: str) -> str:
+        """A key from path parts, the last one without its extension; numbered where two would be the same."""
+        key = base = "/".join(re.sub(r"[.\s]", "_", part) for part in parts)
+        copy = 1
+        while key in self._taken:
+            key, copy = f"{base}-{copy}", copy + 1
+        self._taken.add(key)
+        return key
+
+
+def list_image_folder(src: str) -> Listing:
+    """SRC/train/<class>/* and SRC/val/<class>/*, or SRC/<class>/* alone as the training split; labels by sorted class names."""
+    folders = {name: files.join(src, name) for name in ("train", "val") if files.is_folder(files.join(src, name))}
+    folders = folders or {"train": src}
+    found = {split: [entry.name for entry in files.listing(folder) if entry.is_folder] for split, folder in folders.items()}
+    first = next(iter(folders))
+    classes = found[first]
+    if not classes:
+        raise UserError(f"{folders[first]}: holds no class folders; expected {folders[first]}/<class>/*.JPEG")
+    for split, names in found.items():
+        for name in sorted(set(names) - set(classes)):
+            raise UserError(
+                f"{files.join(folders[split], name)}: class {name} is not in the training split; "
+                "remove it or add its training images"
+            )
+    labels = {name: label for label, name in enumerate(classes)}
+    return Listing(
+        classes,
+        {
+            split: list(_image_files(folder, split if folder != src else "", found[split], labels))
+            for split, folder in folders.items()
+        },
+    )
+
+
+def _image_files(folder: str, split: str, classes: Iterable[str], labels: dict[str, int]) -> Iterator[Source]:
+    keys = Keys()
+    for name in classes:
+        entries = files.listing(files.join(folder, name))
+        if not entries:
+            raise UserError(f"{files.join(folder, name)}: class folder without images; remove it or fill it")
+        for file in entries:
+            path = files.join(folder, name, file.name)
+            if file.is_folder:
+                raise UserError(f"{path}: is a folder; expected images only, remove it")
+            key = keys.of(name, file.name.rsplit(".", 1)[0])
+            yield Source(path, 0, None, key, labels[name], "/".join(filter(None, (split, name, file.name))), file.bytes)

@@ -1,0 +1,66 @@
+"""Mean image, channel mean and RGB covariance of training crops, exact whatever the order of adding."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image
+
+from ..pixels import normalize, reference
+from ..plan import sampling
+
+SHORT, SIZE = 256, 224  # the evaluation transform, on whose crops the statistics are taken
+# At most so many, the first of the shuffled training images: a uniform sample leaves a standard error of 0.2 of 255 in a pixel of
+# the mean image. All of ImageNet would cost a third of the conversion, for nothing that training could notice.
+IMAGES = 100_000
+
+
+@dataclass
+class Statistics:
+    """Exact integer sums over centre crops.
+
+    images: how many. image: int64 (224, 224, 3), the sum of crops. products: int64 (3, 3), the sum over pixels of rgb rgb^T.
+    """
+
+    images: int
+    image: npt.NDArray[np.int64]
+    products: npt.NDArray[np.int64]
+
+    @staticmethod
+    def none() -> Statistics:
+        return Statistics(0, np.zeros((SIZE, SIZE, 3), np.int64), np.zeros((3, 3), np.int64))
+
+    def add_image(self, image: Image.Image) -> None:
+        """Add one decoded image's centre crop."""
+        width, height = image.size
+        centre = sampling.windows(sampling.centre([height], [width], SHORT, SIZE), [height], [width], SIZE)[0]
+        crop = reference.resample(image, centre, False, (SIZE, SIZE))
+        self.images += 1
+        self.image += crop
+        pixels = crop.reshape(-1, 3).astype(np.float64)  # products stay far below 2^53: exact
+        self.products += (pixels.T @ pixels).astype(np.int64)
+
+    def add(self, other: Statistics) -> None:
+        self.images += other.images
+        self.image += other.image
+        self.products += other.products
+
+    def mean_image(self) -> npt.NDArray[np.float32]:
+        return (self.image / self.images).astype(np.float32)
+
+    def summary(self) -> dict[str, Any]:
+        """The manifest's `statistics`, without the mean image."""
+        pixels = self.images * SIZE * SIZE
+        mean = self.image.sum(axis=(0, 1)) / pixels
+        covariance = (self.products / pixels - np.outer(mean, mean)) / 255.0**2
+        values, vectors = normalize.eigenbasis(covariance)
+        return {
+            "images": self.images,
+            "channel_mean": mean.tolist(),
+            "rgb_covariance": covariance.tolist(),
+            "eigenvalues": values.tolist(),
+            "eigenvectors": vectors.tolist(),
+        }

@@ -1,0 +1,170 @@
+"""The task of one shard: a pure function of its sources, idempotent, and safe to kill anywhere.
+
+It publishes SPLIT/NUMBER.idx, then SPLIT/NUMBER.tar, then its record, conversion/SPLIT-NUMBER.npz, which marks the shard as
+finished and holds what manifest and report need of it. Whoever runs a task again finds the record, checks the files against it,
+and leaves them alone.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image
+
+from ..errors import UserError
+from ..store import files, shards
+from .images import UnreadableError, store
+from .sources import Source
+from .statistics import Statistics
+
+RECORDS = "conversion"  # the folder below OUT that holds what a conversion keeps until it is complete
+
+
+@dataclass(frozen=True)
+class ShardTask:
+    """One shard to write.
+
+    digits: of the padded label. strict: an unreadable image stops the run. statistics: how many of its images count in them.
+    """
+
+    out: str
+    split: str
+    shard: int
+    sources: list[Source]
+    profile: str
+    digits: int
+    strict: bool
+    statistics: int
+
+    @property
+    def file(self) -> str:
+        """Its name in the manifest."""
+        return f"{self.split}/{self.shard:06d}.tar"
+
+    @property
+    def tar(self) -> str:
+        return files.join(self.out, self.file)
+
+    @property
+    def idx(self) -> str:
+        return files.join(self.out, self.split, f"{self.shard:06d}.idx")
+
+    @property
+    def record(self) -> str:
+        return files.join(self.out, RECORDS, f"{self.split}-{self.shard:06d}.npz")
+
+
+@dataclass
+class Record:
+    """What a finished shard leaves.
+
+    samples: `SAMPLE` (N,). digests: uint8 (N, 32), SHA-256 of the source's bytes. names: of the stored samples' sources.
+    entry: of the manifest: file, images, bytes, sha256, idx_sha256. read_bytes, stored_bytes: of the images' encoded data.
+    facts: what -> names of the images it was met in. left_out: name -> reason. statistics: sums over its images.
+    """
+
+    samples: shards.Samples
+    digests: npt.NDArray[np.uint8]
+    names: list[str]
+    entry: dict[str, Any]
+    read_bytes: int = 0
+    stored_bytes: int = 0
+    facts: dict[str, list[str]] = field(default_factory=dict)
+    left_out: dict[str, str] = field(default_factory=dict)
+    statistics: Statistics = field(default_factory=Statistics.none)
+
+    def to_bytes(self) -> bytes:
+        texts = {name: value for name, value in asdict(self).items() if name not in ("samples", "digests", "statistics")}
+        stream = io.BytesIO()
+        np.savez(
+            stream,
+            samples=self.samples,
+            digests=self.digests,
+            texts=np.frombuffer(json.dumps(texts).encode(), np.uint8),
+            images=self.statistics.images,
+            image=self.statistics.image if self.statistics.images else np.empty(0),
+            products=self.statistics.products,
+        )
+        return stream.getvalue()
+
+    @staticmethod
+    def from_bytes(content: bytes) -> Record:
+        """Raises some exception or other for damaged content."""
+        with np.load(io.BytesIO(content)) as stored:
+            texts = json.loads(stored["texts"].tobytes())
+            statistics = Statistics.none()
+            if stored["images"]:
+                statistics = Statistics(int(stored["images"]), stored["image"], stored["products"])
+            return Record(samples=stored["samples"], digests=stored["digests"], statistics=statistics, **texts)
+
+
+def read_record(task: ShardTask) -> Record | None:
+    """The record of a finished shard, if it is there and whole."""
+    try:
+        return Record.from_bytes(files.read(task.record))
+    except Exception:  # absent, or cut short by a dying machine: the shard is made again
+        return None
+
+
+def is_intact(task: ShardTask, entry: dict[str, Any]) -> bool:
+    """Whether a finished shard's files still are what its entry of the manifest says. Reads them whole."""
+    try:
+        tar, idx = files.sha256(task.tar), files.sha256(task.idx)
+    except UserError:
+        return False
+    return bool(tar == entry["sha256"] and idx == entry["idx_sha256"])
+
+
+def run(task: ShardTask, progress: Callable[[], None]) -> None:
+    """Make the shard, unless it is there already. `progress` is called after each image. Raises UserError, under `strict`."""
+    record = read_record(task)
+    if record is not None and is_intact(task, record.entry):
+        for _ in task.sources:
+            progress()
+        return
+    record = Record(np.empty(0, shards.SAMPLE), np.empty((0, 32), np.uint8), [], {})
+    digests: list[bytes] = []
+    with files.publishing(task.tar) as tar, files.publishing(task.idx) as idx:
+        record.samples = shards.write_shard(tar, idx, task.shard, _encoded(task, record, digests, progress), task.digits)
+        record.entry = {
+            "file": task.file,
+            "images": len(record.samples),
+            "bytes": tar.stat().st_size,
+            "sha256": files.sha256(str(tar)),
+            "idx_sha256": files.sha256(str(idx)),
+        }
+    record.digests = np.frombuffer(b"".join(digests), np.uint8).reshape(-1, 32)
+    files.write(task.record, record.to_bytes())
+
+
+def _encoded(task: ShardTask, record: Record, digests: list[bytes], progress: Callable[[], None]) -> Iterator[shards.Encoded]:
+    """The shard's samples in order; what is not in a sample goes into `record` and `digests`."""
+    for number, source in enumerate(task.sources):
+        data = files.read(source.path, source.start, source.bytes)
+        try:
+            stored = store(data, task.profile)
+        except UnreadableError as error:
+            if task.strict:
+                where = source.path if source.bytes is None else f"{source.path}: {source.name}"
+                raise UserError(f"{where}: no usable image ({error}); repair or remove it") from error
+            record.left_out[source.name] = str(error)
+            progress()
+            continue
+        if number < task.statistics:
+            pixels = stored.pixels
+            record.statistics.add_image(pixels if isinstance(pixels, Image.Image) else Image.fromarray(pixels))
+        for fact in stored.facts:
+            record.facts.setdefault(fact, []).append(source.name)
+        record.names.append(source.name)
+        record.read_bytes += len(data)
+        record.stored_bytes += len(stored.data)
+        digests.append(hashlib.sha256(data).digest())
+        progress()
+        yield shards.Encoded(source.key, stored.data, source.label, stored.height, stored.width)

@@ -1,0 +1,139 @@
+"""Region-addressable JPEGs inside FFCV: a field that keeps their bytes, and decoders that open them at the crop."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable
+from functools import cache
+from typing import Any, NamedTuple
+
+import numpy as np
+from numba import carray, njit
+from PIL import Image
+
+from ..jpeg.region import _cut
+
+_JPEG, _RAW = 0, 1  # ffcv.fields.rgb_image.IMAGE_MODES
+
+
+class Stored(NamedTuple):
+    """One image as the beton holds it. mode: _JPEG or _RAW. height, width: pixels. crc32: zlib's, of data."""
+
+    mode: int
+    height: int
+    width: int
+    data: bytes
+    crc32: int
+
+
+def store_encoded(destination: Any, image: Stored, malloc: Any) -> None:
+    """RGBImageField.encode's part after encoding. destination: one metadata record. malloc: size -> address, uint8 (size,)."""
+    destination["mode"], destination["height"], destination["width"] = image.mode, image.height, image.width
+    destination["data_ptr"], storage = malloc(len(image.data))
+    storage[:] = np.frombuffer(image.data, np.uint8)
+
+
+class _KeepsJpeg:
+    """What RegionField does otherwise than RGBImageField."""
+
+    def encode(self, destination: Any, image: bytes, malloc: Any) -> None:
+        """Store a JPEG's bytes as they are. Raises ValueError for what FFCV's decoder (libjpeg-turbo to RGB) cannot decode."""
+        try:
+            header = Image.open(io.BytesIO(image), formats=("JPEG",))
+        except OSError as error:
+            raise ValueError("not a JPEG, which the region mode needs; use the jpg mode") from error
+        if header.mode not in ("RGB", "L"):
+            raise ValueError(f"a {header.mode} JPEG, which FFCV cannot decode; use the jpg mode")
+        store_encoded(destination, Stored(_JPEG, header.height, header.width, image, 0), malloc)
+
+
+@cache
+def _region_field_class() -> type:
+    from ffcv.fields.rgb_image import RGBImageField
+
+    return type("RegionField", (_KeepsJpeg, RGBImageField), {})
+
+
+def region_field() -> Any:
+    """A RegionField: RGBImageField but for `encode`, which takes a JPEG's bytes and stores them untouched, in its mode jpg.
+
+    Its records are RGBImageField's and say so in files of `write_beton`, so stock FFCV opens those without custom_fields. Another
+    DatasetWriter gives its class no type id: such files open with custom_fields={"image": RGBImageField}.
+    """
+    return _region_field_class()()
+
+
+@cache
+def _decode_at() -> Any:
+    """Compile, once, (data, bytes, top, left, bottom, right, room, pixels, place) -> 0, or below for what does not decode.
+
+    Decodes the region, or all of a JPEG without a table (a damaged one, too), to `pixels`: uint8 RGB (height, width, 3). data,
+    pixels: addresses. room: int8 (bytes,), for the cut. place: int64 (4,): 0, 0, height, width of the image; gets the region's.
+
+    Addresses, because FFCV's OSCacheManager sets `mutable` to False on numba's own type of uint8 arrays, each time a Loader is
+    made: what is compiled for such arrays may then not write to them, and a function compiled for writable and read-only ones
+    has two equal keys in its table of overloads, over which numba's finalizer runs in circles for ever.
+    """
+    from ffcv.libffcv import imdecode
+    from ffcv.utils import cast_int_to_byte_ptr
+
+    imdecode_c = njit(nogil=True)(imdecode)
+
+    @njit("int64(int64, int64, int64, int64, int64, int64, int8[::1], int64, int64[::1])", nogil=True)
+    def decode_at(data: Any, size: Any, top: Any, left: Any, bottom: Any, right: Any, room: Any, pixels: Any, place: Any) -> Any:
+        whole = carray(cast_int_to_byte_ptr(data), (size,))
+        region = carray(cast_int_to_byte_ptr(room.ctypes.data), (size,))
+        target = carray(cast_int_to_byte_ptr(pixels), (1,))
+        height, width = place[2], place[3]
+        length = _cut(whole, top, left, bottom, right, region, place)
+        if length < 0:
+            place[0], place[1], place[2], place[3] = 0, 0, height, width
+        jpeg = whole if length < 0 else region[:length]
+        return imdecode_c(jpeg, target, place[2], place[3], place[2], place[3], 0, 0, 1, 1, False, False)
+
+    return decode_at
+
+
+class _DecodesRegion:
+    """What a region decoder does otherwise than the ResizedCropRGBImageDecoder that it extends."""
+
+    def generate_code(self) -> Callable[..., Any]:
+        from ffcv.fields.rgb_image import resize_crop
+        from ffcv.pipeline.compiler import Compiler
+
+        decoder: Any = self
+        mem_read, my_range, decode_at, jpeg_mode = decoder.memory_read, Compiler.get_iterator(), _decode_at(), _JPEG
+        resize_crop_c, get_crop_c = Compiler.compile(resize_crop), Compiler.compile(decoder.get_crop_generator)
+        scale, ratio = (np.array(value) if isinstance(value, tuple) else value for value in (decoder.scale, decoder.ratio))
+
+        def decode(batch_indices: Any, my_storage: Any, metadata: Any, storage_state: Any) -> Any:
+            destination, temp_storage = my_storage
+            for dst_ix in my_range(len(batch_indices)):
+                field = metadata[batch_indices[dst_ix]]
+                image_data = mem_read(field["data_ptr"], storage_state)
+                height, width = np.uint32(field["height"]), np.uint32(field["width"])
+                i, j, h, w = get_crop_c(height, width, scale, ratio)
+                place = np.zeros(4, np.int64)
+                place[2], place[3] = height, width
+                if field["mode"] == jpeg_mode:
+                    room, temp = np.empty(len(image_data), np.int8), temp_storage[dst_ix].reshape(-1)
+                    decode_at(image_data.ctypes.data, len(image_data), i, j, i + h, j + w, room, temp.ctypes.data, place)
+                    pixels = temp[: 3 * place[2] * place[3]].reshape(place[2], place[3], 3)
+                else:
+                    pixels = image_data.reshape(height, width, 3)
+                top, left = i - place[0], j - place[1]
+                resize_crop_c(pixels, top, top + h, left, left + w, destination[dst_ix])
+            return destination[: len(batch_indices)]
+
+        decode.is_parallel = True  # type: ignore[attr-defined]
+        return decode
+
+
+@cache
+def region_decoder(stock: type) -> Any:
+    """A decoder that draws its crops as `stock` does, a ResizedCropRGBImageDecoder of FFCV's or of yours, and decodes only those.
+
+    region_decoder(RandomResizedCropRGBImageDecoder)((224, 224)) takes the stock decoder's place in a Loader's pipeline. Its
+    pixels are the stock decoder's for the same crop: it decodes an image without a table whole and takes raw ones as they are.
+    """
+    return type(f"Region{stock.__name__}", (_DecodesRegion, stock), {})

@@ -1,0 +1,244 @@
+"""JPEG's entropy-coded data (ITU-T T.81 annex F), compiled, without the GIL: reading a scan to tokens, writing tokens as tiles.
+
+The functions take and return arrays and whole numbers; a negative number is one of the reasons below.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from ..jit import jit
+from .huffman import lookup
+
+TRUNCATED, BAD_CODE, BAD_VALUE, NO_ROOM = -1, -2, -3, -4
+
+# A token is one Huffman symbol on its way from the old code to the new: table << 24 | symbol << 16 | its extra bits.
+# Tables are numbered DC 0, AC 0, DC 1, AC 1.
+
+# The category of a DC difference (T.81 F.1.2.1), by its absolute value.
+_CATEGORIES = np.array([value.bit_length() for value in range(1 << 11)], np.uint8)
+
+# Unstuffed data goes on in memory for an MCU of 10 blocks, whose symbols take 31 bits at most, and for the reader's words.
+_PADDING = 10 * 64 * 31 // 8 + 16
+
+
+@jit
+def _word(data: Any, at: Any) -> Any:
+    """8 bytes. `at` is unsigned, which spares numba's handling of negative indices: all is one load."""
+    word = np.uint64(0)
+    for i in range(np.uint64(8)):
+        word = word << np.uint64(8) | np.uint64(data[at + i])
+    return word
+
+
+@jit
+def _has_ff(word: Any) -> Any:
+    """Whether one of a word's 8 bytes is 0xFF: inverted it is 0, and 1 less sets its top bit."""
+    return (~word - np.uint64(0x0101010101010101)) & word & np.uint64(0x8080808080808080) != 0
+
+
+@jit
+def unstuff(stream: Any, position: Any, stop: Any, data: Any) -> Any:
+    """Copy to `data` the bytes before the next marker or `stop`, less stuffed zeros, and 8 zeros. Returns where, how many."""
+    count = 0
+    while position < stop:
+        if position + 8 <= stop and not _has_ff(_word(stream, np.uint64(position))):
+            for i in range(np.uint64(8)):
+                data[np.uint64(count) + i] = stream[np.uint64(position) + i]
+            position += 8
+            count += 8
+            continue
+        byte = stream[position]
+        if byte == 0xFF:
+            if position + 1 >= stop or stream[position + 1] != 0:
+                break
+            position += 1
+        position += 1
+        data[count] = byte
+        count += 1
+    data[count : count + 8] = 0
+    return position, count
+
+
+@jit
+def refill(data: Any, at: Any, bits: Any, have: Any) -> Any:
+    """Read whole bytes to have 56 bits or more at the top of `bits`. Below may be some of the next byte's, the same each time."""
+    return at + np.uint64((63 - have) >> 3), bits | _word(data, at) >> np.uint64(have), have | 56
+
+
+@jit
+def _extra(bits: Any, size: Any, count: Any) -> Any:
+    """The last `count` of the `size` bits at the top."""
+    return np.int64((bits >> np.uint64(64 - size)) & np.uint64((1 << count) - 1))
+
+
+@jit
+def _after_restart(stream: Any, position: Any, number: Any) -> Any:
+    """Where data goes on behind the restart marker that must stand at `position` (fill bytes allowed), or a reason.
+
+    number: the restart marker's, modulo 8. At another one decoders begin to guess.
+    """
+    while position + 1 < len(stream) and stream[position] == 0xFF and stream[position + 1] == 0xFF:
+        position += 1
+    if position + 1 >= len(stream) or stream[position] != 0xFF or stream[position + 1] != 0xD0 + number:
+        return TRUNCATED
+    return position + 2
+
+
+@jit
+def _left(end: Any, at: Any, have: Any) -> Any:
+    """Bits not yet taken of the data that ends at byte `end`; negative where more were taken than there are."""
+    return 8 * (end - np.int64(at)) + have
+
+
+@jit
+def _reason(reason: Any, left: Any) -> Any:
+    """Why to refuse: what was read beyond the data's end is no data, whatever it seems to be."""
+    return reason if left >= 0 else TRUNCATED
+
+
+@jit
+def read_scan(
+    stream: Any, mcus: Any, interval: Any, tile: Any, blocks: Any, selectors: Any,
+    luts: Any, limits: Any, offsets: Any, values: Any, tokens: Any, starts: Any, counts: Any,
+) -> Any:  # fmt: skip
+    """Parse a scan into tokens, whose DC differences start anew in each tile of `tile` MCUs.
+
+    interval: the scan's restart interval or 0. blocks: the component of each block of an MCU. starts: gets where each tile's
+    tokens begin and the last one's end. counts: of symbols, 256 a table, added to. Returns the number of tokens, or a reason.
+    """
+    data = np.empty(len(stream) + _PADDING, np.uint8)
+    position, end = unstuff(stream, 0, len(stream), data)
+    at, bits, have = np.uint64(0), np.uint64(0), 0
+    total = np.uint64(0)
+    old_dc, new_dc = np.zeros(3, np.int64), np.zeros(3, np.int64)
+    for mcu in range(mcus):
+        if interval and mcu and mcu % interval == 0:
+            position = _after_restart(stream, position, mcu // interval - 1 & 7)  # bytes left over are skipped, as decoders do
+            if position < 0:
+                return TRUNCATED
+            position, end = unstuff(stream, position, len(stream), data)
+            at, bits, have = np.uint64(0), np.uint64(0), 0
+            old_dc[:] = 0
+        if mcu % tile == 0:
+            starts[mcu // tile] = total
+            new_dc[:] = 0
+        for place in range(len(blocks)):
+            component = blocks[place]
+            table = 2 if component else 0
+            dc_row, ac_row = np.uint64(selectors[component, 0]), np.uint64(4 + selectors[component, 1])
+            at, bits, have = refill(data, at, bits, have)
+            entry = lookup(bits, dc_row, luts, limits, offsets, values)
+            size, count = np.int64(entry & 255), np.int64(entry >> 16)
+            have -= size
+            if entry == 0:
+                return _reason(BAD_CODE, _left(end, at, have))
+            if count > 11:
+                return _reason(BAD_VALUE, _left(end, at, have))
+            difference = _extra(bits, size, count)
+            bits <<= np.uint64(size)
+            if difference < (1 << count) >> 1:
+                difference += 1 - (1 << count)
+            old_dc[component] += difference
+            difference = old_dc[component] - new_dc[component]
+            new_dc[component] = old_dc[component]
+            if abs(difference) >= len(_CATEGORIES):
+                return _reason(BAD_VALUE, _left(end, at, have))
+            count = np.int64(_CATEGORIES[abs(difference)])
+            if difference < 0:
+                difference += (1 << count) - 1
+            tokens[total] = table << 24 | count << 16 | difference
+            counts[table << 8 | count] += 1
+            total += np.uint64(1)
+
+            k: Any = 1
+            while k < 64:
+                at, bits, have = refill(data, at, bits, have)
+                entry = lookup(bits, ac_row, luts, limits, offsets, values)
+                size, symbol = np.int64(entry & 255), np.int64(entry >> 16)
+                have -= size
+                if entry == 0:
+                    return _reason(BAD_CODE, _left(end, at, have))
+                count = symbol & 15
+                tokens[total] = (table + 1) << 24 | symbol << 16 | _extra(bits, size, count)
+                bits <<= np.uint64(size)
+                counts[(table + 1) << 8 | symbol] += 1
+                total += np.uint64(1)
+                if count == 0:
+                    if symbol == 0:  # end of block
+                        break
+                    if symbol != 0xF0:
+                        return _reason(BAD_VALUE, _left(end, at, have))
+                k += (symbol >> 4) + 1
+            if k > 64:
+                return _reason(BAD_VALUE, _left(end, at, have))
+        if _left(end, at, have) < 0:
+            return TRUNCATED
+    starts[mcus // tile] = total
+    return np.int64(total)
+
+
+@jit
+def _pack(tokens: Any, start: Any, end: Any, codes: Any, words: Any) -> Any:
+    """A tile's codes in words of 32 bits from the second on, the last one filled up with ones. Returns the number of bytes."""
+    bits, have = np.uint64(0), np.uint64(0)
+    for i in range(np.uint64(start), np.uint64(end)):
+        token = tokens[i]
+        code = codes[token >> 16]
+        size = code & np.uint64(255)
+        bits = bits << size | (code >> np.uint64(8) | np.uint64(token & 0xFFFF))
+        have += size
+        words[have >> np.uint64(5)] = bits >> (have & np.uint64(31))  # the last full word, again or for the first time
+    pad = -have & np.uint64(31)
+    words[(have + pad) >> np.uint64(5)] = ((bits + np.uint64(1)) << pad) - np.uint64(1)
+    return (np.int64(have) + 7) >> 3
+
+
+@jit
+def _stuff(words: Any, count: Any, out: Any, written: Any) -> Any:
+    """Put `count` bytes of `words` into `out`, a zero after each 0xFF. Returns bytes written, or a reason."""
+    for place in range(np.uint64((count + 3) >> 2)):
+        if written + 8 > len(out):
+            return NO_ROOM
+        word = np.int64(words[place + np.uint64(1)])
+        some = min(4, count - 4 * np.int64(place))
+        if some == 4 and not _has_ff(np.uint64(word)):
+            at = np.uint64(written)
+            out[at] = word >> 24
+            out[at + np.uint64(1)] = word >> 16 & 255
+            out[at + np.uint64(2)] = word >> 8 & 255
+            out[at + np.uint64(3)] = word & 255
+            written += 4
+            continue
+        for i in range(some):
+            byte = word >> (24 - 8 * i) & 255
+            out[written] = byte
+            written += 1
+            if byte == 0xFF:
+                out[written] = 0
+                written += 1
+    return written
+
+
+@jit
+def write_scan(tokens: Any, starts: Any, codes: Any, lengths: Any, out: Any) -> Any:
+    """Code the tiles into `out`, a marker after each and EOI after the last; fill `lengths`. Returns bytes, or a reason.
+
+    tokens, starts: as `read_scan` leaves them. codes: uint64 (4 * 256,), by `huffman.assign_codes`.
+    """
+    tiles = len(lengths)
+    words = np.empty((starts[1:] - starts[:-1]).max() + 2, np.uint32)
+    written = 0
+    for tile in range(tiles):
+        start = written
+        count = _pack(tokens, starts[tile], starts[tile + 1], codes, words)
+        written = _stuff(words, count, out, written)
+        if written < 0 or written + 2 > len(out):
+            return NO_ROOM
+        out[written] = 0xFF
+        out[written + 1] = 0xD9 if tile == tiles - 1 else 0xD0 + (tile & 7)
+        written += 2
+        lengths[tile] = written - start
+    return written

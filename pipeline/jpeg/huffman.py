@@ -1,0 +1,143 @@
+"""JPEG's Huffman tables (ITU-T T.81), compiled: decoding by them, and tables optimal for what was counted."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from ..jit import jit
+
+_LOOK = 10  # bits looked up at once; longer codes are rare and take the slow way
+
+
+def decoding_tables(tables: dict[tuple[int, int], bytes]) -> tuple[Any, Any, Any, Any] | None:
+    """The decoder's form of DHT's tables, (class, id) -> BITS and HUFFVAL; None if one of them is no Huffman code.
+
+    Table 4 * class + id holds codes of up to 10 bits for lookup (`_entry`, or 0), longer ones as T.81 F.2.2.3's limits.
+    """
+    luts = np.zeros((8, 1 << _LOOK), np.uint32)
+    limits = np.full((8, 18), -1, np.int32)  # the largest code of each size
+    offsets = np.zeros((8, 18), np.int32)  # a code of that size plus this is its symbol's place
+    values = np.zeros((8, 256), np.uint8)
+    for (kind, number), table in tables.items():
+        if not fill_decoding_table(np.frombuffer(table, np.uint8), 4 * kind + number, luts, limits, offsets, values):
+            return None
+    return luts, limits, offsets, values
+
+
+@jit
+def _entry(size: Any, symbol: Any) -> Any:
+    """What a decoder needs of a code: symbol << 16 | size with the extra bits, which the symbol's low four bits count."""
+    return np.uint32(symbol) << 16 | (size + (symbol & 15))
+
+
+@jit
+def fill_decoding_table(table: Any, index: Any, luts: Any, limits: Any, offsets: Any, values: Any) -> bool:
+    if len(table) - 16 > 256:
+        return False
+    for i in range(len(table) - 16):
+        values[index, i] = table[16 + i]
+    code: Any = 0
+    place: Any = 0
+    for size in range(1, 17):
+        count = np.int64(table[size - 1])
+        if code + count > 1 << size:
+            return False
+        if count:
+            offsets[index, size] = place - code
+            if size <= _LOOK:
+                for i in range(count):
+                    first = (code + i) << (_LOOK - size)
+                    luts[index, first : first + (1 << (_LOOK - size))] = _entry(size, table[16 + place + i])
+            code += count
+            place += count
+            limits[index, size] = code - 1
+        code <<= 1
+    return True
+
+
+@jit
+def lookup(bits: Any, table: Any, luts: Any, limits: Any, offsets: Any, values: Any) -> Any:
+    """The `_entry` of the code at the top of `bits`; 0 where no code fits."""
+    entry = luts[table, bits >> np.uint64(64 - _LOOK)]
+    if entry:
+        return entry
+    for size in range(_LOOK + 1, 17):
+        code = np.int64(bits >> np.uint64(64 - size))
+        if code <= limits[table, size]:
+            return _entry(size, values[table, (code + offsets[table, size]) & 255])
+    return np.uint32(0)
+
+
+@jit
+def optimal_table(counts: Any) -> tuple[Any, Any]:
+    """BITS (16) and HUFFVAL of a code optimal for `counts` (257; the last is reserved), T.81 K.2, codes of 16 bits at most."""
+    used = np.nonzero(counts[:256])[0]
+    n = len(used) + 1  # and one more symbol, the rarest, which takes the code of all ones that T.81 forbids
+    weights = np.empty(n, np.int64)
+    weights[: n - 1] = counts[used]
+    weights[n - 1] = 0 if n > 1 else 1
+    sizes = np.zeros(n, np.int64)
+    link = np.full(n, -1, np.int64)
+    alive = np.arange(n)
+    left = n
+    while left > 1:
+        a = b = -1  # places in `alive` of the two lightest; among equals the later symbol, as K.2 has it
+        for i in range(left):
+            if a < 0 or weights[alive[i]] <= weights[alive[a]]:
+                b = a
+                a = i
+            elif b < 0 or weights[alive[i]] <= weights[alive[b]]:
+                b = i
+        keep, gone = alive[b], alive[a]
+        weights[keep] += weights[gone]
+        alive[a] = alive[left - 1]
+        left -= 1
+        tail = keep
+        while True:
+            sizes[tail] += 1
+            if link[tail] < 0:
+                break
+            tail = link[tail]
+        link[tail] = gone
+        tail = gone
+        while tail >= 0:
+            sizes[tail] += 1
+            tail = link[tail]
+    if n == 1:
+        sizes[0] = 1
+    bits = np.zeros(n + 2, np.int64)
+    for each in sizes:
+        bits[each] += 1
+    for size in range(len(bits) - 1, 16, -1):  # K.2's Adjust_BITS
+        while bits[size] > 0:
+            shorter = size - 2
+            while bits[shorter] == 0:
+                shorter -= 1
+            bits[size] -= 2
+            bits[size - 1] += 1
+            bits[shorter + 1] += 2
+            bits[shorter] -= 1
+    longest = min(16, len(bits) - 1)
+    while bits[longest] == 0:
+        longest -= 1
+    bits[longest] -= 1  # the reserved symbol's
+    out = np.zeros(16, np.uint8)
+    for size in range(1, min(17, len(bits))):
+        out[size - 1] = bits[size]
+    order = np.argsort(sizes[: n - 1], kind="mergesort")  # stable: by size, then by symbol
+    return out, used[order].astype(np.uint8)
+
+
+@jit
+def assign_codes(bits: Any, symbols: Any, codes: Any) -> None:
+    """T.81 C.2: codes by size, then in the symbols' order; each << its count of extra bits << 8 | size with them."""
+    code, place = 0, 0
+    for size in range(1, 17):
+        for _ in range(bits[size - 1]):
+            extra = np.int64(symbols[place] & 15)
+            codes[symbols[place]] = code << extra << 8 | (size + extra)
+            code += 1
+            place += 1
+        code <<= 1

@@ -1,0 +1,231 @@
+"""Write region-addressable JPEGs (`pipeline.jpeg.region` has the format) from baseline ones, losslessly.
+
+`transcode` parses the Huffman codes of a baseline JPEG, codes DC differences anew where a tile starts, and writes the same
+coefficients with tables optimal for them (T.81 K.2). Metadata (EXIF, ICC, XMP, comments) is dropped; pixels do not depend on it,
+orientation included, which no published ImageNet result applies.
+"""
+
+from __future__ import annotations
+
+import struct
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from . import entropy, huffman
+from .region import APP11, MAGIC, TABLE, VERSION, Bytes, RegionError
+
+TILE_WIDTH = 56  # pixels, the width that tiles come near to: narrower costs bytes, wider decodes more beside the window
+_MAX_LENGTHS = 65533 - TABLE.size  # bytes of lengths in one APP11 segment
+Tokens = npt.NDArray[np.uint32]
+Ints = npt.NDArray[np.int64]
+
+_REASONS = {
+    entropy.TRUNCATED: "the entropy-coded data ends too early",
+    entropy.BAD_CODE: "a Huffman code that no table holds",
+    entropy.BAD_VALUE: "a coefficient out of range",
+    entropy.NO_ROOM: "the data grows beyond all measure",
+}
+
+
+_OTHER_FRAMES = {0xC1: "extended sequential", 0xC2: "progressive", 0xC3: "lossless"}  # T.81 table B.1; the rest is rarer still
+
+
+class NotBaselineError(RegionError):
+    """A JPEG that is not 8-bit baseline with 1 or 3 interleaved components: it can be re-encoded, not transcoded."""
+
+
+class Header(NamedTuple):
+    """A baseline JPEG's header. Tables as in the file; components in scan order."""
+
+    height: int
+    width: int
+    sampling: list[tuple[int, int]]  # horizontal and vertical factors
+    frame: bytes  # SOF0's payload
+    kept: bytes  # DQT and APP14 segments, whole
+    jfif: bytes  # the APP0 segment, whole, or nothing
+    tables: dict[tuple[int, int], bytes]  # (class, id) -> BITS and HUFFVAL
+    selectors: list[tuple[int, int]]  # DC and AC table ids
+    sos: bytes  # SOS's payload
+    interval: int
+    data: int  # where entropy-coded data begins
+
+
+def parse(data: bytes) -> Header:
+    """The header of a baseline JPEG. Raises NotBaselineError for other kinds, RegionError for a damaged one."""
+    if data[:2] != b"\xff\xd8":
+        raise NotBaselineError("not a JPEG")
+    frame = jfif = b""
+    kept: list[bytes] = []
+    tables: dict[tuple[int, int], bytes] = {}
+    interval, position = 0, 2
+    while True:
+        marker, payload, after = _segment(data, position)
+        if marker == 0xC0:
+            if frame:
+                raise RegionError("two frame headers")
+            frame = payload
+        elif marker == 0xC4:
+            _read_tables(payload, tables)
+        elif marker == 0xDD:
+            if len(payload) != 2:
+                raise RegionError("a damaged DRI segment")
+            interval = int.from_bytes(payload, "big")
+        elif marker == 0xDA:
+            return _header(frame, jfif, kept, tables, interval, payload, after)
+        elif 0xC1 <= marker <= 0xCF:
+            raise NotBaselineError(f"{_OTHER_FRAMES.get(marker, 'arithmetic')} coding")
+        elif marker == 0xDB or (marker == 0xEE and payload[:5] == b"Adobe"):
+            kept.append(data[position:after])
+        elif marker == 0xE0 and payload[:5] == b"JFIF\0" and not jfif:
+            jfif = data[position:after]
+        position = after
+
+
+def _segment(data: bytes, position: int) -> tuple[int, bytes, int]:
+    """Marker, payload and end of the marker segment at `position` (fill bytes allowed, T.81 B.1.1.2)."""
+    while data[position : position + 2] == b"\xff\xff":
+        position += 1
+    if len(data) < position + 4 or data[position] != 0xFF:
+        raise RegionError("a marker is missing in the header")
+    length = int.from_bytes(data[position + 2 : position + 4], "big")
+    after = position + 2 + length
+    if length < 2 or after > len(data):
+        raise RegionError("a header segment runs past the end")
+    return data[position + 1], data[position + 4 : after], after
+
+
+def _read_tables(payload: bytes, tables: dict[tuple[int, int], bytes]) -> None:
+    while payload:
+        if len(payload) < 17 or len(payload) < 17 + sum(payload[1:17]) or payload[0] >> 4 > 1 or payload[0] & 15 > 3:
+            raise RegionError("a damaged DHT segment")
+        end = 17 + sum(payload[1:17])
+        tables[payload[0] >> 4, payload[0] & 15] = payload[1:end]
+        payload = payload[end:]
+
+
+def _header(
+    frame: bytes,
+    jfif: bytes,
+    kept: list[bytes],
+    tables: dict[tuple[int, int], bytes],
+    interval: int,
+    sos: bytes,
+    after: int,
+) -> Header:
+    """Check that the frame and the scan are what we can transcode."""
+    if len(frame) < 6 or len(frame) != 6 + 3 * frame[5]:
+        raise RegionError("a damaged or missing frame header")
+    precision, height, width, count = struct.unpack(">BHHB", frame[:6])
+    if precision != 8 or count not in (1, 3):
+        raise NotBaselineError(f"{precision} bits, {count} components")
+    if not height or not width:
+        raise RegionError("no height or width in the frame header")
+    if len(sos) != 4 + 2 * count or sos[0] != count or sos[-3:] != b"\0\x3f\0":
+        raise NotBaselineError("components in scans of their own")
+    components = [frame[6 + 3 * i : 9 + 3 * i] for i in range(count)]
+    if [sos[1 + 2 * i] for i in range(count)] != [component[0] for component in components]:
+        raise RegionError("the scan names other components than the frame")
+    sampling = [(component[1] >> 4, component[1] & 15) for component in components]
+    if not all(1 <= h <= 4 and 1 <= v <= 4 for h, v in sampling) or sum(h * v for h, v in sampling) > 10:
+        raise RegionError("impossible sampling factors")
+    if count == 1:
+        sampling = [(1, 1)]  # T.81 A.2.2: a scan of one component is not interleaved, whatever its factors say
+        frame = frame[:7] + b"\x11" + frame[8:]
+    selectors = [(sos[2 + 2 * i] >> 4, sos[2 + 2 * i] & 15) for i in range(count)]
+    for dc, ac in selectors:
+        if (0, dc) not in tables or (1, ac) not in tables:
+            raise RegionError("a Huffman table is missing")
+    return Header(height, width, sampling, frame, b"".join(kept), jfif, tables, selectors, sos, interval, after)
+
+
+def choose_interval(mcus: int, mcu_width: int) -> int:
+    """MCUs in a tile: the divisor of a row's MCU count nearest in ratio to TILE_WIDTH, but no less than 0.4 of it.
+
+    A prime count leaves whole rows, and so do rows narrower than that.
+    """
+    target = TILE_WIDTH / mcu_width
+    divisors = [d for d in range(1, mcus + 1) if mcus % d == 0 and d >= 0.4 * target]
+    return min(divisors, key=lambda d: max(d / target, target / d), default=mcus)
+
+
+def transcode(data: bytes) -> bytes:
+    """A baseline JPEG as a region-addressable one with the same coefficients.
+
+    Raises NotBaselineError where that needs re-encoding, RegionError for damaged data.
+    """
+    header = parse(data)
+    if data.rfind(b"\xff\xd9") < header.data:
+        raise RegionError("no end-of-image marker, so it is truncated")
+    mcu_width, mcu_height = 8 * max(h for h, _ in header.sampling), 8 * max(v for _, v in header.sampling)
+    columns, rows = -(-header.width // mcu_width), -(-header.height // mcu_height)
+    interval = choose_interval(columns, mcu_width)
+    tiles = columns // interval
+    tokens, starts, counts = _read(data, header, columns * rows, interval)
+    coded = [huffman.optimal_table(counts[i << 8 : (i + 1) << 8]) for i in range(4 if len(header.sampling) == 3 else 2)]
+    lengths = np.empty(tiles * rows, np.int64)
+    written = _write(tokens, starts, coded, lengths, 2 * len(data) + 8 * len(lengths) + 4096)
+    table = _length_table(lengths, interval, tiles, rows, mcu_width, mcu_height)
+    return b"".join(
+        (b"\xff\xd8", header.jfif, table, header.kept, _tail(header, coded, interval), written)
+    )  # which ends with EOI
+
+
+def _read(data: bytes, header: Header, mcus: int, tile: int) -> tuple[Tokens, Ints, Ints]:
+    """The scan's tokens, where each tile's begin, and the symbols' counts, as `entropy.read_scan` has them."""
+    decoding = huffman.decoding_tables(header.tables)
+    if decoding is None:
+        raise RegionError("an impossible Huffman table")
+    blocks = np.array([c for c, (h, v) in enumerate(header.sampling) for _ in range(h * v)], np.int64)
+    stream = np.frombuffer(data, np.uint8)[header.data :]
+    tokens = np.empty(8 * len(stream) + 64 * len(blocks), np.uint32)  # none takes less than a bit; a truncated MCU
+    starts, counts = np.empty(mcus // tile + 1, np.int64), np.zeros(4 << 8, np.int64)
+    selectors = np.array(header.selectors, np.int64)
+    total = entropy.read_scan(stream, mcus, header.interval, tile, blocks, selectors, *decoding, tokens, starts, counts)
+    if total < 0:
+        raise RegionError(_REASONS[total])
+    return tokens, starts, counts
+
+
+def _write(tokens: Tokens, starts: Ints, coded: list[tuple[Bytes, Bytes]], lengths: Ints, room: int) -> bytes:
+    """The entropy-coded data in at most `room` bytes; fills `lengths`."""
+    codes = np.zeros(4 << 8, np.uint64)
+    for i, (bits, symbols) in enumerate(coded):
+        huffman.assign_codes(bits, symbols, codes[i << 8 :])
+    out = np.empty(room, np.uint8)
+    written = entropy.write_scan(tokens, starts, codes, lengths, out)
+    if written < 0:
+        raise RegionError(_REASONS[written])
+    return out[:written].tobytes()
+
+
+def _length_table(lengths: Ints, interval: int, tiles: int, rows: int, mcu_width: int, mcu_height: int) -> bytes:
+    size = 2 if lengths.max() < 1 << 16 else 4
+    at_most = _MAX_LENGTHS // size
+    parts = []
+    for start in range(0, len(lengths), at_most):
+        some = lengths[start : start + at_most].astype(f"<u{size}")
+        payload = TABLE.pack(MAGIC, VERSION, size, interval, tiles, rows, mcu_width, mcu_height, len(some)) + some.tobytes()
+        parts.append(_marker(APP11, payload))
+    return b"".join(parts)
+
+
+def _tail(header: Header, coded: list[tuple[Bytes, Bytes]], interval: int) -> bytes:
+    """SOF0, DHT, DRI and SOS: the first component uses tables 0, the others tables 1."""
+    tables = b"".join(
+        bytes([(i % 2) << 4 | i // 2]) + bits.tobytes() + symbols.tobytes() for i, (bits, symbols) in enumerate(coded)
+    )
+    sos = bytearray(header.sos)
+    for i in range(sos[0]):
+        sos[2 + 2 * i] = 0x11 if i else 0x00
+    return (
+        _marker(0xC0, header.frame)
+        + _marker(0xC4, tables)
+        + _marker(0xDD, interval.to_bytes(2, "big"))
+        + _marker(0xDA, bytes(sos))
+    )
+
+
+def _marker(marker: int, payload: bytes) -> bytes:
+    return bytes([0xFF, marker]) + (len(payload) + 2).to_bytes(2, "big") + payload

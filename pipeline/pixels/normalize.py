@@ -1,0 +1,205 @@
+"""The last steps from 8-bit pixels to a batch: whole-pixel shift, PCA lighting, normalization.
+
+`(pixels + lighting - mean) / std`, in float32, rounded once to the batch's dtype, nothing clipped. It exists twice: compiled
+for the CPU (`Normalizer`), one pass without the GIL, and on torch tensors for any device (`normalize_tensor`).
+
+Sources: PCA lighting is Krizhevsky et al., "ImageNet classification with deep convolutional neural networks", section 4.1;
+per-pixel mean subtraction He et al., "Deep residual learning for image recognition", section 3.4.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+from llvmlite import ir
+from numba import types
+from numba.extending import intrinsic, overload
+from PIL import Image
+
+from ..jit import jit
+
+if TYPE_CHECKING:  # imported where it is needed: the converter's worker processes do without
+    import torch
+
+Floats = npt.NDArray[np.float32]
+Pixels = npt.NDArray[np.uint8]
+
+# The NumPy type that a tensor's memory is written as; NumPy has no bfloat16, and numba hardly any float16.
+_STORED: dict[str, np.dtype[Any]] = {
+    "torch.float32": np.dtype(np.float32),
+    "torch.float16": np.dtype(np.int16),
+    "torch.bfloat16": np.dtype(np.uint16),
+}
+
+
+def stored_dtype(dtype: torch.dtype) -> np.dtype[Any]:
+    """The NumPy type that images of a torch dtype are written as: bit patterns for float16 and bfloat16, uint8 as it is."""
+    return _STORED.get(str(dtype), np.dtype(np.uint8))
+
+
+@dataclass(frozen=True)
+class Normalization:
+    """What normalization subtracts and divides by, in units of 0..255.
+
+    mean: float32 (3,) per channel or (H, W, 3) per pixel. std: float32 (3,); ones where the recipe has none.
+    """
+
+    mean: Floats
+    std: Floats
+
+    @staticmethod
+    def of(mean: Any, std: Any = (1.0, 1.0, 1.0)) -> Normalization:
+        return Normalization(np.ascontiguousarray(mean, np.float32), np.ascontiguousarray(std, np.float32))
+
+    def at(self, size: int) -> Normalization:
+        """The same for size x size crops: a per-pixel mean of another size is resized (bilinear), per channel stays as it is."""
+        if self.mean.ndim == 1 or self.mean.shape[:2] == (size, size):
+            return self
+        planes = [
+            np.asarray(Image.fromarray(plane).resize((size, size), Image.Resampling.BILINEAR))
+            for plane in self.mean.transpose(2, 0, 1)
+        ]
+        return Normalization(np.ascontiguousarray(np.stack(planes, axis=-1)), self.std)
+
+    def per_channel(self) -> Normalization:
+        """The same with a mean per channel: a per-pixel mean's own mean."""
+        return Normalization(self.mean.reshape(-1, 3).mean(axis=0), self.std)
+
+
+# What torchvision's published weights expect: its ImageNet channel mean and standard deviation, times 255.
+TORCHVISION = Normalization.of(
+    np.array([0.485, 0.456, 0.406], np.float32) * 255, np.array([0.229, 0.224, 0.225], np.float32) * 255
+)
+
+
+def lighting_basis(covariance: npt.ArrayLike) -> Floats:
+    """The matrix B of the lighting shift B @ alphas, float32 (3, 3), in units of 0..255 (Krizhevsky et al. 2012, section 4.1).
+
+    covariance: (3, 3) of RGB in units of 0..1. B's columns are its eigenvectors, each times its eigenvalue times 255. As in
+    every published implementation the eigenvalue (not its root) is taken in 0..1 units: ImageNet's are 0.2175, 0.0188, 0.0045.
+    """
+    values, vectors = eigenbasis(covariance)
+    return np.ascontiguousarray(vectors * values * 255.0, np.float32)
+
+
+def eigenbasis(covariance: npt.ArrayLike) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
+    """Eigenvalues (3,), largest first, and eigenvectors (3, 3) as columns, each with its largest component positive."""
+    values, vectors = np.linalg.eigh(np.asarray(covariance, np.float64))
+    values, vectors = values[::-1].clip(min=0.0), vectors[:, ::-1]
+    largest = np.abs(vectors).argmax(axis=0)
+    return values, vectors * np.sign(vectors[largest, np.arange(3)])
+
+
+def lighting(alphas: Floats, basis: Floats) -> Floats:
+    """The lighting shift of N images, float32 (N, 3), in 0..255. alphas: (N, 3). basis: as `lighting_basis` gives it."""
+    return np.ascontiguousarray(alphas @ basis.T)
+
+
+def translate(images: Pixels, shift: npt.NDArray[np.int64]) -> Pixels:
+    """Move V images, uint8 (V, H, W, 3), by whole pixels; the uncovered border is 0 before the mean is subtracted, as torchvision
+    pads. shift: int64 (V, 2), down and right, smaller than the images.
+    """
+    height, width = images.shape[1:3]
+    moved = np.zeros_like(images)
+    for image, out, (down, right) in zip(images, moved, shift.tolist(), strict=True):
+        rows, columns = slice(max(down, 0), height + min(down, 0)), slice(max(right, 0), width + min(right, 0))
+        out[rows, columns] = image[max(-down, 0) : height - max(down, 0), max(-right, 0) : width - max(right, 0)]
+    return moved
+
+
+def translate_tensor(pixels: torch.Tensor, shift: torch.Tensor) -> torch.Tensor:
+    """What `translate` does, on the tensors' device, without waiting for it. pixels: uint8 (V, H, W, 3). shift: int64 (V, 2)."""
+    import torch
+
+    height, width = pixels.shape[1:3]
+    views = torch.arange(len(pixels), device=pixels.device)[:, None, None]
+    rows = torch.arange(height, device=pixels.device) - shift[:, :1]  # (V, H): which row of its picture comes to each row
+    columns = torch.arange(width, device=pixels.device) - shift[:, 1:]
+    inside = ((rows >= 0) & (rows < height))[:, :, None] & ((columns >= 0) & (columns < width))[:, None, :]
+    moved = pixels[views, rows.clamp(0, height - 1)[:, :, None], columns.clamp(0, width - 1)[:, None, :]]
+    return moved * inside[..., None]
+
+
+def normalize_tensor(
+    pixels: torch.Tensor, shift: torch.Tensor, mean: torch.Tensor, std: torch.Tensor, dtype: torch.dtype
+) -> torch.Tensor:
+    """Lighting and normalization of a batch: uint8 (N, H, W, 3) to `dtype` (N, 3, H, W), channels-last, on the tensors' device.
+
+    shift: float32 (N, 3). mean: float32 (3,) or (H, W, 3). std: float32 (3,). Computed in float32, rounded once.
+    """
+    images = (pixels.float() + shift[:, None, None, :] - mean) / std
+    return images.to(dtype).permute(0, 3, 1, 2)
+
+
+@intrinsic
+def _to_half(typing: Any, value: Any) -> Any:
+    """float32 to the bits of the nearest float16, int16."""
+
+    def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        return builder.bitcast(builder.fptrunc(arguments[0], ir.HalfType()), ir.IntType(16))
+
+    return types.int16(types.float32), codegen
+
+
+def _store(row: Any, out: Any) -> None:
+    """A row of float32 to a row of a `stored_dtype`; compiled code only."""
+    raise NotImplementedError
+
+
+@overload(_store)
+def _compile_store(row: Any, out: Any) -> Any:
+    def to_float32(row: Any, out: Any) -> None:
+        for i in range(len(row)):
+            out[i] = row[i]
+
+    def to_float16(row: Any, out: Any) -> None:
+        for i in range(len(row)):
+            out[i] = _to_half(row[i])
+
+    def to_bfloat16(row: Any, out: Any) -> None:
+        """Round to the nearest, ties to even: bfloat16 is float32's upper half."""
+        bits = row.view(np.uint32)
+        for i in range(len(row)):
+            out[i] = (bits[i] + np.uint32(0x7FFF) + ((bits[i] >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16)
+
+    return {types.float32: to_float32, types.int16: to_float16, types.uint16: to_bfloat16}[out.dtype]
+
+
+@jit
+def _normalize(pixels: Any, shift: Any, mean: Any, inverse: Any, out: Any) -> None:
+    """One image. pixels: uint8 (H, W, 3). shift: float32 (3,). mean: float32 (H or 1, W * 3). inverse: float32 (W * 3,).
+
+    out: (H, W, 3) of a `stored_dtype`.
+    """
+    height, width, _ = pixels.shape
+    row = np.empty(3 * width, np.float32)
+    shifts = np.empty(3 * width, np.float32)
+    for x in range(width):
+        shifts[3 * x], shifts[3 * x + 1], shifts[3 * x + 2] = shift[0], shift[1], shift[2]
+    for y in range(height):
+        source, means = pixels[y].reshape(-1), mean[y if len(mean) > 1 else 0]
+        for i in range(3 * width):
+            row[i] = (np.float32(source[i]) + shifts[i] - means[i]) * inverse[i]
+        _store(row, out[y].reshape(-1))
+
+
+class Normalizer:
+    """Lighting and normalization of images of one size on the CPU. For any thread."""
+
+    def __init__(self, normalization: Normalization, width: int) -> None:
+        """normalization: at the images' size. width: of the images, pixels."""
+        mean = normalization.mean
+        self._mean = np.tile(mean, width)[None] if mean.ndim == 1 else mean.reshape(len(mean), -1)
+        self._inverse = np.tile(1 / normalization.std, width).astype(np.float32)
+
+    def __call__(self, pixels: Any, shift: Floats, out: Any) -> None:
+        """pixels: uint8 (H, W, 3). shift: float32 (3,), the lighting's. out: (H, W, 3) of a `stored_dtype`, gets the result."""
+        _normalize(pixels, shift, self._mean, self._inverse, out)
+
+    def batch(self, pixels: Any, shift: Floats, out: Any) -> None:
+        """The same for V images: uint8 (V, H, W, 3), float32 (V, 3), (V, H, W, 3)."""
+        for one in range(len(pixels)):
+            self(pixels[one], shift[one], out[one])

@@ -1,0 +1,226 @@
+"""Resampling a window of decoded pixels: antialiased bilinear, mirrored on the way, for compiled callers and threads.
+
+The filter is Pillow's BILINEAR (`Image.resize(..., box=window)`): a triangle that spans one output pixel to each side, or one
+source pixel where the window is enlarged; at an image's border the taps outside are left out and the others' weights grow.
+Weights are multiples of 1/256 which sum to exactly 1: sums of 8-bit pixels then fit 16 bits, and flat areas stay as they are.
+Pixels differ from Pillow's by 0.17 of 255 on average and by 2 at most on 60 full-size ImageNet images, and hardly more up to
+thirtyfold reduction; far beyond that a weight is less than 1/256 and most taps count for nothing.
+
+How it is fast (0.03 ms for a 224 crop on one AVX-512 core; a plain loop takes ten times as long)
+------------------------------------------------------------------------------------------------
+Vertically, taps are rows: whole vectors of neighbouring bytes are multiplied and added. Horizontally they are not, as three
+channels interleave and each output pixel begins elsewhere. So a band of `_BAND` rows, once resampled vertically, is transposed:
+a pixel's three channels in all rows of the band then are 3 * `_BAND` neighbouring bytes. Resampling horizontally is the same
+vector code as vertically, and a second transposition writes the rows of the picture. A band stays in the first-level cache.
+
+The two inner steps are written in LLVM's vector instructions, which numba passes on: LLVM makes AVX2, AVX-512 or NEON code of
+them, but does not find them in loops by itself (measured: 47 us instead of 6 for the horizontal half).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from llvmlite import ir
+from numba import types
+from numba.core import cgutils
+from numba.extending import intrinsic
+
+from ..jit import jit
+
+_BAND = 32  # rows resampled together; a multiple of _TILE
+_TILE = 16  # side of the blocks that are transposed in registers
+_LANES = 32  # bytes of a vector; a chunk is three, so that a pixel's channels in a band's rows are one
+_CHUNK = 3 * _BAND
+_ONE = 256  # the sum of an output pixel's weights
+_I8, _I16, _I32, _I64 = (ir.IntType(bits) for bits in (8, 16, 32, 64))
+
+
+def _pointer(context: Any, builder: Any, array_type: Any, array: Any) -> Any:
+    """Where an array's data begins. For LLVM code."""
+    return context.make_array(array_type)(context, builder, array).data
+
+
+def _vector_at(builder: Any, base: Any, offset: Any, vector: Any) -> Any:
+    """base + offset bytes, as a pointer to a vector."""
+    return builder.bitcast(builder.gep(base, [offset]), vector.as_pointer())
+
+
+@intrinsic
+def _transpose_tile(
+    typing: Any, source: Any, source_at: Any, source_step: Any, target: Any, target_at: Any, target_step: Any
+) -> Any:
+    """Transpose 16 x 16 bytes. source, target: flat uint8 arrays; _at: where the tile begins; _step: from one row to the next."""
+
+    def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        read, at, step, write, to, to_step = arguments
+        read = _pointer(context, builder, signature.args[0], read)
+        write = _pointer(context, builder, signature.args[3], write)
+        vector = ir.VectorType(_I8, _TILE)
+        rows = []
+        for _ in range(_TILE):
+            rows.append(builder.load(_vector_at(builder, read, at, vector), align=1))
+            at = builder.add(at, step)
+        # Interleaving row i with row i + 8, four times over, brings every byte from (row, column) to (column, row).
+        half = _TILE // 2
+        low, high = (
+            ir.Constant(ir.VectorType(_I32, _TILE), [lane for i in range(start, start + half) for lane in (i, _TILE + i)])
+            for start in (0, half)
+        )
+        for _ in range(_TILE.bit_length() - 1):
+            rows = [builder.shuffle_vector(rows[i], rows[i + half], lanes) for i in range(half) for lanes in (low, high)]
+        for row in rows:
+            builder.store(row, _vector_at(builder, write, to, vector), align=1)
+            to = builder.add(to, to_step)
+        return context.get_dummy_value()
+
+    return types.void(source, types.int64, types.int64, target, types.int64, types.int64), codegen
+
+
+@intrinsic
+def _blend_chunk(
+    typing: Any, source: Any, source_at: Any, step: Any, weights: Any, weights_at: Any, count: Any, target: Any, target_at: Any
+) -> Any:
+    """Weigh rows: target[target_at + i] = sum over k of weights[weights_at + k] / 256 * source[source_at + k * step + i].
+
+    For `_CHUNK` bytes i and `count` rows k. source, target: flat uint8 arrays. weights: flat uint16, those used sum to 256.
+    """
+
+    def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        read, at, step, weights, weights_at, count, write, to = arguments
+        read, weights, write = (
+            _pointer(context, builder, signature.args[number], array) for number, array in ((0, read), (3, weights), (6, write))
+        )
+        narrow, wide = ir.VectorType(_I8, _LANES), ir.VectorType(_I16, _LANES)
+        half, shift = (ir.Constant(wide, [value] * _LANES) for value in (_ONE // 2, 8))
+        offsets = [ir.Constant(_I64, lane) for lane in range(0, _CHUNK, _LANES)]
+        sums = [cgutils.alloca_once_value(builder, half) for _ in offsets]
+        for total in sums:  # alloca_once_value's store stands at the function's head, not in the caller's loop
+            builder.store(half, total)
+        with cgutils.for_range(builder, count) as loop:
+            weight = builder.load(builder.gep(weights, [builder.add(weights_at, loop.index)]))
+            first = builder.insert_element(ir.Constant(wide, ir.Undefined), weight, _I32(0))
+            weight = builder.shuffle_vector(first, first, ir.Constant(ir.VectorType(_I32, _LANES), [0] * _LANES))
+            row = builder.add(at, builder.mul(loop.index, step))
+            for total, offset in zip(sums, offsets, strict=True):
+                pixels = builder.load(_vector_at(builder, read, builder.add(row, offset), narrow), align=1)
+                product = builder.mul(builder.zext(pixels, wide), weight)
+                builder.store(builder.add(builder.load(total), product), total)
+        for total, offset in zip(sums, offsets, strict=True):
+            rounded = builder.trunc(builder.lshr(builder.load(total), shift), narrow)
+            builder.store(rounded, _vector_at(builder, write, builder.add(to, offset), narrow), align=1)
+        return context.get_dummy_value()
+
+    signature = types.void(source, types.int64, types.int64, weights, types.int64, types.int64, target, types.int64)
+    return signature, codegen
+
+
+@jit
+def _blend(
+    source: Any, source_at: Any, step: Any, weights: Any, weights_at: Any, count: Any, target: Any, target_at: Any, n: Any
+) -> None:
+    """As `_blend_chunk`, for `n` bytes: chunks, of which the last may overlap the one before it."""
+    if n < _CHUNK:
+        for i in range(n):
+            total = np.int64(_ONE // 2)
+            for k in range(count):
+                total += np.int64(weights[weights_at + k]) * np.int64(source[source_at + k * step + i])
+            target[target_at + i] = total >> 8
+        return
+    for i in range(0, n, _CHUNK):
+        at = min(i, n - _CHUNK)
+        _blend_chunk(source, source_at + at, step, weights, weights_at, count, target, target_at + at)
+
+
+@jit
+def _taps(low: Any, high: Any, side: Any, size: Any, flip: Any, starts: Any, counts: Any, weights: Any) -> None:
+    """The filter of one axis: output pixel i is the sum over k < counts[i] of weights[i, k] / 256 * source pixel starts[i] + k.
+
+    low, high: the window, source pixels. side: the source's. size: output pixels. flip: the last output pixel comes first.
+    starts, counts: int64 (size,). weights: uint16 (size, room). After Pillow's precompute_coeffs (src/libImaging/Resample.c).
+    """
+    scale = (high - low) / size
+    reach = max(scale, 1.0)
+    exact = np.empty(weights.shape[1], np.float64)
+    for i in range(size):
+        centre = low + (i + 0.5) * scale
+        first = max(int(centre - reach + 0.5), 0)
+        count = min(int(centre + reach + 0.5), side) - first
+        total = 0.0
+        for k in range(count):
+            exact[k] = max(0.0, 1.0 - abs((first + k - centre + 0.5) / reach))
+            total += exact[k]
+        place = size - 1 - i if flip else i
+        # Each running sum is rounded, so that the weights sum to exactly 256 and hardly shift the picture. Zeros at the ends go.
+        so_far, given, kept = 0.0, 0, 0
+        for k in range(count):
+            so_far += exact[k]
+            weight = int(so_far / total * _ONE + 0.5) - given
+            given += weight
+            if kept == 0 and weight == 0:
+                first += 1
+                continue
+            weights[place, kept] = weight
+            kept += 1
+        while weights[place, kept - 1] == 0:
+            kept -= 1
+        starts[place], counts[place] = first, kept
+
+
+@jit
+def resample(pixels: Any, top: Any, left: Any, bottom: Any, right: Any, flip: Any, out: Any) -> None:
+    """Resample a window of `pixels` to `out`.
+
+    pixels: uint8 (H, W, 3), C-contiguous. top, left, bottom, right: float64, the window in source pixels, inside [0, H] x [0, W].
+    flip: mirror left to right. out: uint8 (h, w, 3), C-contiguous.
+    """
+    height, width, _ = pixels.shape
+    rows, columns, _ = out.shape
+    source, picture = pixels.reshape(-1), out.reshape(-1)
+
+    # Pillow's window of 2 * reach + 1 pixels holds every tap.
+    room = 2 * int(max((bottom - top) / rows, 1.0)) + 4
+    y_starts, y_counts, y_weights = np.empty(rows, np.int64), np.empty(rows, np.int64), np.empty((rows, room), np.uint16)
+    _taps(top, bottom, height, rows, False, y_starts, y_counts, y_weights)
+    y_weights_flat = y_weights.reshape(-1)
+    x_room = 2 * int(max((right - left) / columns, 1.0)) + 4
+    x_starts, x_counts, x_weights = (
+        np.empty(columns, np.int64),
+        np.empty(columns, np.int64),
+        np.empty((columns, x_room), np.uint16),
+    )
+    _taps(left, right, width, columns, flip, x_starts, x_counts, x_weights)
+    x_weights_flat = x_weights.reshape(-1)
+
+    first = min(x_starts[0], x_starts[columns - 1])  # the columns that any tap touches
+    last = max(x_starts[0] + x_counts[0], x_starts[columns - 1] + x_counts[columns - 1])
+    touched, row = 3 * (last - first), 3 * columns
+    padded = -(-touched // _TILE) * _TILE
+    band, turned, mixed = np.empty(_BAND * padded, np.uint8), np.empty(padded * _BAND, np.uint8), np.empty(row * _BAND, np.uint8)
+    for band_top in range(0, rows, _BAND):
+        in_band = min(_BAND, rows - band_top)
+        for y in range(band_top, band_top + in_band):
+            start = (y_starts[y] * width + first) * 3
+            _blend(source, start, 3 * width, y_weights_flat, y * room, y_counts[y], band, (y - band_top) * padded, touched)
+        for y in range(0, _BAND, _TILE):
+            for x in range(0, padded, _TILE):
+                _transpose_tile(band, y * padded + x, padded, turned, x * _BAND + y, _BAND)
+        for x in range(columns):
+            start = (x_starts[x] - first) * _CHUNK
+            _blend_chunk(turned, start, _CHUNK, x_weights_flat, x * x_room, x_counts[x], mixed, x * _CHUNK)
+        for y in range(0, in_band, _TILE):
+            _write_rows(mixed, y, min(_TILE, in_band - y), row, picture, (band_top + y) * row)
+
+
+@jit
+def _write_rows(mixed: Any, first: Any, count: Any, row: Any, picture: Any, at: Any) -> None:
+    """Transpose rows [first, first + count) of a band, at most `_TILE`, back to where they begin in the picture. row: bytes."""
+    if count < _TILE or row < _TILE:
+        for y in range(count):
+            for x in range(row):
+                picture[at + y * row + x] = mixed[x * _BAND + first + y]
+        return
+    for x in range(0, row, _TILE):
+        x = min(x, row - _TILE)  # the last tile may overlap the one before it
+        _transpose_tile(mixed, x * _BAND + first, _BAND, picture, at + x, row)

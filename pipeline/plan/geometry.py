@@ -1,0 +1,248 @@
+"""Geometries: which windows of an image become pictures, and of what size.
+
+A *view* is one picture of an image: a window of it, resampled to the output size with an antialiased bilinear filter whose
+support may lie outside the window but not outside the image (Pillow: `resize((w, h), BILINEAR, box=window)`), and mirrored or
+not. A crop that reaches into padding is the nearest one inside the image, moved by whole pixels, and black where it lacks some.
+Each geometry is a pure function from (seed, epoch, sample, height, width) to its views.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar, NamedTuple, Self
+
+import numpy as np
+import numpy.typing as npt
+
+from ..errors import UserError
+from . import sampling
+from .sampling import Ints
+
+GEOMETRIES = ("jitter", "rrc", "pad")  # of training, by their option, see `choose_geometry`
+
+
+class Views(NamedTuple):
+    """V = N * crops views of N images, an image's views next to each other.
+
+    windows: float64 (V, 4), top, left, bottom, right in source pixels, inside the image.
+    flip: bool (V,), mirror left to right. alphas: float32 (V, 3), coefficients of the principal components of RGB.
+    shift: int64 (V, 2), down and right, whole pixels by which the resampled and mirrored pictures are moved, see
+    `augment.translate`; None where the geometry moves none.
+    """
+
+    windows: npt.NDArray[np.float64]
+    flip: npt.NDArray[np.bool_]
+    alphas: npt.NDArray[np.float32]
+    shift: Ints | None = None
+
+    @property
+    def columns(self) -> tuple[npt.NDArray[Any], ...]:
+        """Those of the arrays that there are, each with a row for each view."""
+        return tuple(column for column in self if column is not None)
+
+
+class Geometry(ABC):
+    """The interface. Heights and widths are int64 (N,), source pixels; `size` is the crop's side, pixels."""
+
+    random: ClassVar[bool] = False  # whether seed and epoch matter, and colour augmentation applies
+
+    @property
+    def crops(self) -> int:
+        """Views of each image."""
+        return 1
+
+    @abstractmethod
+    def views(self, seed: int, epoch: int, ids: Ints, heights: Ints, widths: Ints, size: int, alpha_std: float) -> Views:
+        """The views of N samples. ids: int64 (N,). alpha_std: standard deviation of alphas, which are 0 if nothing is random."""
+
+    def shapes(self, heights: Ints, widths: Ints, size: int) -> Ints:
+        """Height and width of each image's pictures: int64 (N, 2)."""
+        return np.full((len(heights), 2), size, np.int64)
+
+    @abstractmethod
+    def check(self, size: int) -> None:
+        """Raise UserError if there is no such geometry of crops of `size`."""
+
+    @abstractmethod
+    def scaled(self, size: int, nominal: int) -> Self:
+        """What this geometry, meant for crops of `nominal`, is for crops of `size`: in the same proportion."""
+
+
+@dataclass(frozen=True)
+class ScaleJitter(Geometry):
+    """Short side uniform on the whole numbers low..high, a crop at a uniform place, mirrored half the time.
+
+    He et al. 2015, "Deep residual learning for image recognition", section 3.4, after Simonyan and Zisserman 2015, section 3.1.
+    """
+
+    low: int = sampling.SCALE[0]
+    high: int = sampling.SCALE[1]
+    random: ClassVar[bool] = True
+
+    def views(self, seed: int, epoch: int, ids: Ints, heights: Ints, widths: Ints, size: int, alpha_std: float) -> Views:
+        drawn = sampling.draw(seed, epoch, ids, heights, widths, (self.low, self.high), size, alpha_std)
+        return Views(sampling.windows(drawn, heights, widths, size), drawn.flip, drawn.alphas)
+
+    def check(self, size: int) -> None:
+        if not size <= self.low <= self.high:
+            raise UserError(f"scale {self.low} {self.high}: needs image size ({size}) <= low <= high")
+
+    def scaled(self, size: int, nominal: int) -> ScaleJitter:
+        return ScaleJitter(sampling.short_at(self.low, size, nominal), sampling.short_at(self.high, size, nominal))
+
+
+@dataclass(frozen=True)
+class RandomResizedCrop(Geometry):
+    """A window of uniform area and log-uniform aspect ratio at a uniform place, mirrored half the time.
+
+    Szegedy et al. 2015, "Going deeper with convolutions", section 6, in the form of torchvision.transforms.RandomResizedCrop.
+    area: range of the window's share of the image. aspect: range of its width over its height.
+    """
+
+    area: tuple[float, float] = (0.08, 1.0)
+    aspect: tuple[float, float] = (3 / 4, 4 / 3)
+    random: ClassVar[bool] = True
+
+    def views(self, seed: int, epoch: int, ids: Ints, heights: Ints, widths: Ints, size: int, alpha_std: float) -> Views:
+        windows, flip = sampling.resized_crops(seed, epoch, ids, heights, widths, self.area, self.aspect)
+        return Views(windows, flip, sampling.alphas(seed, epoch, ids, alpha_std))
+
+    def check(self, size: int) -> None:
+        if not 0 < self.area[0] <= self.area[1] <= 1:
+            raise UserError(f"area {self.area[0]} {self.area[1]}: needs 0 < low <= high <= 1")
+        if not 0 < self.aspect[0] <= self.aspect[1]:
+            raise UserError(f"aspect {self.aspect[0]} {self.aspect[1]}: needs 0 < low <= high")
+
+    def scaled(self, size: int, nominal: int) -> RandomResizedCrop:
+        return self
+
+
+@dataclass(frozen=True)
+class PaddedCrop(Geometry):
+    """Short side to the crop's side, `padding` black pixels around that, a crop at a uniform place, mirrored half the time.
+
+    The augmentation of CIFAR in He et al. 2015, section 4.2, after Lee et al. 2015, "Deeply-supervised nets", in the form of
+    torchvision.transforms.RandomCrop(size, padding) and RandomHorizontalFlip. Images of another size than the crop's, which
+    CIFAR has none of, are resized first.
+    """
+
+    padding: int = 4
+    random: ClassVar[bool] = True
+
+    def views(self, seed: int, epoch: int, ids: Ints, heights: Ints, widths: Ints, size: int, alpha_std: float) -> Views:
+        drawn = sampling.draw(seed, epoch, ids, heights, widths, (size, size), size, alpha_std, self.padding)
+        out_heights, out_widths = sampling.resized(heights, widths, drawn.short)
+        top, left = np.clip(drawn.top, 0, out_heights - size), np.clip(drawn.left, 0, out_widths - size)
+        shift = np.stack([top - drawn.top, left - drawn.left], axis=1)
+        shift[drawn.flip, 1] *= -1  # pictures are mirrored before they are moved
+        windows = sampling.windows(drawn._replace(top=top, left=left), heights, widths, size)
+        return Views(windows, drawn.flip, drawn.alphas, shift)
+
+    def check(self, size: int) -> None:
+        if not 0 <= self.padding < size:
+            raise UserError(f"padding {self.padding}: needs 0 <= padding < image size ({size})")
+
+    def scaled(self, size: int, nominal: int) -> PaddedCrop:
+        return PaddedCrop(min(round(self.padding * size / nominal), size - 1))
+
+
+@dataclass(frozen=True)
+class _Resized(Geometry):
+    """What geometries that resize the short side to `short` have in common."""
+
+    short: int = sampling.EVAL_SHORT
+
+    def check(self, size: int) -> None:
+        if self.short < size:
+            raise UserError(f"the evaluation's short side ({self.short}) must be at least the image size ({size})")
+
+    def scaled(self, size: int, nominal: int) -> Self:
+        return replace(self, short=sampling.short_at(self.short, size, nominal))
+
+
+@dataclass(frozen=True)
+class CentreCrop(_Resized):
+    """Short side to `short`, the central crop: single-crop testing, Krizhevsky et al. 2012 and everyone since; with its mirror
+    image if `mirrored`, for test-time flips.
+    """
+
+    mirrored: bool = False
+
+    @property
+    def crops(self) -> int:
+        return 2 if self.mirrored else 1
+
+    def views(self, seed: int, epoch: int, ids: Ints, heights: Ints, widths: Ints, size: int, alpha_std: float) -> Views:
+        windows = sampling.windows(sampling.centre(heights, widths, self.short, size), heights, widths, size)
+        return _views(np.stack([windows] * self.crops, axis=1), np.arange(self.crops) > 0)
+
+
+@dataclass(frozen=True)
+class TenCrop(_Resized):
+    """Short side to `short`; the four corners' crops and the central one, and the mirror images of these five.
+
+    Krizhevsky et al. 2012, "ImageNet classification with deep convolutional neural networks", section 4.1; He et al. 2015,
+    section 3.4. In torchvision.transforms.TenCrop's order: top left, top right, bottom left, bottom right, centre, then mirrored.
+    """
+
+    @property
+    def crops(self) -> int:
+        return 10
+
+    def views(self, seed: int, epoch: int, ids: Ints, heights: Ints, widths: Ints, size: int, alpha_std: float) -> Views:
+        centre = sampling.centre(heights, widths, self.short, size)
+        bottom, right = (side - size for side in sampling.resized(heights, widths, centre.short))
+        zero = np.zeros_like(bottom)
+        corners = ((zero, zero), (zero, right), (bottom, zero), (bottom, right), (centre.top, centre.left))
+        five = [sampling.windows(centre._replace(top=top, left=left), heights, widths, size) for top, left in corners]
+        return _views(np.stack([*five, *five], axis=1), np.arange(10) >= 5)
+
+
+@dataclass(frozen=True)
+class WholeImage(_Resized):
+    """The whole image with its short side at `short`, for fully convolutional testing; with its mirror image if `mirrored`.
+
+    Simonyan and Zisserman 2015, "Very deep convolutional networks for large-scale image recognition", section 3.2; He et al.
+    2015, section 3.4. Pictures differ in size: the sides are floor(side * short / min(height, width) + 1/2) pixels.
+    """
+
+    mirrored: bool = False
+
+    @property
+    def crops(self) -> int:
+        return 2 if self.mirrored else 1
+
+    def views(self, seed: int, epoch: int, ids: Ints, heights: Ints, widths: Ints, size: int, alpha_std: float) -> Views:
+        zeros = np.zeros(len(heights))
+        whole = np.stack([zeros, zeros, heights, widths], axis=1)
+        return _views(np.stack([whole] * self.crops, axis=1), np.arange(self.crops) > 0)
+
+    def shapes(self, heights: Ints, widths: Ints, size: int) -> Ints:
+        return np.stack(sampling.resized(heights, widths, self.short), axis=1)
+
+    def check(self, size: int) -> None:
+        if self.short < 1:
+            raise UserError(f"the short side must be at least 1, not {self.short}")
+
+
+def choose_geometry(name: str, scale: Sequence[int] | None, size: int, area: Sequence[float] | None = None) -> Geometry:
+    """A training geometry by its option, one of GEOMETRIES: scale jitter, random resized crops, or crops of the image padded by 4
+    pixels, whatever the size. scale: the jitter's range of S, pixels; by default what 256..480 is for crops of 224. area: the
+    resized crops' range of shares of the image. Raises UserError for a range of another geometry.
+    """
+    for option, given, owner in (("--scale", scale, "jitter"), ("--area", area, "rrc")):
+        if given and name != owner:
+            raise UserError(f"{option} belongs to --geometry {owner}; leave it out")
+    if name == "jitter":
+        return ScaleJitter(*scale) if scale else ScaleJitter().scaled(size, sampling.CROP)
+    if name == "rrc":
+        return RandomResizedCrop((area[0], area[1])) if area else RandomResizedCrop()
+    return PaddedCrop()
+
+
+def _views(windows: npt.NDArray[np.float64], flip: npt.NDArray[np.bool_]) -> Views:
+    """Views without colour augmentation. windows: (N, crops, 4). flip: (crops,), the same for each image."""
+    count, crops, _ = windows.shape
+    return Views(windows.reshape(-1, 4), np.tile(flip, count), np.zeros((count * crops, 3), np.float32))

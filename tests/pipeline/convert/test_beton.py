@@ -1,0 +1,335 @@
+"""Betons against FFCV's own reader and loader. What can hang in FFCV runs in another process, under a time limit."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+import pytest
+
+from pipeline.convert.beton import MODES, write_beton
+from pipeline.engines.ffcv_field import region_field
+from pipeline.errors import UserError
+from pipeline.jpeg.transcode import transcode
+from pipeline.store import files
+from pipeline.store.shards import Encoded, ShardSet, label_digits, write_shard
+from tests.helpers import ROOT, SUBSAMPLINGS, clean_environment, jpeg, open_image, picture
+
+if "ffcv" in os.environ.get("CROPFEED_WITHOUT", ""):
+    pytest.skip("FFCV is not installed (make said what it needs); CROPFEED_WITHOUT=ffcv", allow_module_level=True)
+
+SIZE, RATIO = 32, 0.7  # of the loaders' centre crops
+Read = dict[str, Any]  # NAME, NAME_label -> uint8 (N, height, width, 3), int64 (N,)
+
+
+@contextmanager
+def at_most(seconds: int) -> Iterator[None]:
+    """Fail, instead of hanging, after so long."""
+
+    def stop(*_: Any) -> None:
+        raise TimeoutError(f"not done after {seconds} s")
+
+    signal.signal(signal.SIGALRM, stop)
+    signal.alarm(seconds)
+    try:
+        yield
+    finally:
+        signal.alarm(0)
+
+
+def sha256(path: Path) -> str:
+    return files.sha256(str(path))
+
+
+def shards_of(source: Path, out: Path, samples: list[Encoded]) -> Path:
+    """A data set whose training split is one shard of `samples`; its manifest is the source's otherwise."""
+    (out / "train").mkdir(parents=True)
+    tar = out / "train/000000.tar"
+    manifest = json.loads((source / "manifest.json").read_text())
+    records = write_shard(tar, tar.with_suffix(".idx"), 0, samples, label_digits(3))
+    np.save(out / "train/samples.npy", records)
+    shard = {"file": "train/000000.tar", "images": len(records), "bytes": tar.stat().st_size, "sha256": sha256(tar)}
+    split = {"images": len(records), "samples": "train/samples.npy", "samples_sha256": sha256(out / "train/samples.npy")}
+    manifest["splits"] = {"train": split | {"shards": [shard]}}
+    (out / "manifest.json").write_text(json.dumps(manifest))
+    return out
+
+
+@pytest.fixture(scope="module")
+def originals(small_shards: Path) -> ShardSet:
+    return ShardSet(small_shards, "train")
+
+
+@pytest.fixture(scope="module")
+def regions(small_shards: Path, originals: ShardSet, tmp_path_factory: pytest.TempPathFactory) -> ShardSet:
+    """The same images, region-addressable."""
+    samples = [
+        Encoded(
+            originals.key(i), transcode(originals.read(i).tobytes()), int(row["label"]), int(row["height"]), int(row["width"])
+        )
+        for i, row in enumerate(originals.samples)
+    ]
+    return ShardSet(shards_of(small_shards, tmp_path_factory.mktemp("regions") / "data", samples), "train")
+
+
+@pytest.fixture(scope="module")
+def alike(small_shards: Path, tmp_path_factory: pytest.TempPathFactory) -> ShardSet:
+    """Region-addressable images of every subsampling, several tiles wide; of one size, which SimpleRGBImageDecoder needs."""
+    samples = [
+        Encoded(f"a/{i}", transcode(jpeg(picture(136, 320, i), sampling)), i % 3, 136, 320)
+        for i, sampling in enumerate(SUBSAMPLINGS)
+    ]
+    return ShardSet(shards_of(small_shards, tmp_path_factory.mktemp("alike") / "data", samples), "train")
+
+
+@pytest.fixture(scope="module")
+def betons(originals: ShardSet, regions: ShardSet, alike: ShardSet, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A file per mode, and alike.beton, written by two workers."""
+    folder = tmp_path_factory.mktemp("betons")
+    with at_most(100):
+        for mode in MODES:
+            shards = regions if mode == "region" else originals
+            assert write_beton(shards, folder / f"{mode}.beton", mode=mode, workers=2) == sha256(folder / f"{mode}.beton")
+        write_beton(alike, folder / "alike.beton", mode="region", workers=2)
+    return folder
+
+
+LOADERS = f"""
+import io, sys
+import numpy as np
+from ffcv.fields import IntField, RGBImageField
+from ffcv.fields.rgb_image import CenterCropRGBImageDecoder, SimpleRGBImageDecoder
+from ffcv.loader import Loader, OrderOption
+from ffcv.writer import DatasetWriter
+from PIL import Image
+sys.path.insert(0, {str(ROOT)!r})
+from pipeline.engines.ffcv_field import region_decoder
+from pipeline.store.shards import ShardSet
+
+stock = CenterCropRGBImageDecoder
+ours = region_decoder(stock)
+folder, source = sys.argv[1:]
+arrays = {{}}
+
+
+class Images:
+    shards = ShardSet(source, "train")
+
+    def __len__(self):
+        return len(self.shards)
+
+    def __getitem__(self, i):
+        image = Image.open(io.BytesIO(self.shards.read(i).tobytes())).convert("RGB")
+        return image, int(self.shards.samples["label"][i])
+
+
+fields = {{"image": RGBImageField("jpg"), "label": IntField()}}
+DatasetWriter(folder + "/stock.beton", fields, num_workers=1).from_indexed_dataset(Images())
+for name, decoder in [("region", ours), ("region", stock), ("raw", stock), ("jpg", stock), ("jpg", ours),
+                      ("alike", stock), ("alike", ours), ("alike", None)]:
+    decoder = decoder(({SIZE}, {SIZE}), {RATIO}) if decoder else SimpleRGBImageDecoder()
+    loader = Loader(f"{{folder}}/{{name}}.beton", 7, num_workers=1, order=OrderOption.SEQUENTIAL, drop_last=False,
+                    pipelines={{"image": [decoder]}})
+    batches = [(image.copy(), label.numpy().copy()) for image, label in loader]
+    key = name + "_ours" * isinstance(decoder, ours) + "_whole" * (type(decoder) is SimpleRGBImageDecoder)
+    arrays[key], arrays[key + "_label"] = (np.concatenate(part) for part in zip(*batches))
+np.savez(folder + "/read.npz", **arrays)
+"""
+
+
+@pytest.fixture(scope="module")
+def read(betons: Path, small_shards: Path) -> Read:
+    """What FFCV's Loader gives: centre crops by the stock decoder and by ours, whole images of alike.beton.
+
+    Its DatasetWriter writes stock.beton, too.
+    """
+    command = [sys.executable, "-c", LOADERS, str(betons), str(small_shards)]
+    result = subprocess.run(command, env=clean_environment(), capture_output=True, text=True, timeout=150, check=False)
+    assert result.returncode == 0, result.stderr[-3000:]
+    return dict(np.load(betons / "read.npz"))
+
+
+def contents(path: Path) -> list[bytes]:
+    """Each image's data, by FFCV's Reader."""
+    from ffcv.reader import Reader
+
+    whole = path.read_bytes()
+    return [whole[row["ptr"] : row["ptr"] + row["size"]] for row in Reader(str(path)).alloc_table]
+
+
+def pixels(data: bytes) -> Any:
+    return np.asarray(open_image(data).convert("RGB"))
+
+
+def centre_crop(image: Any) -> Any:
+    """FFCV's CenterCrop of a decoded image, by OpenCV."""
+    import cv2
+
+    height, width = image.shape[:2]
+    side = int(RATIO * min(height, width))
+    top, left = (height - side) // 2, (width - side) // 2
+    return cv2.resize(image[top : top + side, left : left + side], (SIZE, SIZE), interpolation=cv2.INTER_AREA)
+
+
+def assert_near(found: Any, expected: Any, mean: float) -> None:
+    assert found.shape == expected.shape
+    assert np.abs(found.astype(int) - expected).mean(axis=(1, 2, 3)).max() < mean
+
+
+def test_every_sample_with_its_label_in_order(read: Read, originals: ShardSet) -> None:
+    for name in ("region", "region_ours", "raw", "jpg", "jpg_ours"):
+        assert np.array_equal(read[f"{name}_label"][:, 0], originals.samples["label"])
+
+
+@pytest.mark.usefixtures("read")
+def test_same_bytes_as_stock_datasetwriters(betons: Path) -> None:
+    assert (betons / "jpg.beton").read_bytes() == (betons / "stock.beton").read_bytes()
+
+
+def test_raw_is_pillows_pixels(betons: Path, read: Read, originals: ShardSet) -> None:
+    expected = [pixels(originals.read(i).tobytes()) for i in range(len(originals))]
+    assert contents(betons / "raw.beton") == [image.tobytes() for image in expected]
+    assert_near(read["raw"], np.stack([centre_crop(image) for image in expected]), 0.5)
+
+
+def test_jpg_is_near_the_image(betons: Path, read: Read, originals: ShardSet) -> None:
+    stored = contents(betons / "jpg.beton")
+    assert_near(read["jpg"], np.stack([centre_crop(pixels(data)) for data in stored]), 1.5)  # FFCV's DCT is the fast one
+    expected = np.stack([centre_crop(pixels(originals.read(i).tobytes())) for i in range(len(originals))])
+    assert_near(read["jpg"], expected, 8)  # saturated colours at 4:2:0
+
+
+def test_proportion_is_a_share_of_either(betons: Path) -> None:
+    jpg, raw = contents(betons / "jpg.beton"), contents(betons / "raw.beton")
+    chosen = [data == as_jpg for data, as_jpg in zip(contents(betons / "proportion.beton"), jpg, strict=True)]
+    assert contents(betons / "proportion.beton") == [jpg[i] if chosen[i] else raw[i] for i in range(len(jpg))]
+    assert 15 < sum(chosen) < 45
+
+
+def test_region_keeps_our_bytes_and_stock_ffcv_decodes_them(betons: Path, read: Read, regions: ShardSet, alike: ShardSet) -> None:
+    assert contents(betons / "region.beton") == [regions.read(i).tobytes() for i in range(len(regions))]
+    assert_near(read["alike_whole"], np.stack([pixels(alike.read(i).tobytes()) for i in range(len(alike))]), 1.5)
+
+
+def test_region_decoder_gives_the_stock_decoders_pixels(read: Read) -> None:
+    assert np.array_equal(read["region_ours"], read["region"])
+    assert np.array_equal(read["alike_ours"], read["alike"])
+    assert np.array_equal(read["jpg_ours"], read["jpg"])  # without a table: whole
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_same_bytes_for_any_number_of_workers(
+    mode: str, betons: Path, originals: ShardSet, regions: ShardSet, tmp_path: Path
+) -> None:
+    shards = regions if mode == "region" else originals
+    for workers in (1, 3):
+        counts: list[int] = []
+        with at_most(60):
+            digest = write_beton(shards, tmp_path / "b", mode=mode, workers=workers, progress=counts.append)
+        assert digest == sha256(betons / f"{mode}.beton")
+        assert sum(counts) == len(shards)
+
+
+def test_max_resolution_is_ffcvs(originals: ShardSet, tmp_path: Path) -> None:
+    from ffcv.fields.rgb_image import resizer
+
+    with at_most(60):
+        write_beton(originals, tmp_path / "b", mode="raw", workers=1, max_resolution=50)
+    expected = [resizer(pixels(originals.read(i).tobytes()), 50).tobytes() for i in range(len(originals))]
+    assert contents(tmp_path / "b") == expected
+
+
+@pytest.mark.parametrize("mode", ["jpg", "region"])
+def test_a_bad_image_is_named(mode: str, small_shards: Path, tmp_path: Path) -> None:
+    data = tmp_path / "data"
+    shutil.copytree(small_shards, data)
+    shards = ShardSet(data, "train")
+    bad = shards.samples[40]
+    with shards.shards[bad["shard"]].open("r+b") as stream:
+        stream.seek(int(bad["offset"]))
+        stream.write(b"no image")
+    with at_most(60), pytest.raises(UserError) as error:
+        write_beton(shards, tmp_path / "out/b", mode=mode, workers=2)
+    assert str(error.value).startswith(shards.where(40) + ": ")
+    assert list((tmp_path / "out").iterdir()) == []
+    assert multiprocessing.active_children() == []
+
+
+def test_what_ffcv_cannot_decode_is_refused() -> None:
+    import io
+
+    from PIL import Image
+
+    stream = io.BytesIO()
+    Image.new("CMYK", (8, 8)).save(stream, "JPEG")
+    with pytest.raises(ValueError, match="CMYK JPEG, which FFCV cannot decode"):
+        region_field().encode(None, stream.getvalue(), None)
+
+
+def test_a_killed_worker_ends_the_write(originals: ShardSet, tmp_path: Path) -> None:
+    def kill(_: int) -> None:
+        for process in multiprocessing.active_children():
+            process.kill()
+
+    with at_most(60), pytest.raises(UserError, match="a worker process died over samples"):
+        write_beton(originals, tmp_path / "b", mode="raw", workers=2, progress=kill)
+    assert list(tmp_path.iterdir()) == []
+    assert multiprocessing.active_children() == []
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, OSError(28, "No space left on device")])
+def test_an_interrupted_write_leaves_nothing(error: Any, originals: ShardSet, tmp_path: Path) -> None:
+    (tmp_path / "b").write_bytes(b"old")
+
+    def fail(_: int) -> None:
+        raise error
+
+    with at_most(60), pytest.raises((KeyboardInterrupt, UserError)):
+        write_beton(originals, tmp_path / "b", mode="raw", workers=2, progress=fail)
+    assert [path.name for path in tmp_path.iterdir()] == ["b"]
+    assert (tmp_path / "b").read_bytes() == b"old"
+    assert multiprocessing.active_children() == []
+
+
+KILLED = f"""
+import multiprocessing, os, signal, sys
+sys.path.insert(0, {str(ROOT)!r})
+from pathlib import Path
+from pipeline.convert.beton import write_beton
+from pipeline.store.shards import ShardSet
+
+def kill(_):
+    print(*[process.pid for process in multiprocessing.active_children()], flush=True)
+    os.kill(os.getpid(), signal.SIGKILL)
+
+if __name__ == "__main__":
+    write_beton(ShardSet(sys.argv[1], "train"), Path(sys.argv[2]), mode="raw", workers=2, progress=kill)
+"""
+
+
+def test_a_killed_writer_leaves_no_file_and_no_workers(small_shards: Path, tmp_path: Path) -> None:
+    script = tmp_path / "killed.py"
+    script.write_text(KILLED)
+    command = [sys.executable, str(script), str(small_shards), str(tmp_path / "out/b")]
+    with subprocess.Popen(command, env=clean_environment(), stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout
+        workers = [int(pid) for pid in process.stdout.readline().split()]
+        assert process.wait(100) == -signal.SIGKILL
+    assert len(workers) == 2
+    deadline = time.monotonic() + 20
+    while any(map(psutil.pid_exists, workers)):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    assert all(path.name.startswith(".") for path in (tmp_path / "out").iterdir())

@@ -1,0 +1,284 @@
+from __future__ import annotations
+
+import base64
+import io
+import struct
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+from PIL import Image
+
+from pipeline.convert.images import MAX_PIXELS, PROFILES, Stored, UnreadableError, store
+from pipeline.jpeg.region import RegionError, cut
+from tests.helpers import SUBSAMPLINGS, jpeg, open_image, picture, run_mutants
+
+# 32 x 24, made by libjpeg-turbo's cjpeg -arithmetic -quality 80
+ARITHMETIC = base64.b64decode(
+    "/9j/4AAQSkZJRgABAQAAAQABAAD/2wBDAAYEBQYFBAYGBQYHBwYIChAKCgkJChQODwwQFxQYGBcUFhYaHSUfGhsjHBYWICwgIyYnKSopGR8tMC0oMCUoKSj/"
+    "2wBDAQcHBwoIChMKChMoGhYaKCgoKCgoKCgoKCgoKCgoKCgoKCgoKCgoKCgoKCgoKCgoKCgoKCgoKCgoKCgoKCgoKCj/yQARCAAYACADASIAAhEBAxEB/8wA"
+    "CgAQEAUBEBEF/9oADAMBAAIRAxEAPwDSpDygBaxV7G3poEhzuT8Sa/EpPfjfwzKK/e/kwLsigIf5y7uurPr3lcSD21Vn8Idk98ciOmm+irXlkqtdxTQuuBhe"
+    "XiD2nuhQfiwnxDBTkej6TG4OzxK2O8lZJQwE6Q/M0Q/jYMe7uv7dSF5Nm6plyXqaKTWtUiL8v40xyhLnKm2pAQnyU2JL7FVMAzh5UxY3MP6hcDl/Fgp5thlI"
+    "K4eIkP2SLXnO+d5NUCRNmMZHLhBcX/Im5Tt3s4vm1BkMjjsd7qI66MN/6188ZQcI90l5ht2ypJAaMMMTkdCQc4ROPGDg/9k="
+)
+PICTURE = picture(133, 205)
+
+
+def saved(image: Image.Image, kind: str = "JPEG", **options: object) -> bytes:
+    stream = io.BytesIO()
+    image.save(stream, kind, **options)
+    return stream.getvalue()
+
+
+def pixels(data: bytes) -> npt.NDArray[np.int16]:
+    return np.asarray(open_image(data).convert("RGB")).astype(np.int16)
+
+
+def exif(orientation: int) -> Image.Exif:
+    tags = Image.Exif()
+    tags[0x0112] = orientation
+    return tags
+
+
+def ycck() -> bytes:
+    """A CMYK JPEG whose Adobe marker says that its colours are YCCK."""
+    data = bytearray(saved(Image.fromarray(PICTURE).convert("CMYK"), quality=90))
+    data[data.index(b"Adobe") + 11] = 2
+    return bytes(data)
+
+
+def non_interleaved() -> bytes:
+    """A baseline JPEG with a scan a component, which no encoder here writes: made of three grey ones."""
+    planes = [jpeg(PICTURE[..., c : c + 1].repeat(3, axis=2), "Gray") for c in range(3)]
+    header = planes[0][: planes[0].index(b"\xff\xc0")]
+    frame = struct.pack(">BBHBHHB", 0xFF, 0xC0, 17, 8, *PICTURE.shape[:2], 3) + b"".join(
+        bytes([c + 1, 0x11, 0]) for c in range(3)
+    )
+    tables = planes[0][planes[0].index(b"\xff\xc4") : planes[0].index(b"\xff\xda")]
+    scans = b""
+    for number, plane in enumerate(planes):
+        data = plane[plane.index(b"\xff\xda") : -2]
+        scans += data[:5] + bytes([number + 1]) + data[6:]
+    return header + frame + tables + scans + b"\xff\xd9"
+
+
+def damaged() -> bytes:
+    """A JPEG whose entropy-coded data no longer parses, but which decoders get through with a warning."""
+    data = bytearray(jpeg(PICTURE, "420"))
+    middle = len(data) // 2
+    data[middle:middle] = b"\xff\xd3"  # a restart marker where there are none
+    return bytes(data)
+
+
+COLOUR, GREY = Image.fromarray(PICTURE), Image.fromarray(PICTURE).convert("L")
+DEEP = Image.fromarray((np.asarray(GREY).astype(np.uint16) << 8) + 77)
+# name -> the file, a word of the fact that the report must hold (None: none)
+REENCODED: dict[str, tuple[bytes, str]] = {
+    "progressive": (saved(COLOUR, quality=92, progressive=True), "progressive"),
+    "progressive grey": (saved(GREY, progressive=True), "progressive"),
+    "arithmetic": (ARITHMETIC, "arithmetic"),
+    "cmyk": (saved(COLOUR.convert("CMYK")), "4 components"),
+    "ycck": (ycck(), "4 components"),
+    "a scan a component": (non_interleaved(), "scans of their own"),
+    "damaged": (damaged(), "re-encoded"),
+    "png": (saved(COLOUR, "PNG"), "PNG"),
+    "grey png": (saved(GREY, "PNG"), "PNG"),
+    "palette png": (saved(COLOUR.quantize(64), "PNG"), "PNG"),
+    "rgba png": (saved(COLOUR.convert("RGBA"), "PNG"), "PNG"),
+    "webp": (saved(COLOUR, "WEBP", lossless=True), "WEBP"),
+    "bmp": (saved(COLOUR, "BMP"), "BMP"),
+    "gif": (saved(COLOUR.quantize(64), "GIF"), "GIF"),
+    "tiff": (saved(COLOUR, "TIFF"), "TIFF"),
+}
+KEPT: dict[str, tuple[bytes, str | None]] = {
+    **{name: (jpeg(PICTURE, name), None) for name in SUBSAMPLINGS},
+    "adobe rgb": (saved(COLOUR, keep_rgb=True), "Adobe RGB"),
+    "orientation": (saved(COLOUR, exif=exif(6)), "orientation"),
+    "upright": (saved(COLOUR, exif=exif(1)), None),
+    "restart markers": (saved(COLOUR, restart_marker_blocks=3), None),
+    "bytes before a marker": (jpeg(PICTURE)[:-2] + b"\0\0\0\xff\xd9junk", None),
+}
+
+
+def assert_opens_at_the_crop(stored: Stored) -> None:
+    whole = pixels(stored.data)
+    top, left, bottom, right = stored.height // 3, stored.width // 4, stored.height // 2, stored.width // 2 + 1
+    piece = cut(np.frombuffer(stored.data, np.uint8), top, left, bottom, right)
+    inside = pixels(piece.jpeg.tobytes())[top - piece.top :, left - piece.left :][: bottom - top, : right - left]
+    assert np.array_equal(inside, whole[top:bottom, left:right])
+
+
+@pytest.mark.parametrize("name", KEPT)
+def test_lossless_keeps_every_pixel(name: str) -> None:
+    data, fact = KEPT[name]
+    stored = store(data, "lossless")
+    assert np.array_equal(pixels(stored.data), pixels(data))
+    assert np.array_equal(np.asarray(stored.pixels), pixels(data))
+    assert (stored.height, stored.width) == PICTURE.shape[:2]
+    assert len(stored.facts) == (fact is not None)
+    assert fact is None or fact in stored.facts[0]
+    assert_opens_at_the_crop(stored)
+
+
+@pytest.mark.parametrize("name", REENCODED)
+def test_what_cannot_be_lossless_is_encoded_again_and_told(name: str) -> None:
+    data, fact = REENCODED[name]
+    stored = store(data, "lossless")
+    decoded = open_image(data).convert("L" if "grey" in name else "RGB")
+    assert np.array_equal(pixels(stored.data), pixels(saved(decoded, quality=95, subsampling="4:4:4")))
+    assert np.array_equal(
+        np.asarray(open_image(data).convert("RGB")), np.asarray(Image.fromarray(np.asarray(stored.pixels)).convert("RGB"))
+    )
+    assert fact in stored.facts[-1]
+    assert stored.facts[-1].startswith("re-encoded: ")
+    assert ("CMYK" in stored.facts) == (name in ("cmyk", "ycck"))
+    assert open_image(stored.data).mode == ("L" if "grey" in name else "RGB")
+    assert_opens_at_the_crop(stored)
+
+
+def test_sixteen_bit_greys_are_scaled_not_clipped() -> None:
+    stored = store(saved(DEEP, "PNG"), "lossless")
+    assert np.array_equal(pixels(stored.data), pixels(saved(GREY, quality=95)))
+
+
+@pytest.mark.parametrize("name", ["420", "444", "Gray", "cmyk", "png", "damaged", "orientation"])
+def test_compact_is_small_and_opens_at_the_crop(name: str) -> None:
+    data, _ = KEPT.get(name) or REENCODED[name]
+    stored = store(data, "compact")
+    assert np.abs(pixels(stored.data) - pixels(data)).mean() < 5
+    assert_opens_at_the_crop(stored)
+    image = open_image(stored.data)
+    assert image.mode == ("L" if name == "Gray" else "RGB")
+    if image.mode == "RGB":
+        assert [layer[1:3] for layer in image.layer] == [(2, 2), (1, 1), (1, 1)]  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("size", [(500, 375), (375, 500), (1200, 961), (481, 700), (479, 479)])
+def test_compact_bounds_the_short_side(size: tuple[int, int]) -> None:
+    stored = store(jpeg(picture(*size), "444"), "compact")
+    assert min(stored.height, stored.width) == min(480, *size)
+    assert abs(stored.width / stored.height - size[1] / size[0]) < 0.005
+    assert open_image(stored.data).size == (stored.width, stored.height)
+    expected = Image.fromarray(picture(*size)).resize((stored.width, stored.height), Image.Resampling.LANCZOS)
+    assert np.abs(pixels(stored.data) - np.asarray(expected)).mean() < 5
+    reference = open_image(saved(COLOUR, quality=90)).quantization  # type: ignore[attr-defined]
+    assert open_image(stored.data).quantization == reference  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("name", [name for name in (*KEPT, *REENCODED) if name not in ("gif", "tiff")])
+def test_original_keeps_every_byte(name: str) -> None:
+    data, _ = KEPT.get(name) or REENCODED[name]
+    stored = store(data, "original")
+    assert stored.data == data
+    assert (stored.width, stored.height) == open_image(data).size
+
+
+@pytest.mark.parametrize("name", ["gif", "tiff"])
+def test_original_converts_what_no_engine_decodes(name: str) -> None:
+    stored = store(REENCODED[name][0], "original")
+    assert stored.data[:2] == b"\xff\xd8"
+    assert name.upper() in stored.facts[-1]
+
+
+def twelve_bit() -> bytes:
+    data = bytearray(jpeg(PICTURE))
+    data[data.index(b"\xff\xc0") + 4] = 12
+    return bytes(data)
+
+
+def huge() -> bytes:
+    data = bytearray(jpeg(PICTURE))
+    at = data.index(b"\xff\xc0") + 5
+    data[at : at + 4] = struct.pack(">HH", 13_378, 13_377)
+    assert 13_378 * 13_377 > MAX_PIXELS > 13_376 * 13_377
+    return bytes(data)
+
+
+UNREADABLE: dict[str, tuple[bytes, str]] = {
+    "empty": (b"", "not an image"),
+    "text": (b"no image", "not an image"),
+    "truncated": (jpeg(PICTURE)[:-900], "truncated"),
+    "no end marker": (jpeg(PICTURE)[:-2], "truncated"),
+    "truncated header": (jpeg(PICTURE)[:100], "."),
+    "truncated png": (saved(COLOUR, "PNG")[:-4000], "truncated"),
+    "12 bits": (twelve_bit(), "."),
+    "too many pixels": (huge(), "pixels"),
+    "too wide for a JPEG": (saved(Image.new("L", (65_600, 1)), "PNG"), "more than a JPEG can hold"),
+}
+
+
+@pytest.mark.parametrize("profile", PROFILES)
+@pytest.mark.parametrize("name", UNREADABLE)
+def test_unusable_images_are_named_in_one_line(name: str, profile: str) -> None:
+    data, words = UNREADABLE[name]
+    if name == "too wide for a JPEG" and profile == "original":
+        assert store(data, profile).data == data
+        return
+    with pytest.raises(UnreadableError, match=words) as caught:
+        store(data, profile)
+    assert "\n" not in str(caught.value)
+    assert str(caught.value)
+
+
+def test_broken_metadata_is_told_and_does_no_harm() -> None:
+    whole = saved(COLOUR, exif=exif(3))
+    at = whole.index(b"Exif")
+    broken_exif = whole[: at + 14] + b"\xff\xff" + whole[at + 16 :]  # more tags than there are bytes
+    broken_xmp = saved(COLOUR, xmp=b"<x:xmpmeta xmlns:x='adobe:ns:meta/'><unclosed>")
+    sound_xmp = saved(COLOUR, xmp=b"<x:xmpmeta xmlns:x='adobe:ns:meta/'></x:xmpmeta>\n")
+    for data, expected in ((broken_exif, True), (broken_xmp, True), (sound_xmp, False)):
+        stored = store(data, "lossless")
+        assert ("broken metadata" in stored.facts) == expected
+        assert np.array_equal(pixels(stored.data), pixels(data))
+
+
+MUTATE = """
+import sys
+sys.path.insert(0, sys.argv[1])
+import numpy as np
+import simplejpeg
+from pipeline.convert.images import UnreadableError, store
+from pipeline.jpeg.region import RegionError, cut
+from tests.helpers import SUBSAMPLINGS, jpeg, mutate, picture
+
+assert __import__("numba").config.BOUNDSCHECK == 1
+rng = np.random.default_rng(int(sys.argv[2]))
+kept = told = cuts = 0
+for trial in range(int(sys.argv[3])):
+    pixels = picture(int(rng.integers(1, 90)), int(rng.integers(1, 90)), trial)
+    mutant = mutate(jpeg(pixels, SUBSAMPLINGS[trial % 6], int(rng.integers(20, 100))), rng, trial % 5)
+    try:
+        stored = store(mutant, "lossless" if trial % 7 else "compact")
+    except UnreadableError:
+        told += 1
+        continue
+    kept += 1
+    top, left = int(rng.integers(stored.height)), int(rng.integers(stored.width))
+    bottom, right = int(rng.integers(top, stored.height)) + 1, int(rng.integers(left, stored.width)) + 1
+    data = np.frombuffer(stored.data, np.uint8)
+    piece = cut(data, top, left, bottom, right)
+    found = simplejpeg.decode_jpeg(piece.jpeg.tobytes(), "RGB", fastdct=False, fastupsample=False, strict=True)
+    whole = simplejpeg.decode_jpeg(stored.data, "RGB", fastdct=False, fastupsample=False, strict=True)
+    top_in, left_in = top - piece.top, left - piece.left
+    inside = found[top_in : top_in + bottom - top, left_in : left_in + right - left]
+    assert np.array_equal(inside, whole[top:bottom, left:right]), trial
+    broken = np.frombuffer(mutate(stored.data, rng, 3 if trial % 3 == 0 else 0), np.uint8)  # what storage may do afterwards
+    try:
+        simplejpeg.decode_jpeg(cut(broken, top, left, bottom, right).jpeg.tobytes())
+        cuts += 1
+    except (RegionError, ValueError):
+        pass
+print(told, kept, cuts)
+"""
+
+
+def test_mutants_are_stored_whole_or_told(tmp_path: Path) -> None:
+    """Bit flips, truncations and stray markers, with bounds checking on: each is left out, or stored and cut exactly."""
+    told, kept, cuts = run_mutants(MUTATE, tmp_path)
+    assert min(told, kept, cuts) > (told + kept) / 10
+    print(f"mutants: {told} told, {kept} stored and cut exactly, {cuts} of those decoded after more damage")
+
+
+def test_region_errors_are_value_errors() -> None:
+    assert issubclass(RegionError, ValueError)

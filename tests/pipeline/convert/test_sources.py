@@ -1,0 +1,213 @@
+"""Sources end to end: what make_shards.py finds in folders, official tars and WebDataset tars is what was put there."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import webdataset
+from scipy.io import savemat
+
+from pipeline.convert import tars
+from pipeline.convert.sources import list_image_folder
+from pipeline.errors import UserError
+from pipeline.store.shards import ShardSet
+from tests.helpers import assert_refused, jpeg, picture, run_script, without_progress
+
+WNIDS = ("n03000000", "n01000000", "n02000000")  # in the order of their ILSVRC2012_ID, which is not the sorted one
+
+
+def add(tar: tarfile.TarFile, name: str, data: bytes) -> None:
+    member = tarfile.TarInfo(name)
+    member.size = len(data)
+    tar.addfile(member, io.BytesIO(data))
+
+
+def packed(files: dict[str, bytes], mode: str = "w") -> bytes:
+    stream = io.BytesIO()
+    with tarfile.open(fileobj=stream, mode=mode) as tar:  # type: ignore[call-overload]
+        for name, data in files.items():
+            add(tar, name, data)
+    return stream.getvalue()
+
+
+def devkit() -> bytes:
+    """As the official one is: 3 classes and a node above them, whose numbers are not in the wnids' order."""
+    kind = [("ILSVRC2012_ID", float), ("WNID", object), ("words", object), ("num_children", float)]
+    rows = [(i + 1, wnid, "a thing, some thing", 0) for i, wnid in enumerate(WNIDS)] + [(4, "n00001740", "entity", 3)]
+    stream = io.BytesIO()
+    savemat(stream, {"synsets": np.array(rows, dtype=kind).reshape(-1, 1)})
+    truth = "\n".join(str(1 + i % 3) for i in range(7)) + "\n"
+    root = "ILSVRC2012_devkit_t12/data"
+    return packed(
+        {f"{root}/meta.mat": stream.getvalue(), f"{root}/ILSVRC2012_validation_ground_truth.txt": truth.encode()}, "w:gz"
+    )
+
+
+@pytest.fixture(scope="module")
+def official(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Tars laid out as the official ones: 4 training images a class, 7 validation images."""
+    root = tmp_path_factory.mktemp("official")
+    inner = {
+        f"{wnid}.tar": packed({f"{wnid}_{i}.JPEG": jpeg(picture(60, 70, seed=10 * c + i)) for i in (3, 20, 1, 100)})
+        for c, wnid in enumerate(WNIDS)
+    }
+    (root / tars.TRAIN).write_bytes(packed(inner))
+    val = {f"ILSVRC2012_val_{i + 1:08d}.JPEG": jpeg(picture(50, 40, seed=100 + i)) for i in reversed(range(7))}
+    (root / tars.VAL).write_bytes(packed(val))
+    (root / tars.DEVKIT).write_bytes(devkit())
+    return root
+
+
+def stored(root: Path, split: str) -> dict[str, tuple[int, bytes]]:
+    shards = ShardSet(root, split)
+    return {shards.key(i): (int(shards.samples[i]["label"]), shards.read(i).tobytes()) for i in range(len(shards))}
+
+
+def convert(src: Path | str, out: Path, *options: object) -> None:
+    result = run_script("tools/make_shards.py", src, "--out", out, "--profile", "original", "--workers", 1, *options)
+    assert result.returncode == 0, result.stderr
+
+
+def test_official_tars_are_read_where_they_are(official: Path, tmp_path: Path) -> None:
+    convert(official, tmp_path / "out", "--skip-md5", "--shard-size", 5)
+    wnids = sorted(WNIDS)
+    assert ShardSet(tmp_path / "out", "train").manifest.classes == wnids
+    expected = {
+        f"{wnid}/{wnid}_{i}": (wnids.index(wnid), jpeg(picture(60, 70, seed=10 * c + i)))
+        for c, wnid in enumerate(WNIDS) for i in (3, 20, 1, 100)
+    }  # fmt: skip
+    assert stored(tmp_path / "out", "train") == expected
+    expected = {}
+    for i in range(7):  # image i has class number 1 + i % 3
+        wnid = WNIDS[i % 3]
+        expected[f"{wnid}/ILSVRC2012_val_{i + 1:08d}"] = (wnids.index(wnid), jpeg(picture(50, 40, seed=100 + i)))
+    assert stored(tmp_path / "out", "val") == expected
+
+
+def test_validation_alone_takes_its_classes_from_the_devkit(official: Path, tmp_path: Path) -> None:
+    (tmp_path / "src").mkdir()
+    for name in (tars.VAL, tars.DEVKIT):
+        (tmp_path / "src" / name).symlink_to(official / name)
+    convert(tmp_path / "src", tmp_path / "out", "--skip-md5")
+    assert ShardSet(tmp_path / "out", "val").manifest.classes == sorted(WNIDS)
+    assert len(ShardSet(tmp_path / "out", "val")) == 7
+
+
+def test_other_files_under_the_official_names_are_refused(official: Path, tmp_path: Path) -> None:
+    result = run_script("tools/make_shards.py", official, "--out", tmp_path / "out")
+    assert_refused(without_progress(result), "MD5", "--skip-md5", "ILSVRC2012")
+    assert not (tmp_path / "out").exists()
+
+
+def test_md5_of_the_right_file_passes(official: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in tars.MD5:
+        monkeypatch.setitem(tars.MD5, name, hashlib.md5((official / name).read_bytes()).hexdigest())
+        tars.check_md5(str(official), name)
+    assert {len(digest) for digest in tars.MD5.values()} == {32}
+
+
+@pytest.mark.parametrize(
+    ("how", "words"),
+    [
+        ("no devkit", "its labels are in"),
+        ("junk devkit", "not the ILSVRC 2012 devkit"),
+        ("short val", "holds 6 images, the devkit labels 7"),
+        ("truncated train", "not a whole, uncompressed tar"),
+        ("junk train", "not a whole, uncompressed tar"),
+        ("devkit alone", "neither"),
+    ],
+)
+def test_damaged_official_tars_are_named(official: Path, tmp_path: Path, how: str, words: str) -> None:
+    files = {name: (official / name).read_bytes() for name in tars.MD5}
+    if how == "no devkit":
+        del files[tars.DEVKIT]
+    elif how == "junk devkit":
+        files[tars.DEVKIT] = b"junk"
+    elif how == "short val":
+        files[tars.VAL] = packed({f"ILSVRC2012_val_{i + 1:08d}.JPEG": jpeg(picture(50, 40)) for i in range(6)})
+    elif how == "truncated train":
+        files[tars.TRAIN] = files[tars.TRAIN][: len(files[tars.TRAIN]) // 2 // 512 * 512 + 100]
+    elif how == "junk train":
+        files[tars.TRAIN] = b"junk" * 1000
+    else:
+        files = {tars.DEVKIT: files[tars.DEVKIT]}
+    for name, data in files.items():
+        (tmp_path / name).write_bytes(data)
+    with pytest.raises(UserError, match=words):
+        tars.list_official(str(tmp_path), tars.official_files(str(tmp_path)))
+
+
+def test_webdataset_tars_of_others(tmp_path: Path) -> None:
+    """Written by webdataset's own writer, with its keys, a json beside, and labels as it writes them."""
+    src = tmp_path / "src"
+    src.mkdir()
+    expected: dict[str, dict[str, tuple[int, bytes]]] = {"train": {}, "val": {}}
+    for split, pattern in (("train", "imagenet1k-train-%04d.tar"), ("val", "imagenet1k-validation-%02d.tar")):
+        with webdataset.ShardWriter(str(src / pattern), maxcount=4, verbose=0) as writer:
+            for i in range(10):
+                data = jpeg(picture(40, 50, seed=i))
+                writer.write({"__key__": f"n{i % 3}/{split}{i}", "jpg": data, "cls": i % 3, "json": {"label": i % 3}})
+                expected[split][f"n{i % 3}/{split}{i}"] = (i % 3, data)
+    (src / "classes.txt").write_text("cat\ndog\nbird\n")
+    convert(src, tmp_path / "out")
+    assert ShardSet(tmp_path / "out", "train").manifest.classes == ["cat", "dog", "bird"]
+    for split in ("train", "val"):
+        assert stored(tmp_path / "out", split) == expected[split]
+
+
+def test_our_own_shards_are_a_source_too(small_shards: Path, tmp_path: Path) -> None:
+    """Original -> lossless keeps classes, labels, keys and pixels."""
+    result = run_script("tools/make_shards.py", small_shards, "--out", tmp_path / "out")
+    assert result.returncode == 0, result.stderr
+    assert ShardSet(tmp_path / "out", "train").manifest.classes == ShardSet(small_shards, "train").manifest.classes
+    before, after = stored(small_shards, "val"), stored(tmp_path / "out", "val")
+    assert {key: label for key, (label, _) in before.items()} == {key: label for key, (label, _) in after.items()}
+
+
+@pytest.mark.parametrize(
+    ("files", "words"),
+    [
+        ({"a.jpg": jpeg(picture(9, 9))}, "sample a has no .cls"),
+        ({"a.cls": b"3"}, "sample a has no image"),
+        ({"a.cls": b"cat", "a.jpg": jpeg(picture(9, 9))}, "not a number"),
+        ({"a.cls": b"-1", "a.jpg": jpeg(picture(9, 9))}, "begin at 0"),
+        ({}, "hold no samples"),
+    ],
+)
+def test_bad_webdataset_tars_are_named(tmp_path: Path, files: dict[str, bytes], words: str) -> None:
+    (tmp_path / "some.tar").write_bytes(packed(files))
+    with pytest.raises(UserError, match=words) as caught:
+        tars.list_webdataset(str(tmp_path), tars.find_webdataset(str(tmp_path)))
+    assert "some.tar" in str(caught.value)
+
+
+def test_too_few_class_names(tmp_path: Path) -> None:
+    (tmp_path / "some.tar").write_bytes(packed({"a.cls": b"5", "a.jpg": jpeg(picture(9, 9))}))
+    (tmp_path / "classes.txt").write_text("cat\ndog\n")
+    with pytest.raises(UserError, match="up to 5, but there are names for 2"):
+        tars.list_webdataset(str(tmp_path), tars.find_webdataset(str(tmp_path)))
+
+
+def test_the_listing_says_when_a_source_has_changed(image_folder: Path, tmp_path: Path) -> None:
+    """Names, labels and sizes count; where the folder lies does not."""
+    import shutil
+
+    first = list_image_folder(str(image_folder)).fingerprint()
+    shutil.copytree(image_folder, tmp_path / "copy")
+    assert list_image_folder(str(tmp_path / "copy")).fingerprint() == first
+    victim = next(iter(sorted((tmp_path / "copy" / "train" / "n00000001").iterdir())))
+    victim.write_bytes(victim.read_bytes() + b"x")
+    assert list_image_folder(str(tmp_path / "copy")).fingerprint() != first
+
+
+def test_manifest_and_report_say_where_it_came_from(official: Path, tmp_path: Path) -> None:
+    convert(official, tmp_path / "out", "--skip-md5")
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert report["splits"]["train"]["listed"] == report["splits"]["train"]["stored"] == 12
+    assert report["splits"]["val"]["stored"] == 7

@@ -1,0 +1,197 @@
+"""Several geometries in a pass: the pictures are Pillow's and the ordinary loader's, from images decoded once."""
+
+from __future__ import annotations
+
+import shutil
+import threading
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from pipeline import open_loader
+from pipeline.engines import multiview
+from pipeline.engines.multiview import Look, Several
+from pipeline.errors import UserError
+from pipeline.pixels.decoder import Decoder
+from pipeline.plan.geometry import CentreCrop, ScaleJitter, TenCrop, WholeImage
+from pipeline.spec import LoaderSpec
+from pipeline.store.shards import ShardSet
+from tests.helpers import open_image, run_forked
+
+CENTRE, TEN, WHOLE, SMALL = (
+    Look(CentreCrop(36), 32),
+    Look(TenCrop(40), 24),
+    Look(WholeImage(50, mirrored=True), 50),
+    Look(WholeImage(20), 20),
+)
+ALL = (CENTRE, TEN, WHOLE, SMALL)
+
+
+@pytest.fixture(scope="module")
+def regions(image_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Shards of `image_folder` that open at the crop."""
+    out = tmp_path_factory.mktemp("regions") / "data"
+    assert run_forked("tools/make_shards.py", image_folder, "--out", out, "--shard-size", 16).returncode == 0
+    return out
+
+
+def spec_for(data: Path, **options: Any) -> LoaderSpec:
+    spec = LoaderSpec(data, batch_size=7, dtype=torch.uint8, normalization="channel", threads=2)
+    return LoaderSpec(**vars(spec) | options).evaluation("val")
+
+
+def expected(image: Image.Image, look: Look) -> list[np.ndarray]:
+    """A look's pictures of an image by Pillow alone, on the whole image."""
+    image = image.convert("RGB")
+    short = look.geometry.short  # type: ignore[attr-defined]
+    sides = np.array(image.size)
+    scale = sides.min() / short
+    out = np.floor(sides / scale + 0.5)
+    if isinstance(look.geometry, WholeImage):
+        pictures = [np.asarray(image.resize(tuple(out.astype(int)), Image.Resampling.BILINEAR))]
+        return pictures + [pictures[0][:, ::-1]] * look.geometry.mirrored
+    high = out - look.size
+    corners = [(high // 2).tolist()]
+    if isinstance(look.geometry, TenCrop):
+        corners = [[0, 0], [high[0], 0], [0, high[1]], high.tolist(), *corners]
+    pictures = []
+    for corner in corners:
+        low = np.maximum((corner - out / 2) * scale + sides / 2, 0)
+        box = (*low, *np.minimum((corner - out / 2 + look.size) * scale + sides / 2, sides))
+        pictures.append(np.asarray(image.resize((look.size, look.size), Image.Resampling.BILINEAR, box=box)))
+    return pictures if len(corners) == 1 else [*pictures, *(picture[:, ::-1] for picture in pictures)]
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+@pytest.mark.parametrize("profile", ["original", "lossless"])
+def test_pictures_are_pillows(small_shards: Path, regions: Path, profile: str, device: str) -> None:
+    pass_ = Several(spec_for(small_shards if profile == "original" else regions, device=device), ALL)
+    for batch in pass_:
+        assert batch.pictures.keys() == set(ALL)
+        assert batch.labels.tolist() == pass_.shards.samples["label"][batch.ids].tolist()
+        for look, pictures in batch.pictures.items():
+            assert (pictures.dtype, pictures.device.type) == (torch.uint8, device)
+            crops = pictures.cpu().numpy().reshape(len(batch.ids), look.geometry.crops, *pictures.shape[1:])
+            for sample, ours in zip(batch.ids.tolist(), crops, strict=True):
+                theirs = np.stack(expected(open_image(pass_.shards.read(sample).tobytes()), look))
+                difference = np.abs(ours.astype(float) - theirs)
+                assert difference.mean(axis=(1, 2, 3)).max() <= 1, (sample, look)
+                assert np.percentile(difference, 99.9) <= 4, (sample, look)
+
+
+@pytest.mark.parametrize("looks", [ALL, (CENTRE, TEN), (CENTRE, Look(CentreCrop(36), 20))], ids=["all", "crops", "centres"])
+def test_pictures_are_those_of_a_loader_for_each(regions: Path, looks: tuple[Look, ...]) -> None:
+    """To the bit, though regions are decoded that belong to no single look."""
+    ours: dict[Look, dict[int, np.ndarray]] = {look: {} for look in looks}
+    for batch in Several(spec_for(regions), looks):
+        for look, pictures in batch.pictures.items():
+            ours[look].update(zip(batch.ids.tolist(), pictures.numpy().reshape(len(batch.ids), -1), strict=True))
+    for look in looks:
+        loader = open_loader(LoaderSpec(**vars(spec_for(regions)) | {"geometry": look.geometry, "image_size": look.size}))
+        for other in loader:
+            theirs = other.images.permute(0, 2, 3, 1).reshape(len(other.ids), -1).numpy()
+            for sample, picture in zip(other.ids.tolist(), theirs, strict=True):
+                assert np.array_equal(ours[look].pop(sample), picture)
+        assert not ours[look]
+        loader.close()
+
+
+@pytest.mark.parametrize("batch_size", [1, 4, 21, 100])
+@pytest.mark.parametrize("looks", [ALL, (CENTRE, TEN)], ids=["all", "crops"])
+def test_each_sample_comes_once_with_others_of_its_sizes(small_shards: Path, batch_size: int, looks: tuple[Look, ...]) -> None:
+    pass_ = Several(spec_for(small_shards, batch_size=batch_size), looks)
+    batches = list(pass_)
+    assert sorted(sample for batch in batches for sample in batch.ids.tolist()) == list(range(21))
+    assert len(pass_) == len(batches)
+    assert max(len(batch.ids) for batch in batches) <= batch_size
+    records = pass_.shards.samples
+    for batch in batches:
+        sides = {(int(records[sample]["height"]), int(records[sample]["width"])) for sample in batch.ids.tolist()}
+        for look in set(looks) - {CENTRE, TEN}:
+            sizes = {tuple(int(side * look.size / min(pair) + 0.5) for side in pair) for pair in sides}
+            assert sizes == {tuple(batch.pictures[look].shape[1:3])}
+    if looks == (CENTRE, TEN):
+        assert len(batches) == -(-21 // batch_size)  # one size, so nothing splits batches
+    assert [batch.ids.tolist() for batch in pass_] == [batch.ids.tolist() for batch in batches]  # and again
+
+
+def test_each_image_is_read_and_decoded_once(regions: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    reads: Counter[int] = Counter()
+    areas: list[int] = []
+    read, decoded = ShardSet.read, Decoder.decoded
+
+    def counted_read(self: ShardSet, index: int) -> Any:
+        reads[index] += 1
+        return read(self, index)
+
+    def counted_decoded(self: Decoder, *arguments: Any) -> Any:
+        pixels, place = decoded(self, *arguments)
+        areas.append(pixels.shape[0] * pixels.shape[1])
+        return pixels, place
+
+    monkeypatch.setattr(ShardSet, "read", counted_read)
+    monkeypatch.setattr(Decoder, "decoded", counted_decoded)
+    pass_ = Several(spec_for(regions), ALL)
+    assert sum(len(batch.ids) for batch in pass_) == 21
+    assert reads == Counter(range(21))
+    whole = (pass_.shards.samples["height"].astype(int) * pass_.shards.samples["width"]).tolist()
+    assert sorted(areas) == sorted(whole)
+    areas.clear()
+    list(Several(spec_for(regions), (Look(CentreCrop(40), 16), Look(CentreCrop(40), 8))))
+    assert len(areas) == 21
+    assert sum(areas) < 0.8 * sum(whole)  # where no look shows the whole image, not all of it is decoded
+
+
+def test_a_batch_is_bounded_in_bytes(small_shards: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    bytes_each = 3 * (32**2 + 10 * 24**2)
+    for limit, largest in ((4 * bytes_each, 4), (4 * bytes_each - 1, 3), (1, 1)):
+        monkeypatch.setattr(multiview, "MOST_BYTES", limit)
+        batches = list(Several(spec_for(small_shards), (CENTRE, TEN)))
+        assert max(len(batch.ids) for batch in batches) == largest
+        assert sum(len(batch.ids) for batch in batches) == 21
+
+
+def test_a_corrupt_image_is_named(small_shards: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "copy"
+    shutil.copytree(small_shards, copy)
+    shards = ShardSet(copy, "val")
+    record = shards.samples[9]
+    with shards.shards[record["shard"]].open("r+b") as stream:
+        stream.seek(int(record["offset"]))
+        stream.write(bytes(int(record["bytes"])))
+    with pytest.raises(UserError, match=r"cannot be decoded \(.+\); make the shards again") as caught:
+        list(Several(spec_for(copy), ALL))
+    assert str(caught.value).startswith(shards.where(9))
+
+
+def test_an_image_of_another_size_than_stored_is_corrupt(small_shards: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "copy"
+    shutil.copytree(small_shards, copy)
+    samples = np.load(copy / "val" / "samples.npy")
+    samples["height"][4] += 1
+    np.save(copy / "val" / "samples.npy", samples)
+    with pytest.raises(UserError, match=r"holds \d+ x \d+ pixels, not the \d+ x \d+ it was stored with"):
+        list(Several(spec_for(copy), ALL))
+
+
+def test_a_pass_given_up_leaves_no_threads(small_shards: Path) -> None:
+    before = set(threading.enumerate())
+    batches = iter(Several(spec_for(small_shards), ALL))
+    next(batches)
+    assert set(threading.enumerate()) > before
+    batches.close()  # type: ignore[attr-defined]
+    assert set(threading.enumerate()) == before
+
+
+def test_what_it_cannot_do_is_refused(small_shards: Path) -> None:
+    with pytest.raises(UserError, match="--engine dali makes pictures of one kind"):
+        Several(spec_for(small_shards, engine="dali"), ALL)
+    with pytest.raises(UserError, match=r"short side \(16\) must be at least the image size \(32\)"):
+        Several(spec_for(small_shards), (CENTRE, Look(CentreCrop(16), 32)))
+    with pytest.raises(ValueError, match="evaluation"):
+        Several(spec_for(small_shards), (CENTRE, Look(ScaleJitter(36, 40), 32)))

@@ -1,0 +1,138 @@
+"""Decoding regions: bit for bit what libjpeg-turbo decodes, and nothing else than a refusal where data is damaged."""
+
+from __future__ import annotations
+
+import io
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+import simplejpeg
+from PIL import Image
+
+from pipeline.jpeg.decode import REFUSED, decode
+from pipeline.jpeg.transcode import transcode
+from pipeline.plan import sampling
+from tests.helpers import SHARED, jpeg, picture, run_mutants
+from tests.pipeline.jpeg.test_region import windows
+
+DECODED = ("444", "422", "440", "420", "Gray")
+SIZES = ((1, 1), (1, 40), (40, 1), (7, 9), (8, 8), (16, 16), (17, 33), (64, 200), (131, 97), (375, 500))
+
+
+def decoded(data: bytes, window: tuple[int, int, int, int]) -> tuple[int, npt.NDArray[np.uint8]]:
+    """The status, and the window's pixels, uint8 (H, W, 3)."""
+    stored, place = np.frombuffer(data, np.uint8), np.zeros(4, np.int64)
+    room = np.zeros(0, np.uint8)
+    while (status := decode(stored, *window, room, place)) > 0:
+        room = np.zeros(status, np.uint8)
+    top, left, height, width = place.tolist()
+    pixels = room[: 3 * height * width if status == 0 else 0].reshape(-1, max(width, 1), 3)
+    return status, pixels[window[0] - top : window[2] - top, window[1] - left : window[3] - left]
+
+
+def assert_exact(original: bytes, count: int, seed: int) -> None:
+    written = transcode(original)
+    whole = simplejpeg.decode_jpeg(original)
+    for window in windows(whole.shape[0], whole.shape[1], count, seed):
+        status, pixels = decoded(written, window)
+        assert status == 0
+        top, left, bottom, right = window
+        assert np.array_equal(pixels, whole[top:bottom, left:right]), window
+
+
+@pytest.mark.parametrize("subsampling", DECODED)
+@pytest.mark.parametrize("size", SIZES, ids=str)
+def test_every_window_is_libjpeg_turbos(subsampling: str, size: tuple[int, int]) -> None:
+    if subsampling in ("422", "420") and size[1] <= 4:
+        assert decoded(transcode(jpeg(picture(*size), subsampling)), (0, 0, 1, 1))[0] == REFUSED  # libjpeg repeats chroma there
+        return
+    for quality in (10, 50, 90, 100):
+        assert_exact(jpeg(picture(*size, seed=quality), subsampling, quality), 12, quality)
+
+
+@pytest.mark.parametrize("subsampling", DECODED)
+def test_noise_and_flat_pictures_are_libjpeg_turbos(subsampling: str) -> None:
+    """Coefficients of every size and number, and blocks of one."""
+    rng = np.random.default_rng(0)
+    noise = rng.integers(0, 256, (70, 90, 3), np.uint8)
+    extremes = rng.choice(np.array([0, 255], np.uint8), (70, 90, 3))
+    flat = np.full((70, 90, 3), (200, 30, 90), np.uint8)
+    for pixels in (noise, extremes, flat, np.where(np.arange(90)[:, None] < 45, noise, flat)):
+        for quality in (1, 20, 75, 95, 100):
+            assert_exact(jpeg(pixels, subsampling, quality), 4, quality)
+
+
+@pytest.mark.skipif(not SHARED.exists(), reason="the real ImageNet images are not on this machine")
+def test_real_images_are_libjpeg_turbos() -> None:
+    refused = 0
+    with tarfile.open(SHARED / "imagenet-400.tar") as tar:
+        for index, member in enumerate([member for member in tar if member.isfile()][::4]):
+            stream = tar.extractfile(member)
+            assert stream is not None
+            original = stream.read()
+            width, height = Image.open(io.BytesIO(original)).size
+            drawn = sampling.windows(sampling.draw(0, 0, [index], [height], [width]), [height], [width], 224)
+            window = tuple(sampling.regions(drawn, [height], [width], 224)[0].tolist())
+            status, pixels = decoded(transcode(original), window)
+            refused += status == REFUSED
+            if status == 0:
+                top, left, bottom, right = window
+                assert np.array_equal(pixels, simplejpeg.decode_jpeg(original)[top:bottom, left:right]), member.name
+    assert refused <= 2
+
+
+def test_what_it_does_not_decode_is_refused() -> None:
+    pixels = picture(100, 120)
+    whole = (0, 0, 100, 120)
+    assert decoded(jpeg(pixels), whole)[0] == REFUSED  # no table
+    assert decoded(transcode(jpeg(pixels, "411")), whole)[0] == REFUSED
+    assert decoded(b"", whole)[0] == REFUSED
+    written = transcode(jpeg(pixels))
+    for window in ((0, 0, 101, 120), (0, 0, 100, 121), (-1, 0, 9, 9), (5, 5, 5, 9), (9, 9, 5, 20)):
+        assert decoded(written, window)[0] == REFUSED
+    rows = written.index(b"CROPFEED") + 14
+    for table_rows in (1, 60_000):  # a table that is not of this image
+        damaged = written[:rows] + table_rows.to_bytes(2, "little") + written[rows + 2 :]
+        assert decoded(damaged, whole)[0] == REFUSED
+    stream = io.BytesIO()
+    Image.fromarray(pixels).save(stream, "JPEG", keep_rgb=True, subsampling=0)
+    assert decoded(transcode(stream.getvalue()), whole)[0] == REFUSED
+
+
+def test_it_asks_for_the_room_that_it_needs() -> None:
+    data, place = np.frombuffer(transcode(jpeg(picture(100, 120))), np.uint8), np.zeros(4, np.int64)
+    lacking = decode(data, 0, 0, 100, 120, np.zeros(10, np.uint8), place)
+    guarded = np.full(lacking + 100, 77, np.uint8)
+    assert decode(data, 0, 0, 100, 120, guarded[:lacking], place) == 0
+    assert (guarded[lacking:] == 77).all()
+
+
+MUTATE = """
+import sys
+sys.path.insert(0, sys.argv[1])
+import numpy as np
+from pipeline.jpeg.decode import decode
+from pipeline.jpeg.transcode import transcode
+from tests.helpers import SUBSAMPLINGS, jpeg, mutate, picture
+rng = np.random.default_rng(int(sys.argv[2]))
+sources = [transcode(jpeg(picture(60, 90, i), subsampling)) for i, subsampling in enumerate(SUBSAMPLINGS)]
+room, place = np.zeros(200_000, np.uint8), np.zeros(4, np.int64)
+refused = decoded = 0
+for trial in range(int(sys.argv[3])):
+    data = np.frombuffer(mutate(sources[trial % len(sources)], rng, trial % 5), np.uint8)
+    top, left = rng.integers(0, 40, 2).tolist()
+    status = decode(data, top, left, top + 20, left + 30, room, place)
+    refused += status != 0
+    decoded += status == 0
+print(refused, decoded)
+"""
+
+
+def test_damaged_data_is_refused_or_survived(tmp_path: Path) -> None:
+    """Bit flips, truncations and stray markers with bounds checking on."""
+    refused, survived = run_mutants(MUTATE, tmp_path)
+    assert refused > 0
+    assert survived > 0

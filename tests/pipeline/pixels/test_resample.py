@@ -1,0 +1,184 @@
+"""Resampling, the compiled colour tail and pictures against Pillow and torch."""
+
+from __future__ import annotations
+
+import gc
+import io
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+import torch
+from PIL import Image
+
+from pipeline.buffers import BufferPool
+from pipeline.jpeg.transcode import transcode
+from pipeline.pixels.decoder import CorruptImageError, Decoder, why_corrupt
+from pipeline.pixels.normalize import Normalization, Normalizer, normalize_tensor, stored_dtype
+from pipeline.pixels.resample import resample
+from tests.helpers import SUBSAMPLINGS, jpeg, picture
+
+Pixels = npt.NDArray[np.uint8]
+Window = tuple[float, float, float, float]
+
+
+def by_pillow(pixels: Pixels, window: Window, size: tuple[int, int], flip: bool = False) -> npt.NDArray[np.int64]:
+    top, left, bottom, right = window
+    small = Image.fromarray(pixels).resize(size[::-1], Image.Resampling.BILINEAR, box=(left, top, right, bottom))
+    return np.asarray(small).astype(np.int64)[:, :: -1 if flip else 1]
+
+
+def by_us(pixels: Pixels, window: Window, size: tuple[int, int], flip: bool = False) -> npt.NDArray[np.int64]:
+    out = np.full((*size, 3), 99, np.uint8)
+    resample(pixels, *window, flip, out)
+    return out.astype(np.int64)
+
+
+@pytest.mark.parametrize("flip", [False, True])
+@pytest.mark.parametrize("size", [(224, 224), (64, 64), (32, 47), (5, 1), (4, 200), (33, 16)])
+@pytest.mark.parametrize(
+    ("height", "width", "window"),
+    [
+        (300, 400, (10.3, 20.7, 250.1, 260.5)),  # reduced a little
+        (500, 375, (0.0, 0.0, 500.0, 375.0)),  # all of it
+        (120, 90, (11.5, 3.25, 71.5, 63.25)),  # enlarged
+        (2000, 3000, (0.0, 500.0, 2000.0, 2500.0)),  # reduced much
+        (9, 13, (0.0, 2.0, 9.0, 11.0)),
+        (1, 1, (0.0, 0.0, 1.0, 1.0)),
+        (700, 40, (330.0, 0.0, 370.0, 40.0)),
+    ],
+)
+def test_pixels_are_pillows(height: int, width: int, window: Window, size: tuple[int, int], flip: bool) -> None:
+    for pixels in (picture(height, width), np.random.default_rng(0).integers(0, 256, (height, width, 3), np.uint8)):
+        difference = np.abs(by_us(pixels, window, size, flip) - by_pillow(pixels, window, size, flip))
+        assert difference.mean() <= (1 if size[0] == 4 else 0.5)  # four rows: reduced up to 500 times
+        assert difference.max() <= 5
+
+
+def test_random_windows_are_pillows() -> None:
+    rng = np.random.default_rng(1)
+    for _ in range(300):
+        height, width = rng.integers(1, 400, 2)
+        size = (int(rng.integers(1, 130)), int(rng.integers(1, 130)))
+        pixels = picture(int(height), int(width), int(rng.integers(100)))
+        (top, bottom), (left, right) = np.sort(rng.uniform(0, height, 2)), np.sort(rng.uniform(0, width, 2))
+        if min(bottom - top, right - left) < 0.1:
+            continue
+        window = (float(top), float(left), float(bottom), float(right))
+        difference = np.abs(by_us(pixels, window, size) - by_pillow(pixels, window, size))
+        assert difference.mean() <= 0.6, (height, width, window, size)
+        assert difference.max() <= 5, (height, width, window, size)
+
+
+def test_flat_pictures_stay_flat_and_in_their_bounds() -> None:
+    for value in (0, 1, 127, 254, 255):
+        pixels = np.full((333, 222, 3), value, np.uint8)
+        assert (by_us(pixels, (3.3, 7.7, 300.3, 199.9), (224, 224)) == value).all()
+
+
+def test_nothing_is_written_beyond_the_picture() -> None:
+    memory = np.full(3 * 37 * 41 + 2000, 7, np.uint8)
+    resample(picture(100, 100), 0.0, 0.0, 100.0, 100.0, False, memory[1000:-1000].reshape(37, 41, 3))
+    assert (memory[:1000] == 7).all()
+    assert (memory[-1000:] == 7).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("std", [(1, 1, 1), (58, 57, 56)])
+@pytest.mark.parametrize("per_pixel", [True, False])
+def test_the_compiled_tail_is_torchs(dtype: torch.dtype, std: tuple[int, ...], per_pixel: bool) -> None:
+    rng = np.random.default_rng(0)
+    pixels = rng.integers(0, 256, (30, 41, 3), np.uint8)
+    shift = rng.normal(0, 20, 3).astype(np.float32)
+    normalization = Normalization.of(rng.uniform(0, 255, (30, 41, 3)) if per_pixel else (123, 117, 104), std)
+    out = np.empty(pixels.shape, stored_dtype(dtype))
+    Normalizer(normalization, 41)(pixels, shift, out)
+    mean, deviation = torch.from_numpy(normalization.mean), torch.from_numpy(normalization.std)
+    expected = normalize_tensor(torch.from_numpy(pixels)[None], torch.from_numpy(shift)[None], mean, deviation, dtype)[0]
+    found = torch.from_numpy(out).view(dtype).permute(2, 0, 1)
+    if std == (1, 1, 1):
+        assert torch.equal(found, expected)
+    else:  # a product with the inverse instead of a quotient
+        assert torch.allclose(found.float(), expected.float(), rtol=torch.finfo(dtype).eps, atol=1e-5)
+
+
+WINDOWS = np.array([[10.5, 20.25, 110.5, 120.25], [0.0, 0.0, 100.0, 100.0], [150.0, 250.0, 250.0, 350.0]])
+FLIPS = np.array([False, True, False])
+
+
+def assert_pictures_are_pillows(data: bytes, height: int, width: int) -> None:
+    out = np.empty((3, 64, 64, 3), np.uint8)
+    Decoder().pictures(np.frombuffer(data, np.uint8), height, width, WINDOWS, FLIPS, out)
+    whole = np.asarray(Image.open(io.BytesIO(data)).convert("RGB"))
+    for window, flip, found in zip(WINDOWS, FLIPS, out, strict=True):
+        difference = np.abs(found.astype(np.int64) - by_pillow(whole, tuple(window), (64, 64), bool(flip)))
+        assert difference.mean() <= 0.5
+        assert difference.max() <= 5
+
+
+@pytest.mark.parametrize("subsampling", SUBSAMPLINGS)
+@pytest.mark.parametrize("transcoded", [False, True])
+def test_pictures_of_jpegs_are_pillows(subsampling: str, transcoded: bool) -> None:
+    """Several windows of one image, whole files and files that open at the crop."""
+    data = jpeg(picture(250, 350), subsampling)
+    assert_pictures_are_pillows(transcode(data) if transcoded else data, 250, 350)
+
+
+@pytest.mark.parametrize("kind", ["PNG", "CMYK", "progressive", "palette", "WEBP"])
+def test_pictures_of_other_files_are_pillows(kind: str) -> None:
+    image, stream = Image.fromarray(picture(250, 350)), io.BytesIO()
+    if kind == "CMYK":
+        image.convert("CMYK").save(stream, "JPEG")
+    elif kind == "progressive":
+        image.save(stream, "JPEG", progressive=True)
+    elif kind == "palette":
+        image.convert("P").save(stream, "PNG")
+    else:
+        image.save(stream, kind, lossless=True)
+    assert_pictures_are_pillows(stream.getvalue(), 250, 350)
+
+
+@pytest.mark.parametrize("subsampling", ["420", "411"])
+def test_no_more_than_the_region_is_decoded(subsampling: str) -> None:
+    """By our decoder, to whole MCUs; 4:1:1 by libjpeg-turbo from a cut, to whole tiles."""
+    data = np.frombuffer(transcode(jpeg(picture(480, 640), subsampling)), np.uint8)
+    decoder, window = Decoder(), np.array([[100.0, 200.0, 200.0, 300.0]])
+    decoder.pictures(data, 480, 640, window, FLIPS[:1], np.empty((1, 64, 64, 3), np.uint8))
+    top, left, height, width = decoder._place.tolist()
+    assert 84 <= top <= 98
+    assert 104 <= height <= 104 + 2 * 16
+    assert 200 - 3 - 64 <= left <= 197
+    assert 104 <= width <= 104 + 2 * (16 if subsampling == "420" else 64)
+
+
+@pytest.mark.parametrize("transcoded", [False, True])
+def test_damage_is_said(transcoded: bool) -> None:
+    data = jpeg(picture(250, 350))
+    data = transcode(data) if transcoded else data
+    truncated = np.frombuffer(data[: len(data) // 3], np.uint8)
+    zeros = np.zeros(len(data), np.uint8)
+    out = np.empty((3, 64, 64, 3), np.uint8)
+    for bad in (truncated, zeros):
+        with pytest.raises(CorruptImageError):
+            Decoder().pictures(bad, 250, 350, WINDOWS, FLIPS, out)
+        assert why_corrupt(bad)
+    with pytest.raises(CorruptImageError, match="250 x 350 pixels, not the 100 x 350"):
+        Decoder().pictures(np.frombuffer(jpeg(picture(250, 350)), np.uint8), 100, 350, WINDOWS[1:2], FLIPS[:1], out[:1])
+    assert why_corrupt(np.frombuffer(data, np.uint8)) is None
+
+
+def test_memory_comes_back_when_the_last_tensor_is_gone() -> None:
+    pool = BufferPool("cpu")
+    array, tensor = pool.lend((2, 3, 4), np.float32)
+    address = tensor.data_ptr()
+    array[:] = 5
+    del array
+    view = tensor[1].permute(1, 0)
+    del tensor
+    other = pool.lend((2, 3, 4), np.float32)[1]
+    assert other.data_ptr() != address
+    assert (view == 5).all()
+    del view
+    gc.collect()
+    assert pool.lend((2, 3, 4), np.float32)[1].data_ptr() == address
+    assert pool.lend((6, 4), np.float16)[1].shape == (6, 4)

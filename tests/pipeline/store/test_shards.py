@@ -1,0 +1,154 @@
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import webdataset
+from PIL import Image
+
+from pipeline.errors import UserError
+from pipeline.store.shards import ShardSet, label_digits
+from tests.helpers import open_image
+
+
+def source_files(folder: Path, split: str) -> dict[bytes, int]:
+    """Encoded bytes -> label of every image of a split."""
+    classes = sorted(path.name for path in (folder / split).iterdir())
+    return {path.read_bytes(): label for label, name in enumerate(classes) for path in (folder / split / name).iterdir()}
+
+
+@pytest.mark.parametrize("split", ["train", "val"])
+def test_every_image_is_stored_once_as_it_was(image_folder: Path, small_shards: Path, split: str) -> None:
+    stored = ShardSet(small_shards, split)
+    expected = source_files(image_folder, split)
+    found = {stored.read(i).tobytes(): int(stored.samples[i]["label"]) for i in range(len(stored))}
+    assert found == expected
+    assert len(stored) == len(expected)
+    for i in range(len(stored)):
+        image = open_image(stored.read(i).tobytes())
+        assert image.size == (stored.samples[i]["width"], stored.samples[i]["height"])
+
+
+def test_stock_webdataset_reads_the_tars(image_folder: Path, small_shards: Path) -> None:
+    urls = [str(path) for path in sorted((small_shards / "train").glob("*.tar"))]
+    dataset = webdataset.WebDataset(urls, shardshuffle=False).decode("pil").to_tuple("__key__", "jpg", "cls")
+    stored = ShardSet(small_shards, "train")
+    rows = list(dataset)
+    assert len(rows) == 60
+    for i, (key, image, label) in enumerate(rows):
+        assert key == stored.key(i)
+        assert label == stored.samples[i]["label"]
+        assert np.array_equal(np.asarray(image), np.asarray(open_image(stored.read(i).tobytes()).convert("RGB")))
+
+
+def test_dalis_reader_reads_the_tars_with_our_index(small_shards: Path) -> None:
+    from nvidia.dali import Pipeline, fn, types
+
+    tars = sorted((small_shards / "train").glob("*.tar"))
+    digits = label_digits(3)
+    pipe = Pipeline(batch_size=60, num_threads=1, device_id=None)
+    with pipe:
+        components: Any = fn.readers.webdataset(
+            paths=[str(path) for path in tars],
+            index_paths=[str(path.with_suffix(".idx")) for path in tars],
+            ext=["jpg", "cls"],
+            missing_component_behavior="error",
+        )
+        jpg, text = components
+        powers = types.Constant(np.array([10**i for i in reversed(range(digits))], np.int32))
+        pipe.set_outputs(jpg, fn.reductions.sum((fn.cast(text, dtype=types.INT32) - 48) * powers))
+    pipe.build()
+    encoded, labels = pipe.run()
+    stored = ShardSet(small_shards, "train")
+    assert [np.asarray(labels[i]).item() for i in range(60)] == stored.samples["label"].tolist()
+    assert all(np.array_equal(np.asarray(encoded[i]), stored.read(i)) for i in range(60))
+
+
+def test_index_is_what_dalis_own_tool_writes(small_shards: Path, tmp_path: Path) -> None:
+    for tar in sorted((small_shards / "train").glob("*.tar")):
+        made = tmp_path / "made.idx"
+        subprocess.run([sys.executable, "-m", "wds2idx", str(tar), str(made)], check=True, capture_output=True)
+        assert made.read_text() == tar.with_suffix(".idx").read_text()
+
+
+def test_manifest_statistics_are_those_of_the_images(image_folder: Path, small_shards: Path) -> None:
+    crops = []
+    for path in sorted((image_folder / "train").glob("*/*")):
+        image = Image.open(path).convert("RGB")
+        width, height = image.size
+        scale = 256 / min(width, height)
+        size = int(width * scale + 0.5), int(height * scale + 0.5)
+        left, top = (size[0] - 224) // 2, (size[1] - 224) // 2
+        crops.append(np.asarray(image.resize(size, Image.Resampling.BILINEAR))[top : top + 224, left : left + 224].astype(float))
+    pixels = np.stack(crops)
+    manifest = ShardSet(small_shards, "train").manifest
+    assert np.abs(manifest.mean_image() - pixels.mean(axis=0)).max() < 1
+    assert np.abs(manifest.channel_mean() - pixels.mean(axis=(0, 1, 2))).max() < 0.05
+    covariance = np.cov(pixels.reshape(-1, 3).T / 255)
+    assert np.abs(np.array(manifest.statistics["rgb_covariance"]) - covariance).max() < 2e-4
+    values, vectors = np.array(manifest.statistics["eigenvalues"]), np.array(manifest.statistics["eigenvectors"])
+    assert np.allclose(covariance @ vectors, vectors * values, atol=1e-3)
+
+
+def test_manifest_names_every_file_and_its_hash(small_shards: Path) -> None:
+    manifest = json.loads((small_shards / "manifest.json").read_text())
+    assert manifest["classes"] == ["n00000000", "n00000001", "n00000002"]
+    assert {name: split["images"] for name, split in manifest["splits"].items()} == {"train": 60, "val": 21}
+    files = {"mean_image.npy": manifest["statistics"]["mean_image_sha256"]}
+    for split in manifest["splits"].values():
+        files[split["samples"]] = split["samples_sha256"]
+        files |= {shard["file"]: shard["sha256"] for shard in split["shards"]}
+        assert sum(shard["images"] for shard in split["shards"]) == split["images"]
+    for name, digest in files.items():
+        assert hashlib.sha256((small_shards / name).read_bytes()).hexdigest() == digest
+    assert {path.name for path in (small_shards / "train").glob("*.tar")} == {f"{i:06d}.tar" for i in range(4)}
+
+
+def test_damage_is_named(small_shards: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no such folder"):
+        ShardSet(tmp_path / "nowhere", "train")
+    with pytest.raises(UserError, match="not found"):
+        ShardSet(tmp_path, "train")
+    with pytest.raises(UserError, match="only train, val"):
+        ShardSet(small_shards, "test")
+    copy = tmp_path / "copy"
+    shutil.copytree(small_shards, copy)
+    tar = copy / "train" / "000001.tar"
+    tar.write_bytes(tar.read_bytes()[:5000])
+    stored = ShardSet(copy, "train")
+    stored.read(0)
+    with pytest.raises(UserError, match=r"000001.tar: has 5000 bytes"):
+        stored.read(20)
+    (copy / "train" / "samples.npy").write_bytes(b"junk")
+    with pytest.raises(UserError, match=r"samples.npy: cannot be read"):
+        ShardSet(copy, "train")
+    (copy / "manifest.json").write_text("{")
+    with pytest.raises(UserError, match="not valid JSON"):
+        ShardSet(copy, "train")
+    (copy / "manifest.json").write_text('{"format": "other"}')
+    with pytest.raises(UserError, match="not cropfeed-shards"):
+        ShardSet(copy, "train")
+
+
+def test_reading_opens_only_the_shard_it_needs(small_shards: Path) -> None:
+    stored = ShardSet(small_shards, "train")
+    assert isinstance(stored.samples, np.memmap)
+    stored.read(17)
+    assert list(stored._maps) == [1]
+
+
+def test_a_relative_path_holds_after_a_change_of_folder(
+    small_shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(small_shards.parent)
+    stored = ShardSet(small_shards.name, "train")
+    monkeypatch.chdir(tmp_path)
+    assert np.array_equal(stored.read(20), ShardSet(f"file://{small_shards}", "train").read(20))
+    assert stored.where(20) == f"{small_shards}/train/000001.tar: {stored.key(20)}"
