@@ -24,7 +24,8 @@ from tqdm import tqdm
 from model.loading import initial_weights
 from model.testing import score
 from model.weights import Recipe, load_weights, save_weights
-from pipeline.errors import UserError, run_cli
+from pipeline.cli import run_cli
+from pipeline.errors import UserError
 from training.checkpoint import load_checkpoint, save_checkpoint
 from training.feeding import open_loaders, profile_command, recipe_of
 from training.folder import check_output, write_config

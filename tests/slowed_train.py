@@ -9,7 +9,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import train
-from pipeline.errors import run_cli
+from pipeline.cli import run_cli
 from tools.profiler.planted import slow_reader
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import train
-from pipeline.errors import run_cli
+from pipeline.cli import run_cli
 from pipeline.loader import Batch, Loader, Part, Work
 
 given: dict[tuple[int, ...], Work] = {}

@@ -9,7 +9,8 @@ import _path  # noqa: F401
 
 from model import ARCHS
 from model.describe import describe, table, table_1
-from pipeline.errors import Parser, UserError, positive, run_cli
+from pipeline.cli import Parser, positive, run_cli
+from pipeline.errors import UserError
 
 
 def main() -> None:

@@ -34,8 +34,9 @@ from model.loading import load_net
 from model.schemes import SCALES, SCHEMES, Classifier, looks_of
 from model.testing import Score
 from pipeline import open_loader
+from pipeline.cli import Parser, positive, run_cli
 from pipeline.engines.multiview import Look, Looks, Several
-from pipeline.errors import Parser, UserError, positive, run_cli
+from pipeline.errors import UserError
 from pipeline.spec import PRECISIONS, LoaderSpec
 from pipeline.store.shards import Manifest
 from tools.bench.recording import Figure, record

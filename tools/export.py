@@ -31,7 +31,8 @@ from model.exporting import check_packages, write_onnx, write_program
 from model.loading import load_net
 from model.resnet import ARCHS, ResNet
 from model.weights import Recipe, save_weights
-from pipeline.errors import Parser, UserError, run_cli
+from pipeline.cli import Parser, run_cli
+from pipeline.errors import UserError
 from pipeline.pixels.normalize import Normalization
 from pipeline.store.files import PARTIAL
 

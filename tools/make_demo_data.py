@@ -19,8 +19,9 @@ import numpy as np
 from PIL import Image, ImageDraw
 from tqdm import tqdm
 
-from pipeline.convert.workers import end_with_parent
-from pipeline.errors import Parser, UserError, positive, run_cli
+from pipeline.cli import Parser, positive, run_cli
+from pipeline.convert.run import end_with_parent
+from pipeline.errors import UserError
 
 Canvas = ImageDraw.ImageDraw
 

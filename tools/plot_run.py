@@ -17,7 +17,8 @@ import matplotlib.pyplot as plt
 import numpy as np
 
 from pipeline import open_loader
-from pipeline.errors import Parser, UserError, run_cli
+from pipeline.cli import Parser, run_cli
+from pipeline.errors import UserError
 from pipeline.plan.geometry import Geometry, choose_geometry
 from pipeline.spec import LoaderSpec
 from training.metrics import read_metrics

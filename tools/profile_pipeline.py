@@ -36,7 +36,8 @@ import torch
 
 from model import ARCHS
 from pipeline import ENGINES
-from pipeline.errors import Parser, UserError, positive, run_cli
+from pipeline.cli import Parser, positive, run_cli
+from pipeline.errors import UserError
 from pipeline.plan import sampling
 from pipeline.plan.geometry import GEOMETRIES, choose_geometry
 from pipeline.spec import PRECISIONS, LoaderSpec

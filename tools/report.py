@@ -14,7 +14,7 @@ from pathlib import Path
 
 import _path  # noqa: F401
 
-from pipeline.errors import Parser, positive, run_cli
+from pipeline.cli import Parser, positive, run_cli
 from pipeline.store import files
 from tools.evaluate import add_feed_options
 from tools.reporting.curves import draw

@@ -12,7 +12,8 @@ from typing import Any
 from model import ARCHS
 from model.describe import describe, table
 from pipeline import ENGINES
-from pipeline.errors import Parser, UserError, positive
+from pipeline.cli import Parser, positive
+from pipeline.errors import UserError
 from pipeline.plan import sampling
 from pipeline.plan.geometry import GEOMETRIES
 from pipeline.spec import CORRUPT, PRECISIONS

@@ -21,9 +21,10 @@ import warnings
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -42,46 +43,47 @@ _THREADS = "NUMBA_THREADING_LAYER"
 Sizes = npt.NDArray[np.int64]
 
 
-class Options(NamedTuple):
-    """How images are stored: see `write_beton`."""
+@dataclass(frozen=True)
+class BetonSettings:
+    """How an FFCV file stores images; part of the manifest.
 
-    mode: str
-    max_resolution: int | None
-    quality: int
-    proportion: float
+    mode: "region": our JPEGs' bytes as they are, which stock FFCV decodes whole and `engines.ffcv_field` at the crop; or, by
+    FFCV's RGBImageField from the RGB pixels that Pillow decodes, "jpg" (encoded anew at `quality`), "raw" (pixels),
+    "proportion" (that share as jpg, drawn per sample, the rest raw). max_resolution: longest side in pixels, larger images are
+    shrunk; not for "region". Raises UserError for a mode that does not exist.
+    """
+
+    mode: str = "region"
+    max_resolution: int | None = None
+    quality: int = 90
+    proportion: float = 0.5
+
+    def __post_init__(self) -> None:
+        if self.mode not in MODES:
+            raise UserError(f"{self.mode}: no mode of a beton", f"choose from {', '.join(MODES)}")
 
 
 def write_beton(
     shards: ShardSet,
     path: Path,
-    *,
-    mode: str,
+    settings: BetonSettings,
     workers: int,
-    max_resolution: int | None = None,
-    quality: int = 90,
-    proportion: float = 0.5,
     progress: Callable[[int], None] | None = None,
 ) -> str:
-    """Write a split as a beton and check it; return the file's SHA-256. `path` appears whole or not at all.
+    """Write a split as a beton and check it; return the file's SHA-256. The file appears whole, or not at all.
 
-    mode: "jpg" (encoded anew at `quality`), "raw" (pixels), "proportion" (that share as jpg, drawn per sample, the rest raw), all
-    three by FFCV's RGBImageField from the RGB pixels that Pillow decodes; or "region": our JPEGs' bytes as they are, which stock
-    FFCV decodes whole and `engines.ffcv_field` at the crop. max_resolution: longest side in pixels, larger images are shrunk; not
-    for "region". workers: processes; "region", which encodes nothing, needs none. progress: gets how many more are written.
+    workers: processes; "region", which encodes nothing, needs none. progress: gets how many more samples are written.
 
     Raises UserError for an image that cannot be stored (named), a full disk, a killed worker.
     """
-    options = Options(mode, max_resolution, quality, proportion)
-    if mode not in MODES:
-        raise UserError(f"{mode}: no mode of a beton; choose from {', '.join(MODES)}")
     if not len(shards):
         raise UserError(f"{path}: a split without samples makes no beton")
     require_ffcv()
     with publishing(str(path)) as scratch:
         try:
-            with _encoded(shards, options, workers) as images:
-                checksums = _write(scratch, shards, options, images, progress)
-            _verify(scratch, shards, options, checksums)
+            with _encoded(shards, settings, workers) as images:
+                checksums = _write(scratch, shards, settings, images, progress)
+            _verify(scratch, shards, settings, checksums)
             return sha256(str(scratch))
         except OSError as error:
             raise UserError(f"{path}: cannot be written ({error.strerror or error})") from error
@@ -99,10 +101,10 @@ def require_ffcv() -> None:
 
 
 @contextmanager
-def _encoded(shards: ShardSet, options: Options, workers: int) -> Iterator[Iterator[Stored]]:
+def _encoded(shards: ShardSet, settings: BetonSettings, workers: int) -> Iterator[Iterator[Stored]]:
     """The split's images in order, as the beton holds them. "region" here, other modes in worker processes, which end with it."""
-    if options.mode == "region":
-        yield _encode(shards, options, range(len(shards)))
+    if settings.mode == "region":
+        yield _encode(shards, settings, range(len(shards)))
         return
     context = multiprocessing.get_context("forkserver")  # FFCV takes 8 s to import: once, in the server, for all workers
     context.set_forkserver_preload(["ffcv.fields.rgb_image"])
@@ -110,7 +112,7 @@ def _encoded(shards: ShardSet, options: Options, workers: int) -> Iterator[Itera
     try:
         for first in range(min(workers, -(-len(shards) // _CHUNK))):
             receiver, sender = context.Pipe(duplex=False)
-            process = context.Process(target=_work, args=(sender, *_origin(shards), options, first, workers), daemon=True)
+            process = context.Process(target=_work, args=(sender, *_origin(shards), settings, first, workers), daemon=True)
             with _own_threads_in_numba():
                 process.start()
             sender.close()  # now only the worker holds it: its death ends the stream
@@ -149,7 +151,14 @@ def _origin(shards: ShardSet) -> tuple[str, str, Path | None, float | None]:
 
 
 def _work(
-    sender: Connection, root: str, split: str, cache: Path | None, cache_gb: float | None, options: Options, first: int, step: int
+    sender: Connection,
+    root: str,
+    split: str,
+    cache: Path | None,
+    cache_gb: float | None,
+    settings: BetonSettings,
+    first: int,
+    step: int,
 ) -> None:
     """A worker: encode chunk `first` and every `step`-th after it. It sends a list per chunk, or what is wrong, as a string.
 
@@ -164,7 +173,7 @@ def _work(
         try:
             shards = ShardSet(root, split, cache, cache_gb)
             for start in range(first * _CHUNK, len(shards), step * _CHUNK):
-                sender.send(list(_encode(shards, options, range(start, min(start + _CHUNK, len(shards))))))
+                sender.send(list(_encode(shards, settings, range(start, min(start + _CHUNK, len(shards))))))
         except UserError as error:
             sender.send(str(error))
 
@@ -184,22 +193,22 @@ def _received(receivers: list[Any], count: int) -> Iterator[Stored]:
         yield from received
 
 
-def _encode(shards: ShardSet, options: Options, indices: range) -> Iterator[Stored]:
+def _encode(shards: ShardSet, settings: BetonSettings, indices: range) -> Iterator[Stored]:
     """Some of the split's images, encoded by FFCV's field or ours. Raises UserError that names the image."""
     from ffcv.fields.rgb_image import RGBImageField
 
-    if options.mode == "region":
+    if settings.mode == "region":
         field = region_field()
     else:
-        field = RGBImageField(options.mode, options.max_resolution, None, options.quality, options.proportion)
+        field = RGBImageField(settings.mode, settings.max_resolution, None, settings.quality, settings.proportion)
     for index in indices:
         jpeg = shards.read(index).tobytes()
         try:
-            if options.mode == "proportion":
+            if settings.mode == "proportion":
                 np.random.seed(index)  # RGBImageField draws from NumPy's global generator, here a worker's
-            stored = _capture(field, jpeg if options.mode == "region" else Image.open(io.BytesIO(jpeg)).convert("RGB"))
+            stored = _capture(field, jpeg if settings.mode == "region" else Image.open(io.BytesIO(jpeg)).convert("RGB"))
         except Exception as error:  # Pillow and OpenCV raise a dozen kinds; each means that this image cannot be stored
-            raise UserError(f"{shards.where(index)}: cannot be stored as {options.mode} ({error})") from error
+            raise UserError(f"{shards.where(index)}: cannot be stored as {settings.mode} ({error})") from error
         yield stored
 
 
@@ -220,7 +229,7 @@ def _capture(field: Any, image: Any) -> Stored:
 
 
 def _write(
-    path: Path, shards: ShardSet, options: Options, images: Iterator[Stored], progress: Callable[[int], None] | None
+    path: Path, shards: ShardSet, settings: BetonSettings, images: Iterator[Stored], progress: Callable[[int], None] | None
 ) -> npt.NDArray[np.uint32]:
     """Write all samples in order by the parts of FFCV's DatasetWriter. Returns the CRC-32 of each image's data: uint32 (N,)."""
     from ffcv.fields import IntField
@@ -228,7 +237,7 @@ def _write(
     from ffcv.writer import DatasetWriter, handle_sample
 
     fields = {"image": _stored_field(), "label": IntField()}
-    writer = DatasetWriter(str(path), fields, _page_size(shards, options), num_workers=1)
+    writer = DatasetWriter(str(path), fields, _page_size(shards, settings), num_workers=1)
     writer.num_samples = len(shards)
     checksums = np.empty(len(shards), np.uint32)
     metadata = np.zeros(len(shards), writer.metadata_type)
@@ -264,32 +273,32 @@ def _stored_field() -> Any:
     return field
 
 
-def _page_size(shards: ShardSet, options: Options) -> int:
+def _page_size(shards: ShardSet, settings: BetonSettings) -> int:
     """Bytes of a page, a power of two: the stock writer's, or what holds the largest image (its pixels: a JPEG takes less)."""
-    if options.mode == "region":
+    if settings.mode == "region":
         largest = int(shards.samples["bytes"].max())
     else:
-        heights, widths = _stored_sizes(shards, options)
+        heights, widths = _stored_sizes(shards, settings)
         largest = int((3 * heights * widths).max())
     return max(_LEAST_PAGE, 1 << (largest - 1).bit_length())
 
 
-def _stored_sizes(shards: ShardSet, options: Options) -> tuple[Sizes, Sizes]:
+def _stored_sizes(shards: ShardSet, settings: BetonSettings) -> tuple[Sizes, Sizes]:
     """Heights and widths in the beton: int64 (N,) each, as RGBImageField computes them."""
     heights, widths = shards.samples["height"].astype(np.int64), shards.samples["width"].astype(np.int64)
-    if options.max_resolution is None or options.mode == "region":
+    if settings.max_resolution is None or settings.mode == "region":
         return heights, widths
-    ratio = np.minimum(options.max_resolution / np.maximum(heights, widths), 1)
+    ratio = np.minimum(settings.max_resolution / np.maximum(heights, widths), 1)
     return (ratio * heights).astype(np.int64), (ratio * widths).astype(np.int64)
 
 
-def _verify(path: Path, shards: ShardSet, options: Options, checksums: npt.NDArray[np.uint32]) -> None:
+def _verify(path: Path, shards: ShardSet, settings: BetonSettings, checksums: npt.NDArray[np.uint32]) -> None:
     """Read the file by FFCV's Reader: every sample's label, size and data must be there. Raises UserError."""
     from ffcv.reader import Reader
 
     reader = Reader(str(path))
     images, labels = (reader.metadata[name] for name in reader.metadata.dtype.names)
-    heights, widths = _stored_sizes(shards, options)
+    heights, widths = _stored_sizes(shards, settings)
     table = reader.alloc_table
     good = len(images) == len(table) == len(shards) and (
         np.array_equal(labels, shards.samples["label"])
@@ -299,7 +308,7 @@ def _verify(path: Path, shards: ShardSet, options: Options, checksums: npt.NDArr
     )
     if not good:
         raise UserError(f"{path}: what was written is not what the split holds; the disk may be full or faulty")
-    compare = options.mode == "region"
+    compare = settings.mode == "region"
     content = np.memmap(path, np.uint8, "r")
     for index, (start, size) in enumerate(zip(table["ptr"].tolist(), table["size"].tolist(), strict=True)):
         data = content[start : start + size]

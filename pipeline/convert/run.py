@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 import multiprocessing
+import os
+import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_EXCEPTION, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
@@ -15,7 +17,6 @@ from tqdm import tqdm
 
 from ..errors import UserError
 from .task import ShardTask, run
-from .workers import end_with_parent
 
 _done: Synchronized[int]  # images finished by all workers of a pool, for the progress bar
 
@@ -58,6 +59,18 @@ def _start_worker(done: Synchronized[int]) -> None:
     end_with_parent()
 
 
+def end_with_parent() -> None:
+    """End this worker when its parent dies: a killed parent tells its workers nothing, and they would wait for ever."""
+    threading.Thread(target=_wait_for_parent, daemon=True).start()
+
+
+def _wait_for_parent() -> None:
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)
+
+
 def _run_counted(task: ShardTask) -> None:
     def count() -> None:
         with _done.get_lock():
@@ -75,11 +88,11 @@ def run_ray(tasks: Sequence[ShardTask], address: str) -> None:
         import ray
     except ImportError as error:
         raise UserError("--engine ray needs Ray: pip install 'cropfeed[ray]'") from error
-    here = Path(__file__).resolve().parents[1]
+    package = Path(__file__).resolve().parents[1]
     try:
         ray.init(
             address=address,
-            runtime_env={"py_modules": [str(here / "conversion"), str(here / "pipeline")]},  # the nodes need not have our code
+            runtime_env={"py_modules": [str(package)]},  # the nodes need not have our code
             log_to_driver=False,
             logging_level=logging.ERROR,
         )

@@ -36,7 +36,8 @@ from typing import Any, NamedTuple
 import _path  # noqa: F401
 from tqdm import tqdm
 
-from pipeline.errors import Parser, UserError, positive, run_cli
+from pipeline.cli import Parser, positive, run_cli
+from pipeline.errors import UserError
 from tools import ROOT
 from tools.bench.recording import Figure, record
 from training.metrics import read_metrics

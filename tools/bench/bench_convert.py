@@ -21,11 +21,12 @@ import _path  # noqa: F401
 from PIL import Image
 from tqdm import tqdm
 
+from pipeline.cli import Parser, run_cli
 from pipeline.convert import statistics
 from pipeline.convert.images import PROFILES
 from pipeline.convert.sources import Source
 from pipeline.convert.task import ShardTask, read_record, run
-from pipeline.errors import Parser, UserError, run_cli
+from pipeline.errors import UserError
 from tools import ROOT
 from tools.bench.recording import Figure, record
 

@@ -22,7 +22,8 @@ import _path  # noqa: F401
 import numpy as np
 from tqdm import tqdm
 
-from pipeline.errors import Parser, UserError, positive, run_cli
+from pipeline.cli import Parser, positive, run_cli
+from pipeline.errors import UserError
 from tools import ROOT
 from tools.bench.recording import Figure, record
 

@@ -21,7 +21,8 @@ from typing import Any
 
 import _path  # noqa: F401
 
-from pipeline.errors import Parser, UserError, run_cli
+from pipeline.cli import Parser, run_cli
+from pipeline.errors import UserError
 from pipeline.spec import LoaderSpec
 from tools import ROOT
 from tools.bench.recording import Figure, record

@@ -28,7 +28,8 @@ import numpy as np
 import numpy.typing as npt
 from tqdm import tqdm
 
-from pipeline.errors import Parser, UserError, positive, run_cli
+from pipeline.cli import Parser, positive, run_cli
+from pipeline.errors import UserError
 from pipeline.jpeg.region import Bytes, RegionError, cut
 from pipeline.jpeg.transcode import transcode
 from pipeline.plan import sampling

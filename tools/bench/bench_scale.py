@@ -21,7 +21,7 @@ import _path  # noqa: F401
 import numpy as np
 import torch
 
-from pipeline.errors import Parser, run_cli
+from pipeline.cli import Parser, run_cli
 from pipeline.loader import Batch, Loader, Part
 from pipeline.plan.sampling import Ints
 from pipeline.spec import LoaderSpec

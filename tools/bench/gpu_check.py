@@ -38,13 +38,15 @@ from PIL import Image
 
 from model import ARCHS
 from pipeline import open_loader
-from pipeline.errors import Parser, UserError, positive, run_cli
+from pipeline.cli import Parser, positive, run_cli
+from pipeline.convert.make import ConvertOptions, make_shards
+from pipeline.errors import UserError
 from pipeline.loader import Loader
 from pipeline.pixels.reference import apply
 from pipeline.plan import sampling
 from pipeline.plan.geometry import PaddedCrop, ScaleJitter
 from pipeline.spec import LoaderSpec
-from tools import ROOT, make_shards
+from tools import ROOT
 from tools.bench.gpu_feed import measure_feeds
 from tools.bench.gpu_train import measure_net, measure_steps
 from tools.bench.recording import Figure, record
@@ -161,8 +163,7 @@ def make_data(folder: Path, source: Path | None, per_class: int, profiles: Seque
     shards = {}
     for profile in profiles:
         shards[profile] = folder / profile
-        options = [str(source), "--out", str(shards[profile]), "--shard-size", "250", "--profile", profile]
-        make_shards.make_shards(make_shards.parser().parse_args(options))
+        make_shards(ConvertOptions(str(source), str(shards[profile]), profile, shard_size=250))
     return shards
 
 

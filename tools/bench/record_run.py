@@ -12,7 +12,8 @@ from statistics import mean
 
 import _path  # noqa: F401
 
-from pipeline.errors import Parser, UserError, run_cli
+from pipeline.cli import Parser, run_cli
+from pipeline.errors import UserError
 from tools import ROOT
 from tools.bench.recording import Figure, record
 from training.metrics import read_metrics

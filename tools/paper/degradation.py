@@ -32,7 +32,8 @@ import numpy as np
 import numpy.typing as npt
 
 from model import ARCHS
-from pipeline.errors import Parser, UserError, run_cli
+from pipeline.cli import Parser, run_cli
+from pipeline.errors import UserError
 from tools.bench.recording import Figure, record
 from training.metrics import read_metrics
 

@@ -24,7 +24,7 @@ from model.loading import load_net
 from model.responses import Response, responses
 from model.weights import Recipe
 from pipeline import open_loader
-from pipeline.errors import Parser, positive, run_cli
+from pipeline.cli import Parser, positive, run_cli
 from pipeline.pixels.normalize import Normalization
 from pipeline.plan.geometry import CentreCrop
 from pipeline.spec import PRECISIONS, LoaderSpec

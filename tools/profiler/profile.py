@@ -15,12 +15,12 @@ from typing import Any
 
 from model import ARCHS
 from pipeline import choose_engine
+from pipeline.doctor.machine import available_memory
 from pipeline.errors import UserError
 from pipeline.spec import LoaderSpec
 from pipeline.store import files
 from pipeline.store.shards import ShardSet
 from tools.bench.peers import data as images
-from tools.doctoring.machine import available_memory
 from tools.profiler import verdict
 from tools.profiler.ahead import Host, plan_ahead
 from tools.profiler.apply import apply

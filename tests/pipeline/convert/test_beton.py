@@ -19,7 +19,7 @@ import numpy as np
 import psutil
 import pytest
 
-from pipeline.convert.beton import MODES, write_beton
+from pipeline.convert.beton import MODES, BetonSettings, write_beton
 from pipeline.engines.ffcv_field import region_field
 from pipeline.errors import UserError
 from pipeline.jpeg.transcode import transcode
@@ -101,8 +101,8 @@ def betons(originals: ShardSet, regions: ShardSet, alike: ShardSet, tmp_path_fac
     with at_most(100):
         for mode in MODES:
             shards = regions if mode == "region" else originals
-            assert write_beton(shards, folder / f"{mode}.beton", mode=mode, workers=2) == sha256(folder / f"{mode}.beton")
-        write_beton(alike, folder / "alike.beton", mode="region", workers=2)
+            assert write_beton(shards, folder / f"{mode}.beton", BetonSettings(mode), 2) == sha256(folder / f"{mode}.beton")
+        write_beton(alike, folder / "alike.beton", BetonSettings("region"), 2)
     return folder
 
 
@@ -237,7 +237,7 @@ def test_same_bytes_for_any_number_of_workers(
     for workers in (1, 3):
         counts: list[int] = []
         with at_most(60):
-            digest = write_beton(shards, tmp_path / "b", mode=mode, workers=workers, progress=counts.append)
+            digest = write_beton(shards, tmp_path / "b", BetonSettings(mode), workers, counts.append)
         assert digest == sha256(betons / f"{mode}.beton")
         assert sum(counts) == len(shards)
 
@@ -246,7 +246,7 @@ def test_max_resolution_is_ffcvs(originals: ShardSet, tmp_path: Path) -> None:
     from ffcv.fields.rgb_image import resizer
 
     with at_most(60):
-        write_beton(originals, tmp_path / "b", mode="raw", workers=1, max_resolution=50)
+        write_beton(originals, tmp_path / "b", BetonSettings("raw", max_resolution=50), 1)
     expected = [resizer(pixels(originals.read(i).tobytes()), 50).tobytes() for i in range(len(originals))]
     assert contents(tmp_path / "b") == expected
 
@@ -261,7 +261,7 @@ def test_a_bad_image_is_named(mode: str, small_shards: Path, tmp_path: Path) -> 
         stream.seek(int(bad["offset"]))
         stream.write(b"no image")
     with at_most(60), pytest.raises(UserError) as error:
-        write_beton(shards, tmp_path / "out/b", mode=mode, workers=2)
+        write_beton(shards, tmp_path / "out/b", BetonSettings(mode), 2)
     assert str(error.value).startswith(shards.where(40) + ": ")
     assert list((tmp_path / "out").iterdir()) == []
     assert multiprocessing.active_children() == []
@@ -284,7 +284,7 @@ def test_a_killed_worker_ends_the_write(originals: ShardSet, tmp_path: Path) -> 
             process.kill()
 
     with at_most(60), pytest.raises(UserError, match="a worker process died over samples"):
-        write_beton(originals, tmp_path / "b", mode="raw", workers=2, progress=kill)
+        write_beton(originals, tmp_path / "b", BetonSettings("raw"), 2, kill)
     assert list(tmp_path.iterdir()) == []
     assert multiprocessing.active_children() == []
 
@@ -297,7 +297,7 @@ def test_an_interrupted_write_leaves_nothing(error: Any, originals: ShardSet, tm
         raise error
 
     with at_most(60), pytest.raises((KeyboardInterrupt, UserError)):
-        write_beton(originals, tmp_path / "b", mode="raw", workers=2, progress=fail)
+        write_beton(originals, tmp_path / "b", BetonSettings("raw"), 2, fail)
     assert [path.name for path in tmp_path.iterdir()] == ["b"]
     assert (tmp_path / "b").read_bytes() == b"old"
     assert multiprocessing.active_children() == []
@@ -307,7 +307,7 @@ KILLED = f"""
 import multiprocessing, os, signal, sys
 sys.path.insert(0, {str(ROOT)!r})
 from pathlib import Path
-from pipeline.convert.beton import write_beton
+from pipeline.convert.beton import BetonSettings, write_beton
 from pipeline.store.shards import ShardSet
 
 def kill(_):
@@ -315,7 +315,7 @@ def kill(_):
     os.kill(os.getpid(), signal.SIGKILL)
 
 if __name__ == "__main__":
-    write_beton(ShardSet(sys.argv[1], "train"), Path(sys.argv[2]), mode="raw", workers=2, progress=kill)
+    write_beton(ShardSet(sys.argv[1], "train"), Path(sys.argv[2]), BetonSettings("raw"), 2, kill)
 """
 
 

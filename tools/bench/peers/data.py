@@ -10,9 +10,7 @@ from __future__ import annotations
 
 import io
 import os
-import tarfile
 from collections.abc import Callable
-from contextlib import redirect_stdout
 from pathlib import Path
 
 import numpy as np
@@ -20,15 +18,14 @@ import simplejpeg
 from PIL import Image
 from tqdm import tqdm
 
-from pipeline.convert import betons
+from pipeline.convert.beton import BetonSettings
+from pipeline.convert.make import ConvertOptions, find_images, make_shards, write_betons
 from pipeline.errors import UserError
 from pipeline.jpeg.region import Bytes
 from pipeline.store.shards import ShardSet
-from tools import make_shards
 
 KINDS = ("original", "500", "lossless", "compact")
 LONGEST, QUALITY = 500, 90  # what ffcv-imagenet's published results use
-WANTED = "give a folder of class folders of JPEGs, or a tar of one"
 SHARDS = 8  # at least so many tars: WebDataset deals tars to workers
 
 
@@ -51,29 +48,9 @@ def prepare(images: Path, folder: Path, kinds: set[str], betons_of: set[str]) ->
     return impossible
 
 
-def find_images(images: Path, folder: Path) -> tuple[int, Path]:
-    """How many images there are, and the folder of class folders that holds them. A tar is unpacked into `folder`."""
-    source = images
-    if images.is_file():
-        source = folder / "unpacked"
-        try:
-            with tarfile.open(images) as tar:
-                tar.extractall(source, filter="data")
-        except (OSError, tarfile.TarError) as error:
-            raise UserError(f"{images}: cannot be unpacked ({error}); {WANTED}") from error
-        while len(inside := list(source.iterdir())) == 1 and any(path.is_dir() for path in inside[0].iterdir()):
-            source = inside[0]
-    files = [path for path in source.glob("*/*") if path.suffix.lower() in (".jpeg", ".jpg")]
-    if not files:
-        raise UserError(f"{images}: holds no <class>/*.JPEG; {WANTED}")
-    return len(files), source
-
-
 def convert(source: Path, out: Path, profile: str, size: int) -> None:
-    """Shards of `size` images. The converter's summary is left out, its progress is shown."""
-    options = [str(source), "--out", str(out), "--profile", profile, "--shard-size", str(size)]
-    with redirect_stdout(None):
-        make_shards.make_shards(make_shards.parser().parse_args(options))
+    """Shards of `size` images."""
+    make_shards(ConvertOptions(str(source), str(out), profile, shard_size=size))
 
 
 def write_files(shards: Path, out: Path, change: Callable[[Bytes], bytes]) -> None:
@@ -97,7 +74,7 @@ def shrink(jpeg: Bytes) -> bytes:
 def write_beton(shards: Path) -> str | None:
     """FFCV's file of the very bytes in the tars, which stock FFCV opens. Returns why there is none, or None."""
     try:
-        betons.write_betons(str(shards), betons.BetonSettings("region", None, QUALITY, 0.5), os.cpu_count() or 1)
+        write_betons(str(shards), BetonSettings(), os.cpu_count() or 1)
     except UserError as error:
         return " ".join(str(error).split())
     return None

@@ -32,7 +32,8 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from model import ARCHS
-from pipeline.errors import Parser, UserError, positive, run_cli
+from pipeline.cli import Parser, positive, run_cli
+from pipeline.errors import UserError
 from pipeline.plan.sampling import EVAL_SHORT, SCALE, short_at
 from tools.bench.peers.plain_pictures import (
     ImageFolder,

@@ -8,7 +8,7 @@ import shutil
 import subprocess
 import sys
 
-from tools.doctoring.lines import PACKAGES, Asked, Line, Status, probe
+from .lines import CONSTRAINT, PACKAGE, PACKAGES, Asked, Line, Status, probe
 
 PYTHONS = ((3, 11), (3, 13))
 
@@ -54,11 +54,11 @@ def missing_for_ffcv() -> list[str]:
     return missing
 
 
-_NUMBA_PROBE = """
+_NUMBA_PROBE = f"""
 import json, numba
 assert numba.njit(lambda x: x + 1)(1) == 2
-from pipeline.plan import random
-print(json.dumps({"version": numba.__version__, "folder": draws.permute.stats.cache_path}))
+from {PACKAGE.name}.plan import random
+print(json.dumps({{"version": numba.__version__, "folder": random.permute.stats.cache_path}}))
 """
 
 
@@ -68,7 +68,7 @@ def check_numba(_: Asked) -> list[Line]:
         return [Line("ok", "numba", f"{found['version']} compiles, cache in {found['folder']}")]
     if "no locator available" in error:  # numba's words for: it can write no folder that may hold its cache
         return [Line("failed", "numba", error, "export NUMBA_CACHE_DIR=$HOME/.cache/numba")]
-    remedy = "pip install --force-reinstall --constraint constraints.txt numba llvmlite numpy"
+    remedy = f"pip install --force-reinstall {CONSTRAINT}numba llvmlite numpy"
     return [Line("failed", "numba", f"cannot compile: {error}", remedy)]
 
 

@@ -16,10 +16,10 @@ from typing import Any
 
 import pytest
 
+from pipeline import doctor
+from pipeline.doctor import gpu, machine, packages
+from pipeline.doctor.lines import Asked, Line
 from tests.helpers import ROOT, assert_refused, clean_environment, run_script
-from tools import doctor
-from tools.doctoring import gpu, machine, packages
-from tools.doctoring.lines import Asked, Line
 
 SHOWN = re.compile(r"^(ok|warning|failed) +(\S+(?: \S+)*?)  +(\S.*)\n(?: +-> (\S.*)\n)?", re.MULTILINE)
 INSTALL = "pip install --constraint constraints.txt"
@@ -211,7 +211,7 @@ def test_dali_missing_or_broken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     package.write_text("import sys; print('noise'); print('noise', file=sys.stderr)")
     expect(gpu.check_dali(with_gpu), "ok", "nvidia-dali-cuda130 2.4.0")
     package.write_text("import time; time.sleep(9)")
-    monkeypatch.setattr("tools.doctoring.lines.PROBE_S", 0.2)
+    monkeypatch.setattr("pipeline.doctor.lines.PROBE_S", 0.2)
     expect(gpu.check_dali(with_gpu), "failed", "did not end within 0.2 s")
 
 

@@ -12,9 +12,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from tools import ROOT
+PACKAGE = Path(__file__).resolve().parents[1]  # the library's folder: pipeline/ in a checkout, else cropfeed/
+ROOT = PACKAGE.parent
+IN_CHECKOUT = (ROOT / "constraints.txt").exists()
+CONSTRAINT = "--constraint constraints.txt " if IN_CHECKOUT else ""
 
-PACKAGES = "pip install --constraint constraints.txt -e ."
+
+def install(extra: str = "") -> str:
+    """The command that installs Cropfeed, with an extra."""
+    extra = f"[{extra}]" if extra else ""
+    return f"pip install {CONSTRAINT}-e '.{extra}'" if IN_CHECKOUT else f"pip install 'cropfeed{extra}'"
+
+
+PACKAGES = install()
 PROBE_S = 120  # until an import counts as hanging, as on a broken GPU
 
 Status = Literal["ok", "warning", "failed"]

@@ -5,12 +5,12 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from pipeline.errors import UserError
-from pipeline.store import files
-from pipeline.store.cache import FREE_SHARE, ShardCache, choose_cache
-from pipeline.store.shards import Manifest
-from tools.doctoring.lines import Asked, Line
-from tools.doctoring.machine import GB, available_memory, free_disk
+from ..errors import UserError
+from ..store import files
+from ..store.cache import FREE_SHARE, ShardCache, choose_cache
+from ..store.shards import Manifest
+from .lines import Asked, Line, install
+from .machine import GB, available_memory, free_disk
 
 
 def check(asked: Asked, data: str) -> list[Line]:
@@ -37,7 +37,7 @@ def broken(name: str, error: UserError) -> Line:
     if found:
         return Line("failed", name, found, remedy)
     if isinstance(error.__cause__, ImportError):
-        return Line("failed", name, remedy, "pip install -e '.[s3]'" if "s3" in remedy else "install the package that it names")
+        return Line("failed", name, remedy, install("s3") if "s3" in remedy else "install the package that it names")
     return Line("failed", name, remedy, "the address, the credentials and the network must let this machine read it")
 
 
@@ -63,8 +63,8 @@ def check_page_cache(asked: Asked, total: int, profile: str) -> Line:
     found = f"{total / GB:.3g} GB of data, {free / GB:.3g} GB of memory"
     if total <= free:
         return Line("ok", "page cache", found)
-    smaller = "" if profile == "compact" else "; or half the bytes: python tools/make_shards.py ... --profile compact"
-    return Line("warning", "page cache", f"{found}: every epoch reads the disk", f"train.py --order blocks{smaller}")
+    smaller = "" if profile == "compact" else "; or half the bytes: shards of profile compact"
+    return Line("warning", "page cache", f"{found}: every epoch reads the disk", f"--order blocks{smaller}")
 
 
 def check_data_disk(root: str) -> Line:
@@ -96,6 +96,6 @@ def check_room(cache: ShardCache, total: int) -> Line:
     if min(total, cache.limit) > room:
         return Line("failed", "cache", found, f"--cache-gb {FREE_SHARE * room / GB:.3g}, or --cache FOLDER on a larger disk")
     if total > cache.limit:
-        remedy = "raise --cache-gb (CROPFEED_CACHE_GB), or train.py --order blocks: a random order downloads over and over"
+        remedy = "raise --cache-gb (CROPFEED_CACHE_GB), or --order blocks: a random order downloads over and over"
         return Line("warning", "cache", found, remedy)
     return Line("ok", "cache", found)

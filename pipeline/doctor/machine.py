@@ -9,7 +9,7 @@ import resource
 import shutil
 from pathlib import Path
 
-from tools.doctoring.lines import Asked, Line, has_gpu, read
+from .lines import Asked, Line, has_gpu, read
 
 GB, GIB = 10**9, 2**30
 
@@ -158,7 +158,7 @@ def check_disk(_: Asked) -> list[Line]:
     place, free = free_disk(Path.cwd())
     found = f"{free / GB:.3g} GB free for runs in {place}"
     if free < 2 * GB:
-        remedy = "train.py --output FOLDER on another disk, or make room: a ResNet-50's checkpoint takes 0.2 GB"
+        remedy = "write runs to another disk, or make room: a ResNet-50's checkpoint takes 0.2 GB"
         return [Line("warning", "disk", found, remedy)]
     return [Line("ok", "disk", found)]
 

@@ -7,13 +7,13 @@ import re
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-from tools.doctoring.lines import PACKAGES, Asked, Line, Status, has_gpu, probe, read
+from .lines import CONSTRAINT, PACKAGES, Asked, Line, Status, has_gpu, install, probe, read
 
 TORCH = (2, 11)
 # CUDA major version -> the first driver branch that runs its builds, as DALI's installation guide and support matrix say.
 DRIVERS = {12: 525, 13: 580}
-TORCH_BUILD = "pip uninstall -y torch && pip install --constraint constraints.txt torch"
-DALI = "pip install -e '.[dali]'"
+TORCH_BUILD = f"pip uninstall -y torch && pip install {CONSTRAINT}torch"
+DALI = install("dali")
 
 _TORCH_PROBE = """
 import json, torch

@@ -1,0 +1,198 @@
+"""`make_shards`: a whole conversion, from a source of labelled images to a data set, begun anew or continued."""
+
+from __future__ import annotations
+
+import json
+import os
+import tarfile
+import time
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from ..errors import UserError
+from ..store import files
+from ..store.shards import ShardSet
+from . import conversion, run, sources, tars
+from .beton import BetonSettings, write_beton
+from .conversion import Settings
+from .images import PROFILES
+from .report import summary
+from .sources import Listing
+from .task import ShardTask
+
+FORMATS = ("webdataset", "ffcv", "both")
+ENGINES = ("local", "ray")
+
+
+@dataclass(frozen=True)
+class ConvertOptions:
+    """What to convert, into what, and how.
+
+    src, out: folders or URLs. profile: how images are stored, see `images`. format: tars, a .beton a split for FFCV, or both.
+    shard_size: images in a shard. seed: of the training images' order. strict: stop at an unusable image instead of leaving it
+    out. check_md5: read the official tars whole first. beton: how FFCV files store images. workers: processes. engine: where
+    shards are made; ray_address: of the cluster. shards: make only these of all splits' shards, counted through.
+    Raises UserError for values outside their ranges.
+    """
+
+    src: str
+    out: str
+    profile: str = "lossless"
+    format: str = "webdataset"
+    shard_size: int = 1000
+    seed: int = 0
+    strict: bool = False
+    check_md5: bool = True
+    beton: BetonSettings = field(default_factory=BetonSettings)
+    workers: int = field(default_factory=lambda: os.cpu_count() or 1)
+    engine: str = "local"
+    ray_address: str = "auto"
+    shards: range | None = None
+
+    def __post_init__(self) -> None:
+        for name, choices in (("profile", PROFILES), ("format", FORMATS), ("engine", ENGINES)):
+            if getattr(self, name) not in choices:
+                raise UserError(f"`{name}` is {' or '.join(choices)}, not {getattr(self, name)!r}")
+        if min(self.shard_size, self.workers) < 1:
+            raise UserError("`shard_size` and `workers` must be at least 1")
+        if not 0 <= self.seed < 1 << 64:
+            raise UserError(f"`seed` must lie in [0, 2^64), not {self.seed}")
+
+    @property
+    def settings(self) -> Settings:
+        return Settings(self.profile, self.shard_size, self.seed)
+
+
+def list_sources(src: str, check_md5: bool) -> Listing:
+    """What SRC holds, whichever kind of source it is."""
+    if not files.is_folder(src):
+        raise UserError(f"{src}: no such folder", "give the folder that holds train/<class>/*.JPEG and val/<class>/*.JPEG")
+    if official := tars.official_files(src):
+        for name in official if check_md5 else ():
+            tars.check_md5(src, name)
+        return tars.list_official(src, official)
+    if found := tars.find_webdataset(src):
+        return tars.list_webdataset(src, found)
+    return sources.list_image_folder(src)
+
+
+def make_shards(options: ConvertOptions) -> list[str]:
+    """Convert `options.src` into `options.out`, from the beginning or from where an earlier run stopped.
+
+    Returns lines for people: what was made, and what was noticed. Raises UserError.
+    """
+    src, out = files.absolute(options.src), files.absolute(options.out)
+    listing = list_sources(src, options.check_md5)
+    tasks = conversion.plan_tasks(listing, out, options.settings, options.strict)
+    conversion.begin(out, conversion.fingerprint(listing, options.settings))
+    if conversion.is_complete(out):
+        lines = [_repair(options, out, tasks)]
+    else:
+        lines = _convert(options, out, listing, tasks)
+        if not conversion.is_complete(out):
+            return lines
+    if options.format != "webdataset":
+        write_betons(out, options.beton, options.workers)
+    if options.format == "ffcv":
+        remove_tars(out)
+    return lines
+
+
+def _convert(options: ConvertOptions, out: str, listing: Listing, tasks: dict[str, list[ShardTask]]) -> list[str]:
+    """Make the chosen shards, and complete the data set if no shard is missing."""
+    every = [task for split in tasks.values() for task in split]
+    chosen = every if options.shards is None else every[options.shards.start : options.shards.stop]
+    if not chosen:
+        assert options.shards is not None
+        wanted = f"{options.shards.start}-{options.shards.stop - 1}"
+        raise UserError(f"`shards` {wanted}: there are only shards 0-{len(every) - 1}")
+    started = time.perf_counter()
+    _run_tasks(options, chosen)
+    seconds = time.perf_counter() - started
+    missing = conversion.complete(out, listing, options.settings, tasks, alone=options.shards is None)
+    images = sum(len(task.sources) for task in chosen)
+    lines = [f"{out}: {len(chosen)} shards, {images} images in {seconds:.1f} s, {images / seconds:.0f} images/s"]
+    if missing:
+        return [*lines, f"{missing} shards are still to be made; whichever job makes the last one completes the data set"]
+    return lines + summary(json.loads(files.read(files.join(out, "report.json"))))
+
+
+def _repair(options: ConvertOptions, out: str, tasks: dict[str, list[ShardTask]]) -> str:
+    """Check a complete data set's shards, and make those again that are damaged."""
+    damaged = conversion.damaged(out, tasks)
+    if damaged:
+        _run_tasks(options, damaged)
+    # These shards' records, or those of a run that was killed while it removed them.
+    conversion.remove_records(out, alone=options.shards is None)
+    if damaged:
+        damaged_still = conversion.damaged(out, {"": damaged})
+        if damaged_still:
+            raise UserError(
+                f"{damaged_still[0].tar}: its source is no longer what it was made from", f"remove {out} and start anew"
+            )
+    return f"{out}: complete already; {len(damaged)} damaged shards made again"
+
+
+def _run_tasks(options: ConvertOptions, tasks: list[ShardTask]) -> None:
+    if options.engine == "ray":
+        run.run_ray(tasks, options.ray_address)
+    else:
+        run.run_local(tasks, options.workers)
+
+
+def write_betons(out: str, settings: BetonSettings, workers: int) -> None:
+    """Write a .beton of each split that has none like it, or a damaged one, and name it in the manifest."""
+    manifest_path = files.join(out, "manifest.json")
+    manifest: dict[str, Any] = json.loads(files.read(manifest_path))
+    for split, entry in manifest["splits"].items():
+        file = f"{split}.beton"
+        path = files.join(out, file)
+        known = entry.get("beton", {})
+        if known.get("settings") == asdict(settings) and files.exists(path) and files.sha256(path) == known["sha256"]:
+            continue
+        shards = ShardSet(out, split)
+        # FFCV writes local files: one that is then uploaded, if OUT is remote.
+        place = files.publishing(path) if files.is_remote(path) else nullcontext(Path(path))
+        with tqdm(total=len(shards), unit=" images", desc=file) as bar, place as local:
+            digest = write_beton(shards, local, settings, workers, bar.update)
+        entry["beton"] = {"file": file, "sha256": digest, "settings": asdict(settings)}
+        files.write(manifest_path, json.dumps(manifest, indent=1).encode())
+
+
+def remove_tars(out: str) -> None:
+    """Leave the FFCV files alone, with manifest, report and statistics."""
+    path = files.join(out, "manifest.json")
+    manifest: dict[str, Any] = json.loads(files.read(path))
+    for entry in manifest["splits"].values():
+        entry["shards"] = []  # first, so that nobody looks for tars that are going
+    files.write(path, json.dumps(manifest, indent=1).encode())
+    for split in manifest["splits"]:
+        folder = files.join(out, split)
+        for found in files.listing(folder):
+            if found.name.endswith((".tar", ".idx")):
+                files.remove(files.join(folder, found.name))
+
+
+WANTED = "give a folder of class folders of JPEGs, or a tar of one"
+
+
+def find_images(images: Path, folder: Path) -> tuple[int, Path]:
+    """How many images there are, and the folder of class folders that holds them. A tar is unpacked into `folder`."""
+    source = images
+    if images.is_file():
+        source = folder / "unpacked"
+        try:
+            with tarfile.open(images) as tar:
+                tar.extractall(source, filter="data")
+        except (OSError, tarfile.TarError) as error:
+            raise UserError(f"{images}: cannot be unpacked ({error})", WANTED) from error
+        while len(inside := list(source.iterdir())) == 1 and any(path.is_dir() for path in inside[0].iterdir()):
+            source = inside[0]
+    found = sum(path.suffix.lower() in (".jpeg", ".jpg") for path in source.glob("*/*"))
+    if not found:
+        raise UserError(f"{images}: holds no <class>/*.JPEG", WANTED)
+    return found, source

@@ -1,0 +1,114 @@
+"""Is this machine ready to load and train?
+
+SHARDS is the folder or URL that will be loaded: with it, memory and disks are held against its size. Each line says ok, warning
+(it works, slower than it could, or something optional is missing) or failed (it will not work), what was found and, behind
+"->", the remedy; commands are to be run in Cropfeed's checkout, where there is one. A check that itself breaks is a warning
+that says so.
+
+Exit code: 0 if nothing failed (warnings or not), 1 if something did, 2 for wrong arguments. --strict: warnings exit with 1, too.
+It needs no package itself, so it also runs where nothing is installed yet. It takes some 10 seconds, most of them imports.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+from ..cli import Parser
+from ..errors import UserError
+from . import gpu, machine, packages
+from .lines import PACKAGES, Asked, Line
+
+Check = Callable[[Asked], list[Line]]
+
+COLOURS = {"ok": "\x1b[32m", "warning": "\x1b[33m", "failed": "\x1b[31m"}
+
+
+def check_data(asked: Asked) -> list[Line]:
+    if asked.data is None:
+        return []
+    try:
+        from . import data
+    except ImportError as error:
+        return [Line("failed", "data", f"{asked.data}: cannot be read yet ({error})", PACKAGES)]
+    return data.check(asked, asked.data)
+
+
+CHECKS: dict[str, Check] = {
+    "python": packages.check_python,
+    "torch": gpu.check_torch,
+    "driver": gpu.check_driver,
+    "dali": gpu.check_dali,
+    "nvjpeg": gpu.check_nvjpeg,
+    "ffcv": packages.check_ffcv,
+    "numba": packages.check_numba,
+    "libjpeg-turbo": packages.check_jpeg,
+    "processor": machine.check_processor,
+    "cores": machine.check_cores,
+    "numa": machine.check_numa,
+    "shm": machine.check_shm,
+    "open files": machine.check_open_files,
+    "memlock": machine.check_memlock,
+    "ram": machine.check_ram,
+    "disk": machine.check_disk,
+    "data": check_data,
+}
+NAME_WIDTH = max(len(name) for name in CHECKS)
+
+
+def run_check(name: str, check: Check, asked: Asked) -> list[Line]:
+    """The check's lines. An error of the check itself is a line, too: the others still have to be heard."""
+    try:
+        return check(asked)
+    except Exception as error:
+        found = f"this check broke: {type(error).__name__}: {' '.join(str(error).split())}"
+        return [Line("warning", name, found, "look at this by hand, and report the line above as a fault of the doctor")]
+
+
+def text(line: Line, colour: bool) -> str:
+    status = f"{line.status:<9}"
+    if colour:
+        status = f"{COLOURS[line.status]}{status}\x1b[0m"
+    shown = f"{status}{line.name:<{NAME_WIDTH}}  {line.found}"
+    return f"{shown}\n{'':9}-> {line.remedy}" if line.remedy else shown
+
+
+def summary(lines: list[Line]) -> str:
+    counts = Counter(line.status for line in lines)
+    warnings = counts["warning"]
+    return f"{counts['ok']} ok, {warnings} warning{'' if warnings == 1 else 's'}, {counts['failed']} failed"
+
+
+def exit_code(lines: list[Line], strict: bool) -> int:
+    bad = {"failed", "warning"} if strict else {"failed"}
+    return int(any(line.status in bad for line in lines))
+
+
+def main(arguments: Sequence[str] | None = None, prog: str = "python tools/doctor.py") -> None:
+    """`cropfeed doctor`, and tools/doctor.py. Exits with the code that the lines give."""
+    parser = Parser(__doc__, prog)
+    parser.add_argument("data", nargs="?", metavar="SHARDS", help="folder or URL (s3://...) of shards")
+    parser.add_argument("--cache", type=Path, help="folder for copies of remote shards (CROPFEED_CACHE; ~/.cache/cropfeed)")
+    parser.add_argument("--cache-gb", type=float, help="its bound (CROPFEED_CACHE_GB; 80 %% of the free disk)")
+    parser.add_argument("--strict", action="store_true", help="count warnings as failures")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the lines there, too")
+    args = parser.parse_args(arguments)
+    asked = Asked(data=args.data, cache=args.cache, cache_gb=args.cache_gb)
+    colour = sys.stdout.isatty() and "NO_COLOR" not in os.environ
+    lines = []
+    for name, check in CHECKS.items():
+        for line in run_check(name, check, asked):
+            lines.append(line)
+            print(text(line, colour), flush=True)
+    print(summary(lines))
+    if args.json:
+        try:
+            args.json.write_text(json.dumps([asdict(line) for line in lines], indent=1) + "\n")
+        except OSError as error:
+            raise UserError(f"--json {args.json}: cannot be written ({error})") from error
+    sys.exit(exit_code(lines, args.strict))
