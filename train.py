@@ -23,14 +23,14 @@ from tqdm import tqdm
 
 from model.loading import initial_weights
 from model.testing import score
-from model.weights import Recipe, load_weights, save_weights
+from model.weights import ModelConfig, load_weights, save_weights
 from pipeline.cli import run_cli
 from pipeline.errors import UserError
 from training.checkpoint import load_checkpoint, save_checkpoint
-from training.feeding import open_loaders, profile_command, recipe_of
 from training.folder import check_output, write_config
-from training.launch import check_launch, core_share, end_with_launcher, meet_again
+from training.launch import check_launch, cores_per_process, rejoin_process_group, terminate_with_launcher
 from training.learner import Learner
+from training.loaders import model_config_of, open_loaders, profile_command
 from training.metrics import Meter, MetricsFile, NonFinite
 from training.options import make_schedule, parse_arguments
 from training.stopping import Stopped, StopRequest
@@ -57,7 +57,7 @@ class Run:
     def __init__(self, args: Any, accelerator: Accelerator, output: Path, resumes: bool) -> None:
         self.args, self.accelerator, self.output = args, accelerator, output
         self.loader, self.val_loader = open_loaders(args, accelerator)
-        self.recipe = recipe_of(args, self.loader)
+        self.recipe = model_config_of(args, self.loader)
         self.progress = Progress()
         self.rows, self.told_of_waiting = 0, False
         self.learner = Learner(args, accelerator, self.loader)
@@ -87,7 +87,7 @@ class Run:
         """Weights, place and progress of the last checkpoint; returns the rest. Refuses another net, other data or settings."""
         path = self.output / "checkpoints" / "last"
         weights, header = load_weights(path / "model.safetensors")
-        recipe = Recipe.from_header(header)
+        recipe = ModelConfig.from_header(header)
         if recipe is None or recipe.arch != self.args.arch:
             raise UserError(f"{path}: is a checkpoint of {recipe.arch if recipe else '?'}, not of --arch {self.args.arch}")
         if recipe.classes != self.loader.classes:
@@ -247,8 +247,8 @@ def main() -> None:
     args = parse_arguments(__doc__, sys.argv[1:])
     output = (args.output or Path("runs") / args.arch).absolute()
     resumes = check_output(args, output)
-    end_with_launcher()
-    meet_again()
+    terminate_with_launcher()
+    rejoin_process_group()
     accelerator = Accelerator(
         mixed_precision=args.amp,
         gradient_accumulation_steps=args.accumulate,
@@ -260,7 +260,7 @@ def main() -> None:
     if accelerator.device.type == "cuda":
         torch.backends.cudnn.benchmark = True
     elif accelerator.device.type == "cpu":
-        torch.set_num_threads(core_share())  # accelerate launch and torchrun set OMP_NUM_THREADS=1 unless told otherwise
+        torch.set_num_threads(cores_per_process())  # accelerate launch and torchrun set OMP_NUM_THREADS=1 unless told otherwise
     run = Run(args, accelerator, output, resumes)
     if accelerator.is_main_process and output.parent.name == "runs":
         latest = output.parent / "latest"

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from model.resnet import ResNet
-from model.weights import Recipe
+from model.weights import ModelConfig
 from pipeline.pixels.normalize import Normalization
 
 # The nets that torchvision and timm have, by the same names.
@@ -29,7 +29,7 @@ class About:
     images: int = 0
 
 
-def timm_config(net: ResNet, recipe: Recipe) -> dict[str, Any]:
+def timm_config(net: ResNet, recipe: ModelConfig) -> dict[str, Any]:
     """config.json's content. A mean image is there as its mean per channel, the only one that timm can subtract."""
     normalization = Normalization.of(recipe.mean, recipe.std).per_channel()
     crop = recipe.image_size / recipe.eval_short
@@ -58,7 +58,7 @@ def timm_config(net: ResNet, recipe: Recipe) -> dict[str, Any]:
     return config
 
 
-def model_card(net: ResNet, recipe: Recipe, about: About) -> str:
+def model_card(net: ResNet, recipe: ModelConfig, about: About) -> str:
     """README.md's content."""
     from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
@@ -88,7 +88,7 @@ def model_card(net: ResNet, recipe: Recipe, about: About) -> str:
     return str(ModelCard(f"---\n{data.to_yaml()}\n---\n\n{_text(name, net, recipe, about)}"))
 
 
-def _text(name: str, net: ResNet, recipe: Recipe, about: About) -> str:
+def _text(name: str, net: ResNet, recipe: ModelConfig, about: About) -> str:
     parameters = sum(parameter.numel() for parameter in net.parameters())
     blur = ", with the BlurPool of [Zhang 2019](https://arxiv.org/abs/1904.11486)" if recipe.arch.endswith("_blur") else ""
     parts = [
@@ -111,7 +111,7 @@ def _figures(about: About) -> list[str]:
     return [head + "\n".join(rows)] if rows else []
 
 
-def _preprocessing(recipe: Recipe) -> str:
+def _preprocessing(recipe: ModelConfig) -> str:
     size = recipe.image_size
     if recipe.mean.ndim == 3:
         mean = f"subtract the mean image (`mean.npy`, float32 ({size}, {size}, 3): a value for each pixel)"
@@ -128,7 +128,7 @@ def _three(values: Any) -> str:
     return "(" + ", ".join(f"{float(value):.6g}" for value in values) + ")"
 
 
-def _safetensors(net: ResNet, recipe: Recipe, about: About) -> list[str]:
+def _safetensors(net: ResNet, recipe: ModelConfig, about: About) -> list[str]:
     source = f"hf://{about.repo}" if about.repo else "FOLDER"
     parts = [
         "With Cropfeed, whose recipe (classes, sizes, mean) is in the header of `model.safetensors`:",
@@ -148,7 +148,7 @@ def _safetensors(net: ResNet, recipe: Recipe, about: About) -> list[str]:
     ]
 
 
-def _graphs(recipe: Recipe, about: About) -> list[str]:
+def _graphs(recipe: ModelConfig, about: About) -> list[str]:
     size = recipe.image_size
     shape = f"{size}, {size}" if recipe.mean.ndim == 3 else "H, W"
     files = {"onnx": "`model.onnx` (ONNX)", "torch-export": "`model.pt2` (`torch.export.load`)"}

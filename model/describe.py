@@ -32,7 +32,7 @@ class Description(NamedTuple):
     multiply_adds: int
 
 
-def outline(arch: str, **options: Any) -> ResNet:
+def meta_model(arch: str, **options: Any) -> ResNet:
     """A net in ARCHS on torch's meta device: shapes without numbers. options: its constructor's."""
     with torch.device("meta"), _NothingDrawn():
         return ARCHS[arch](**options)
@@ -53,7 +53,7 @@ def describe(arch: str, image_size: int | None = None) -> Description:
     device.
     """
     with torch.device("meta"), torch.no_grad():
-        net = outline(arch)
+        net = meta_model(arch)
         size = image_size or net.image_size
         outputs: dict[str, tuple[int, ...]] = {}
         names = ["conv1", *net.stage_names, "fc"]

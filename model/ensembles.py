@@ -1,7 +1,7 @@
 """Ensembles: predictions of several nets, averaged with shares (He et al. 2015, Tables 4 and 5: six nets of different depth).
 
-A member is a net, or a file of predictions that `Collected` wrote. What is averaged are softmax probabilities, as `model.schemes`
-has it from Simonyan and Zisserman 2015, section 4.5.
+A member is a net, or a file of predictions that `PredictionWriter` wrote. What is averaged are softmax probabilities, as
+`model.schemes` has it from Simonyan and Zisserman 2015, section 4.5.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from model.testing import Score, Tally
-from pipeline.engines.multiview import Looks
+from pipeline.engines.multiview import MultiViewBatch
 from pipeline.errors import UserError
 from pipeline.store import files
 
@@ -24,7 +24,7 @@ _FORMAT = "cropfeed-predictions 1"
 _BLOCK = 4096  # images at a time where no net has to see them
 
 
-class Ground(NamedTuple):
+class EvalSet(NamedTuple):
     """What predictions are of. fingerprint: the data's, see `Manifest`. classes: names in label order. images: in the split."""
 
     fingerprint: str
@@ -41,11 +41,11 @@ class Member(Protocol):
 
     name: str
 
-    def probabilities(self, batch: Looks) -> dict[str, torch.Tensor]:
+    def probabilities(self, batch: MultiViewBatch) -> dict[str, torch.Tensor]:
         """By scheme float32 (N, classes) of the images in `batch`, on the device of its labels."""
 
 
-class Saved:
+class SavedPredictions:
     """A file of predictions as a member. schemes: whose probabilities it holds. ground: what they are of."""
 
     def __init__(self, path: str) -> None:
@@ -58,7 +58,7 @@ class Saved:
                 self.schemes: list[str] = file["schemes"].tolist()
                 self._found = {scheme: file[f"probabilities/{scheme}"] for scheme in self.schemes}
                 self._labels, ids = file["labels"], file["ids"]
-                self.ground = Ground(str(file["fingerprint"]), str(file["split"]), file["classes"].tolist(), len(ids))
+                self.ground = EvalSet(str(file["fingerprint"]), str(file["split"]), file["classes"].tolist(), len(ids))
                 self._path, self.name = path, f"{path} ({file['net']})"
             if any(found.shape != (len(ids), len(self.ground.classes)) for found in self._found.values()):
                 raise ValueError("its arrays differ in length")
@@ -71,17 +71,17 @@ class Saved:
         """Go on with these of its schemes alone."""
         self.schemes, self._found = list(schemes), {scheme: self._found[scheme] for scheme in schemes}
 
-    def probabilities(self, batch: Looks) -> dict[str, torch.Tensor]:
+    def probabilities(self, batch: MultiViewBatch) -> dict[str, torch.Tensor]:
         device = batch.labels.device
         return {scheme: torch.from_numpy(found[batch.ids]).to(device) for scheme, found in self._found.items()}
 
-    def batches(self) -> Iterator[Looks]:
+    def batches(self) -> Iterator[MultiViewBatch]:
         """The split's images without pictures, for ensembles of saved predictions alone."""
         for first in range(0, len(self._labels), _BLOCK):
             labels = self._labels[first : first + _BLOCK]
-            yield Looks({}, torch.from_numpy(labels), np.arange(first, first + len(labels)))
+            yield MultiViewBatch({}, torch.from_numpy(labels), np.arange(first, first + len(labels)))
 
-    def check(self, ground: Ground, whose: str) -> None:
+    def check(self, ground: EvalSet, whose: str) -> None:
         """Raise UserError unless the predictions are of `ground`. whose: that is, for the message."""
         for what, ours, theirs in zip(_GROUND_WORDS, self.ground, ground, strict=True):
             if ours != theirs:
@@ -89,16 +89,16 @@ class Saved:
                 raise UserError(f"{self._path}: predictions of another {what} than {whose}{values}; give ones of the same images")
 
 
-class Collected:
+class PredictionWriter:
     """Predictions of a whole split in the making. On the host: images * classes * 4 bytes a scheme."""
 
-    def __init__(self, ground: Ground, schemes: Sequence[str]) -> None:
+    def __init__(self, ground: EvalSet, schemes: Sequence[str]) -> None:
         shape = ground.images, len(ground.classes)
         self._ground = ground
         self._found = {scheme: np.full(shape, np.nan, np.float32) for scheme in schemes}
         self._labels = np.full(ground.images, -1, np.int64)
 
-    def add(self, batch: Looks, probabilities: dict[str, torch.Tensor]) -> None:
+    def add(self, batch: MultiViewBatch, probabilities: dict[str, torch.Tensor]) -> None:
         self._labels[batch.ids] = batch.labels.cpu().numpy()
         for scheme, found in self._found.items():
             found[batch.ids] = probabilities[scheme].cpu().numpy()
@@ -110,17 +110,17 @@ class Collected:
         texts = {"format": _FORMAT, "net": net, "fingerprint": self._ground.fingerprint, "split": self._ground.split}
         lists = {"schemes": list(self._found), "classes": self._ground.classes}
         ids = np.arange(self._ground.images)
-        with files.publishing(path) as scratch, scratch.open("wb") as stream:
+        with files.atomic_write(path) as scratch, scratch.open("wb") as stream:
             np.savez(stream, labels=self._labels, ids=ids, **arrays, **texts, **lists)  # type: ignore[arg-type]
 
 
 def evaluate(
     members: Sequence[Member],
     shares: Sequence[float],
-    batches: Iterable[Looks],
+    batches: Iterable[MultiViewBatch],
     schemes: Sequence[str],
     classes: int,
-    collected: Collected | None = None,
+    collected: PredictionWriter | None = None,
 ) -> list[dict[str, Score]]:
     """Score each member by scheme and, last, their average if there are several; one pass over `batches`.
 

@@ -21,7 +21,7 @@ from torch import nn
 from torch.export import Dim
 
 from model.resnet import ResNet
-from model.weights import Recipe
+from model.weights import ModelConfig
 from pipeline.errors import UserError
 from pipeline.pixels.normalize import Normalization
 
@@ -36,13 +36,13 @@ def check_packages(formats: list[str]) -> None:
         raise UserError(f"needs {', '.join(missing)}: pip install -e '.[export]'")
 
 
-class Served(nn.Module):
+class ExportedModel(nn.Module):
     """A net behind its normalization, in evaluation mode. forward: uint8 (N, 3, H, W) -> logits float32 (N, classes)."""
 
     mean: torch.Tensor
     std: torch.Tensor
 
-    def __init__(self, net: ResNet, recipe: Recipe) -> None:
+    def __init__(self, net: ResNet, recipe: ModelConfig) -> None:
         super().__init__()
         normalization = Normalization.of(recipe.mean, recipe.std).at(recipe.image_size)
         mean = torch.from_numpy(normalization.mean)
@@ -56,7 +56,7 @@ class Served(nn.Module):
         return self.net((images.float() - self.mean) / self.std)
 
 
-def write_onnx(net: ResNet, recipe: Recipe, path: Path) -> float:
+def write_onnx(net: ResNet, recipe: ModelConfig, path: Path) -> float:
     """Write one ONNX file; the greatest difference of ONNX Runtime's logits from torch's. Raises UserError if it is too great.
 
     Its metadata names arch, classes, image_size and eval_short.
@@ -64,7 +64,7 @@ def write_onnx(net: ResNet, recipe: Recipe, path: Path) -> float:
     import onnx
     import onnxruntime
 
-    served = Served(net, recipe)
+    served = ExportedModel(net, recipe)
     # Traced on pictures whose last feature map has more than one pixel, or that would be taken for granted.
     side = recipe.image_size if served.has_mean_image else max(recipe.image_size, 64)
     names = {0: "batch"} if served.has_mean_image else {0: "batch", 2: "height", 3: "width"}
@@ -90,13 +90,13 @@ def write_onnx(net: ResNet, recipe: Recipe, path: Path) -> float:
     return _greatest_difference(served, run, recipe.image_size, not served.has_mean_image, "the ONNX graph")
 
 
-def write_program(net: ResNet, recipe: Recipe, path: Path) -> float:
+def write_program(net: ResNet, recipe: ModelConfig, path: Path) -> float:
     """Write a torch.export program (.pt2); the difference of what is read back, as `write_onnx` tells it.
 
     Its extra file recipe.json names what ONNX's metadata does. H and W are free as long as the last feature map has more than one
     pixel (from 33 on, for CIFAR's nets from 5); with one pixel at image_size they are image_size. torch.export insists on that.
     """
-    served, side = Served(net, recipe), recipe.image_size
+    served, side = ExportedModel(net, recipe), recipe.image_size
     fixed = served.has_mean_image or _last_map(served, side) == 1
     free = {0: Dim("batch")} if fixed else {0: Dim("batch"), 2: Dim.DYNAMIC, 3: Dim.DYNAMIC}
     with _quiet():
@@ -106,7 +106,7 @@ def write_program(net: ResNet, recipe: Recipe, path: Path) -> float:
     return _greatest_difference(served, run, side, not fixed, "the torch.export program")
 
 
-def _facts(recipe: Recipe) -> dict[str, str]:
+def _facts(recipe: ModelConfig) -> dict[str, str]:
     header = recipe.header()
     return {name: header[name] for name in ("arch", "classes", "image_size", "eval_short")}
 
@@ -116,7 +116,7 @@ def _pixels(count: int, height: int, width: int) -> torch.Tensor:
 
 
 @torch.inference_mode()
-def _last_map(served: Served, side: int) -> int:
+def _last_map(served: ExportedModel, side: int) -> int:
     """The side of the last feature map of pictures of `side`, in pixels."""
     found: list[int] = []
     hook = served.net.avgpool.register_forward_pre_hook(lambda _, inputs: found.append(inputs[0].shape[-1]))
@@ -127,7 +127,7 @@ def _last_map(served: Served, side: int) -> int:
 
 @torch.inference_mode()
 def _greatest_difference(
-    served: Served, run: Callable[[torch.Tensor], torch.Tensor], side: int, any_shape: bool, name: str
+    served: ExportedModel, run: Callable[[torch.Tensor], torch.Tensor], side: int, any_shape: bool, name: str
 ) -> float:
     """On one and on three pictures, and with any_shape on two of another shape. Raises UserError above TOLERANCE."""
     shapes = [(1, side, side), (3, side, side), *([(2, side + 32, side + 7)] if any_shape else [])]
@@ -146,11 +146,11 @@ def _greatest_difference(
 def _quiet() -> Iterator[None]:
     """Without what torch's exporters say about themselves."""
     logger: Any = logging.getLogger("torch.onnx._internal.exporter._registration")  # torchvision is missing, which is all right
-    level = logger.level
+    uniform = logger.uniform
     logger.setLevel(logging.ERROR)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)
             yield
     finally:
-        logger.setLevel(level)
+        logger.setLevel(uniform)

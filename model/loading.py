@@ -22,9 +22,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from model.describe import outline
+from model.describe import meta_model
 from model.resnet import ARCHS, ResNet
-from model.weights import Recipe, load_weights
+from model.weights import ModelConfig, load_weights
 from pipeline.errors import UserError
 from pipeline.pixels.normalize import TORCHVISION
 
@@ -45,7 +45,7 @@ def weights_file(source: str | Path) -> Path:
     raise UserError(f"{source}: no weights there; give a run's or timm's folder, hf://user/repo, a .safetensors or .pth file")
 
 
-def load_net(source: str | Path, arch: str | None, classes: list[str] | None) -> tuple[ResNet, Recipe]:
+def load_model(source: str | Path, arch: str | None, classes: list[str] | None) -> tuple[ResNet, ModelConfig]:
     """The net in a file of weights and how to feed it.
 
     arch: its name in ARCHS, where the file does not tell. classes: the data's, in label order; the file must have been trained
@@ -60,7 +60,7 @@ def load_net(source: str | Path, arch: str | None, classes: list[str] | None) ->
     _fit(net, weights, path, arch)
     if recipe is None:
         short = 256 if net.image_size == 224 else net.image_size  # CIFAR's pictures are taken whole
-        recipe = Recipe(arch, [], net.image_size, short, TORCHVISION.mean, TORCHVISION.std)
+        recipe = ModelConfig(arch, [], net.image_size, short, TORCHVISION.mean, TORCHVISION.std)
     if recipe.classes and len(recipe.classes) != outputs:
         raise UserError(f"{path}: names {len(recipe.classes)} classes and has {outputs} outputs; give a file that is not damaged")
     if classes is None:
@@ -97,12 +97,12 @@ def arch_of_name(name: str) -> str | None:
     return max(found, key=len, default=None)
 
 
-def _told(path: Path, header: dict[str, str], arch: str | None) -> tuple[str, Recipe | None]:
+def _told(path: Path, header: dict[str, str], arch: str | None) -> tuple[str, ModelConfig | None]:
     """The net in a file, by its header, the config.json beside it, `arch` or its name; and the recipe where there is one."""
     if arch is not None and arch not in ARCHS:
         raise UserError(f"unknown --arch {arch!r}; choose from {', '.join(ARCHS)}")
     try:
-        recipe = Recipe.from_header(header) or _timm_recipe(path)
+        recipe = ModelConfig.from_header(header) or _timm_recipe(path)
     except UserError as error:
         raise UserError(f"{path}: {error}") from error
     if recipe is None:
@@ -117,7 +117,7 @@ def _told(path: Path, header: dict[str, str], arch: str | None) -> tuple[str, Re
     return recipe.arch, recipe
 
 
-def _timm_recipe(path: Path) -> Recipe | None:
+def _timm_recipe(path: Path) -> ModelConfig | None:
     """What the config.json of a timm folder tells, None where there is none.
 
     Pictures are fed as timm evaluates at its training size: `input_size` (not `test_input_size`), short side
@@ -140,7 +140,7 @@ def _timm_recipe(path: Path) -> Recipe | None:
         names = [str(name) for name in config.get("label_names") or feed.get("label_names") or []]
         if config.get("model_args"):
             raise UserError(f"holds a {config['architecture']} with model_args, not a net of the paper; give a plain one")
-        return Recipe(str(config["architecture"]).partition(".")[0], names, size, short, mean, std)
+        return ModelConfig(str(config["architecture"]).partition(".")[0], names, size, short, mean, std)
     except (OSError, ValueError, TypeError, LookupError, AttributeError, ArithmeticError) as error:
         raise UserError(f"its config.json is damaged ({error}); mend it, or take the weights away from it") from error
 
@@ -184,7 +184,7 @@ def _remedy(weights: Weights) -> str:
     outputs = _outputs(weights)
     fitting = []
     for arch in (name for name in ARCHS if not name.endswith("_blur")):  # their weights are the others'
-        net = outline(arch, **({"num_classes": outputs} if outputs else {}))
+        net = meta_model(arch, **({"num_classes": outputs} if outputs else {}))
         if _difference(net.state_dict(), weights) is None:
             fitting.append(arch)
     if fitting:

@@ -60,15 +60,15 @@ def option_c(channels_in: int, channels_out: int, stride: int) -> nn.Module:
     return nn.Sequential(nn.Conv2d(channels_in, channels_out, 1, stride, bias=False), nn.BatchNorm2d(channels_out))
 
 
-def drop_rows(x: torch.Tensor, probability: float, level: torch.Tensor | None = None) -> torch.Tensor:
+def drop_rows(x: torch.Tensor, probability: float, uniform: torch.Tensor | None = None) -> torch.Tensor:
     """Stochastic depth, each image by itself: of x (N, C, H, W) each row is zeros with `probability`, else scaled so that the
     expectation stays. torchvision's StochasticDepth in mode "row" does the same.
 
     level: (N,), uniform in [0, 1): rows below `probability` are zeros. None: drawn by torch's default generator of the device.
     """
-    if level is None:
-        level = torch.rand(x.shape[0], device=x.device)
-    return x * ((level >= probability) / (1 - probability)).to(x.dtype)[:, None, None, None]
+    if uniform is None:
+        uniform = torch.rand(x.shape[0], device=x.device)
+    return x * ((uniform >= probability) / (1 - probability)).to(x.dtype)[:, None, None, None]
 
 
 class Block(nn.Module):
@@ -94,12 +94,12 @@ class Block(nn.Module):
     def layers(self, x: torch.Tensor) -> torch.Tensor:
         raise NotImplementedError
 
-    def forward(self, x: torch.Tensor, level: torch.Tensor | None = None) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, uniform: torch.Tensor | None = None) -> torch.Tensor:
         """level: see `drop_rows`."""
         out = self.layers(x)
         if self.is_residual:
             if self.training and self.drop_path:
-                out = drop_rows(out, self.drop_path, level)
+                out = drop_rows(out, self.drop_path, uniform)
             out += x if self.downsample is None else self.downsample(x)
         return cast(torch.Tensor, self.relu(out))
 
@@ -154,9 +154,9 @@ class BottleneckV1(Bottleneck):
 class Stage(nn.Sequential):
     """Blocks, one after another. forward: x, and where they are given the blocks' levels (N, blocks), see `drop_rows`."""
 
-    def forward(self, x: torch.Tensor, levels: torch.Tensor | None = None) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, uniforms: torch.Tensor | None = None) -> torch.Tensor:
         for number, block in enumerate(self):
-            x = block(x, None if levels is None else levels[:, number])
+            x = block(x, None if uniforms is None else uniforms[:, number])
         return x
 
 
@@ -219,9 +219,9 @@ class ResNet(nn.Module):
     def blocks(self) -> int:
         return sum(self.depths)
 
-    def forward(self, x: torch.Tensor, levels: torch.Tensor | None = None) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, uniforms: torch.Tensor | None = None) -> torch.Tensor:
         x = self.maxpool(self.relu(self.bn1(self.conv1(x))))
-        of_stages = [None] * len(self.depths) if levels is None else levels.split(self.depths, 1)
+        of_stages = [None] * len(self.depths) if uniforms is None else uniforms.split(self.depths, 1)
         for name, own in zip(self.stage_names, of_stages, strict=True):
             x = getattr(self, name)(x, own)
         return cast(torch.Tensor, self.fc(self.avgpool(x).flatten(1)))

@@ -22,8 +22,8 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
-from model.weights import Recipe
-from pipeline.engines.multiview import Look, Looks
+from model.weights import ModelConfig
+from pipeline.engines.multiview import MultiViewBatch, ViewSpec
 from pipeline.pixels.normalize import Normalization, normalize_tensor
 from pipeline.plan import sampling
 from pipeline.plan.geometry import CentreCrop, TenCrop, WholeImage
@@ -32,18 +32,18 @@ SCHEMES = ("centre", "centre-flip", "ten-crop", "multi-scale")
 SCALES = (224, 256, 384, 480, 640)  # short sides for nets of crops of 224; for others in proportion
 
 
-def looks_of(scheme: str, recipe: Recipe, scales: Sequence[int] | None = None) -> dict[str, Look]:
+def view_specs_of(scheme: str, recipe: ModelConfig, scales: Sequence[int] | None = None) -> dict[str, ViewSpec]:
     """The looks whose pictures a scheme averages, by name. scales: short sides, pixels, of multi-scale (default: SCALES)."""
     size, short = recipe.image_size, recipe.eval_short
     if scheme == "centre":
-        return {"centre": Look(CentreCrop(short), size)}
+        return {"centre": ViewSpec(CentreCrop(short), size)}
     if scheme == "centre-flip":
-        return {"centre-flip": Look(CentreCrop(short, mirrored=True), size)}
+        return {"centre-flip": ViewSpec(CentreCrop(short, mirrored=True), size)}
     if scheme == "ten-crop":
-        return {"ten-crop": Look(TenCrop(short), size)}
+        return {"ten-crop": ViewSpec(TenCrop(short), size)}
     shorts = scales or [sampling.short_at(scale, size) for scale in SCALES]
     # A whole image has the same pictures whatever a net's crops are: nets share the look.
-    return {f"scale-{short}": Look(WholeImage(short, mirrored=True), short) for short in shorts}
+    return {f"scale-{short}": ViewSpec(WholeImage(short, mirrored=True), short) for short in shorts}
 
 
 class Classifier:
@@ -53,7 +53,7 @@ class Classifier:
         self,
         name: str,
         net: nn.Module,
-        recipe: Recipe,
+        recipe: ModelConfig,
         schemes: Sequence[str],
         scales: Sequence[int] | None = None,
         device: str = "cpu",
@@ -66,30 +66,32 @@ class Classifier:
         self.name = name
         self._device, self._dtype = torch.device(device), dtype
         self._net = net.eval().to(self._device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-        self._schemes = {scheme: looks_of(scheme, recipe, scales) for scheme in schemes}
+        self._schemes = {scheme: view_specs_of(scheme, recipe, scales) for scheme in schemes}
         self._most_pixels = batch_size * recipe.image_size**2
         stored = Normalization.of(recipe.mean, recipe.std)
-        self._tails = {look: self._tail(stored, look) for looks in self._schemes.values() for look in looks.values()}
+        self._normalizers = {
+            look: self._tail(stored, look) for view_specs in self._schemes.values() for look in view_specs.values()
+        }
 
     @property
-    def looks(self) -> list[Look]:
-        return list(self._tails)
+    def view_specs(self) -> list[ViewSpec]:
+        return list(self._normalizers)
 
     @torch.inference_mode()
-    def probabilities(self, batch: Looks) -> dict[str, torch.Tensor]:
+    def probabilities(self, batch: MultiViewBatch) -> dict[str, torch.Tensor]:
         """Each scheme's probabilities of N images, float32 (N, classes) on the device; multi-scale's scales alone, too, by
-        `looks_of`'s names. The batch may hold pictures of other nets' looks, too."""
-        of_look = {look: self._of_pictures(batch.pictures[look], look).view(len(batch.ids), -1) for look in self.looks}
+        `view_specs_of`'s names. The batch may hold pictures of other nets' looks, too."""
+        of_look = {look: self._of_pictures(batch.pictures[look], look).view(len(batch.ids), -1) for look in self.view_specs}
         found: dict[str, torch.Tensor] = {}
-        for scheme, looks in self._schemes.items():
-            found[scheme] = torch.stack([of_look[look] for look in looks.values()]).mean(dim=0)
-            found |= {name: of_look[look] for name, look in looks.items()}
+        for scheme, view_specs in self._schemes.items():
+            found[scheme] = torch.stack([of_look[look] for look in view_specs.values()]).mean(dim=0)
+            found |= {name: of_look[look] for name, look in view_specs.items()}
         return found
 
-    def _of_pictures(self, pictures: torch.Tensor, look: Look) -> torch.Tensor:
+    def _of_pictures(self, pictures: torch.Tensor, look: ViewSpec) -> torch.Tensor:
         """Mean probabilities of each image's pictures, float32 (N, classes). pictures: uint8 (N * crops, H, W, 3)."""
         _, height, width, _ = pictures.shape
-        mean, std = self._tails[look]
+        mean, std = self._normalizers[look]
         found = []
         for part in pictures.split(max(1, self._most_pixels // (height * width))):
             images = normalize_tensor(part, torch.zeros(len(part), 3, device=part.device), mean, std, self._dtype)
@@ -99,7 +101,7 @@ class Classifier:
         every = torch.cat(found)
         return every.view(-1, look.geometry.crops, every.shape[1]).mean(dim=1)
 
-    def _tail(self, stored: Normalization, look: Look) -> tuple[torch.Tensor, torch.Tensor]:
+    def _tail(self, stored: Normalization, look: ViewSpec) -> tuple[torch.Tensor, torch.Tensor]:
         """Mean and deviation of a look's pictures. A mean image belongs to places in a crop; whole images get its own mean."""
         whole = isinstance(look.geometry, WholeImage)
         normalization = stored.per_channel() if whole else stored.at(look.size)

@@ -1,7 +1,7 @@
 """Weight files: safetensors written whole or not at all; .pth, .pt and .bin read safely.
 
-Our files hold torchvision's keys and nothing else; how to feed the net stands in the header's strings (see `Recipe`), so that
-a file moved elsewhere can still be evaluated.
+Our files hold torchvision's keys and nothing else; how to feed the net stands in the header's strings (see `ModelConfig`), so
+that a file moved elsewhere can still be evaluated.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from pipeline.errors import UserError
 
 
 @dataclass(frozen=True)
-class Recipe:
+class ModelConfig:
     """How a net was made and is fed.
 
     arch: its name in ARCHS. classes: their names in label order; none where nobody told them. image_size: the crop's side,
@@ -50,12 +50,12 @@ class Recipe:
         }
 
     @staticmethod
-    def from_header(header: dict[str, str]) -> Recipe | None:
+    def from_header(header: dict[str, str]) -> ModelConfig | None:
         """The recipe in a file's header, None where there is none. Raises UserError for a damaged one."""
         if "arch" not in header:
             return None
         try:
-            return Recipe(
+            return ModelConfig(
                 header["arch"],
                 json.loads(header["classes"]),
                 int(header["image_size"]),

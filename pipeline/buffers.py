@@ -38,7 +38,7 @@ class BufferPool:
         self._lent: list[tuple[weakref.ref[Any], npt.NDArray[np.uint8]]] = []
         self._taking = threading.Lock()
 
-    def lend(self, shape: tuple[int, ...], dtype: npt.DTypeLike) -> tuple[npt.NDArray[Any], torch.Tensor]:
+    def acquire(self, shape: tuple[int, ...], dtype: npt.DTypeLike) -> tuple[npt.NDArray[Any], torch.Tensor]:
         """An array of undefined content and a tensor on the same memory, on the host."""
         dtype = np.dtype(dtype)
         wanted = math.prod(shape) * dtype.itemsize
@@ -51,7 +51,7 @@ class BufferPool:
             self._lent.append((weakref.ref(lent), memory))  # torch keeps `lent` as long as a tensor lives on it
         return lent, torch.from_numpy(lent)
 
-    def deliver(self, tensor: torch.Tensor) -> torch.Tensor:
+    def to_device(self, tensor: torch.Tensor) -> torch.Tensor:
         """A lent tensor on the device. It is copied beside what the device is doing; its current stream waits for that."""
         if not self._copies:
             return tensor

@@ -48,7 +48,7 @@ class Batch(NamedTuple):
     ids: Ints
 
 
-class Part(NamedTuple):
+class BatchRange(NamedTuple):
     """One rank's part of one global batch: positions [low, high) of the epoch. stop: where the global batch ends."""
 
     epoch: int
@@ -57,13 +57,13 @@ class Part(NamedTuple):
     stop: int
 
 
-class Work(NamedTuple):
+class BatchPlan(NamedTuple):
     """A part, planned: what an engine must make.
 
     ids: int64 (N,). views: of V = N * crops. heights, widths: int64 (N,), source pixels. size: height and width of the pictures.
     """
 
-    part: Part
+    batch_range: BatchRange
     ids: Ints
     views: Views
     heights: Ints
@@ -100,7 +100,7 @@ class Loader(ABC):
         self._stored_normalization = choose_normalization(spec, self.shards.manifest)
         self.normalization = self._stored_normalization.at(spec.final_size)
         self.buffers = BufferPool(spec.device)
-        self._tails: dict[tuple[int, int], Normalizer] = {}
+        self._normalizers: dict[tuple[int, int], Normalizer] = {}
         self._on_device: dict[tuple[int, int], tuple[torch.Tensor, torch.Tensor]] = {}
         self.epoch = 0
         self.consumed = 0
@@ -111,7 +111,7 @@ class Loader(ABC):
     # --- What an engine implements
 
     @abstractmethod
-    def _make(self, part: Part) -> Batch:
+    def _make(self, batch_range: BatchRange) -> Batch:
         """The batch of a part: `finish` of the pictures that `plan` asks for.
 
         Parts come in the order of `upcoming`, except after `close`, which `seek` calls. A sample that cannot be decoded goes to
@@ -136,15 +136,15 @@ class Loader(ABC):
         return int((-(-self.order.runs() // self.spec.batch_size)).sum())
 
     def __iter__(self) -> Iterator[Batch]:
-        for part in self.parts(self.epoch, self.consumed):
+        for batch_range in self.batch_ranges(self.epoch, self.consumed):
             try:
-                batch = self._make(part)
-                self.consumed = part.stop
+                batch = self._make(batch_range)
+                self.consumed = batch_range.stop
             except BaseException:  # an interrupt, too: what is in the making may have lost its place
                 self.close()
                 raise
             if self.substitutes.corrupt:
-                planned = self.order.samples(part.epoch, np.arange(part.low, part.high))
+                planned = self.order.samples(batch_range.epoch, np.arange(batch_range.low, batch_range.high))
                 self.replaced += int(np.count_nonzero(batch.ids != planned))
             yield batch
         self.epoch, self.consumed = self.epoch + 1, 0
@@ -180,7 +180,7 @@ class Loader(ABC):
 
     # --- What engines call
 
-    def parts(self, epoch: int, start: int) -> Iterator[Part]:
+    def batch_ranges(self, epoch: int, start: int) -> Iterator[BatchRange]:
         """This rank's parts of an epoch's global batches, from sample `start` on; empty ones are left out."""
         ends = np.cumsum(self.order.runs())
         while start < self.total:
@@ -190,77 +190,77 @@ class Loader(ABC):
                 return  # resumed with another batch size: dropped, since ranks must not differ in their number of batches
             low, high = sampling.share(start, stop, self.spec.rank, self.spec.world_size)
             if low < high:
-                yield Part(epoch, low, high, stop)
+                yield BatchRange(epoch, low, high, stop)
             start = stop
 
-    def upcoming(self, part: Part) -> Iterator[Part]:
+    def upcoming(self, batch_range: BatchRange) -> Iterator[BatchRange]:
         """This part, then the ones after it, epoch after epoch, for ever; so that an epoch's end costs nothing."""
-        yield part
-        epoch, start = part.epoch, part.stop
+        yield batch_range
+        epoch, start = batch_range.epoch, batch_range.stop
         while True:
-            yield from self.parts(epoch, start)
+            yield from self.batch_ranges(epoch, start)
             epoch, start = epoch + 1, 0
 
-    def plan(self, part: Part) -> Work:
+    def plan(self, batch_range: BatchRange) -> BatchPlan:
         """The samples of a part, known corrupt ones replaced, and their views."""
         if isinstance(self.order, Blocks):
-            self._prefetch(self.order, part)
-        return self._plan(part, np.arange(part.low, part.high))
+            self._prefetch(self.order, batch_range)
+        return self._plan(batch_range, np.arange(batch_range.low, batch_range.high))
 
-    def replace(self, work: Work, place: int, reason: str) -> None:
+    def replace(self, plan: BatchPlan, place: int, reason: str) -> None:
         """The sample at `place` of a part cannot be decoded: its substitute, and that one's size and views, take its place.
 
         For any thread; others may work at other places of the part. Raises UserError as `Substitutes` does.
         """
-        self.substitutes.mark(work.part.epoch, int(work.ids[place]), reason)
-        one = self._plan(work.part, np.array([work.part.low + place]))
-        work.ids[place], work.heights[place], work.widths[place] = one.ids[0], one.heights[0], one.widths[0]
+        self.substitutes.mark(plan.batch_range.epoch, int(plan.ids[place]), reason)
+        one = self._plan(plan.batch_range, np.array([plan.batch_range.low + place]))
+        plan.ids[place], plan.heights[place], plan.widths[place] = one.ids[0], one.heights[0], one.widths[0]
         views = slice(place * self.crops, (place + 1) * self.crops)
-        for column, its in zip(work.views.columns, one.views.columns, strict=True):
+        for column, its in zip(plan.views.columns, one.views.columns, strict=True):
             column[views] = its
 
-    def make_pictures(self, decoder: Decoder, work: Work, place: int, out: Pixels) -> None:
+    def make_views(self, decoder: Decoder, plan: BatchPlan, place: int, out: Pixels) -> None:
         """Make the pictures of one image of a part on the host. out: uint8 (crops, H, W, 3). Raises CorruptImageError."""
         views = slice(place * self.crops, (place + 1) * self.crops)
-        windows, flip = work.views.windows[views], work.views.flip[views]
-        stored = self.stored(int(work.ids[place]))
-        decoder.pictures(stored, int(work.heights[place]), int(work.widths[place]), windows, flip, out)
+        windows, flip = plan.views.windows[views], plan.views.flip[views]
+        stored = self.stored(int(plan.ids[place]))
+        decoder.pictures(stored, int(plan.heights[place]), int(plan.widths[place]), windows, flip, out)
 
-    def make_or_replace(self, decoder: Decoder, work: Work, place: int, out: Pixels) -> None:
-        """The same; an image that cannot be decoded is replaced in `work`, again if its substitute cannot be either."""
+    def make_or_replace(self, decoder: Decoder, plan: BatchPlan, place: int, out: Pixels) -> None:
+        """The same; an image that cannot be decoded is replaced in `plan`, again if its substitute cannot be either."""
         while True:
             try:
-                return self.make_pictures(decoder, work, place, out)
+                return self.make_views(decoder, plan, place, out)
             except CorruptImageError as error:
-                self.replace(work, place, str(error))
+                self.replace(plan, place, str(error))
 
-    def finish(self, pixels: torch.Tensor, work: Work) -> Batch:
+    def finish(self, pixels: torch.Tensor, plan: BatchPlan) -> Batch:
         """The batch of a part's pictures, without waiting for the device.
 
         pixels: (V, H, W, 3) on the spec's device: uint8, before the views' shift, or of the spec's floating point dtype where the
         engine has applied that and the colour tail.
         """
-        labels = self._to_device(self.shards.samples["label"][work.ids].astype(np.int64))
-        if work.views.shift is not None and pixels.dtype == torch.uint8:
-            pixels = translate_tensor(pixels, self._to_device(work.views.shift))
+        labels = self._to_device(self.shards.samples["label"][plan.ids].astype(np.int64))
+        if plan.views.shift is not None and pixels.dtype == torch.uint8:
+            pixels = translate_tensor(pixels, self._to_device(plan.views.shift))
         if pixels.dtype == self.spec.dtype:
-            return Batch(pixels.permute(0, 3, 1, 2), labels, work.ids)
-        shift = lighting(work.views.alphas, self.basis)
+            return Batch(pixels.permute(0, 3, 1, 2), labels, plan.ids)
+        shift = lighting(plan.views.alphas, self.basis)
         if pixels.device.type == "cpu":
-            out, images = self.buffers.lend(tuple(pixels.shape), stored_dtype(self.spec.dtype))
-            self.tail(work.size).batch(pixels.numpy(), shift, out)
-            return Batch(images.view(self.spec.dtype).permute(0, 3, 1, 2), labels, work.ids)
-        if work.size not in self._on_device:
-            normalization = self.normalization_at(work.size)
-            self._on_device[work.size] = self._to_device(normalization.mean), self._to_device(normalization.std)
-        images = normalize_tensor(pixels, self._to_device(shift), *self._on_device[work.size], self.spec.dtype)
-        return Batch(images, labels, work.ids)
+            out, images = self.buffers.acquire(tuple(pixels.shape), stored_dtype(self.spec.dtype))
+            self.normalizer(plan.size).batch(pixels.numpy(), shift, out)
+            return Batch(images.view(self.spec.dtype).permute(0, 3, 1, 2), labels, plan.ids)
+        if plan.size not in self._on_device:
+            normalization = self.normalization_at(plan.size)
+            self._on_device[plan.size] = self._to_device(normalization.mean), self._to_device(normalization.std)
+        images = normalize_tensor(pixels, self._to_device(shift), *self._on_device[plan.size], self.spec.dtype)
+        return Batch(images, labels, plan.ids)
 
-    def tail(self, size: tuple[int, int]) -> Normalizer:
+    def normalizer(self, size: tuple[int, int]) -> Normalizer:
         """The colour tail on the CPU for pictures of `size`, height and width. For any thread."""
-        if size not in self._tails:
-            self._tails[size] = Normalizer(self.normalization_at(size), size[1])
-        return self._tails[size]
+        if size not in self._normalizers:
+            self._normalizers[size] = Normalizer(self.normalization_at(size), size[1])
+        return self._normalizers[size]
 
     def normalization_at(self, size: tuple[int, int]) -> Normalization:
         """The normalization of pictures of `size`, height and width.
@@ -295,15 +295,15 @@ class Loader(ABC):
 
     # --- How it is done
 
-    def _plan(self, part: Part, positions: Ints) -> Work:
+    def _plan(self, batch_range: BatchRange, positions: Ints) -> BatchPlan:
         spec = self.spec
-        ids = self.substitutes.apply(part.epoch, self.order.samples(part.epoch, positions))
+        ids = self.substitutes.apply(batch_range.epoch, self.order.samples(batch_range.epoch, positions))
         heights, widths = self._sizes(ids)
-        size = spec.size_at(part.epoch)
+        size = spec.size_at(batch_range.epoch)
         geometry = spec.geometry_at(size)
-        views = geometry.views(spec.seed, part.epoch, ids, heights, widths, size, spec.alpha_std)
+        views = geometry.views(spec.seed, batch_range.epoch, ids, heights, widths, size, spec.alpha_std)
         height, width = geometry.shapes(heights[:1], widths[:1], size)[0].tolist()  # one for all, see ByShape
-        return Work(part, ids, views, heights, widths, (height, width))
+        return BatchPlan(batch_range, ids, views, heights, widths, (height, width))
 
     def _open_order(self, count: int) -> Order:
         spec = self.spec
@@ -317,9 +317,9 @@ class Loader(ABC):
             return Blocks(self.shards.sizes, spec.seed, spec.block_shards)
         return Sequential(count)
 
-    def _prefetch(self, order: Blocks, part: Part) -> None:
+    def _prefetch(self, order: Blocks, batch_range: BatchRange) -> None:
         """At a block's beginning, ask for its shards and the next block's."""
-        place = part.epoch, order.block(part.epoch, part.low)
+        place = batch_range.epoch, order.block(batch_range.epoch, batch_range.low)
         if place != self._hinted:
             self._hinted = place
             epoch, block = place
@@ -337,7 +337,7 @@ def choose_normalization(spec: LoaderSpec, manifest: Manifest) -> Normalization:
     return Normalization.of(manifest.mean_image() if spec.normalization == "pixel" else manifest.channel_mean())
 
 
-def check_turn(work: Work, part: Part) -> None:
+def check_turn(plan: BatchPlan, batch_range: BatchRange) -> None:
     """An engine's next batch must be the one that is asked for; it is not where two iterations take turns."""
-    if work.part != part:
+    if plan.batch_range != batch_range:
         raise RuntimeError("two iterations over one loader at a time; open a loader for each")

@@ -19,7 +19,7 @@ CORRUPT = ("replace", "stop")
 
 @dataclass(frozen=True)
 class LoaderSpec:
-    """What to load. Everything that decides pixels and order is here; `engine`, `threads`, `prefetch`, `decoder_share` and the
+    """What to load. Everything that decides pixels and order is here; `engine`, `threads`, `prefetch`, `hw_decoder_load` and the
     cache decide speed alone.
 
     data: the shards' folder, or its URL. split: "train", "val". training: drop the ragged end of an epoch, instead of delivering
@@ -57,7 +57,7 @@ class LoaderSpec:
     engine: str = "auto"
     threads: int = 2
     prefetch: int = 2
-    decoder_share: float = 0.65
+    hw_decoder_load: float = 0.65
     cache: str | Path | None = None
     cache_gb: float | None = None
 
@@ -130,7 +130,7 @@ def check(spec: LoaderSpec) -> None:
         raise UserError(f"rank {spec.rank} is not in [0, {spec.world_size})")
     if not 0 <= spec.seed < 1 << 64:
         raise UserError(f"seed must lie in [0, 2^64), not {spec.seed}")
-    if not 0 <= spec.decoder_share <= 1:
-        raise UserError(f"decoder share must lie in [0, 1], not {spec.decoder_share}")
+    if not 0 <= spec.hw_decoder_load <= 1:
+        raise UserError(f"decoder share must lie in [0, 1], not {spec.hw_decoder_load}")
     if spec.dtype not in (*PRECISIONS.values(), torch.uint8):
         raise UserError(f"images come as float32, float16, bfloat16 or uint8, not {spec.dtype}")

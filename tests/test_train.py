@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 from model import ARCHS
-from model.weights import Recipe, load_weights
+from model.weights import ModelConfig, load_weights
 from pipeline.plan import sampling
 from pipeline.spec import LoaderSpec
 from pipeline.store.shards import ShardSet
@@ -40,7 +40,7 @@ def test_a_run_learns_and_leaves_everything_behind(small_shards: Path, finished:
     assert all(0 <= float(row["wait_share"]) <= 1 and float(row["images_per_s"]) > 0 for row in rows if row["train_loss"])
     weights, header = load_weights(finished / "model.safetensors")
     assert weights.keys() == ARCHS["resnet20"](num_classes=3).state_dict().keys()
-    recipe = Recipe.from_header(header)
+    recipe = ModelConfig.from_header(header)
     assert recipe is not None
     assert (recipe.arch, recipe.image_size, recipe.eval_short, recipe.mean.shape) == ("resnet20", 32, 37, (32, 32, 3))
     assert {path.name for path in (finished / "checkpoints").iterdir()} >= {"last", "best", "step-00000035"}
@@ -76,7 +76,7 @@ def test_padded_crops_of_a_cifar_net_by_its_recipe(small_shards: Path, tmp_path:
     assert result.returncode == 0, result.stderr
     rates = [float(row["lr"]) for row in read_metrics(run / "metrics.csv") if row["lr"]]
     assert rates == pytest.approx([0.01, 0.01, 0.1, 0.1, 0.01, 0.01, 0.001, 0.001])
-    recipe = Recipe.from_header(load_weights(run / "model.safetensors")[1])
+    recipe = ModelConfig.from_header(load_weights(run / "model.safetensors")[1])
     assert recipe is not None
     assert (recipe.arch, recipe.image_size, recipe.eval_short) == ("resnet20", 32, 32)
     assert run_forked("tools/plot_run.py", run, "--data", small_shards).returncode == 0

@@ -19,17 +19,17 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import train
 from pipeline.cli import run_cli
-from pipeline.loader import Batch, Loader, Part, Work
+from pipeline.loader import Batch, BatchPlan, BatchRange, Loader
 
-given: dict[tuple[int, ...], Work] = {}
+given: dict[tuple[int, ...], BatchPlan] = {}
 original_plan, original_iter = Loader.plan, Loader.__iter__
 
 
-def plan(self: Loader, part: Part) -> Work:
-    work = original_plan(self, part)
+def plan(self: Loader, batch_range: BatchRange) -> BatchPlan:
+    plan = original_plan(self, batch_range)
     if self.spec.training:
-        given[(part.epoch, *work.ids.tolist())] = work
-    return work
+        given[(batch_range.epoch, *plan.ids.tolist())] = plan
+    return plan
 
 
 def iterate(self: Loader) -> Iterator[Batch]:

@@ -29,18 +29,18 @@ import torch
 from tqdm import tqdm
 
 from model import ARCHS
-from model.ensembles import Collected, Ground, Member, Saved, evaluate
-from model.loading import load_net
-from model.schemes import SCALES, SCHEMES, Classifier, looks_of
+from model.ensembles import EvalSet, Member, PredictionWriter, SavedPredictions, evaluate
+from model.loading import load_model
+from model.schemes import SCALES, SCHEMES, Classifier, view_specs_of
 from model.testing import Score
 from pipeline import open_loader
 from pipeline.cli import Parser, positive, run_cli
-from pipeline.engines.multiview import Look, Looks, Several
+from pipeline.engines.multiview import MultiViewBatch, MultiViewLoader, ViewSpec
 from pipeline.errors import UserError
 from pipeline.spec import PRECISIONS, LoaderSpec
 from pipeline.store.shards import Manifest
 from tools.bench.recording import Figure, record
-from training.launch import core_share
+from training.launch import cores_per_process
 
 
 def parser() -> Parser:
@@ -75,10 +75,10 @@ def add_feed_options(parser: Parser) -> None:
     parser.add_argument("--precision", default="no", choices=PRECISIONS)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--engine", default="auto", help="cpu, where there are several schemes, scales or image sizes")
-    parser.add_argument("--threads", type=positive, default=core_share())
+    parser.add_argument("--threads", type=positive, default=cores_per_process())
 
 
-def choose_schemes(asked: Sequence[str] | None, saved: Sequence[Saved]) -> list[str]:
+def choose_schemes(asked: Sequence[str] | None, saved: Sequence[SavedPredictions]) -> list[str]:
     """The schemes asked for; else those of saved predictions; else the central crop. Saved predictions go on with them alone.
     Raises UserError where a file lacks one."""
     schemes = list(dict.fromkeys(asked or (saved[0].schemes if saved else ["centre"])))
@@ -91,7 +91,7 @@ def choose_schemes(asked: Sequence[str] | None, saved: Sequence[Saved]) -> list[
     return schemes
 
 
-def choose_ground(args: Any, saved: Sequence[Saved]) -> Ground:
+def choose_ground(args: Any, saved: Sequence[SavedPredictions]) -> EvalSet:
     """What all predictions must be of: the data, or where none is given what the first file's are of."""
     if args.data is None:
         ground, whose = saved[0].ground._replace(split=args.split), f"{saved[0].name}, --split {args.split}"
@@ -100,7 +100,7 @@ def choose_ground(args: Any, saved: Sequence[Saved]) -> Ground:
         if args.split not in manifest.splits:
             raise UserError(f"{args.data}: has no split {args.split!r}, only {', '.join(manifest.splits)}")
         images = manifest.splits[args.split]["images"]
-        ground = Ground(manifest.fingerprint, args.split, manifest.classes, images)
+        ground = EvalSet(manifest.fingerprint, args.split, manifest.classes, images)
         whose = f"--data {args.data} --split {args.split}"
     for one in saved:
         one.check(ground, whose)
@@ -123,7 +123,7 @@ def check_options(args: Any, nets: Sequence[str], schemes: Sequence[str]) -> lis
     return shares
 
 
-def open_pictures(args: Any, looks: Sequence[Look]) -> tuple[Iterable[Looks], int]:
+def open_pictures(args: Any, view_specs: Sequence[ViewSpec]) -> tuple[Iterable[MultiViewBatch], int]:
     """Batches of plain pictures, and how many. Those of one look come from any engine, several at once from the CPU."""
     spec = LoaderSpec(
         args.data,
@@ -136,25 +136,25 @@ def open_pictures(args: Any, looks: Sequence[Look]) -> tuple[Iterable[Looks], in
         cache=args.cache,
         cache_gb=args.cache_gb,
     ).evaluation(args.split)
-    if len(looks) > 1:
-        several = Several(spec, looks)
+    if len(view_specs) > 1:
+        several = MultiViewLoader(spec, view_specs)
         return several, len(several)
-    look = looks[0]
+    look = view_specs[0]
     loader = open_loader(replace(spec, geometry=look.geometry, image_size=look.size))
-    return (Looks({look: batch.images.permute(0, 2, 3, 1)}, batch.labels, batch.ids) for batch in loader), len(loader)
+    return (MultiViewBatch({look: batch.images.permute(0, 2, 3, 1)}, batch.labels, batch.ids) for batch in loader), len(loader)
 
 
 def open_members(
-    args: Any, saved: dict[str, Saved], schemes: Sequence[str], classes: list[str]
-) -> tuple[list[Member], Iterable[Looks]]:
+    args: Any, saved: dict[str, SavedPredictions], schemes: Sequence[str], classes: list[str]
+) -> tuple[list[Member], Iterable[MultiViewBatch]]:
     """The members in the order given, and the batches that they have to see."""
-    nets = {path: load_net(path, args.arch, classes) for path in args.weights if path not in saved}
+    nets = {path: load_model(path, args.arch, classes) for path in args.weights if path not in saved}
     if not nets:
         return [saved[path] for path in args.weights], next(iter(saved.values())).batches()
-    looks = dict.fromkeys(
-        look for _, recipe in nets.values() for scheme in schemes for look in looks_of(scheme, recipe, args.scales).values()
+    view_specs = dict.fromkeys(
+        look for _, recipe in nets.values() for scheme in schemes for look in view_specs_of(scheme, recipe, args.scales).values()
     )
-    batches, count = open_pictures(args, list(looks))  # first, as it also checks the device
+    batches, count = open_pictures(args, list(view_specs))  # first, as it also checks the device
     how = schemes, args.scales, args.device, PRECISIONS[args.precision], args.batch_size
     tested = {path: Classifier(path, net, recipe, *how) for path, (net, recipe) in nets.items()}
     return [(saved | tested)[path] for path in args.weights], tqdm(batches, total=count, unit=" batches")
@@ -201,12 +201,12 @@ def write_tables(result: Score, classes: list[str], per_class: Path | None, conf
 
 def main() -> None:
     args = parser().parse_args()
-    saved = {path: Saved(path) for path in args.weights if path.endswith(".npz")}
+    saved = {path: SavedPredictions(path) for path in args.weights if path.endswith(".npz")}
     schemes = choose_schemes(args.schemes, list(saved.values()))
     shares = check_options(args, [path for path in args.weights if path not in saved], schemes)
     ground = choose_ground(args, list(saved.values()))
     members, batches = open_members(args, saved, schemes, ground.classes)
-    collected = Collected(ground, schemes) if args.save else None
+    collected = PredictionWriter(ground, schemes) if args.save else None
     results = evaluate(members, shares, batches, schemes, len(ground.classes), collected)
 
     names = [member.name for member in members]

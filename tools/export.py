@@ -28,9 +28,9 @@ import numpy as np
 
 from model.card import About, model_card, timm_config
 from model.exporting import check_packages, write_onnx, write_program
-from model.loading import load_net
+from model.loading import load_model
 from model.resnet import ARCHS, ResNet
-from model.weights import Recipe, save_weights
+from model.weights import ModelConfig, save_weights
 from pipeline.cli import Parser, run_cli
 from pipeline.errors import UserError
 from pipeline.pixels.normalize import Normalization
@@ -53,14 +53,14 @@ def read_figures(path: Path) -> tuple[dict[str, tuple[float, float]], int]:
         raise UserError(f"{path}: holds no top1, top5 and images; give what tools/evaluate.py --json wrote") from error
 
 
-def dataset_of(recipe: Recipe) -> str | None:
+def dataset_of(recipe: ModelConfig) -> str | None:
     """The Hub's name of the data, if it is ImageNet-1k: its first and last synsets among 1000 classes."""
     classes = recipe.classes
     return "imagenet-1k" if len(classes) == 1000 and (classes[0], classes[-1]) == ("n01440764", "n15075141") else None
 
 
 @contextmanager
-def publishing_folder(out: Path) -> Iterator[Path]:
+def atomic_folder(out: Path) -> Iterator[Path]:
     """A folder to fill. When the block ends well it is `out`, whole; else nothing of it remains."""
     scratch = out.with_name(f".{out.name}.{uuid.uuid4().hex}{PARTIAL}")
     try:
@@ -76,7 +76,7 @@ def publishing_folder(out: Path) -> Iterator[Path]:
         shutil.rmtree(scratch, ignore_errors=True)
 
 
-def write(net: ResNet, recipe: Recipe, about: About, folder: Path) -> list[str]:
+def write(net: ResNet, recipe: ModelConfig, about: About, folder: Path) -> list[str]:
     """All files of an export into `folder`; lines that say how far the graphs are from torch."""
     found = []
     if "safetensors" in about.formats:
@@ -146,9 +146,9 @@ def main() -> None:
     args = parser().parse_args()
     check_arguments(args)
     figures, images = read_figures(args.results) if args.results else ({}, 0)
-    net, recipe = load_net(args.weights, args.arch, None)
+    net, recipe = load_model(args.weights, args.arch, None)
     about = About(args.formats, args.dataset or dataset_of(recipe), args.license, args.push, figures, images)
-    with publishing_folder(args.out) as folder:
+    with atomic_folder(args.out) as folder:
         lines = write(net, recipe, about, folder)
     names = ", ".join(sorted(path.name for path in args.out.iterdir()))
     print("\n".join([*lines, f"{args.out}: {recipe.arch} of {net.fc.out_features} classes: {names}"]))

@@ -51,7 +51,7 @@ from tools.profiler.planted import Planted
 from tools.profiler.profile import Options, profile, shards_of
 from tools.profiler.table import table
 from training import tuned
-from training.launch import core_share
+from training.launch import cores_per_process
 
 
 def above_zero(text: str) -> float:
@@ -242,7 +242,7 @@ def main() -> None:
     check(args)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # an exception: contenders and temporary files go
     if args.device == "cpu":
-        torch.set_num_threads(core_share())
+        torch.set_num_threads(cores_per_process())
     found = run_all(args)
     if args.json:
         files.write(str(args.json), json.dumps(found, indent=1).encode() + b"\n")

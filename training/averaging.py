@@ -15,7 +15,7 @@ from torch import nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 
-class Average:
+class WeightEMA:
     """The average of a net's parameters and BN statistics after each update; BN's counts of batches are the net's own.
 
     net: the averaged net, on the device and in the memory format of the one averaged; without gradients.

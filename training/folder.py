@@ -18,7 +18,7 @@ from accelerate import Accelerator
 from pipeline.errors import UserError
 from pipeline.loader import Loader
 from pipeline.store import files
-from training.feeding import scale_of
+from training.loaders import scale_of
 from training.provenance import commit, environment, hardware, versions
 
 

@@ -15,7 +15,7 @@ from torch import distributed
 from pipeline.errors import UserError
 
 
-def core_share() -> int:
+def cores_per_process() -> int:
     """Cores that this process may use, when it shares them with the others on its machine."""
     return max(1, len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
 
@@ -39,7 +39,7 @@ def check_launch(processes: int) -> None:
             )
 
 
-def meet_again() -> None:
+def rejoin_process_group() -> None:
     """Among processes that torchrun has started again: meet, which Accelerate then leaves alone.
 
     Torchrun gives them the store of those that died, with the addresses of these still in it (seen in torch 2.13), which they
@@ -57,7 +57,7 @@ def meet_again() -> None:
     )
 
 
-def end_with_launcher() -> None:
+def terminate_with_launcher() -> None:
     """Under `accelerate launch` with one process: get SIGTERM when the launcher ends. It does not pass on the one that it gets,
     and the training would go on alone, holding its GPU.
     """

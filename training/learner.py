@@ -16,11 +16,11 @@ from model.resnet import ResNet
 from pipeline.buffers import to_device
 from pipeline.loader import Batch, Loader
 from pipeline.plan import sampling
-from training.averaging import Average
+from training.averaging import WeightEMA
 from training.compiling import compiled
-from training.levels import Stream, levels
 from training.mixing import Mixing, apply, mixed_loss
 from training.optimizers import load_state, make_optimizer
+from training.uniforms import Stream, uniforms
 
 
 class Learner:
@@ -35,13 +35,13 @@ class Learner:
         dropped = {"drop_path": args.drop_path} if args.drop_path else {}
         net = ARCHS[args.arch](num_classes=len(loader.classes), **dropped)
         self.net: ResNet = net.to(accelerator.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-        self.average: Average | None = None
+        self.average: WeightEMA | None = None
 
     def start(self, loader: Loader, saved: dict[str, Any] | None) -> None:
         """Get ready to train from the weights that the net has now; saved: the rest of a checkpoint, by `state_dict`."""
         args, accelerator = self.args, self.accelerator
         if args.ema is not None:
-            self.average = Average(self.net, args.ema)
+            self.average = WeightEMA(self.net, args.ema)
             if saved:
                 self.average.load_state_dict(saved["average"])
                 self.net.load_state_dict(saved["net"])
@@ -53,7 +53,7 @@ class Learner:
             images = torch.zeros(count, 3, side, side, dtype=loader.spec.dtype, device=accelerator.device)
             inputs = [images.to(memory_format=torch.channels_last)]
             if args.drop_path:
-                inputs.append(self._levels(0, 0, count, accelerator.device))
+                inputs.append(self._uniforms(0, 0, count, accelerator.device))
             fast = compiled(self.net, args.compile, inputs, accelerator.autocast, accelerator.print)
         self.model, self.optimizer = accelerator.prepare(fast, optimizer)
         if saved:
@@ -86,7 +86,7 @@ class Learner:
         shares: Sequence[torch.Tensor | None] = [None] * parts
         drawn: Sequence[tuple[torch.Tensor, ...]] = [()] * parts  # what the net takes beside the images
         if self.args.drop_path:
-            drawn = [(part,) for part in self._levels(epoch, low, high, images.device).chunk(parts)]
+            drawn = [(part,) for part in self._uniforms(epoch, low, high, images.device).chunk(parts)]
         if self.mixing is not None:
             images, share = apply(images, self.mixing.draw(epoch, low, high, (images.shape[2], images.shape[3])))
             shares = share.chunk(parts)
@@ -104,9 +104,9 @@ class Learner:
             self.average.update(self.net)
         return mean, top1
 
-    def _levels(self, epoch: int, low: int, high: int, device: torch.device) -> torch.Tensor:
+    def _uniforms(self, epoch: int, low: int, high: int, device: torch.device) -> torch.Tensor:
         """What decides which blocks are dropped for the images at positions [low, high): float32 (high - low, blocks)."""
-        drawn = levels(self.args.seed, Stream.DROP, epoch, low, high, self.net.blocks)
+        drawn = uniforms(self.args.seed, Stream.DROP, epoch, low, high, self.net.blocks)
         return to_device(drawn.astype(np.float32), device)
 
     def _loss(self, logits: torch.Tensor, labels: torch.Tensor, share: torch.Tensor | None) -> torch.Tensor:

@@ -9,7 +9,7 @@ Sources:
 - CutMix, a box of y in x: Yun et al. 2019, "CutMix: regularization strategy to train strong classifiers with localizable
   features", section 3.1. The box's centre is uniform, its sides are sqrt(1 - a) of the picture's; what lies outside the picture
   is cut off, and a becomes what is left of x.
-- Random numbers: `training.levels`, where a pair is a position.
+- Random numbers: `training.uniforms`, where a pair is a position.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from scipy.special import betaincinv
 
 from pipeline.buffers import to_device
 from pipeline.errors import UserError
-from training.levels import Stream, levels
+from training.uniforms import Stream, uniforms
 
 Floats = npt.NDArray[np.float32]
 
@@ -63,9 +63,9 @@ class Mixing:
         """
         if low % 2 or high % 2:
             raise ValueError(f"positions {low} to {high} split a pair")
-        level, choice, *centre = levels(self.seed, Stream.MIX, epoch, low // 2, high // 2, 4).T
-        is_mixup = choice < 0.5 if self.mixup and self.cutmix else np.full(len(level), bool(self.mixup))
-        share = np.where(is_mixup, _beta(self.mixup, level), _beta(self.cutmix, level))
+        uniform, choice, *centre = uniforms(self.seed, Stream.MIX, epoch, low // 2, high // 2, 4).T
+        is_mixup = choice < 0.5 if self.mixup and self.cutmix else np.full(len(uniform), bool(self.mixup))
+        share = np.where(is_mixup, _beta(self.mixup, uniform), _beta(self.cutmix, uniform))
         boxes = _boxes(share, np.stack(centre, 1), size)
         boxes[is_mixup] = 0
         height, width = size
@@ -75,9 +75,9 @@ class Mixing:
         return Mixes(*(np.repeat(of_pair, 2, axis=0).astype(np.float32) for of_pair in (share, opacity, boxes)))
 
 
-def _beta(alpha: float, level: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+def _beta(alpha: float, uniform: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
     """Quantiles of Beta(alpha, alpha) at levels of [0, 1); 1, for an image alone, where alpha is 0."""
-    found: npt.NDArray[np.float64] = betaincinv(alpha, alpha, level) if alpha else np.ones_like(level)
+    found: npt.NDArray[np.float64] = betaincinv(alpha, alpha, uniform) if alpha else np.ones_like(uniform)
     return found
 
 

@@ -22,7 +22,7 @@ from pipeline.errors import UserError
 from pipeline.spec import LoaderSpec
 from pipeline.store import files
 from pipeline.store.shards import Manifest
-from training.launch import core_share
+from training.launch import cores_per_process
 
 
 def file() -> Path:
@@ -36,7 +36,7 @@ def key(spec: LoaderSpec) -> str:
     """What the settings of a spec depend on."""
     engine = choose_engine(spec)[0] if spec.engine == "auto" else spec.engine
     device = torch.cuda.get_device_name(torch.device(spec.device)) if spec.device.startswith("cuda") else spec.device
-    return f"{platform.node()}, data {Manifest(spec.data).fingerprint}, {engine}, {device}, {core_share()} cores"
+    return f"{platform.node()}, data {Manifest(spec.data).fingerprint}, {engine}, {device}, {cores_per_process()} cores"
 
 
 def load(spec: LoaderSpec) -> tuple[int, int] | None:
@@ -69,7 +69,7 @@ def save(spec: LoaderSpec, threads: int, prefetch: int, images_per_s: float) -> 
 def with_tuned(spec: LoaderSpec, threads: int | None, prefetch: int | None) -> LoaderSpec:
     """The spec with these settings; for None, what was tuned for it, else this process's share of the cores and the default."""
     found = load(spec) if threads is None or prefetch is None else None
-    best_threads, best_prefetch = found or (core_share(), spec.prefetch)
+    best_threads, best_prefetch = found or (cores_per_process(), spec.prefetch)
     return replace(spec, threads=threads or best_threads, prefetch=prefetch or best_prefetch)
 
 

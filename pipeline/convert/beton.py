@@ -32,7 +32,7 @@ from PIL import Image
 
 from ..engines.ffcv_field import Stored, region_field, store_encoded
 from ..errors import UserError
-from ..store.files import publishing, sha256
+from ..store.files import atomic_write, sha256
 from ..store.shards import ShardSet
 
 MODES = ("jpg", "raw", "proportion", "region")
@@ -79,7 +79,7 @@ def write_beton(
     if not len(shards):
         raise UserError(f"{path}: a split without samples makes no beton")
     require_ffcv()
-    with publishing(str(path)) as scratch:
+    with atomic_write(str(path)) as scratch:
         try:
             with _encoded(shards, settings, workers) as images:
                 checksums = _write(scratch, shards, settings, images, progress)

@@ -156,7 +156,7 @@ def write_betons(out: str, settings: BetonSettings, workers: int) -> None:
             continue
         shards = ShardSet(out, split)
         # FFCV writes local files: one that is then uploaded, if OUT is remote.
-        place = files.publishing(path) if files.is_remote(path) else nullcontext(Path(path))
+        place = files.atomic_write(path) if files.is_remote(path) else nullcontext(Path(path))
         with tqdm(total=len(shards), unit=" images", desc=file) as bar, place as local:
             digest = write_beton(shards, local, settings, workers, bar.update)
         entry["beton"] = {"file": file, "sha256": digest, "settings": asdict(settings)}

@@ -131,7 +131,7 @@ def run(task: ShardTask, progress: Callable[[], None]) -> None:
         return
     record = Record(np.empty(0, shards.SAMPLE), np.empty((0, 32), np.uint8), [], {})
     digests: list[bytes] = []
-    with files.publishing(task.tar) as tar, files.publishing(task.idx) as idx:
+    with files.atomic_write(task.tar) as tar, files.atomic_write(task.idx) as idx:
         record.samples = shards.write_shard(tar, idx, task.shard, _encoded(task, record, digests, progress), task.digits)
         record.entry = {
             "file": task.file,

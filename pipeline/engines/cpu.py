@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from ..loader import Batch, Loader, Part, Work, check_turn
+from ..loader import Batch, BatchPlan, BatchRange, Loader, check_turn
 from ..pixels.decoder import Decoder
 from ..pixels.normalize import lighting, stored_dtype, translate
 from ..spec import LoaderSpec
@@ -35,7 +35,7 @@ def open(spec: LoaderSpec) -> CpuLoader:
 class _Job:
     """A batch in the making. images: what the pictures are written to, (V, H, W, 3). tensor: the same memory."""
 
-    work: Work
+    plan: BatchPlan
     images: Any
     tensor: torch.Tensor
     chunks: list[Future[None]] = field(default_factory=list)
@@ -48,10 +48,10 @@ class CpuLoader(Loader):
 
     def __init__(self, spec: LoaderSpec) -> None:
         super().__init__(spec)
-        self._tail_in_threads = torch.device(spec.device).type == "cpu" and spec.dtype != torch.uint8
+        self._normalize_in_threads = torch.device(spec.device).type == "cpu" and spec.dtype != torch.uint8
         self._own = threading.local()  # each thread's decoder and pixels
         self._threads: ThreadPoolExecutor | None = None
-        self._schedule: Iterator[Part] = iter(())
+        self._schedule: Iterator[BatchRange] = iter(())
         self._jobs: deque[_Job] = deque()
 
     def close(self) -> None:
@@ -64,26 +64,26 @@ class CpuLoader(Loader):
     def ready(self) -> int:
         return sum(all(chunk.done() for chunk in job.chunks) for job in self._jobs.copy())
 
-    def _make(self, part: Part) -> Batch:
+    def _make(self, batch_range: BatchRange) -> Batch:
         if not self._jobs:
-            self._schedule = self.upcoming(part)
+            self._schedule = self.upcoming(batch_range)
         while len(self._jobs) <= self.spec.prefetch:
             self._jobs.append(self._begin(next(self._schedule)))
         job = self._jobs.popleft()
-        check_turn(job.work, part)
+        check_turn(job.plan, batch_range)
         for chunk in job.chunks:
             chunk.result()
-        images = job.tensor.view(self.spec.dtype) if self._tail_in_threads else self.buffers.deliver(job.tensor)
-        return self.finish(images, job.work)
+        images = job.tensor.view(self.spec.dtype) if self._normalize_in_threads else self.buffers.to_device(job.tensor)
+        return self.finish(images, job.plan)
 
-    def _begin(self, part: Part) -> _Job:
+    def _begin(self, batch_range: BatchRange) -> _Job:
         """Hand a part's chunks to the threads."""
         self._threads = self._threads or ThreadPoolExecutor(self.spec.threads, "cropfeed")
-        work = self.plan(part)
-        shape = (len(work.views.flip), *work.size, 3)
-        job = _Job(work, *self.buffers.lend(shape, stored_dtype(self.spec.dtype) if self._tail_in_threads else np.uint8))
-        for first in range(0, len(work.ids), _CHUNK):
-            places = range(first, min(first + _CHUNK, len(work.ids)))
+        plan = self.plan(batch_range)
+        shape = (len(plan.views.flip), *plan.size, 3)
+        job = _Job(plan, *self.buffers.acquire(shape, stored_dtype(self.spec.dtype) if self._normalize_in_threads else np.uint8))
+        for first in range(0, len(plan.ids), _CHUNK):
+            places = range(first, min(first + _CHUNK, len(plan.ids)))
             job.chunks.append(self._threads.submit(self._fill, job, places))
         return job
 
@@ -92,15 +92,15 @@ class CpuLoader(Loader):
         own = self._own
         if not hasattr(own, "decoder"):
             own.decoder, own.pixels = Decoder(), np.empty(0, np.uint8)
-        work, crops = job.work, self.crops
-        shape = (crops, *work.size, 3)
-        if self._tail_in_threads and own.pixels.shape != shape:
+        plan, crops = job.plan, self.crops
+        shape = (crops, *plan.size, 3)
+        if self._normalize_in_threads and own.pixels.shape != shape:
             own.pixels = np.empty(shape, np.uint8)
         for place in places:
             views = slice(place * crops, (place + 1) * crops)
-            pictures = own.pixels if self._tail_in_threads else job.images[views]
-            self.make_or_replace(own.decoder, work, place, pictures)
-            if self._tail_in_threads:
-                if work.views.shift is not None:
-                    pictures = translate(pictures, work.views.shift[views])
-                self.tail(work.size).batch(pictures, lighting(work.views.alphas[views], self.basis), job.images[views])
+            pictures = own.pixels if self._normalize_in_threads else job.images[views]
+            self.make_or_replace(own.decoder, plan, place, pictures)
+            if self._normalize_in_threads:
+                if plan.views.shift is not None:
+                    pictures = translate(pictures, plan.views.shift[views])
+                self.normalizer(plan.size).batch(pictures, lighting(plan.views.alphas[views], self.basis), job.images[views])

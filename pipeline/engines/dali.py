@@ -27,7 +27,7 @@ import torch
 from nvidia.dali import Pipeline, fn, types
 
 from ..jpeg.region import _NO_TABLE, Bytes
-from ..loader import Batch, Loader, Part, Work, check_turn
+from ..loader import Batch, BatchPlan, BatchRange, Loader, check_turn
 from ..pixels.decoder import CorruptImageError, Decoder, cut_windows, why_corrupt
 from ..plan import sampling
 from ..spec import LoaderSpec
@@ -49,7 +49,7 @@ def open(spec: LoaderSpec) -> DaliLoader:
     return DaliLoader(spec)
 
 
-def graph(sources: Any, crops: int, gpu: bool, slices: bool, decoder_share: float) -> Any:
+def graph(sources: Any, crops: int, gpu: bool, slices: bool, hw_decoder_load: float) -> Any:
     """The graph's output from its inputs, `INPUTS` and, if it slices, `SLICE_INPUTS`: uint8 (height, width, 3), one picture, or
     (crops, height, width, 3).
 
@@ -67,7 +67,7 @@ def graph(sources: Any, crops: int, gpu: bool, slices: bool, decoder_share: floa
     if slices:
         pixels = fn.decoders.image_slice(encoded, start=region[0], end=region[1], axes=[0, 1], **options)
     else:
-        pixels = fn.decoders.image(encoded, hw_decoder_load=decoder_share, **options)
+        pixels = fn.decoders.image(encoded, hw_decoder_load=hw_decoder_load, **options)
     pictures = [fn.resize(pixels, size=size, roi_start=roi_start[c], roi_end=roi_end[c], dtype=types.UINT8) for c in range(crops)]
     return pictures[0] if crops == 1 else fn.stack(*pictures)
 
@@ -85,7 +85,7 @@ def build_pipeline(source: Any, batch_size: int, spec: LoaderSpec, slices: bool)
             dtype=[dtype for _, dtype, _ in inputs],
             ndim=[dimensions for _, _, dimensions in inputs],
         )
-        pipe.set_outputs(graph(sources, spec.geometry.crops, gpu, slices, spec.decoder_share))
+        pipe.set_outputs(graph(sources, spec.geometry.crops, gpu, slices, spec.hw_decoder_load))
     return pipe
 
 
@@ -101,9 +101,9 @@ class DaliLoader(Loader):
         # A GPU's hardware decoder takes whole streams only; on the CPU the rest of a cut need not be decoded in full.
         self._slices = not (gpu and self._cuts)
         self._pipe: Pipeline | None = None
-        self._schedule: Iterator[Part] = iter(())
-        self._in_flight: deque[Work] = deque()
-        self._by_host: set[Part] = set()  # parts that DALI failed on
+        self._schedule: Iterator[BatchRange] = iter(())
+        self._in_flight: deque[BatchPlan] = deque()
+        self._by_host: set[BatchRange] = set()  # parts that DALI failed on
         self._threads: ThreadPoolExecutor | None = None
 
     def close(self) -> None:
@@ -113,18 +113,19 @@ class DaliLoader(Loader):
             self._threads.shutdown()
             self._threads = None
 
-    def _make(self, part: Part) -> Batch:
-        pictures = self._run(part)
-        work = self._in_flight.popleft()
-        check_turn(work, part)
+    def _make(self, batch_range: BatchRange) -> Batch:
+        pictures = self._run(batch_range)
+        plan = self._in_flight.popleft()
+        check_turn(plan, batch_range)
         # from_dlpack tells DALI torch's current stream, and DALI makes that stream wait for its own; the memory is bound to it.
         pixels = torch.from_dlpack(pictures.as_tensor())
-        return self.finish(pixels.reshape(-1, *work.size, 3), work)
+        return self.finish(pixels.reshape(-1, *plan.size, 3), plan)
 
-    def _run(self, part: Part) -> Any:
-        """DALI's next batch. Where it fails on corrupt samples, these are marked and the pipeline starts again at `part`."""
+    def _run(self, batch_range: BatchRange) -> Any:
+        """DALI's next batch. Where it fails on corrupt samples, these are marked and the pipeline starts again at
+        `batch_range`."""
         while True:
-            pipe = self._pipe or self._start(part)
+            pipe = self._pipe or self._start(batch_range)
             stream = torch.cuda.current_stream(self.spec.device) if pipe.device_id is not None else None
             try:
                 return pipe.run(stream)[0]
@@ -132,27 +133,27 @@ class DaliLoader(Loader):
                 failed = list(self._in_flight)
                 self._drop_pipeline()
                 if not self._mark_corrupt_of(failed):
-                    parts = {work.part for work in failed}
+                    parts = {plan.batch_range for plan in failed}
                     if parts <= self._by_host:
                         raise
                     self._by_host = parts
 
-    def _mark_corrupt_of(self, works: list[Work]) -> bool:
+    def _mark_corrupt_of(self, plans: list[BatchPlan]) -> bool:
         """Mark the samples that cannot be decoded; False if there are none."""
         found = False
-        for work in works:
-            pictures = np.empty((self.crops, *work.size, 3), np.uint8)
-            for place in range(len(work.ids)):
+        for plan in plans:
+            pictures = np.empty((self.crops, *plan.size, 3), np.uint8)
+            for place in range(len(plan.ids)):
                 try:
-                    self.make_pictures(Decoder(), work, place, pictures)
+                    self.make_views(Decoder(), plan, place, pictures)
                 except CorruptImageError as error:
-                    self.substitutes.mark(work.part.epoch, int(work.ids[place]), str(error))
+                    self.substitutes.mark(plan.batch_range.epoch, int(plan.ids[place]), str(error))
                     found = True
         return found
 
-    def _start(self, part: Part) -> Pipeline:
-        """A new pipeline whose first batch is `part`."""
-        self._schedule = self.upcoming(part)
+    def _start(self, batch_range: BatchRange) -> Pipeline:
+        """A new pipeline whose first batch is `batch_range`."""
+        self._schedule = self.upcoming(batch_range)
         largest = -(-self.spec.batch_size // self.spec.world_size)
         self._pipe = build_pipeline(self._source, largest, self.spec, self._slices)
         self._pipe.build()
@@ -164,25 +165,25 @@ class DaliLoader(Loader):
 
     def _source(self) -> tuple[Any, ...]:
         """What enters the graph for the next part: a list of byte arrays, then arrays of N rows."""
-        work = self.plan(next(self._schedule))
-        feed = _Feed(self, work)
-        count = len(work.ids)
+        plan = self.plan(next(self._schedule))
+        feed = _Feed(self, plan)
+        count = len(plan.ids)
         if self.spec.threads == 1:
             feed.encode(0, count)
         else:
             self._threads = self._threads or ThreadPoolExecutor(self.spec.threads, "cropfeed-cut")
             bounds = [count * i // self.spec.threads for i in range(self.spec.threads + 1)]
             list(self._threads.map(feed.encode, bounds[:-1], bounds[1:]))  # raises what a thread raised
-        self._in_flight.append(work)
+        self._in_flight.append(plan)
         return feed.inputs()
 
 
 class _Feed:
     """What DALI gets for one part: of each image a stream, and where its views' windows lie in that."""
 
-    def __init__(self, loader: DaliLoader, work: Work) -> None:
-        count = len(work.ids)
-        self._loader, self._work = loader, work
+    def __init__(self, loader: DaliLoader, plan: BatchPlan) -> None:
+        count = len(plan.ids)
+        self._loader, self._work = loader, plan
         self._encoded: list[Bytes] = [np.empty(0, np.uint8)] * count
         self._boxes = np.empty((count, 4), np.int64)  # top, left, height, width of what each stream shows of its image
         self._by_host = self._needs_host()
@@ -199,19 +200,19 @@ class _Feed:
                     self._by_host[place] = self._needs_host()[place]
 
     def _encode(self, place: int) -> Bytes:
-        work, box = self._work, self._boxes[place]
-        data = self._loader.shards.read(int(work.ids[place]))
-        height, width = int(work.heights[place]), int(work.widths[place])
+        plan, box = self._work, self._boxes[place]
+        data = self._loader.shards.read(int(plan.ids[place]))
+        height, width = int(plan.heights[place]), int(plan.widths[place])
         views = self._views(place)
         if self._by_host[place]:
-            pictures = np.empty((self._loader.crops, *work.size, 3), np.uint8)
-            self._loader.make_pictures(Decoder(), work, place, pictures)
+            pictures = np.empty((self._loader.crops, *plan.size, 3), np.uint8)
+            self._loader.make_views(Decoder(), plan, place, pictures)
             box[:] = 0, 0, pictures.shape[0] * pictures.shape[1], pictures.shape[2]
             return to_ppm(pictures.reshape(-1, *pictures.shape[2:]))
         box[:] = 0, 0, height, width
         if self._loader._cuts:
             piece = np.empty(len(data), np.uint8)
-            length = cut_windows(data, height, width, work.views.windows[views], *work.size, piece, box)
+            length = cut_windows(data, height, width, plan.views.windows[views], *plan.size, piece, box)
             if length > 0:
                 return piece[:length]
             if length != _NO_TABLE and (reason := why_corrupt(data)):
@@ -220,42 +221,42 @@ class _Feed:
 
     def _needs_host(self) -> npt.NDArray[np.bool_]:
         """Which images the host makes: bool (N,)."""
-        return at_border(self._work) | (self._work.part in self._loader._by_host)
+        return at_border(self._work) | (self._work.batch_range in self._loader._by_host)
 
     def _views(self, place: int) -> slice:
         return slice(place * self._loader.crops, (place + 1) * self._loader.crops)
 
     def inputs(self) -> tuple[Any, ...]:
         """What enters the graph, once every stream is made."""
-        work, crops = self._work, self._loader.crops
-        count, (rows, columns) = len(work.ids), work.size
-        windows, flip = work.views.windows.copy(), work.views.flip.copy()
-        heights, widths = work.heights.copy(), work.widths.copy()
+        plan, crops = self._work, self._loader.crops
+        count, (rows, columns) = len(plan.ids), plan.size
+        windows, flip = plan.views.windows.copy(), plan.views.flip.copy()
+        heights, widths = plan.heights.copy(), plan.widths.copy()
         for place in np.flatnonzero(self._by_host).tolist():  # its pictures, finished, stand one below the other
             tops = np.arange(crops) * rows
             windows[self._views(place)] = np.stack([tops, 0 * tops, tops + rows, 0 * tops + columns], axis=1)
             flip[self._views(place)] = False
             heights[place], widths[place] = crops * rows, columns
-        regions = sampling.regions(windows, heights.repeat(crops), widths.repeat(crops), work.size).reshape(count, crops, 4)
+        regions = sampling.regions(windows, heights.repeat(crops), widths.repeat(crops), plan.size).reshape(count, crops, 4)
         corner = self._boxes[:, :2]
         start, end = regions[:, :, :2].min(axis=1) - corner, regions[:, :, 2:].max(axis=1) - corner
         origin = (corner + start if self._loader._slices else corner).repeat(crops, axis=0)
         roi_start, roi_end = (windows[:, ends] - origin for ends in (slice(0, 2), slice(2, 4)))
         roi_start[flip, 1], roi_end[flip, 1] = roi_end[flip, 1], roi_start[flip, 1]
         rois = (roi.astype(np.float32).reshape(count, crops, 2) for roi in (roi_start, roi_end))
-        size = np.tile(np.array(work.size, np.float32), (count, 1))
+        size = np.tile(np.array(plan.size, np.float32), (count, 1))
         region = (start.astype(np.int32), end.astype(np.int32)) if self._loader._slices else ()
         return self._encoded, *rois, size, *region
 
 
-def at_border(work: Work) -> npt.NDArray[np.bool_]:
+def at_border(plan: BatchPlan) -> npt.NDArray[np.bool_]:
     """Which images have a view that is much reduced at the image's border: bool (N,)."""
-    crops = len(work.views.flip) // len(work.ids)
-    low, high = work.views.windows[:, :2], work.views.windows[:, 2:]
-    scale = (high - low) / work.size
-    sides = np.stack([work.heights, work.widths], axis=1).repeat(crops, axis=0)
+    crops = len(plan.views.flip) // len(plan.ids)
+    low, high = plan.views.windows[:, :2], plan.views.windows[:, 2:]
+    scale = (high - low) / plan.size
+    sides = np.stack([plan.heights, plan.widths], axis=1).repeat(crops, axis=0)
     reaches: npt.NDArray[np.bool_] = (scale > MOST_REDUCED) & ((low < scale) | (high > sides - scale))
-    return np.asarray(reaches.reshape(len(work.ids), -1).any(axis=1))
+    return np.asarray(reaches.reshape(len(plan.ids), -1).any(axis=1))
 
 
 def to_ppm(pixels: npt.NDArray[np.uint8]) -> Bytes:

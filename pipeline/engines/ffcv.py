@@ -43,7 +43,7 @@ from ..errors import UserError
 from ..jit import jit
 from ..jpeg.decode import decode
 from ..jpeg.region import Bytes
-from ..loader import Batch, Loader, Part, Work, check_turn
+from ..loader import Batch, BatchPlan, BatchRange, Loader, check_turn
 from ..pixels.decoder import Decoder, Pixels, region_of, resample_windows
 from ..plan.sampling import Ints
 from ..spec import LoaderSpec
@@ -168,7 +168,7 @@ class _PlannedBatches(EpochIterator):
     Its queue gets (work, pixels), or the exception that ended it.
     """
 
-    def __init__(self, owner: FfcvLoader, stock: StockLoader, schedule: Iterator[Part]) -> None:
+    def __init__(self, owner: FfcvLoader, stock: StockLoader, schedule: Iterator[BatchRange]) -> None:
         self._owner, self._schedule, self._decoder = owner, schedule, Decoder()
         super().__init__(stock, np.empty(0, np.uint64))  # starts the thread
 
@@ -176,20 +176,20 @@ class _PlannedBatches(EpochIterator):
         threads = torch.get_num_threads()
         Compiler.set_num_threads(self.loader.num_workers)  # numba's in this thread, and torch's in all
         torch.set_num_threads(threads)
-        for part in self._schedule:
+        for batch_range in self._schedule:
             try:
-                result: Any = self._make(part)
+                result: Any = self._make(batch_range)
             except BaseException as error:  # the consumer waits for whatever comes
                 result = error
             self._put(result)
             if self.terminate_event.is_set() or isinstance(result, BaseException):
                 return
 
-    def next(self) -> tuple[Work, torch.Tensor]:
+    def next(self) -> tuple[BatchPlan, torch.Tensor]:
         result = self.output_queue.get()
         if isinstance(result, BaseException):
             raise result
-        made: tuple[Work, torch.Tensor] = result
+        made: tuple[BatchPlan, torch.Tensor] = result
         return made
 
     def stop(self) -> None:
@@ -206,22 +206,22 @@ class _PlannedBatches(EpochIterator):
                 self.output_queue.put(result, timeout=0.1)
                 return
 
-    def _make(self, part: Part) -> tuple[Work, torch.Tensor]:
+    def _make(self, batch_range: BatchRange) -> tuple[BatchPlan, torch.Tensor]:
         owner = self._owner
-        work = owner.plan(part)
-        images, tensor = owner.buffers.lend((len(work.views.flip), *work.size, 3), np.uint8)
+        plan = owner.plan(batch_range)
+        images, tensor = owner.buffers.acquire((len(plan.views.flip), *plan.size, 3), np.uint8)
         (orders,) = self.memory_allocations["operation"].values()
-        orders = orders[0][: len(work.ids)]
-        windows, flip = np.ascontiguousarray(work.views.windows), np.ascontiguousarray(work.views.flip)
+        orders = orders[0][: len(plan.ids)]
+        windows, flip = np.ascontiguousarray(plan.views.windows), np.ascontiguousarray(plan.views.flip)
         for column, array in ((_WINDOWS, windows), (_FLIP, flip), (_OUT, images)):
             stride = array.strides[0] * owner.crops
             orders[:, column] = array.ctypes.data + stride * np.arange(len(orders))
-        orders[:, _CROPS:] = owner.crops, *work.size
-        (made,) = self.run_pipeline(0, work.ids.astype(np.uint64), 0, None)
+        orders[:, _CROPS:] = owner.crops, *plan.size
+        (made,) = self.run_pipeline(0, plan.ids.astype(np.uint64), 0, None)
         for place in np.flatnonzero(made[:, _STATUS]).tolist():
             views = slice(place * owner.crops, (place + 1) * owner.crops)
-            owner.make_or_replace(self._decoder, work, place, images[views])  # what the compiled code could not decode
-        return work, tensor
+            owner.make_or_replace(self._decoder, plan, place, images[views])  # what the compiled code could not decode
+        return plan, tensor
 
 
 class FfcvLoader(Loader):
@@ -246,21 +246,21 @@ class FfcvLoader(Loader):
     def where(self, sample: int) -> str:
         return f"{self._path}: sample {sample}"
 
-    def make_pictures(self, decoder: Decoder, work: Work, place: int, out: Pixels) -> None:
-        sample = int(work.ids[place])
+    def make_views(self, decoder: Decoder, plan: BatchPlan, place: int, out: Pixels) -> None:
+        sample = int(plan.ids[place])
         if self._images["mode"][sample] != _RAW:
-            super().make_pictures(decoder, work, place, out)
+            super().make_views(decoder, plan, place, out)
             return
         views = slice(place * self.crops, (place + 1) * self.crops)
-        size = int(work.heights[place]), int(work.widths[place])
+        size = int(plan.heights[place]), int(plan.widths[place])
         pixels = self.stored(sample).reshape(*size, 3)
-        resample_windows(pixels, np.array([0, 0, *size]), work.views.windows[views], work.views.flip[views], out)
+        resample_windows(pixels, np.array([0, 0, *size]), plan.views.windows[views], plan.views.flip[views], out)
 
-    def _make(self, part: Part) -> Batch:
-        self._batches = self._batches or _PlannedBatches(self, self._open_stock(), self.upcoming(part))
-        work, pixels = self._batches.next()
-        check_turn(work, part)
-        return self.finish(self.buffers.deliver(pixels), work)
+    def _make(self, batch_range: BatchRange) -> Batch:
+        self._batches = self._batches or _PlannedBatches(self, self._open_stock(), self.upcoming(batch_range))
+        plan, pixels = self._batches.next()
+        check_turn(plan, batch_range)
+        return self.finish(self.buffers.to_device(pixels), plan)
 
     def _open_stock(self) -> StockLoader:
         if self._stock is None:

@@ -35,48 +35,48 @@ MOST_BYTES = 256 << 20  # of a batch's pictures, unless one image's are more: wh
 _CHUNK = 4  # images that a thread makes at a time: each makes many pictures
 
 
-class Look(NamedTuple):
+class ViewSpec(NamedTuple):
     """One kind of pictures of an image. size: of crops, pixels; whole images have sizes of their own."""
 
     geometry: Geometry
     size: int
 
 
-class Looks(NamedTuple):
+class MultiViewBatch(NamedTuple):
     """A batch of N images as several geometries show them.
 
     pictures: of each look uint8 (N * crops, H, W, 3) on the spec's device, an image's next to each other.
     labels: int64 (N,), same device. ids: int64 (N,), NumPy: the samples' places in the split.
     """
 
-    pictures: dict[Look, torch.Tensor]
+    pictures: dict[ViewSpec, torch.Tensor]
     labels: torch.Tensor
     ids: Ints
 
 
-class Several:
+class MultiViewLoader:
     """Iterates over a split by several looks; each sample comes once. No batch holds images of which a look's sizes differ.
 
     Batches have `batch_size` images, fewer at the end of those of one size and where more would exceed `MOST_BYTES`.
     """
 
-    def __init__(self, spec: LoaderSpec, looks: Sequence[Look]) -> None:
+    def __init__(self, spec: LoaderSpec, view_specs: Sequence[ViewSpec]) -> None:
         """spec: for evaluation; its geometry and image size do not matter. Raises UserError for one that cannot be had."""
         if spec.engine not in ("auto", "cpu"):
             raise UserError(
                 f"--engine {spec.engine} makes pictures of one kind in a pass; with several schemes, scales or image sizes leave "
                 "--engine out, or give cpu"
             )
-        for look in looks:
+        for look in view_specs:
             check(replace(spec, geometry=look.geometry, image_size=look.size))
             if look.geometry.random or spec.world_size > 1:
                 raise ValueError("several geometries in a pass are for evaluation in one process")
         check_device(spec.device)
         self._device = torch.device(spec.device)
-        self.spec, self.looks = spec, tuple(looks)
+        self.spec, self.view_specs = spec, tuple(view_specs)
         self.shards = ShardSet(spec.data, spec.split, spec.cache, spec.cache_gb)
         heights, widths = self._sizes(np.arange(len(self.shards)))
-        self._order = ByShape(np.concatenate([look.geometry.shapes(heights, widths, look.size) for look in looks], axis=1))
+        self._order = ByShape(np.concatenate([look.geometry.shapes(heights, widths, look.size) for look in view_specs], axis=1))
         self._buffers = BufferPool(spec.device)
         self._own = threading.local()  # each thread's decoder
         if len(self._order.runs()) > 1:
@@ -86,7 +86,7 @@ class Several:
         """Batches."""
         return sum(1 for _ in self._parts())
 
-    def __iter__(self) -> Iterator[Looks]:
+    def __iter__(self) -> Iterator[MultiViewBatch]:
         threads = ThreadPoolExecutor(self.spec.threads, "cropfeed")
         jobs: deque[_Job] = deque()
         try:
@@ -112,8 +112,10 @@ class Several:
     def _picture_bytes(self, ids: Ints) -> int:
         """Of the pictures of one sample, int64 (1,)."""
         heights, widths = self._sizes(ids)
-        shapes = [look.geometry.shapes(heights, widths, look.size)[0] for look in self.looks]
-        return sum(3 * look.geometry.crops * math.prod(shape.tolist()) for look, shape in zip(self.looks, shapes, strict=True))
+        shapes = [look.geometry.shapes(heights, widths, look.size)[0] for look in self.view_specs]
+        return sum(
+            3 * look.geometry.crops * math.prod(shape.tolist()) for look, shape in zip(self.view_specs, shapes, strict=True)
+        )
 
     def _sizes(self, ids: Ints) -> tuple[Ints, Ints]:
         records = self.shards.samples[ids]
@@ -122,12 +124,12 @@ class Several:
     def _begin(self, ids: Ints, threads: ThreadPoolExecutor) -> _Job:
         """Plan a batch and hand its images to the threads."""
         heights, widths = self._sizes(ids)
-        views = [look.geometry.views(0, 0, ids, heights, widths, look.size, 0.0) for look in self.looks]
+        views = [look.geometry.views(0, 0, ids, heights, widths, look.size, 0.0) for look in self.view_specs]
         shapes = [
             (len(one.flip), *look.geometry.shapes(heights[:1], widths[:1], look.size)[0].tolist(), 3)
-            for look, one in zip(self.looks, views, strict=True)
+            for look, one in zip(self.view_specs, views, strict=True)
         ]
-        memory, tensor = self._buffers.lend((sum(map(math.prod, shapes)),), np.uint8)
+        memory, tensor = self._buffers.acquire((sum(map(math.prod, shapes)),), np.uint8)
         regions = common_regions(views, heights, widths, [shape[1:3] for shape in shapes])
         job = _Job(ids, heights, widths, views, regions, _split(memory, shapes), tensor, shapes)
         for first in range(0, len(ids), _CHUNK):
@@ -150,17 +152,17 @@ class Several:
                 )
             except CorruptImageError as error:
                 raise UserError(f"{self.shards.where(sample)}: cannot be decoded ({error}); make the shards again") from error
-            for look, views, pictures in zip(self.looks, job.views, job.pictures, strict=True):
+            for look, views, pictures in zip(self.view_specs, job.views, job.pictures, strict=True):
                 crops = slice(place * look.geometry.crops, (place + 1) * look.geometry.crops)
                 resample_windows(pixels, box, views.windows[crops], views.flip[crops], pictures[crops])
 
-    def _finish(self, job: _Job) -> Looks:
+    def _finish(self, job: _Job) -> MultiViewBatch:
         """The batch on the device, without waiting for that."""
         for chunk in job.chunks:
             chunk.result()
         labels = to_device(self.shards.samples["label"][job.ids].astype(np.int64), self._device)
-        pictures = _split(self._buffers.deliver(job.tensor), job.shapes)
-        return Looks(dict(zip(self.looks, pictures, strict=True)), labels, job.ids)
+        pictures = _split(self._buffers.to_device(job.tensor), job.shapes)
+        return MultiViewBatch(dict(zip(self.view_specs, pictures, strict=True)), labels, job.ids)
 
 
 @dataclass

@@ -130,7 +130,7 @@ def remove(path: str) -> None:
 
 
 @contextmanager
-def publishing(path: str) -> Iterator[Path]:
+def atomic_write(path: str) -> Iterator[Path]:
     """A local file to write. When the block ends well its content is at `path`, whole; else nothing of it remains.
 
     Whoever reads `path` meanwhile sees what was there before, or nothing. Folders are made as needed.
@@ -158,7 +158,7 @@ def publishing(path: str) -> Iterator[Path]:
 
 def write(path: str, content: bytes) -> None:
     """A whole file at once, or nothing."""
-    with publishing(path) as scratch:
+    with atomic_write(path) as scratch:
         scratch.write_bytes(content)
 
 

@@ -12,8 +12,8 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 
 from model import ARCHS
-from model.loading import arch_of_name, initial_weights, load_net, weights_file
-from model.weights import Recipe, save_weights
+from model.loading import arch_of_name, initial_weights, load_model, weights_file
+from model.weights import ModelConfig, save_weights
 from pipeline.errors import UserError
 from tests.model.test_resnet import torchvision_shapes
 
@@ -110,7 +110,7 @@ def test_torchvision_files_give_the_logits_of_a_plain_forward_pass(arch: str, tm
     torch.save(weights, tmp_path / f"{arch}-0123abcd.pth")
     save_file(weights, tmp_path / f"{arch}.a1_in1k.safetensors")
     for name in (f"{arch}-0123abcd.pth", f"{arch}.a1_in1k.safetensors"):
-        net, recipe = load_net(weights_file(tmp_path / name), None, CLASSES)
+        net, recipe = load_model(weights_file(tmp_path / name), None, CLASSES)
         assert_same_logits(net, weights, arch)
         assert (recipe.arch, recipe.classes, recipe.image_size, recipe.eval_short) == (arch, CLASSES, 224, 256)
         assert recipe.mean == pytest.approx([123.675, 116.28, 103.53])
@@ -132,14 +132,14 @@ def test_checkpoints_of_every_habit(tmp_path: Path) -> None:
     }
     for name, content in contents.items():
         torch.save(content, tmp_path / name)
-        net, _ = load_net(tmp_path / name, "resnet18", SEVEN)
+        net, _ = load_model(tmp_path / name, "resnet18", SEVEN)
         assert_same_logits(net, weights, "resnet18")
-    assert load_net(tmp_path / "old.pth", "resnet18", None)[0].state_dict()["bn1.num_batches_tracked"] == 0
-    assert load_net(tmp_path / "compiled.pt", "resnet18", None)[0].state_dict()["bn1.num_batches_tracked"] == 1234
+    assert load_model(tmp_path / "old.pth", "resnet18", None)[0].state_dict()["bn1.num_batches_tracked"] == 0
+    assert load_model(tmp_path / "compiled.pt", "resnet18", None)[0].state_dict()["bn1.num_batches_tracked"] == 1234
 
     half = {name: tensor.half() if "conv" in name else tensor for name, tensor in weights.items()}
     torch.save(half, tmp_path / "half.pth")
-    net, recipe = load_net(tmp_path / "half.pth", "resnet18", None)
+    net, recipe = load_model(tmp_path / "half.pth", "resnet18", None)
     assert recipe.classes == []
     assert {tensor.dtype for tensor in net.state_dict().values()} == {torch.float32, torch.int64}
     assert_same_logits(net, {name: tensor.float() for name, tensor in half.items()}, "resnet18")
@@ -164,7 +164,7 @@ def test_names_tell_the_net() -> None:
 def test_timm_folders(tmp_path: Path) -> None:
     weights = torchvision_state("resnet18", 7)
     folder = write_timm_folder(tmp_path / "new", weights)
-    net, recipe = load_net(folder, None, SEVEN)
+    net, recipe = load_model(folder, None, SEVEN)
     assert_same_logits(net, weights, "resnet18")
     assert (recipe.arch, recipe.classes, recipe.image_size, recipe.eval_short) == ("resnet18", SEVEN, 160, 168)  # 160 / 0.95
     assert recipe.mean.tolist() == [127.5, 63.75, 31.875]
@@ -173,14 +173,14 @@ def test_timm_folders(tmp_path: Path) -> None:
 
     (folder / "model.safetensors").unlink()
     torch.save(weights, folder / "pytorch_model.bin")
-    assert_same_logits(load_net(folder, None, None)[0], weights, "resnet18")
+    assert_same_logits(load_model(folder, None, None)[0], weights, "resnet18")
 
     named = write_timm_folder(tmp_path / "named", weights, label_names=SEVEN)
-    assert load_net(named, None, None)[1].classes == SEVEN
+    assert load_model(named, None, None)[1].classes == SEVEN
     with pytest.raises(UserError, match="was trained on 7 classes"):
-        load_net(named, None, SEVEN[::-1])
+        load_model(named, None, SEVEN[::-1])
     flat = write_timm_folder(tmp_path / "old", weights, pretrained_cfg=None, input_size=[3, 224, 224], mean=[0, 0, 1])
-    recipe = load_net(flat, None, SEVEN)[1]
+    recipe = load_model(flat, None, SEVEN)[1]
     assert (recipe.image_size, recipe.eval_short, recipe.mean.tolist()) == (224, 256, [0, 0, 255])
 
     for changes, words in (
@@ -192,10 +192,10 @@ def test_timm_folders(tmp_path: Path) -> None:
     ):
         other = write_timm_folder(tmp_path / words[:18], weights, **changes)
         with pytest.raises(UserError, match=words) as caught:
-            load_net(other, None, SEVEN)
+            load_model(other, None, SEVEN)
         assert str(other) in str(caught.value)
     with pytest.raises(UserError, match="holds a resnet18, not --arch resnet50"):
-        load_net(tmp_path / "named", "resnet50", SEVEN)
+        load_model(tmp_path / "named", "resnet50", SEVEN)
 
 
 def test_the_hub_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -214,12 +214,12 @@ def test_the_hub_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
         Path("hf://timm/resnet18.a1_in1k"),
     ]
     for source in [*sources, f"hf://timm/resnet18.a1_in1k@{sha}"]:
-        net, recipe = load_net(source, None, SEVEN)
+        net, recipe = load_model(source, None, SEVEN)
         assert_same_logits(net, weights, "resnet18")
         assert recipe.image_size == 160
     (cache / "snapshots" / sha / "model.safetensors").unlink()
     torch.save(weights, cache / "snapshots" / sha / "pytorch_model.bin")
-    assert_same_logits(load_net(sources[0], None, None)[0], weights, "resnet18")
+    assert_same_logits(load_model(sources[0], None, None)[0], weights, "resnet18")
     for source, words in (
         ("hf://timm/resnet18.a1_in1k@v3", "cannot be had"),
         ("hf://timm/absent", "cannot be had"),
@@ -252,32 +252,32 @@ def test_what_does_not_fit_is_named(tmp_path: Path) -> None:
     ):
         torch.save(content, tmp_path / name)
         with pytest.raises(UserError, match=words) as caught:
-            load_net(tmp_path / name, arch, SEVEN)
+            load_model(tmp_path / name, arch, SEVEN)
         assert "\n" not in str(caught.value)
     with pytest.raises(UserError, match="was trained on 7 classes, the data has 6"):
-        load_net(tmp_path / "net.pth", "resnet18", SEVEN[:6])
+        load_model(tmp_path / "net.pth", "resnet18", SEVEN[:6])
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match="empty: no weights there"):
         weights_file(tmp_path / "empty")
 
 
 def test_our_files_know_their_net_and_classes(tmp_path: Path) -> None:
-    recipe = Recipe("resnet18", SEVEN, 112, 128, np.full((112, 112, 3), 7, np.float32), np.ones(3, np.float32))
+    recipe = ModelConfig("resnet18", SEVEN, 112, 128, np.full((112, 112, 3), 7, np.float32), np.ones(3, np.float32))
     weights = torchvision_state("resnet18", 7)
     (tmp_path / "run" / "checkpoints" / "last").mkdir(parents=True)
     save_weights(tmp_path / "run" / "checkpoints" / "last" / "model.safetensors", weights, recipe.header())
     (tmp_path / "run" / "config.json").write_text('{"command": []}')
-    net, found = load_net(tmp_path / "run", None, SEVEN)
+    net, found = load_model(tmp_path / "run", None, SEVEN)
     assert_same_logits(net, weights, "resnet18")
     assert found.image_size == 112
     assert found.mean.shape == (112, 112, 3)
-    assert load_net(str(tmp_path / "run"), "resnet18", None)[1].classes == SEVEN
+    assert load_model(str(tmp_path / "run"), "resnet18", None)[1].classes == SEVEN
     for arch, classes in ((None, SEVEN[::-1]), ("resnet34", SEVEN), (None, SEVEN[:3])):
         with pytest.raises(UserError, match=r"was trained on 7 classes|holds a resnet18, not --arch resnet34"):
-            load_net(tmp_path / "run", arch, classes)
+            load_model(tmp_path / "run", arch, classes)
     save_weights(tmp_path / "bad.safetensors", weights, recipe.header() | {"mean": "[]"})
     with pytest.raises(UserError, match=r"bad.safetensors: damaged header"):
-        load_net(tmp_path / "bad.safetensors", None, SEVEN)
+        load_model(tmp_path / "bad.safetensors", None, SEVEN)
 
 
 def test_fine_tuning_starts_from_a_file(tmp_path: Path) -> None:
@@ -287,7 +287,7 @@ def test_fine_tuning_starts_from_a_file(tmp_path: Path) -> None:
     assert "classifier included" in initial_weights(tmp_path / "net.pth", "resnet18", net, SEVEN)
     assert_same_logits(net, weights, "resnet18")
 
-    recipe = Recipe("resnet18", SEVEN, 112, 128, np.ones(3, np.float32), np.ones(3, np.float32))
+    recipe = ModelConfig("resnet18", SEVEN, 112, 128, np.ones(3, np.float32), np.ones(3, np.float32))
     save_weights(tmp_path / "ours.safetensors", weights, recipe.header())
     torch.save({name: tensor for name, tensor in weights.items() if "fc" not in name}, tmp_path / "headless.pth")
     for name, classes, words in (

@@ -15,7 +15,7 @@ from torch import nn
 from model import ARCHS
 from model.blur import BlurredConv2d
 from model.describe import describe
-from model.loading import arch_of_name, load_net
+from model.loading import arch_of_name, load_model
 from model.resnet import BasicBlock, Block, Bottleneck, drop_rows, option_b
 
 pytestmark = pytest.mark.usefixtures("one_core")
@@ -93,14 +93,14 @@ def test_levels_decide_what_is_dropped(arch: str) -> None:
     """Each block is watched: an image takes the shortcut alone where its level is below the block's probability."""
     torch.manual_seed(0)
     net = ARCHS[arch](num_classes=3, drop_path=0.7).train()
-    levels = torch.rand(12, net.blocks)
+    uniforms = torch.rand(12, net.blocks)
     blocks = [module for module in net.modules() if isinstance(module, Block)]
     assert len(blocks) == net.blocks
     images = torch.randn(12, 3, 32, 32, generator=torch.Generator().manual_seed(1))
     before = torch.get_rng_state()
-    found = dropped(net, images, levels)
+    found = dropped(net, images, uniforms)
     assert torch.equal(torch.get_rng_state(), before)
-    expected = levels < torch.tensor([block.drop_path for block in blocks])
+    expected = uniforms < torch.tensor([block.drop_path for block in blocks])
     assert torch.equal(found, expected)
     assert 0 < int(expected.sum()) < expected.numel()
 
@@ -197,8 +197,8 @@ def test_files_without_blur_stay_what_they_are(tmp_path: Path) -> None:
     assert [arch_of_name(name) for name in ("resnet50-0676ba61.pth", "resnet50_blur.pth")] == ["resnet50", "resnet50_blur"]
     net = ARCHS["resnet18"](num_classes=3).eval()
     torch.save(net.state_dict(), tmp_path / "resnet18-1234abcd.pth")
-    loaded, recipe = load_net(tmp_path / "resnet18-1234abcd.pth", None, None)
-    blurred, other = load_net(tmp_path / "resnet18-1234abcd.pth", "resnet18_blur", None)
+    loaded, recipe = load_model(tmp_path / "resnet18-1234abcd.pth", None, None)
+    blurred, other = load_model(tmp_path / "resnet18-1234abcd.pth", "resnet18_blur", None)
     assert (recipe.arch, other.arch) == ("resnet18", "resnet18_blur")
     images = torch.randn(2, 3, 64, 64)
     with torch.no_grad():

@@ -9,14 +9,14 @@ from torch import nn
 from torch.nn import functional as F
 
 from model import ARCHS
-from model.schemes import SCALES, Classifier, looks_of
-from model.weights import Recipe
-from pipeline.engines.multiview import Look, Looks
+from model.schemes import SCALES, Classifier, view_specs_of
+from model.weights import ModelConfig
+from pipeline.engines.multiview import MultiViewBatch, ViewSpec
 from pipeline.plan.geometry import CentreCrop, TenCrop, WholeImage
 
 MEAN = np.random.default_rng(0).uniform(80, 160, (32, 32, 3)).astype(np.float32)
 STD = np.array([50, 60, 70], np.float32)
-RECIPE = Recipe("resnet18", ["a", "b", "c"], 32, 36, MEAN, STD)
+RECIPE = ModelConfig("resnet18", ["a", "b", "c"], 32, 36, MEAN, STD)
 
 
 class Colours(nn.Module):
@@ -52,25 +52,25 @@ def test_nets_are_fully_convolutional(arch: str, sides: tuple[int, int]) -> None
 
 
 def test_schemes_show_what_the_paper_says() -> None:
-    full = Recipe("resnet18", [], 224, 256, MEAN, STD)
-    assert looks_of("centre", full) == {"centre": Look(CentreCrop(256), 224)}
-    assert looks_of("ten-crop", full) == {"ten-crop": Look(TenCrop(256), 224)}
+    full = ModelConfig("resnet18", [], 224, 256, MEAN, STD)
+    assert view_specs_of("centre", full) == {"centre": ViewSpec(CentreCrop(256), 224)}
+    assert view_specs_of("ten-crop", full) == {"ten-crop": ViewSpec(TenCrop(256), 224)}
     assert SCALES == (224, 256, 384, 480, 640)
-    whole = [look.geometry for look in looks_of("multi-scale", full).values()]
+    whole = [look.geometry for look in view_specs_of("multi-scale", full).values()]
     assert whole == [WholeImage(short, mirrored=True) for short in SCALES]
-    half = Recipe("resnet18", [], 64, 73, MEAN, STD)
-    assert list(looks_of("multi-scale", half)) == ["scale-64", "scale-73", "scale-110", "scale-137", "scale-183"]
-    assert list(looks_of("multi-scale", half, [90, 70])) == ["scale-90", "scale-70"]
+    half = ModelConfig("resnet18", [], 64, 73, MEAN, STD)
+    assert list(view_specs_of("multi-scale", half)) == ["scale-64", "scale-73", "scale-110", "scale-137", "scale-183"]
+    assert list(view_specs_of("multi-scale", half, [90, 70])) == ["scale-90", "scale-70"]
 
 
 def test_probabilities_are_averages_of_softmax_over_crops_mirror_images_and_scales() -> None:
     net = Colours()
     tested = Classifier("net", net, RECIPE, ["centre", "ten-crop", "multi-scale"], [40, 50])
-    centre, ten, low, high = tested.looks
+    centre, ten, low, high = tested.view_specs
     shown = {centre: pictures(4, 32, 32), ten: pictures(40, 32, 32), low: pictures(8, 40, 60), high: pictures(8, 50, 75)}
-    found = tested.probabilities(Looks(shown, torch.zeros(4, dtype=torch.int64), np.arange(4)))
+    found = tested.probabilities(MultiViewBatch(shown, torch.zeros(4, dtype=torch.int64), np.arange(4)))
 
-    def plain(look: Look, mean: np.ndarray) -> np.ndarray:
+    def plain(look: ViewSpec, mean: np.ndarray) -> np.ndarray:
         logits = ((shown[look].numpy().astype(np.float64) - mean) / STD).mean(axis=(1, 2))
         exponentials = np.exp(logits)
         return (exponentials / exponentials.sum(axis=1, keepdims=True)).reshape(4, -1, 3).mean(axis=1)
@@ -91,9 +91,9 @@ def test_no_forward_has_more_pixels_than_a_batch_of_crops() -> None:
     for batch_size in (1, 3, 1000):
         net = Colours()
         tested = Classifier("net", net, RECIPE, ["ten-crop", "multi-scale"], [32, 80], batch_size=batch_size)
-        ten, low, high = tested.looks
+        ten, low, high = tested.view_specs
         shown = {ten: pictures(20, 32, 32), low: pictures(4, 32, 40), high: pictures(4, 80, 100)}
-        found.append(tested.probabilities(Looks(shown, torch.zeros(2, dtype=torch.int64), np.arange(2))))
+        found.append(tested.probabilities(MultiViewBatch(shown, torch.zeros(2, dtype=torch.int64), np.arange(2))))
         assert sum(shape[0] for shape in net.shapes) == 28
         for count, _, height, width in net.shapes:
             assert count == 1 or count * height * width <= batch_size * 32 * 32
@@ -109,6 +109,6 @@ def test_images_come_in_the_precision_asked_for() -> None:
     net.register_forward_pre_hook(lambda module, inputs: kinds.append((inputs[0].dtype, torch.is_autocast_enabled("cpu"))))
     for dtype in (torch.float32, torch.bfloat16):
         tested = Classifier("net", net, RECIPE, ["centre"], dtype=dtype)
-        batch = Looks({tested.looks[0]: pictures(2, 32, 32)}, torch.zeros(2, dtype=torch.int64), np.arange(2))
+        batch = MultiViewBatch({tested.view_specs[0]: pictures(2, 32, 32)}, torch.zeros(2, dtype=torch.int64), np.arange(2))
         assert tested.probabilities(batch)["centre"].dtype == torch.float32
     assert kinds == [(torch.float32, False), (torch.bfloat16, True)]

@@ -8,10 +8,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from model import ARCHS
-from model.weights import Recipe, load_weights, save_weights
+from model.weights import ModelConfig, load_weights, save_weights
 from pipeline.errors import UserError
 
-RECIPE = Recipe(
+RECIPE = ModelConfig(
     "resnet18",
     ["a", "b"],
     112,
@@ -27,7 +27,7 @@ def test_weights_and_recipe_come_back(tmp_path: Path) -> None:
     weights, header = load_weights(tmp_path / "net.safetensors")
     assert weights.keys() == net.state_dict().keys()
     assert all(torch.equal(weights[name], tensor) for name, tensor in net.state_dict().items())
-    recipe = Recipe.from_header(header)
+    recipe = ModelConfig.from_header(header)
     assert recipe is not None
     assert (recipe.arch, recipe.classes, recipe.image_size, recipe.eval_short) == ("resnet18", ["a", "b"], 112, 128)
     assert np.array_equal(recipe.mean, RECIPE.mean)
@@ -81,6 +81,6 @@ def test_unreadable_files_are_one_line_errors(tmp_path: Path) -> None:
         with pytest.raises(UserError, match=rf"^[^\n]*{name}: [^\n]+; give [^\n]+$"):
             load_weights(tmp_path / name)
     assert not Path("/tmp/cropfeed-was-here").exists()
-    assert Recipe.from_header({}) is None
+    assert ModelConfig.from_header({}) is None
     with pytest.raises(UserError, match="damaged header"):
-        Recipe.from_header(RECIPE.header() | {"mean": '[[3], "AAAA"]'})
+        ModelConfig.from_header(RECIPE.header() | {"mean": '[[3], "AAAA"]'})

@@ -17,7 +17,7 @@ import torch
 
 from pipeline import choose_engine, open_loader
 from pipeline.errors import UserError
-from pipeline.loader import Batch, Loader, Part
+from pipeline.loader import Batch, BatchRange, Loader
 from pipeline.plan import sampling
 from pipeline.plan.geometry import CentreCrop, Geometry, PaddedCrop, ScaleJitter, WholeImage
 from pipeline.spec import LoaderSpec
@@ -30,12 +30,12 @@ class Blank(Loader):
     engine = "blank"
     bad: frozenset[int] = frozenset()
 
-    def _make(self, part: Part) -> Batch:
-        work = self.plan(part)
-        for place in range(len(work.ids)):
-            while int(work.ids[place]) in self.bad:
-                self.replace(work, place, "it is bad")
-        return self.finish(torch.zeros(len(work.views.flip), *work.size, 3, dtype=torch.uint8), work)
+    def _make(self, batch_range: BatchRange) -> Batch:
+        plan = self.plan(batch_range)
+        for place in range(len(plan.ids)):
+            while int(plan.ids[place]) in self.bad:
+                self.replace(plan, place, "it is bad")
+        return self.finish(torch.zeros(len(plan.views.flip), *plan.size, 3, dtype=torch.uint8), plan)
 
 
 def spec_for(data: Path, **changes: Any) -> LoaderSpec:
@@ -89,16 +89,16 @@ def test_any_place_can_be_resumed_with_other_ranks_and_batch_sizes(small_shards:
                 loader = Blank(replace(spec, world_size=world_size, rank=rank, batch_size=batch_size))
                 loader.load_state_dict(loader.state_dict() | {"consumed": consumed})
                 batches.append([batch.ids.tolist() for batch in loader])
-            found = [sample for step in zip(*batches, strict=True) for part in step for sample in part]
+            found = [sample for step in zip(*batches, strict=True) for batch_range in step for sample in batch_range]
             whole = (60 // batch_size * batch_size - consumed) // batch_size * batch_size
             assert found == expected[consumed : consumed + whole]
 
 
 def test_upcoming_parts_go_on_through_epochs(small_shards: Path) -> None:
     loader = Blank(spec_for(small_shards, world_size=2, rank=1))
-    parts = list(loader.parts(0, 0))
+    parts = list(loader.batch_ranges(0, 0))
     found = list(islice(loader.upcoming(parts[5]), 4))
-    assert found == [parts[5], parts[6], *islice(loader.parts(1, 0), 2)]
+    assert found == [parts[5], parts[6], *islice(loader.batch_ranges(1, 0), 2)]
 
 
 # --- Specs
@@ -193,17 +193,17 @@ def test_the_result_does_not_depend_on_what_is_known(small_shards: Path) -> None
 @pytest.mark.parametrize("geometry", [ScaleJitter(5, 8), PaddedCrop(3)])
 def test_a_replacement_has_its_own_draws(small_shards: Path, geometry: Geometry) -> None:
     loader = Blank(spec_for(small_shards, geometry=geometry))
-    part = next(loader.parts(0, 0))
-    before = loader.plan(part)
+    batch_range = next(loader.batch_ranges(0, 0))
+    before = loader.plan(batch_range)
     victim = int(before.ids[3])
-    after = loader.plan(part)
+    after = loader.plan(batch_range)
     loader.replace(after, 3, "it is bad")
     other = sampling.substitute(0, 0, victim, 0, 60)
     assert after.ids[3] == other
     record = loader.shards.samples[other]
     assert (after.heights[3], after.widths[3]) == (record["height"], record["width"])
     its = geometry.views(0, 0, np.array([other]), after.heights[3:4], after.widths[3:4], 4, sampling.ALPHA_STD)
-    planned_anew = loader.plan(part).views
+    planned_anew = loader.plan(batch_range).views
     columns = zip(after.views.columns, its.columns, before.views.columns, planned_anew.columns, strict=True)
     for number, (column, own, old, planned) in enumerate(columns):
         assert np.array_equal(column[3], own[0])
@@ -215,19 +215,19 @@ def test_a_replacement_has_its_own_draws(small_shards: Path, geometry: Geometry)
 def test_threads_may_replace_at_once(small_shards: Path) -> None:
     loader = Blank(spec_for(small_shards, batch_size=60))
     loader.bad = frozenset(range(50))
-    work = loader.plan(next(loader.parts(0, 0)))
+    plan = loader.plan(next(loader.batch_ranges(0, 0)))
 
     def mend(place: int) -> None:
-        while int(work.ids[place]) in loader.bad:
-            loader.replace(work, place, "it is bad")
+        while int(plan.ids[place]) in loader.bad:
+            loader.replace(plan, place, "it is bad")
 
     threads = [threading.Thread(target=mend, args=(place,)) for place in range(60)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    assert np.array_equal(work.ids, loader.plan(work.part).ids)
-    assert set(work.ids.tolist()) <= set(range(50, 60))
+    assert np.array_equal(plan.ids, loader.plan(plan.batch_range).ids)
+    assert set(plan.ids.tolist()) <= set(range(50, 60))
 
 
 # --- Size
@@ -263,8 +263,8 @@ def test_start_up_and_planning_do_not_grow_with_the_samples(
     monkeypatch.setattr(Loader, "_open_shards", lambda self: shards)
     loader = Blank(spec_for(small_shards, order=order, batch_size=256, training=False))
     assert len(loader) == 10**9 // 256 + 1
-    work = loader.plan(next(loader.parts(1, 123_456 * 256)))
-    assert len(np.unique(work.ids)) == 256
+    plan = loader.plan(next(loader.batch_ranges(1, 123_456 * 256)))
+    assert len(np.unique(plan.ids)) == 256
 
 
 def test_blocks_need_shards(small_shards: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,7 +15,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from model import ARCHS, ResNet
-from model.weights import Recipe, load_weights, save_weights
+from model.weights import ModelConfig, load_weights, save_weights
 from pipeline import open_loader
 from pipeline.errors import UserError
 from pipeline.loader import Loader
@@ -38,12 +38,12 @@ def nets(image_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[s
     for seed, (name, arch, size, short) in enumerate((("a", "resnet18", 48, 56), ("b", "resnet34", 40, 40))):
         mean = np.random.default_rng(seed).uniform(60, 140, (size, size, 3)).astype(np.float32)
         classes = [f"n{label:08d}" for label in range(3)]
-        recipe = Recipe(arch, classes, size, short, mean, np.array([55, 60, 65], np.float32))
+        recipe = ModelConfig(arch, classes, size, short, mean, np.array([55, 60, 65], np.float32))
         write_net(folder / f"{name}.safetensors", recipe, paths, seed)
     return {name: folder / f"{name}.safetensors" for name in ("a", "b")}
 
 
-def write_net(file: Path, recipe: Recipe, images: list[Path], seed: int) -> None:
+def write_net(file: Path, recipe: ModelConfig, images: list[Path], seed: int) -> None:
     """A net of random weights that is of different opinions about images: its batch norms have seen these, and its mean logits of
     them are 0."""
     torch.manual_seed(seed)
@@ -79,7 +79,7 @@ def evaluated(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., 
 
 def plain_probabilities(weights: Path, folder: Path, scales: Sequence[int] = ()) -> tuple[dict[str, np.ndarray], np.ndarray]:
     """Probabilities (N, 3) by scheme, and labels (N,), of the validation images in an ImageFolder, by Pillow and torch alone."""
-    recipe = Recipe.from_header(load_weights(weights)[1])
+    recipe = ModelConfig.from_header(load_weights(weights)[1])
     assert recipe is not None
     net = ARCHS[recipe.arch](num_classes=len(recipe.classes))
     net.load_state_dict(load_file(weights))
@@ -105,7 +105,7 @@ def plain_probabilities(weights: Path, folder: Path, scales: Sequence[int] = ())
     return {scheme: np.stack(rows) for scheme, rows in found.items()}, labels
 
 
-def plain_average(net: torch.nn.Module, recipe: Recipe, pictures: list[np.ndarray], mean: np.ndarray) -> np.ndarray:
+def plain_average(net: torch.nn.Module, recipe: ModelConfig, pictures: list[np.ndarray], mean: np.ndarray) -> np.ndarray:
     images = torch.from_numpy((np.stack(pictures) - mean) / recipe.std).float().permute(0, 3, 1, 2)
     with torch.inference_mode():
         return np.asarray(torch.softmax(net(images).double(), dim=1).mean(dim=0))
@@ -240,7 +240,7 @@ def test_fully_convolutional_testing_at_224_is_the_centre_crops(
     """Of square images whose short side becomes 224, the central crop at 224 is all. Fully convolutional testing also sees its
     mirror image, which is the central crop of the mirrored image."""
     mean, std = np.full(3, 120, np.float32), np.full(3, 60, np.float32)
-    recipe = Recipe("resnet18", ["n00000000", "n00000001"], 224, 224, mean, std)
+    recipe = ModelConfig("resnet18", ["n00000000", "n00000001"], 224, 224, mean, std)
     write_net(tmp_path / "net.safetensors", recipe, sorted((squares[0].parent / "given").glob("*/*/*")), seed=5)
     found: dict[str, dict[str, np.ndarray]] = {}
     for name, data in zip(("given", "mirrored"), squares, strict=True):

@@ -16,12 +16,12 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from model import ARCHS
-from model.exporting import Served, check_packages, write_onnx, write_program
-from model.loading import load_net
-from model.weights import Recipe, save_weights
+from model.exporting import ExportedModel, check_packages, write_onnx, write_program
+from model.loading import load_model
+from model.weights import ModelConfig, save_weights
 from pipeline.errors import UserError
 from tests.helpers import assert_refused, run_forked
-from tools.export import publishing_folder
+from tools.export import atomic_folder
 
 pytestmark = pytest.mark.usefixtures("one_core")
 
@@ -43,24 +43,24 @@ def net_of(arch: str) -> torch.nn.Module:
     return net
 
 
-def recipe_of(arch: str, size: int, mean: Any) -> Recipe:
+def model_config_of(arch: str, size: int, mean: Any) -> ModelConfig:
     short = size if size == 32 else size * 143 // 112
-    return Recipe(arch, CLASSES, size, short, np.array(mean, np.float32), np.array([60, 55, 50], np.float32))
+    return ModelConfig(arch, CLASSES, size, short, np.array(mean, np.float32), np.array([60, 55, 50], np.float32))
 
 
-def channels(arch: str = "resnet18", size: int = 112) -> Recipe:
-    return recipe_of(arch, size, [120, 110, 100])
+def channels(arch: str = "resnet18", size: int = 112) -> ModelConfig:
+    return model_config_of(arch, size, [120, 110, 100])
 
 
-def mean_image(arch: str = "resnet20", size: int = 32) -> Recipe:
-    return recipe_of(arch, size, np.random.default_rng(0).uniform(60, 180, (size, size, 3)))
+def mean_image(arch: str = "resnet20", size: int = 32) -> ModelConfig:
+    return model_config_of(arch, size, np.random.default_rng(0).uniform(60, 180, (size, size, 3)))
 
 
 def pixels(count: int, height: int, width: int) -> torch.Tensor:
     return torch.randint(0, 256, (count, 3, height, width), dtype=torch.uint8, generator=torch.Generator().manual_seed(9))
 
 
-def plain_logits(net: torch.nn.Module, recipe: Recipe, images: torch.Tensor) -> torch.Tensor:
+def plain_logits(net: torch.nn.Module, recipe: ModelConfig, images: torch.Tensor) -> torch.Tensor:
     """Of uint8 pictures (N, 3, H, W), normalized by NumPy."""
     floats = (images.numpy().transpose(0, 2, 3, 1).astype(np.float64) - recipe.mean) / recipe.std
     with torch.inference_mode():
@@ -104,7 +104,7 @@ def exported(saved: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -
 
 
 @pytest.mark.parametrize("recipe", [channels(), mean_image()], ids=lambda recipe: recipe.arch)
-def test_graphs_take_plain_pixels(recipe: Recipe, exported: dict[str, Path]) -> None:
+def test_graphs_take_plain_pixels(recipe: ModelConfig, exported: dict[str, Path]) -> None:
     folder, net = exported[recipe.arch], net_of(recipe.arch)
     session = onnxruntime.InferenceSession(folder / "model.onnx", providers=["CPUExecutionProvider"])
     extra = {"recipe.json": ""}
@@ -139,8 +139,8 @@ def test_a_graph_that_differs_is_refused(tmp_path: Path, monkeypatch: pytest.Mon
     recipe, net = channels("resnet20", 32), net_of("resnet20")
     original = torch.export.export
 
-    def broken(served: Served, *args: Any, **options: Any) -> Any:
-        other = Served(ARCHS["resnet20"](num_classes=3), recipe)
+    def broken(served: ExportedModel, *args: Any, **options: Any) -> Any:
+        other = ExportedModel(ARCHS["resnet20"](num_classes=3), recipe)
         return original(other, *args, **options)
 
     monkeypatch.setattr(torch.export, "export", broken)
@@ -154,7 +154,7 @@ def test_safetensors_card_and_config(exported: dict[str, Path]) -> None:
         "README.md", "config.json", "model.safetensors", "model.onnx", "model.pt2",
     }  # fmt: skip
     assert [path.name for path in folder.parent.iterdir() if path.name.startswith(".")] == []
-    net, recipe = load_net(folder, None, CLASSES)
+    net, recipe = load_model(folder, None, CLASSES)
     assert (recipe.image_size, recipe.eval_short, recipe.mean.tolist()) == (112, 143, [120, 110, 100])
     state = net_of("resnet18").state_dict()
     assert all(torch.equal(tensor, state[name]) for name, tensor in net.state_dict().items())
@@ -173,7 +173,7 @@ def test_safetensors_card_and_config(exported: dict[str, Path]) -> None:
         assert words in card, words
     assert "license" not in card
     assert np.array_equal(np.load(small / "mean.npy"), mean_image().mean)
-    assert np.array_equal(load_net(small, None, CLASSES)[1].mean, mean_image().mean)
+    assert np.array_equal(load_model(small, None, CLASSES)[1].mean, mean_image().mean)
     config = json.loads((small / "config.json").read_text())
     assert config["pretrained_cfg"]["mean"] == pytest.approx((mean_image().mean.mean(axis=(0, 1)) / 255).tolist())
 
@@ -183,7 +183,7 @@ def test_the_config_says_what_the_header_says(exported: dict[str, Path], tmp_pat
     folder = exported["resnet18"]
     (tmp_path / "config.json").write_bytes((folder / "config.json").read_bytes())
     save_file(load_file(folder / "model.safetensors"), tmp_path / "model.safetensors")
-    recipe, expected = load_net(tmp_path, None, None)[1], channels()
+    recipe, expected = load_model(tmp_path, None, None)[1], channels()
     assert (recipe.arch, recipe.classes, recipe.image_size) == ("resnet18", CLASSES, 112)
     assert recipe.eval_short == expected.eval_short == 143
     assert recipe.mean == pytest.approx(expected.mean)
@@ -195,7 +195,7 @@ def test_torchvision_files_are_exported_without_names(tmp_path: Path) -> None:
     folder = export(tmp_path / "resnet18-0123abcd.pth", tmp_path / "deep" / "out")
     assert {path.name for path in folder.iterdir()} == {"README.md", "config.json", "model.safetensors"}
     assert "label_names" not in json.loads((folder / "config.json").read_text())
-    assert load_net(folder, None, ["x", "y", "z"])[1].classes == ["x", "y", "z"]
+    assert load_model(folder, None, ["x", "y", "z"])[1].classes == ["x", "y", "z"]
 
 
 def test_what_is_wrong_is_refused_and_leaves_nothing(saved: dict[str, Path], tmp_path: Path) -> None:
@@ -222,7 +222,7 @@ def test_what_is_wrong_is_refused_and_leaves_nothing(saved: dict[str, Path], tmp
 
 def test_an_interrupted_export_leaves_nothing(tmp_path: Path) -> None:
     def interrupted() -> None:
-        with publishing_folder(tmp_path / "out") as folder:
+        with atomic_folder(tmp_path / "out") as folder:
             (folder / "model.safetensors").write_bytes(b"half")
             assert not (tmp_path / "out").exists()
             raise KeyboardInterrupt

@@ -24,7 +24,7 @@ from PIL import Image
 
 from model import ARCHS, ResNet
 from model.testing import Score
-from model.weights import Recipe, save_weights
+from model.weights import ModelConfig, save_weights
 from pipeline.errors import UserError
 from pipeline.store.shards import Manifest
 from tests.helpers import run_forked
@@ -146,7 +146,7 @@ def make_weights(path: Path, classes: list[str], seed: int = 0) -> ResNet:
         net.fc.weight.normal_(0, 1)
         net.fc.bias.zero_()
     path.parent.mkdir(parents=True, exist_ok=True)
-    recipe = Recipe("resnet20", classes, SIZE, SHORT, np.full(3, 120, np.float32), np.full(3, STD, np.float32))
+    recipe = ModelConfig("resnet20", classes, SIZE, SHORT, np.full(3, 120, np.float32), np.full(3, STD, np.float32))
     save_weights(path, net.state_dict(), recipe.header())
     return net.eval()
 
@@ -253,7 +253,7 @@ def test_weights_are_the_finished_ones_or_the_best_there_are(small_shards: Path,
     net = make_weights(folder / "model.safetensors", classes)
     state = net.state_dict()
     state["fc.bias"][0] = math.nan
-    recipe = Recipe("resnet20", classes, SIZE, SHORT, np.full(3, 120, np.float32), np.ones(3, np.float32))
+    recipe = ModelConfig("resnet20", classes, SIZE, SHORT, np.full(3, 120, np.float32), np.ones(3, np.float32))
     save_weights(folder / "model.safetensors", state, recipe.header())
     assert "diverged" in tested()
     make_weights(folder / "model.safetensors", ["x", "y", "z"])

@@ -10,7 +10,7 @@ from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from model import ARCHS
-from training.averaging import Average
+from training.averaging import WeightEMA
 
 
 def small_net() -> nn.Module:
@@ -30,7 +30,7 @@ def disturb(net: nn.Module, seed: int) -> None:
 def test_averages_are_the_formulas() -> None:
     """Warm-up and the decay's own value after it, over parameters and running statistics; counts are copied."""
     net = small_net()
-    average = Average(net, 0.5)
+    average = WeightEMA(net, 0.5)
     expected = {name: value.double().clone() for name, value in net.state_dict().items()}
     for step, decay in enumerate((1 / 10, 2 / 11, 3 / 12, 4 / 13, 5 / 14, 6 / 15, 7 / 16, 8 / 17, 0.5, 0.5, 0.5)):
         disturb(net, step)
@@ -46,7 +46,7 @@ def test_averages_are_the_formulas() -> None:
 
 def test_without_warm_up_it_is_torchs_averaged_model() -> None:
     net = small_net()
-    average = Average(net, 0.9)
+    average = WeightEMA(net, 0.9)
     average.load_state_dict({"weights": net.state_dict(), "updates": 10**6})
     theirs = AveragedModel(net, multi_avg_fn=get_ema_multi_avg_fn(0.9))
     theirs.update_parameters(net)  # its first one copies
@@ -61,12 +61,12 @@ def test_without_warm_up_it_is_torchs_averaged_model() -> None:
 
 def test_a_restart_goes_on_exactly(tmp_path: Path) -> None:
     net = small_net()
-    whole = Average(net, 0.99)
+    whole = WeightEMA(net, 0.99)
     for step in range(3):
         disturb(net, step)
         whole.update(net)
     torch.save(whole.state_dict(), tmp_path / "average.pt")
-    restarted = Average(small_net(), 0.99)
+    restarted = WeightEMA(small_net(), 0.99)
     restarted.load_state_dict(torch.load(tmp_path / "average.pt", weights_only=True))
     for step in range(3, 6):
         disturb(net, step)
@@ -81,7 +81,7 @@ def test_a_restart_goes_on_exactly(tmp_path: Path) -> None:
 def test_the_net_averaged_stays_and_the_average_has_its_keys_and_format() -> None:
     net = ARCHS["resnet20"](num_classes=3).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     before = {name: value.clone() for name, value in net.state_dict().items()}
-    average = Average(net, 0.9)
+    average = WeightEMA(net, 0.9)
     other = ARCHS["resnet20"](num_classes=3)
     average.update(other)
     assert average.net.state_dict().keys() == before.keys()
@@ -96,7 +96,7 @@ def test_the_average_of_a_net_prepared_by_accelerate_answers_with_its_own_weight
     try:
         net = small_net()
         model = Accelerator(cpu=True, mixed_precision="bf16").prepare(net)
-        average = Average(net, 0.9)
+        average = WeightEMA(net, 0.9)
         images = torch.randn(4, 3, 8, 8)
         before = average.net.eval()(images)
         disturb(model, 0)
@@ -109,4 +109,4 @@ def test_the_average_of_a_net_prepared_by_accelerate_answers_with_its_own_weight
 @pytest.mark.parametrize("decay", [1.0, -0.1])
 def test_decays_out_of_range_are_refused(decay: float) -> None:
     with pytest.raises(ValueError, match="decay must lie in"):
-        Average(small_net(), decay)
+        WeightEMA(small_net(), decay)

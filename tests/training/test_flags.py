@@ -19,13 +19,13 @@ from accelerate.tracking import LOGGER_TYPE_TO_CLASS, GeneralTracker
 from safetensors.torch import load_file
 
 from model import ARCHS
-from model.weights import Recipe, load_weights
+from model.weights import ModelConfig, load_weights
 from pipeline.errors import UserError
 from pipeline.loader import Loader
 from pipeline.plan.geometry import CentreCrop, PaddedCrop, RandomResizedCrop, ScaleJitter
 from tests.helpers import run_forked, without_progress
 from training import trackers
-from training.feeding import open_loaders, recipe_of
+from training.loaders import model_config_of, open_loaders
 from training.metrics import read_metrics
 from training.mixing import Mixing, apply
 from training.options import make_schedule, parse_arguments, parser
@@ -71,8 +71,8 @@ class Outcome:
         return load_file(self.folder / "model.safetensors")
 
     @property
-    def recipe(self) -> Recipe:
-        recipe = Recipe.from_header(load_weights(self.folder / "model.safetensors")[1])
+    def recipe(self) -> ModelConfig:
+        recipe = ModelConfig.from_header(load_weights(self.folder / "model.safetensors")[1])
         assert recipe is not None
         return recipe
 
@@ -352,7 +352,7 @@ def test_what_validation_sees(run: Callable[..., Outcome], small_shards: Path) -
     args = parsed(small_shards, "--eval-size", 64, "--flip-test")
     train, val = opened(small_shards, "--eval-size", 64, "--flip-test")
     assert val.spec.geometry == CentreCrop(74, mirrored=True)  # 37 at 32
-    recipe = recipe_of(args, train)
+    recipe = model_config_of(args, train)
     assert (recipe.image_size, recipe.eval_short, recipe.mean.shape) == (64, 74, (64, 64, 3))
     both = next(iter(val))
     alone = next(iter(opened(small_shards, "--eval-size", 64)[1]))

@@ -9,11 +9,11 @@ import pytest
 import torch
 from accelerate import Accelerator
 
-from training.feeding import open_loaders
 from training.learner import Learner
-from training.levels import Stream, levels
+from training.loaders import open_loaders
 from training.metrics import NonFinite
 from training.options import parse_arguments
+from training.uniforms import Stream, uniforms
 
 OPTIONS = (
     "--arch", "resnet18", "--batch-size", "16", "--image-size", "64", "--amp", "bf16", "--accumulate", "2", "--ema", "0.9",
@@ -64,7 +64,7 @@ def test_each_process_and_part_drops_blocks_by_the_images_positions(small_shards
         part = batch._replace(images=batch.images[8 * rank : 8 * rank + 8], labels=batch.labels[8 * rank : 8 * rank + 8])
         learner.step(part, 3, 32, 0.1)
     assert [len(one) for one in seen] == [4, 4, 4, 4]
-    expected = levels(6, Stream.DROP, 3, 32, 48, 8)
+    expected = uniforms(6, Stream.DROP, 3, 32, 48, 8)
     torch.testing.assert_close(torch.cat(seen), torch.from_numpy(expected).float(), rtol=0, atol=0)
 
 

@@ -28,7 +28,7 @@ from tools import ROOT
 from tools.bench.recording import Figure, record
 from tools.profiler.loaders import grid, measure_feeds
 from tools.profiler.profile import PREFETCHES
-from training.launch import core_share
+from training.launch import cores_per_process
 
 PREDICTED = 0.2  # goal: predicted gain over measured gain, at most so far from 1
 TUNED = 0.95  # goal: speed of the setting chosen over the best one's
@@ -89,7 +89,7 @@ def check_fault(fault: Fault, data: str, results: Path) -> bool:
 def check_tuning(data: str, results: Path) -> bool:
     tuned = profile(data, "--tune", "--repeats", "2", "--seconds", "0.1")["tuned"]
     spec = LoaderSpec(data, batch_size=64, engine="cpu")
-    threads = sorted({1, core_share(), tuned["threads"]})
+    threads = sorted({1, cores_per_process(), tuned["threads"]})
     feeds = measure_feeds(grid(spec, [spec.engine], threads, PREFETCHES), False, 2 * REPEATS, 1.0, "every setting")
     # The best of the first repeats, compared in the others: the fastest of several alike is so by chance, too.
     best = max(feeds, key=lambda feed: median(feed.speeds[:REPEATS]))

@@ -22,7 +22,7 @@ import numpy as np
 import torch
 
 from pipeline.cli import Parser, run_cli
-from pipeline.loader import Batch, Loader, Part
+from pipeline.loader import Batch, BatchRange, Loader
 from pipeline.plan.sampling import Ints
 from pipeline.spec import LoaderSpec
 from pipeline.store.shards import SAMPLE, Manifest
@@ -39,7 +39,7 @@ class Planner(Loader):
 
     engine = "none"
 
-    def _make(self, part: Part) -> Batch:
+    def _make(self, part: BatchRange) -> Batch:
         work = self.plan(part)
         return Batch(torch.empty(0), torch.empty(0), work.ids)
 

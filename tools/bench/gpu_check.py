@@ -53,7 +53,7 @@ from tools.bench.recording import Figure, record
 from tools.make_demo_data import make_demo_data
 from tools.profiler import profile as profiler
 from tools.profiler.table import table
-from training.launch import core_share
+from training.launch import cores_per_process
 
 MEAN_LIMIT, PERCENTILE_LIMIT = 1.0, 4.0  # of 255; JPEG decoders differ in their inverse DCT
 REPEATS = 5
@@ -77,7 +77,7 @@ class Difference:
 def pixel_differences(loader: Loader) -> list[Difference]:
     """The differences of each view of each sample in the rest of an epoch. For loaders of one process."""
     found = []
-    parts = loader.parts(loader.epoch, loader.consumed)
+    parts = loader.batch_ranges(loader.epoch, loader.consumed)
     for part, batch in zip(parts, loader, strict=True):
         work = loader.plan(part)
         normalization = loader.normalization_at(work.size)
@@ -235,7 +235,7 @@ def main() -> None:
             geometry=ScaleJitter().scaled(size, sampling.CROP),
             dtype=torch.bfloat16,
             device=args.device,
-            threads=core_share(),
+            threads=cores_per_process(),
         )
         good = check_parts(args, data, spec)
     sys.exit(0 if good else 1)

@@ -86,7 +86,7 @@ def ways(data: dict[str, Path], spec: LoaderSpec) -> Iterator[tuple[str, Callabl
     yield STOCK, lambda: stock(replace(plain, data=data["original"]))
     for profile, folder in data.items():
         for share in SHARES:
-            chosen = replace(plain, data=folder, engine="dali", decoder_share=share)
+            chosen = replace(plain, data=folder, engine="dali", hw_decoder_load=share)
             yield f"dali, {profile}, hardware share {share}", lambda chosen=chosen: of_loader(open_loader(chosen))  # type: ignore[misc]
     whole = replace(plain, data=data["lossless"], engine="dali")
     yield "dali, lossless, whole streams", lambda: of_loader(WholeStreams(whole))

@@ -20,19 +20,19 @@ import matplotlib.pyplot as plt
 import torch
 from tqdm import tqdm
 
-from model.loading import load_net
+from model.loading import load_model
 from model.responses import Response, responses
-from model.weights import Recipe
+from model.weights import ModelConfig
 from pipeline import open_loader
 from pipeline.cli import Parser, positive, run_cli
 from pipeline.pixels.normalize import Normalization
 from pipeline.plan.geometry import CentreCrop
 from pipeline.spec import PRECISIONS, LoaderSpec
 from pipeline.store.shards import Manifest
-from training.launch import core_share
+from training.launch import cores_per_process
 
 
-def pictures(recipe: Recipe, args: Any) -> Iterator[torch.Tensor]:
+def pictures(recipe: ModelConfig, args: Any) -> Iterator[torch.Tensor]:
     """Batches of the split's first images, as the net is fed: (N, 3, H, W)."""
     spec = LoaderSpec(
         args.data,
@@ -41,7 +41,7 @@ def pictures(recipe: Recipe, args: Any) -> Iterator[torch.Tensor]:
         normalization=Normalization.of(recipe.mean, recipe.std),
         dtype=PRECISIONS[args.precision],
         device=args.device,
-        threads=core_share(),
+        threads=cores_per_process(),
     ).evaluation(args.split, geometry=CentreCrop(recipe.eval_short))
     loader = open_loader(spec)
     left = args.images
@@ -91,7 +91,7 @@ def main() -> None:
 
     found: dict[str, list[Response]] = {}
     for path in args.weights:
-        net, recipe = load_net(path, args.arch, classes)
+        net, recipe = load_model(path, args.arch, classes)
         net.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
         found[path] = responses(net, pictures(recipe, args), device, autocast)
         deviations = [layer.std for layer in found[path]]

@@ -27,7 +27,7 @@ from numba import njit
 
 from pipeline.engines.cpu import CpuLoader
 from pipeline.errors import UserError
-from pipeline.loader import Work
+from pipeline.loader import BatchPlan
 from pipeline.pixels.decoder import CorruptImageError, Decoder, cut_windows, resample_windows
 from pipeline.pixels.normalize import lighting, stored_dtype, translate
 from pipeline.spec import LoaderSpec
@@ -74,38 +74,38 @@ class Samples:
 
     def __init__(self, spec: LoaderSpec) -> None:
         self.loader = CpuLoader(replace(spec, engine="cpu", device="cpu", rank=0, world_size=1))
-        self.works = list(islice(self._plans(), -(-SAMPLES // spec.batch_size)))
-        self.places: list[tuple[Work, int]] = []
+        self.plans = list(islice(self._plans(), -(-SAMPLES // spec.batch_size)))
+        self.places: list[tuple[BatchPlan, int]] = []
         self.stored: list[npt.NDArray[np.uint8]] = []
         self.decoded: list[tuple[npt.NDArray[np.uint8], npt.NDArray[np.int64]]] = []
         decoder = Decoder()
-        for work, place in [(each, place) for each in self.works for place in range(len(each.ids))][:SAMPLES]:
+        for plan, place in [(each, place) for each in self.plans for place in range(len(each.ids))][:SAMPLES]:
             try:
-                stored = self.loader.stored(int(work.ids[place]))
-                pixels, where = self._decoded(decoder, stored, work, place)
+                stored = self.loader.stored(int(plan.ids[place]))
+                pixels, where = self._decoded(decoder, stored, plan, place)
             except CorruptImageError:
                 continue
-            self.places.append((work, place))
+            self.places.append((plan, place))
             self.stored.append(stored)
             self.decoded.append((pixels.copy(), where.copy()))
         if not self.places:
             raise UserError(f"{spec.data}: none of its images can be decoded, of those tried; make the shards again")
-        self.size = self.works[0].size
+        self.size = self.plans[0].size
         self._own = threading.local()
 
     def _plans(self) -> Any:
         loader = self.loader
-        return (loader.plan(part) for part in loader.parts(0, 0))
+        return (loader.plan(batch_range) for batch_range in loader.batch_ranges(0, 0))
 
     def close(self) -> None:
         self.loader.close()
 
-    def _views(self, work: Work, place: int) -> slice:
+    def _views(self, plan: BatchPlan, place: int) -> slice:
         return slice(place * self.loader.crops, (place + 1) * self.loader.crops)
 
-    def _decoded(self, decoder: Decoder, stored: Any, work: Work, place: int) -> Any:
-        windows = work.views.windows[self._views(work, place)]
-        return decoder.decoded(stored, int(work.heights[place]), int(work.widths[place]), windows, work.size)
+    def _decoded(self, decoder: Decoder, stored: Any, plan: BatchPlan, place: int) -> Any:
+        windows = plan.views.windows[self._views(plan, place)]
+        return decoder.decoded(stored, int(plan.heights[place]), int(plan.widths[place]), windows, plan.size)
 
     def _memory(self) -> Any:
         """This thread's decoder, picture, batch row, and room for a cut."""
@@ -118,39 +118,39 @@ class Samples:
         return own
 
     def read(self, number: int) -> object:
-        work, place = self.places[number]
-        return touch(self.loader.stored(int(work.ids[place])))
+        plan, place = self.places[number]
+        return touch(self.loader.stored(int(plan.ids[place])))
 
     def cut(self, number: int) -> object:
-        (work, place), stored, own = self.places[number], self.stored[number], self._memory()
+        (plan, place), stored, own = self.places[number], self.stored[number], self._memory()
         if len(own.cut) < len(stored):
             own.cut = np.empty(2 * len(stored), np.uint8)
-        windows = work.views.windows[self._views(work, place)]
-        return cut_windows(stored, int(work.heights[place]), int(work.widths[place]), windows, *self.size, own.cut, own.place)
+        windows = plan.views.windows[self._views(plan, place)]
+        return cut_windows(stored, int(plan.heights[place]), int(plan.widths[place]), windows, *self.size, own.cut, own.place)
 
     def decode(self, number: int) -> object:
         return self._decoded(self._memory().decoder, self.stored[number], *self.places[number])
 
     def resample(self, number: int) -> object:
-        (work, place), own = self.places[number], self._memory()
+        (plan, place), own = self.places[number], self._memory()
         pixels, where = self.decoded[number]
-        views = self._views(work, place)
-        return resample_windows(pixels, where, work.views.windows[views], work.views.flip[views], own.picture)
+        views = self._views(plan, place)
+        return resample_windows(pixels, where, plan.views.windows[views], plan.views.flip[views], own.picture)
 
     def tail(self, number: int) -> object:
-        (work, place), own = self.places[number], self._memory()
-        views, pictures = self._views(work, place), own.picture
-        if work.views.shift is not None:
-            pictures = translate(pictures, work.views.shift[views])
-        self.loader.tail(self.size).batch(pictures, lighting(work.views.alphas[views], self.loader.basis), own.row)
+        (plan, place), own = self.places[number], self._memory()
+        views, pictures = self._views(plan, place), own.picture
+        if plan.views.shift is not None:
+            pictures = translate(pictures, plan.views.shift[views])
+        self.loader.normalizer(self.size).batch(pictures, lighting(plan.views.alphas[views], self.loader.basis), own.row)
         return own.row
 
     def assembly(self, number: int) -> object:
         """A whole batch."""
         loader = self.loader
-        work = loader.plan(self.works[number % len(self.works)].part)
-        _, tensor = loader.buffers.lend((len(work.views.flip), *work.size, 3), stored_dtype(loader.spec.dtype))
-        return loader.finish(tensor.view(loader.spec.dtype), work)
+        plan = loader.plan(self.plans[number % len(self.plans)].batch_range)
+        _, tensor = loader.buffers.acquire((len(plan.views.flip), *plan.size, 3), stored_dtype(loader.spec.dtype))
+        return loader.finish(tensor.view(loader.spec.dtype), plan)
 
 
 @njit(nogil=True, cache=True)
@@ -189,9 +189,9 @@ def measure_warm(spec: LoaderSpec, threads: Sequence[int], repeats: int, seconds
     for name, count in ways:  # compiled, and every image touched
         speed(stages[name], len(samples.places), count, seconds / 5)
     in_turns(ways, repeats, turn)
-    for name, alone, items in (("assembly", samples.assembly, len(samples.works[0].ids)), *copying(spec, samples)):
-        speed(alone, len(samples.works), 1, seconds / 5)
-        speeds = [items * speed(alone, len(samples.works), 1, seconds) for _ in range(repeats)]
+    for name, alone, items in (("assembly", samples.assembly, len(samples.plans[0].ids)), *copying(spec, samples)):
+        speed(alone, len(samples.plans), 1, seconds / 5)
+        speeds = [items * speed(alone, len(samples.plans), 1, seconds) for _ in range(repeats)]
         measured[name] = Measured(name, {1: speeds})
     samples.close()
     return measured
@@ -254,11 +254,11 @@ def copying(spec: LoaderSpec, samples: Samples) -> list[tuple[str, Stage, int]]:
     """The stage `copy`, if batches go to a GPU: pictures of a batch, uint8."""
     if not spec.device.startswith("cuda"):
         return []
-    work = samples.works[0]
-    pinned = torch.empty((len(work.views.flip), *work.size, 3), dtype=torch.uint8, pin_memory=True)
+    plan = samples.plans[0]
+    pinned = torch.empty((len(plan.views.flip), *plan.size, 3), dtype=torch.uint8, pin_memory=True)
 
     def copy(_: int) -> None:
         pinned.to(spec.device, non_blocking=True)
         torch.cuda.synchronize(spec.device)
 
-    return [("copy", copy, len(work.ids))]
+    return [("copy", copy, len(plan.ids))]

@@ -15,10 +15,10 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-from model.loading import load_net
+from model.loading import load_model
 from model.schemes import Classifier
 from model.testing import Score, Tally
-from pipeline.engines.multiview import Looks
+from pipeline.engines.multiview import MultiViewBatch
 from pipeline.errors import UserError
 from pipeline.spec import PRECISIONS, check_device
 from pipeline.store.shards import Manifest, ShardSet
@@ -69,14 +69,14 @@ class Evaluation:
     most: int
     worst: list[Mistake] = field(default_factory=list)
 
-    def add(self, batch: Looks) -> None:
+    def add(self, batch: MultiViewBatch) -> None:
         probabilities = self.net.probabilities(batch)[self.scheme]
         if not bool(torch.isfinite(probabilities).all()):
             raise UserError(f"{self.net.name}: gives outputs that are no numbers; its training diverged")
         self.tally.add(probabilities, batch.labels)
         ours = probabilities.gather(1, batch.labels[:, None])[:, 0]
         predicted, predictions = probabilities.max(dim=1)
-        (look,) = self.net.looks
+        (look,) = self.net.view_specs
         pictures = batch.pictures[look][:: look.geometry.crops]  # the first of an image's, which --flip-test mirrors
         for place in ours.sort(stable=True).indices[: self.most].tolist():
             probability = float(ours[place])
@@ -121,7 +121,7 @@ def evaluate_group(members: Sequence[tuple[Run, Path]], args: Any) -> dict[str, 
     files = {run.name: str(weights.relative_to(run.folder)) for run, weights in members}
     for run, weights in members:
         try:
-            net, recipe = load_net(weights, None, manifest.classes)
+            net, recipe = load_model(weights, None, manifest.classes)
         except UserError as error:  # a run still going may just have replaced its checkpoint
             found[run.name] = str(error)
             continue
@@ -131,8 +131,8 @@ def evaluate_group(members: Sequence[tuple[Run, Path]], args: Any) -> dict[str, 
         going[run.name] = Evaluation(Classifier(run.name, net, recipe, *how), scheme, tally, args.worst)
     if not going:
         return found
-    looks = list(dict.fromkeys(look for one in going.values() for look in one.net.looks))
-    batches, count = open_pictures(args, looks)
+    view_specs = list(dict.fromkeys(look for one in going.values() for look in one.net.view_specs))
+    batches, count = open_pictures(args, view_specs)
     found |= feed(going, tqdm(batches, total=count, unit=" batches", disable=None))
     shards = ShardSet(args.data, args.split, args.cache, args.cache_gb, tars=False)
     for name, one in going.items():
@@ -143,7 +143,7 @@ def evaluate_group(members: Sequence[tuple[Run, Path]], args: Any) -> dict[str, 
     return found
 
 
-def feed(going: dict[str, Evaluation], batches: Iterable[Looks]) -> dict[str, str]:
+def feed(going: dict[str, Evaluation], batches: Iterable[MultiViewBatch]) -> dict[str, str]:
     """Show every batch to every net; returns those that fail, with the reason."""
     failed: dict[str, str] = {}
     for batch in batches:

@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from pipeline.loader import Batch, Loader, Work
+from pipeline.loader import Batch, BatchPlan, Loader
 from pipeline.pixels.reference import apply
 from pipeline.plan.geometry import ScaleJitter
 from pipeline.spec import LoaderSpec
@@ -33,14 +33,14 @@ def stored_image(loader: Loader, sample: int) -> Image.Image:
     return open_image(loader.stored(sample).tobytes())
 
 
-def differences(loader: Loader, work: Work, batch: Batch) -> npt.NDArray[np.float32]:
+def differences(loader: Loader, plan: BatchPlan, batch: Batch) -> npt.NDArray[np.float32]:
     """Absolute differences of a batch from the reference: (V, H, W, 3)."""
-    assert batch.ids.tolist() == work.ids.tolist()
-    normalization = loader.normalization_at(work.size)
-    found = np.empty((len(work.views.flip), *work.size, 3), np.float32)
-    for place, sample in enumerate(work.ids.tolist()):
+    assert batch.ids.tolist() == plan.ids.tolist()
+    normalization = loader.normalization_at(plan.size)
+    found = np.empty((len(plan.views.flip), *plan.size, 3), np.float32)
+    for place, sample in enumerate(plan.ids.tolist()):
         image = stored_image(loader, sample).convert("RGB")
         for view in range(place * loader.crops, (place + 1) * loader.crops):
-            window, flip, alphas, *shift = (column[view] for column in work.views.columns)
-            found[view] = apply(image, window, bool(flip), alphas, work.size, loader.basis, normalization, *shift)
+            window, flip, alphas, *shift = (column[view] for column in plan.views.columns)
+            found[view] = apply(image, window, bool(flip), alphas, plan.size, loader.basis, normalization, *shift)
     return np.abs(found - batch.images.float().permute(0, 2, 3, 1).cpu().numpy())

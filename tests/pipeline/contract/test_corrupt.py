@@ -85,9 +85,9 @@ def test_corrupt_samples_are_replaced_as_the_plan_says(
 @pytest.mark.parametrize("geometry", [ScaleJitter(36, 68), PaddedCrop(12)])
 def test_a_replacement_comes_with_its_own_draws_and_label(damaged: Path, engine: str, geometry: Geometry) -> None:
     loader = open_loader(spec_for(damaged, engine, geometry=geometry))
-    for part, batch in zip(loader.parts(0, 0), loader, strict=True):
-        work = loader.plan(part)
-        assert differences(loader, work, batch).mean(axis=(1, 2, 3)).max() <= 1
+    for batch_range, batch in zip(loader.batch_ranges(0, 0), loader, strict=True):
+        plan = loader.plan(batch_range)
+        assert differences(loader, plan, batch).mean(axis=(1, 2, 3)).max() <= 1
         assert batch.labels.tolist() == loader.shards.samples["label"][batch.ids].tolist()
     loader.close()
 

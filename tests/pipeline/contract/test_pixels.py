@@ -37,10 +37,10 @@ def assert_like_the_reference(loader: Loader, epochs: int) -> set[str]:
     """Every view over some epochs is within the limits; returns the names of the classes seen."""
     seen = set()
     for _ in range(epochs):
-        for part, batch in zip(loader.parts(loader.epoch, 0), loader, strict=True):
-            work = loader.plan(part)
-            for view, difference in enumerate(differences(loader, work, batch)):
-                key = loader.shards.key(int(work.ids[view // loader.crops]))
+        for batch_range, batch in zip(loader.batch_ranges(loader.epoch, 0), loader, strict=True):
+            plan = loader.plan(batch_range)
+            for view, difference in enumerate(differences(loader, plan, batch)):
+                key = loader.shards.key(int(plan.ids[view // loader.crops]))
                 assert difference.mean() <= MEAN_LIMIT, (key, view)
                 assert np.percentile(difference, 99.9) <= PERCENTILE_LIMIT, (key, view)
                 seen.add(key.split("/")[0])
@@ -126,11 +126,11 @@ def test_the_limits_can_tell_a_rounded_window(
 ) -> None:
     """One that is off by up to half a source pixel."""
     loader = open_loader(LoaderSpec(varied("lossless"), batch_size=41, engine=engine))
-    part = next(loader.parts(0, 0))
-    exact = loader.plan(part)
+    batch_range = next(loader.batch_ranges(0, 0))
+    exact = loader.plan(batch_range)
     rounded = exact._replace(views=exact.views._replace(windows=exact.views.windows.round()))
     plan = loader.plan
-    monkeypatch.setattr(loader, "plan", lambda asked: rounded if asked == part else plan(asked))
+    monkeypatch.setattr(loader, "plan", lambda asked: rounded if asked == batch_range else plan(asked))
     batch = next(iter(loader))
     assert max(np.percentile(difference, 99.9) for difference in differences(loader, exact, batch)) > PERCENTILE_LIMIT
     loader.close()

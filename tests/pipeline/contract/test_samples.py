@@ -85,9 +85,9 @@ def test_the_global_sequence_does_not_depend_on_ranks_and_threads(small: Path, e
     whole = list(open_loader(spec))
     parts = [list(open_loader(replace(spec, world_size=2, rank=rank, threads=3))) for rank in range(2)]
     for step, batch in enumerate(whole):
-        assert batch.ids.tolist() == [sample for part in parts for sample in part[step].ids.tolist()]
-        assert torch.equal(batch.images, torch.cat([part[step].images for part in parts]))
-        assert torch.equal(batch.labels, torch.cat([part[step].labels for part in parts]))
+        assert batch.ids.tolist() == [sample for batch_range in parts for sample in batch_range[step].ids.tolist()]
+        assert torch.equal(batch.images, torch.cat([batch_range[step].images for batch_range in parts]))
+        assert torch.equal(batch.labels, torch.cat([batch_range[step].labels for batch_range in parts]))
 
 
 @pytest.mark.parametrize(
@@ -139,7 +139,7 @@ def test_resuming_with_other_ranks_and_batch_size_goes_on_at_the_sample(small: P
         resumed.load_state_dict(state)
         parts.append([batch.ids.tolist() for batch in resumed])
         resumed.close()
-    assert [sample for pair in zip(*parts, strict=True) for part in pair for sample in part] == order[16:]
+    assert [sample for pair in zip(*parts, strict=True) for batch_range in pair for sample in batch_range] == order[16:]
 
 
 def test_another_engine_goes_on_with_the_same_samples_and_draws(small: Path, engine: str) -> None:
@@ -151,8 +151,8 @@ def test_another_engine_goes_on_with_the_same_samples_and_draws(small: Path, eng
         if name not in WITHOUT:
             other = open_loader(spec_for(small, name))
             other.load_state_dict(state)
-            work = loader.plan(next(loader.parts(0, 8)))  # this engine's draws
-            difference = differences(other, work, next(iter(other)))
+            plan = loader.plan(next(loader.batch_ranges(0, 8)))  # this engine's draws
+            difference = differences(other, plan, next(iter(other)))
             assert difference.mean() <= 1
             other.close()
 
@@ -177,8 +177,8 @@ def test_image_sizes_follow_their_steps(small: Path, engine: str) -> None:
     sizes = [{tuple(batch.images.shape[2:]) for batch in loader} for _ in range(4)]
     assert sizes == [{(16, 16)}, {(24, 24)}, {(24, 24)}, {(32, 32)}]
     loader.seek(0, 0)
-    part = next(loader.parts(0, 0))
-    assert differences(loader, loader.plan(part), next(iter(loader))).mean() <= 1
+    batch_range = next(loader.batch_ranges(0, 0))
+    assert differences(loader, loader.plan(batch_range), next(iter(loader))).mean() <= 1
     plain = open_loader(spec_for(small, engine))
     for one in (loader, plain):
         one.seek(3, 0)
@@ -190,10 +190,10 @@ def test_image_sizes_follow_their_steps(small: Path, engine: str) -> None:
 
 def test_whole_images_come_in_batches_of_one_size(small: Path, engine: str) -> None:
     loader = open_loader(spec_for(small, engine, batch_size=4).evaluation(geometry=WholeImage(40)))
-    parts = list(loader.parts(0, 0))
+    parts = list(loader.batch_ranges(0, 0))
     assert len(loader) == len(parts)
     shapes = [tuple(batch.images.shape[2:]) for batch in loader]
-    assert shapes == [loader.plan(part).size for part in parts]
+    assert shapes == [loader.plan(batch_range).size for batch_range in parts]
     assert len(set(shapes)) > 3
     assert all(min(shape) == 40 for shape in shapes)
     loader.close()

@@ -37,10 +37,10 @@ def large_shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_much_reduced_borders_are_pillows(large_shards: Path, geometry: RandomResizedCrop | TenCrop | CentreCrop) -> None:
     spec = LoaderSpec(large_shards, batch_size=4, image_size=56, geometry=geometry)
     loader = dali.open(spec if geometry.random else spec.evaluation("train", geometry=geometry))
-    part = next(loader.parts(0, 0))
-    work = loader.plan(part)
-    assert 0 < dali.at_border(work).sum() < 4
-    found = differences(loader, work, next(iter(loader)))
+    batch_range = next(loader.batch_ranges(0, 0))
+    plan = loader.plan(batch_range)
+    assert 0 < dali.at_border(plan).sum() < 4
+    found = differences(loader, plan, next(iter(loader)))
     border = np.concatenate([found[:, [0, -1]].reshape(len(found), -1), found[:, :, [0, -1]].reshape(len(found), -1)], axis=1)
     assert np.percentile(border, 99.9, axis=1).max() <= 4
     loader.close()
@@ -63,7 +63,7 @@ def test_finished_pictures_pass_the_graph_bit_by_bit(decoder: str) -> None:
         sources = fn.external_source(
             lambda: ([dali.to_ppm(pixels)], *(value[None] for value in values)), num_outputs=1 + len(values)
         )
-        pipe.set_outputs(dali.graph(sources, 2, gpu=False, slices=slices, decoder_share=0.65))
+        pipe.set_outputs(dali.graph(sources, 2, gpu=False, slices=slices, hw_decoder_load=0.65))
     pipe.build()
     assert np.array_equal(np.array(pipe.run()[0].as_tensor())[0], pixels.reshape(2, 37, 41, 3))
 
@@ -79,12 +79,12 @@ def test_whole_cuts_give_the_same_pictures_as_slices_of_them(large_shards: Path)
 
 def test_cuts_are_what_enters_dali(large_shards: Path) -> None:
     loader = dali.open(LoaderSpec(large_shards, batch_size=4, threads=2))
-    loader._schedule = loader.parts(0, 0)
+    loader._schedule = loader.batch_ranges(0, 0)
     encoded = loader._source()[0]
     for data, sample in zip(encoded, loader._in_flight[0].ids.tolist(), strict=True):
         stored = loader.shards.read(sample)
         if stored[0] == 0xFF and len(data) and data[0] == 0xFF:  # a JPEG that was not made on the host
-            cut, whole = (open_image(part.tobytes()).size for part in (data, stored))
+            cut, whole = (open_image(batch_range.tobytes()).size for batch_range in (data, stored))
             assert cut[0] * cut[1] < 0.9 * whole[0] * whole[1]
             assert len(data) < 0.9 * len(stored)
     loader.close()
@@ -140,7 +140,7 @@ def test_pixels_leave_dali_without_a_copy(small_shards: Path, monkeypatch: pytes
 @pytest.mark.parametrize("geometry", [ScaleJitter(), TenCrop()])
 def test_the_gpu_graph_is_whole(geometry: ScaleJitter | TenCrop, slices: bool) -> None:
     """Tracing needs no GPU: decoding is `mixed`, resampling runs on the GPU, and so does the output."""
-    spec = LoaderSpec("nowhere", device="cuda:1", geometry=geometry, decoder_share=0.3)
+    spec = LoaderSpec("nowhere", device="cuda:1", geometry=geometry, hw_decoder_load=0.3)
     pipe = dali.build_pipeline(lambda: None, 256, spec, slices)
     assert pipe.device_id == 1
     outputs = pipe._graph_out  # what set_outputs was given

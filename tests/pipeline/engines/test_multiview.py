@@ -15,7 +15,7 @@ from PIL import Image
 
 from pipeline import open_loader
 from pipeline.engines import multiview
-from pipeline.engines.multiview import Look, Several
+from pipeline.engines.multiview import MultiViewLoader, ViewSpec
 from pipeline.errors import UserError
 from pipeline.pixels.decoder import Decoder
 from pipeline.plan.geometry import CentreCrop, ScaleJitter, TenCrop, WholeImage
@@ -24,10 +24,10 @@ from pipeline.store.shards import ShardSet
 from tests.helpers import open_image, run_forked
 
 CENTRE, TEN, WHOLE, SMALL = (
-    Look(CentreCrop(36), 32),
-    Look(TenCrop(40), 24),
-    Look(WholeImage(50, mirrored=True), 50),
-    Look(WholeImage(20), 20),
+    ViewSpec(CentreCrop(36), 32),
+    ViewSpec(TenCrop(40), 24),
+    ViewSpec(WholeImage(50, mirrored=True), 50),
+    ViewSpec(WholeImage(20), 20),
 )
 ALL = (CENTRE, TEN, WHOLE, SMALL)
 
@@ -45,7 +45,7 @@ def spec_for(data: Path, **options: Any) -> LoaderSpec:
     return LoaderSpec(**vars(spec) | options).evaluation("val")
 
 
-def expected(image: Image.Image, look: Look) -> list[np.ndarray]:
+def expected(image: Image.Image, look: ViewSpec) -> list[np.ndarray]:
     """A look's pictures of an image by Pillow alone, on the whole image."""
     image = image.convert("RGB")
     short = look.geometry.short  # type: ignore[attr-defined]
@@ -70,7 +70,7 @@ def expected(image: Image.Image, look: Look) -> list[np.ndarray]:
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 @pytest.mark.parametrize("profile", ["original", "lossless"])
 def test_pictures_are_pillows(small_shards: Path, regions: Path, profile: str, device: str) -> None:
-    pass_ = Several(spec_for(small_shards if profile == "original" else regions, device=device), ALL)
+    pass_ = MultiViewLoader(spec_for(small_shards if profile == "original" else regions, device=device), ALL)
     for batch in pass_:
         assert batch.pictures.keys() == set(ALL)
         assert batch.labels.tolist() == pass_.shards.samples["label"][batch.ids].tolist()
@@ -84,14 +84,14 @@ def test_pictures_are_pillows(small_shards: Path, regions: Path, profile: str, d
                 assert np.percentile(difference, 99.9) <= 4, (sample, look)
 
 
-@pytest.mark.parametrize("looks", [ALL, (CENTRE, TEN), (CENTRE, Look(CentreCrop(36), 20))], ids=["all", "crops", "centres"])
-def test_pictures_are_those_of_a_loader_for_each(regions: Path, looks: tuple[Look, ...]) -> None:
+@pytest.mark.parametrize("looks", [ALL, (CENTRE, TEN), (CENTRE, ViewSpec(CentreCrop(36), 20))], ids=["all", "crops", "centres"])
+def test_pictures_are_those_of_a_loader_for_each(regions: Path, view_specs: tuple[ViewSpec, ...]) -> None:
     """To the bit, though regions are decoded that belong to no single look."""
-    ours: dict[Look, dict[int, np.ndarray]] = {look: {} for look in looks}
-    for batch in Several(spec_for(regions), looks):
+    ours: dict[ViewSpec, dict[int, np.ndarray]] = {look: {} for look in view_specs}
+    for batch in MultiViewLoader(spec_for(regions), view_specs):
         for look, pictures in batch.pictures.items():
             ours[look].update(zip(batch.ids.tolist(), pictures.numpy().reshape(len(batch.ids), -1), strict=True))
-    for look in looks:
+    for look in view_specs:
         loader = open_loader(LoaderSpec(**vars(spec_for(regions)) | {"geometry": look.geometry, "image_size": look.size}))
         for other in loader:
             theirs = other.images.permute(0, 2, 3, 1).reshape(len(other.ids), -1).numpy()
@@ -103,8 +103,10 @@ def test_pictures_are_those_of_a_loader_for_each(regions: Path, looks: tuple[Loo
 
 @pytest.mark.parametrize("batch_size", [1, 4, 21, 100])
 @pytest.mark.parametrize("looks", [ALL, (CENTRE, TEN)], ids=["all", "crops"])
-def test_each_sample_comes_once_with_others_of_its_sizes(small_shards: Path, batch_size: int, looks: tuple[Look, ...]) -> None:
-    pass_ = Several(spec_for(small_shards, batch_size=batch_size), looks)
+def test_each_sample_comes_once_with_others_of_its_sizes(
+    small_shards: Path, batch_size: int, view_specs: tuple[ViewSpec, ...]
+) -> None:
+    pass_ = MultiViewLoader(spec_for(small_shards, batch_size=batch_size), view_specs)
     batches = list(pass_)
     assert sorted(sample for batch in batches for sample in batch.ids.tolist()) == list(range(21))
     assert len(pass_) == len(batches)
@@ -112,10 +114,10 @@ def test_each_sample_comes_once_with_others_of_its_sizes(small_shards: Path, bat
     records = pass_.shards.samples
     for batch in batches:
         sides = {(int(records[sample]["height"]), int(records[sample]["width"])) for sample in batch.ids.tolist()}
-        for look in set(looks) - {CENTRE, TEN}:
+        for look in set(view_specs) - {CENTRE, TEN}:
             sizes = {tuple(int(side * look.size / min(pair) + 0.5) for side in pair) for pair in sides}
             assert sizes == {tuple(batch.pictures[look].shape[1:3])}
-    if looks == (CENTRE, TEN):
+    if view_specs == (CENTRE, TEN):
         assert len(batches) == -(-21 // batch_size)  # one size, so nothing splits batches
     assert [batch.ids.tolist() for batch in pass_] == [batch.ids.tolist() for batch in batches]  # and again
 
@@ -136,13 +138,13 @@ def test_each_image_is_read_and_decoded_once(regions: Path, monkeypatch: pytest.
 
     monkeypatch.setattr(ShardSet, "read", counted_read)
     monkeypatch.setattr(Decoder, "decoded", counted_decoded)
-    pass_ = Several(spec_for(regions), ALL)
+    pass_ = MultiViewLoader(spec_for(regions), ALL)
     assert sum(len(batch.ids) for batch in pass_) == 21
     assert reads == Counter(range(21))
     whole = (pass_.shards.samples["height"].astype(int) * pass_.shards.samples["width"]).tolist()
     assert sorted(areas) == sorted(whole)
     areas.clear()
-    list(Several(spec_for(regions), (Look(CentreCrop(40), 16), Look(CentreCrop(40), 8))))
+    list(MultiViewLoader(spec_for(regions), (ViewSpec(CentreCrop(40), 16), ViewSpec(CentreCrop(40), 8))))
     assert len(areas) == 21
     assert sum(areas) < 0.8 * sum(whole)  # where no look shows the whole image, not all of it is decoded
 
@@ -151,7 +153,7 @@ def test_a_batch_is_bounded_in_bytes(small_shards: Path, monkeypatch: pytest.Mon
     bytes_each = 3 * (32**2 + 10 * 24**2)
     for limit, largest in ((4 * bytes_each, 4), (4 * bytes_each - 1, 3), (1, 1)):
         monkeypatch.setattr(multiview, "MOST_BYTES", limit)
-        batches = list(Several(spec_for(small_shards), (CENTRE, TEN)))
+        batches = list(MultiViewLoader(spec_for(small_shards), (CENTRE, TEN)))
         assert max(len(batch.ids) for batch in batches) == largest
         assert sum(len(batch.ids) for batch in batches) == 21
 
@@ -165,7 +167,7 @@ def test_a_corrupt_image_is_named(small_shards: Path, tmp_path: Path) -> None:
         stream.seek(int(record["offset"]))
         stream.write(bytes(int(record["bytes"])))
     with pytest.raises(UserError, match=r"cannot be decoded \(.+\); make the shards again") as caught:
-        list(Several(spec_for(copy), ALL))
+        list(MultiViewLoader(spec_for(copy), ALL))
     assert str(caught.value).startswith(shards.where(9))
 
 
@@ -176,12 +178,12 @@ def test_an_image_of_another_size_than_stored_is_corrupt(small_shards: Path, tmp
     samples["height"][4] += 1
     np.save(copy / "val" / "samples.npy", samples)
     with pytest.raises(UserError, match=r"holds \d+ x \d+ pixels, not the \d+ x \d+ it was stored with"):
-        list(Several(spec_for(copy), ALL))
+        list(MultiViewLoader(spec_for(copy), ALL))
 
 
 def test_a_pass_given_up_leaves_no_threads(small_shards: Path) -> None:
     before = set(threading.enumerate())
-    batches = iter(Several(spec_for(small_shards), ALL))
+    batches = iter(MultiViewLoader(spec_for(small_shards), ALL))
     next(batches)
     assert set(threading.enumerate()) > before
     batches.close()  # type: ignore[attr-defined]
@@ -190,8 +192,8 @@ def test_a_pass_given_up_leaves_no_threads(small_shards: Path) -> None:
 
 def test_what_it_cannot_do_is_refused(small_shards: Path) -> None:
     with pytest.raises(UserError, match="--engine dali makes pictures of one kind"):
-        Several(spec_for(small_shards, engine="dali"), ALL)
+        MultiViewLoader(spec_for(small_shards, engine="dali"), ALL)
     with pytest.raises(UserError, match=r"short side \(16\) must be at least the image size \(32\)"):
-        Several(spec_for(small_shards), (CENTRE, Look(CentreCrop(16), 32)))
+        MultiViewLoader(spec_for(small_shards), (CENTRE, ViewSpec(CentreCrop(16), 32)))
     with pytest.raises(ValueError, match="evaluation"):
-        Several(spec_for(small_shards), (CENTRE, Look(ScaleJitter(36, 40), 32)))
+        MultiViewLoader(spec_for(small_shards), (CENTRE, ViewSpec(ScaleJitter(36, 40), 32)))

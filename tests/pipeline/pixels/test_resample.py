@@ -169,16 +169,16 @@ def test_damage_is_said(transcoded: bool) -> None:
 
 def test_memory_comes_back_when_the_last_tensor_is_gone() -> None:
     pool = BufferPool("cpu")
-    array, tensor = pool.lend((2, 3, 4), np.float32)
+    array, tensor = pool.acquire((2, 3, 4), np.float32)
     address = tensor.data_ptr()
     array[:] = 5
     del array
     view = tensor[1].permute(1, 0)
     del tensor
-    other = pool.lend((2, 3, 4), np.float32)[1]
+    other = pool.acquire((2, 3, 4), np.float32)[1]
     assert other.data_ptr() != address
     assert (view == 5).all()
     del view
     gc.collect()
-    assert pool.lend((2, 3, 4), np.float32)[1].data_ptr() == address
-    assert pool.lend((6, 4), np.float16)[1].shape == (6, 4)
+    assert pool.acquire((2, 3, 4), np.float32)[1].data_ptr() == address
+    assert pool.acquire((6, 4), np.float16)[1].shape == (6, 4)

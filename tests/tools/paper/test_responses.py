@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 
 from model import ARCHS
-from model.weights import Recipe, save_weights
+from model.weights import ModelConfig, save_weights
 from pipeline.store.shards import Manifest
 from tests.helpers import run_forked
 
@@ -21,7 +21,7 @@ def test_two_nets_in_one_picture(small_shards: Path, tmp_path: Path) -> None:
     torch.manual_seed(0)
     for arch in ("plain20", "resnet20"):
         zero, one = np.full(3, 120, np.float32), np.full(3, 60, np.float32)
-        recipe = Recipe(arch, classes, 32, 32, zero, one)
+        recipe = ModelConfig(arch, classes, 32, 32, zero, one)
         save_weights(tmp_path / f"{arch}.safetensors", ARCHS[arch](num_classes=3).state_dict(), recipe.header())
     files = [tmp_path / "plain20.safetensors", tmp_path / "resnet20.safetensors"]
     options = ("--data", small_shards, "--images", 10, "--batch-size", 8)

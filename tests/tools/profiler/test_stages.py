@@ -72,7 +72,7 @@ def loaded(spec: LoaderSpec) -> dict[tuple[int, int], npt.NDArray[Any]]:
 
 def keys(samples: Samples) -> list[tuple[int, int]]:
     """Batch and place of each sample."""
-    numbers = {id(work): number for number, work in enumerate(samples.works)}
+    numbers = {id(work): number for number, work in enumerate(samples.plans)}
     return [(numbers[id(work)], place) for work, place in samples.places]
 
 

@@ -6,23 +6,23 @@ import numpy as np
 import pytest
 from scipy.stats import kstest
 
-from training.levels import Stream, levels
+from training.uniforms import Stream, uniforms
 
 
 @pytest.mark.parametrize("count", [1, 4, 8, 50])
 def test_a_positions_numbers_are_the_same_whatever_range_is_asked_for(count: int) -> None:
-    whole = levels(3, Stream.DROP, 7, 0, 1000, count)
+    whole = uniforms(3, Stream.DROP, 7, 0, 1000, count)
     assert whole.shape == (1000, count)
     for low, high in [*pairwise([0, 1, 33, 500, 1000]), (6, 6)]:
-        assert np.array_equal(levels(3, Stream.DROP, 7, low, high, count), whole[low:high])
+        assert np.array_equal(uniforms(3, Stream.DROP, 7, low, high, count), whole[low:high])
 
 
 def test_numbers_are_uniform_and_independent() -> None:
     """Of neighbouring positions, of one position's numbers, and of other seeds, epochs and uses."""
     count = 40_000
-    drawn = levels(0, Stream.DROP, 0, 0, count, 6)
+    drawn = uniforms(0, Stream.DROP, 0, 0, count, 6)
     assert kstest(drawn.ravel(), "uniform").pvalue > 1e-3
-    others = [levels(*key, 0, count, 6) for key in product((0, 1), Stream, (0, 1)) if key != (0, Stream.DROP, 0)]
+    others = [uniforms(*key, 0, count, 6) for key in product((0, 1), Stream, (0, 1)) if key != (0, Stream.DROP, 0)]
     columns = np.column_stack([drawn, np.roll(drawn, 1, 0), *others])
     assert columns.shape == (count, 6 * 9)
     correlation = np.corrcoef(columns.T) - np.eye(6 * 9)

@@ -19,7 +19,7 @@ class Stream(Enum):
     DROP = int.from_bytes(b"drop")
 
 
-def levels(seed: int, stream: Stream, epoch: int, low: int, high: int, count: int) -> npt.NDArray[np.float64]:
+def uniforms(seed: int, stream: Stream, epoch: int, low: int, high: int, count: int) -> npt.NDArray[np.float64]:
     """Uniform in [0, 1): `count` numbers for each position in [low, high), as (high - low, count)."""
     blocks = -(-count // 4)  # a counter gives four numbers
     counter = np.array([low * blocks, epoch, 0, 0], np.uint64)

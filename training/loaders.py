@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 
-from model.weights import Recipe
+from model.weights import ModelConfig
 from pipeline import open_loader
 from pipeline.errors import UserError
 from pipeline.loader import Loader
@@ -63,13 +63,13 @@ def evaluation(args: Any, spec: LoaderSpec) -> LoaderSpec:
     return replace(spec, geometry=replace(geometry, mirrored=args.flip_test))
 
 
-def recipe_of(args: Any, loader: Loader) -> Recipe:
+def model_config_of(args: Any, loader: Loader) -> ModelConfig:
     """What the weights' file says of the net: how it is tested."""
     spec = evaluation(args, loader.spec)
     geometry, size = spec.geometry, spec.final_size
     assert isinstance(geometry, CentreCrop)
     normalization = loader.normalization_at((size, size))
-    return Recipe(args.arch, loader.classes, size, geometry.short, normalization.mean, normalization.std)
+    return ModelConfig(args.arch, loader.classes, size, geometry.short, normalization.mean, normalization.std)
 
 
 def profile_command(args: Any, precision: str) -> str:
