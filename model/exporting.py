@@ -146,11 +146,11 @@ def _greatest_difference(
 def _quiet() -> Iterator[None]:
     """Without what torch's exporters say about themselves."""
     logger: Any = logging.getLogger("torch.onnx._internal.exporter._registration")  # torchvision is missing, which is all right
-    uniform = logger.uniform
+    level = logger.level
     logger.setLevel(logging.ERROR)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)
             yield
     finally:
-        logger.setLevel(uniform)
+        logger.setLevel(level)
