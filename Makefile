@@ -1,14 +1,14 @@
-# make demo   from nothing to a trained, evaluated net and pictures of it (CPU or GPU)
+# make demo   draw images, train a model, evaluate it, and report on the run in demo/report.html (CPU or GPU)
 # make test   all tests
 # make lint   ruff and mypy
-# Each builds .venv first, with every package pinned in constraints.txt.
+# Each creates .venv first, with every package pinned in constraints.txt.
 
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 DEMO := demo
-# bfloat16 where the processor computes in it (or a GPU stands beside one that does), float32 elsewhere
+# bfloat16 if the processor has instructions for it, float32 otherwise
 PRECISION := $(shell grep -q -E 'avx512_bf16|amx_bf16' /proc/cpuinfo 2>/dev/null && echo bf16 || echo no)
 LAUNCH := $(BIN)/accelerate launch --num_processes 1 --num_machines 1 --mixed_precision $(PRECISION) --dynamo_backend no
 
@@ -26,8 +26,8 @@ demo: $(INSTALLED)
 	$(BIN)/python tools/make_shards.py $(DEMO)/images --out $(DEMO)/shards --shard-size 250
 	$(LAUNCH) train.py --data $(DEMO)/shards --output $(DEMO)/run --arch resnet18 --image-size 64 --scale 64 96 --batch-size 32 \
 		--epochs 10 --lr 0.006 --weight-decay 5e-4 --schedule cosine --warmup 1 --eval-every 2
-	$(BIN)/python tools/plot_run.py $(DEMO)/run --data $(DEMO)/shards
 	$(BIN)/python tools/evaluate.py $(DEMO)/run --data $(DEMO)/shards --json $(DEMO)/figures.json --per-class $(DEMO)/classes.csv
+	$(BIN)/python tools/report.py $(DEMO)/run --out $(DEMO)/report.html
 
 test: $(INSTALLED)
 	if [ -e $(VENV)/without-ffcv ]; then export CROPFEED_WITHOUT=ffcv; fi; $(BIN)/python -m pytest -n 2 --dist loadfile

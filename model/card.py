@@ -1,4 +1,4 @@
-"""What stands beside exported weights: config.json as timm writes it, and README.md, the model card of the Hugging Face Hub."""
+"""Files beside exported weights: config.json in timm's format, and README.md, the model card for the Hugging Face Hub."""
 
 from __future__ import annotations
 
@@ -10,18 +10,19 @@ from model.resnet import ResNet
 from model.weights import ModelConfig
 from pipeline.pixels.normalize import Normalization
 
-# The nets that torchvision and timm have, by the same names.
-ELSEWHERE = ("resnet18", "resnet34", "resnet50", "resnet101", "resnet152")
+# The models that torchvision and timm have under the same names.
+SHARED_ARCHS = ("resnet18", "resnet34", "resnet50", "resnet101", "resnet152")
 
 
 @dataclass(frozen=True)
-class About:
-    """What a card tells that the weights do not. formats: those written. repo: user/name on the Hub. license: its SPDX name.
+class CardDetails:
+    """What a card says beyond the model and its config.
 
-    figures: for each testing scheme, its top-1 and top-5 shares of `images` validation images.
+    formats: those written. repo: user/name on the Hub. license: its SPDX name. figures: top-1 and top-5 rates by testing scheme,
+    measured on `images` validation images.
     """
 
-    formats: list[str]
+    formats: tuple[str, ...]
     dataset: str | None = None
     license: str | None = None
     repo: str | None = None
@@ -29,23 +30,23 @@ class About:
     images: int = 0
 
 
-def timm_config(net: ResNet, recipe: ModelConfig) -> dict[str, Any]:
-    """config.json's content. A mean image is there as its mean per channel, the only one that timm can subtract."""
-    normalization = Normalization.of(recipe.mean, recipe.std).per_channel()
-    crop = recipe.image_size / recipe.eval_short
-    if math.floor(recipe.image_size / crop) != recipe.eval_short:  # by rounding
+def timm_config(model: ResNet, config: ModelConfig) -> dict[str, Any]:
+    """The content of config.json. A mean image becomes its mean per channel, as timm can subtract no other."""
+    normalization = Normalization.of(config.mean, config.std).per_channel()
+    crop = config.image_size / config.eval_short
+    if math.floor(config.image_size / crop) != config.eval_short:  # a rounding error
         crop = math.nextafter(crop, 0)
-    config: dict[str, Any] = {
-        "architecture": recipe.arch,
-        "num_classes": net.fc.out_features,
-        "num_features": net.fc.in_features,
+    content: dict[str, Any] = {
+        "architecture": config.arch,
+        "num_classes": model.fc.out_features,
+        "num_features": model.fc.in_features,
         "global_pool": "avg",
     }
-    if recipe.classes:
-        config["label_names"] = recipe.classes
-    config["pretrained_cfg"] = {
-        "num_classes": net.fc.out_features,
-        "input_size": [3, recipe.image_size, recipe.image_size],
+    if config.classes:
+        content["label_names"] = config.classes
+    content["pretrained_cfg"] = {
+        "num_classes": model.fc.out_features,
+        "input_size": [3, config.image_size, config.image_size],
         "fixed_input_size": False,
         "crop_pct": crop,
         "crop_mode": "center",
@@ -55,104 +56,120 @@ def timm_config(net: ResNet, recipe: ModelConfig) -> dict[str, Any]:
         "first_conv": "conv1",
         "classifier": "fc",
     }
-    return config
+    return content
 
 
-def model_card(net: ResNet, recipe: ModelConfig, about: About) -> str:
-    """README.md's content."""
+def model_card(model: ResNet, config: ModelConfig, details: CardDetails) -> str:
+    """The content of README.md."""
     from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
-    name = about.repo.split("/")[-1] if about.repo else f"{recipe.arch}-{net.fc.out_features}"
+    name = details.repo.split("/")[-1] if details.repo else f"{config.arch}-{model.fc.out_features}"
     results = [
         EvalResult(
             task_type="image-classification",
-            dataset_type=about.dataset or "image-folder",
-            dataset_name=about.dataset or "the data it was trained on",
+            dataset_type=details.dataset or "image-folder",
+            dataset_name=details.dataset or "the data it was trained on",
             metric_type="accuracy",
             metric_name=f"{metric}, {scheme}",
-            metric_value=share,
+            metric_value=rate,
         )
-        for scheme, shares in about.figures.items()
-        for metric, share in zip(("top-1", "top-5"), shares, strict=True)
+        for scheme, rates in details.figures.items()
+        for metric, rate in zip(("top-1", "top-5"), rates, strict=True)
     ]
     data = ModelCardData(
-        license=about.license,
-        library_name="timm" if recipe.arch in ELSEWHERE and "safetensors" in about.formats else "cropfeed",
+        license=details.license,
+        library_name="timm" if config.arch in SHARED_ARCHS and "safetensors" in details.formats else "cropfeed",
         pipeline_tag="image-classification",
-        tags=["image-classification", "resnet", "cropfeed", *(["timm"] if recipe.arch in ELSEWHERE else [])],
-        datasets=[about.dataset] if about.dataset else None,
+        tags=["image-classification", "resnet", "cropfeed", *(["timm"] if config.arch in SHARED_ARCHS else [])],
+        datasets=[details.dataset] if details.dataset else None,
         metrics=["accuracy"] if results else None,
         model_name=name if results else None,
         eval_results=results or None,
     )
-    return str(ModelCard(f"---\n{data.to_yaml()}\n---\n\n{_text(name, net, recipe, about)}"))
+    return str(ModelCard(f"---\n{data.to_yaml()}\n---\n\n{_text(name, model, config, details)}"))
 
 
-def _text(name: str, net: ResNet, recipe: ModelConfig, about: About) -> str:
-    parameters = sum(parameter.numel() for parameter in net.parameters())
-    blur = ", with the BlurPool of [Zhang 2019](https://arxiv.org/abs/1904.11486)" if recipe.arch.endswith("_blur") else ""
+def _text(name: str, model: ResNet, config: ModelConfig, details: CardDetails) -> str:
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    blur = ", with the BlurPool of [Zhang 2019](https://arxiv.org/abs/1904.11486)" if config.arch.endswith("_blur") else ""
     parts = [
         f"# {name}",
-        f"`{recipe.arch}` of He et al. 2015, [Deep residual learning for image recognition](https://arxiv.org/abs/1512.03385)"
-        f"{blur}: {parameters:,} parameters, {net.fc.out_features} classes. Exported by Cropfeed.",
-        *_figures(about),
+        f"`{config.arch}` of He et al. 2015, [Deep residual learning for image recognition](https://arxiv.org/abs/1512.03385)"
+        f"{blur}: {parameters:,} parameters, {model.fc.out_features} classes. Exported by Cropfeed.",
+        *_figures(details),
         "## Preprocessing",
-        _preprocessing(recipe),
+        _preprocessing(config),
+        _loader(config),
         "## Use",
-        *(_safetensors(net, recipe, about) if "safetensors" in about.formats else []),
-        *_graphs(recipe, about),
+        *(_safetensors(model, config, details) if "safetensors" in details.formats else []),
+        *_graphs(config, details),
     ]
     return "\n\n".join(parts) + "\n"
 
 
-def _figures(about: About) -> list[str]:
-    rows = [f"| {scheme} | {top1:.2%} | {top5:.2%} |" for scheme, (top1, top5) in about.figures.items()]
-    head = f"| of {about.images} validation images | top-1 | top-5 |\n| --- | --- | --- |\n"
+def _figures(details: CardDetails) -> list[str]:
+    rows = [f"| {scheme} | {top1:.2%} | {top5:.2%} |" for scheme, (top1, top5) in details.figures.items()]
+    head = f"| of {details.images} validation images | top-1 | top-5 |\n| --- | --- | --- |\n"
     return [head + "\n".join(rows)] if rows else []
 
 
-def _preprocessing(recipe: ModelConfig) -> str:
-    size = recipe.image_size
-    if recipe.mean.ndim == 3:
-        mean = f"subtract the mean image (`mean.npy`, float32 ({size}, {size}, 3): a value for each pixel)"
-        remark = " `config.json` can only hold its mean per channel, with which logits differ a little."
+def _preprocessing(config: ModelConfig) -> str:
+    size = config.image_size
+    if config.mean.ndim == 3:
+        mean = f"subtract the mean image (`mean.npy`, float32 ({size}, {size}, 3): one value for each pixel)"
+        remark = " `config.json` can only hold its mean per channel, which gives slightly different logits."
     else:
-        mean, remark = f"subtract the mean {_three(recipe.mean)}", ""
+        mean, remark = f"subtract the mean {_three(config.mean)}", ""
     return (
-        f"Resize so that the short side is {recipe.eval_short} pixels (bilinear, antialiased), crop the central {size} x {size}, "
-        f"take RGB in 0..255, {mean}, divide by {_three(recipe.std)}.{remark}"
+        f"Resize so that the short side is {config.eval_short} pixels (bilinear, antialiased), crop the central {size} x {size}, "
+        f"take RGB in 0..255, {mean}, divide by {_three(config.std)}.{remark}"
     )
+
+
+def _loader(config: ModelConfig) -> str:
+    """How to do the preprocessing with the library."""
+    has_mean_image = config.mean.ndim == 3
+    mean = 'numpy.load("mean.npy")' if has_mean_image else _three(config.mean)
+    return (
+        "`pip install cropfeed` gives a loader that does this, from shards that `cropfeed shards IMAGES --out SHARDS` makes:\n\n"
+        "```python\n" + ("import numpy\n" if has_mean_image else "")
+        + "from cropfeed import CentreCrop, LoaderSpec, Normalization, open_loader\n\n"
+        f"normalization = Normalization.of({mean}, {_three(config.std)})\n"
+        f'spec = LoaderSpec("SHARDS", image_size={config.image_size}, normalization=normalization)\n'
+        f'for images, labels, ids in open_loader(spec.evaluation("val", geometry=CentreCrop({config.eval_short}))):\n'
+        "    ...\n```"
+    )  # fmt: skip
 
 
 def _three(values: Any) -> str:
     return "(" + ", ".join(f"{float(value):.6g}" for value in values) + ")"
 
 
-def _safetensors(net: ResNet, recipe: ModelConfig, about: About) -> list[str]:
-    source = f"hf://{about.repo}" if about.repo else "FOLDER"
+def _safetensors(model: ResNet, config: ModelConfig, details: CardDetails) -> list[str]:
+    source = f"hf://{details.repo}" if details.repo else "FOLDER"
     parts = [
-        "With Cropfeed, whose recipe (classes, sizes, mean) is in the header of `model.safetensors`:",
-        f'```python\nfrom model.loading import load_net\n\nnet, recipe = load_net("{source}", None, None)\n```',
+        "In a checkout of Cropfeed (its models are not part of the package); the header of `model.safetensors` holds the config:",
+        f'```python\nfrom model.loading import load_model\n\nmodel, config = load_model("{source}", None, None)\n```',
     ]
-    if recipe.arch not in ELSEWHERE:
-        return [*parts, f"timm and torchvision have no `{recipe.arch}`; `config.json` tells the preprocessing in timm's terms."]
-    hub = f"hf-hub:{about.repo}" if about.repo else "local-dir:FOLDER"
+    if config.arch not in SHARED_ARCHS:
+        return [*parts, f"timm and torchvision have no `{config.arch}`; `config.json` gives the preprocessing in timm's format."]
+    hub = f"hf-hub:{details.repo}" if details.repo else "local-dir:FOLDER"
     return [
         *parts,
         "With timm:",
-        f'```python\nimport timm\n\nnet = timm.create_model("{hub}", pretrained=True)\n```',
-        "With torchvision, whose keys these are:",
+        f'```python\nimport timm\n\nmodel = timm.create_model("{hub}", pretrained=True)\n```',
+        "With torchvision, which has the same keys:",
         "```python\nfrom safetensors.torch import load_file\nfrom torchvision.models import "
-        f"{recipe.arch}\n\nnet = {recipe.arch}(num_classes={net.fc.out_features})\n"
-        'net.load_state_dict(load_file("model.safetensors"))\n```',
+        f"{config.arch}\n\nmodel = {config.arch}(num_classes={model.fc.out_features})\n"
+        'model.load_state_dict(load_file("model.safetensors"))\n```',
     ]
 
 
-def _graphs(recipe: ModelConfig, about: About) -> list[str]:
-    size = recipe.image_size
-    shape = f"{size}, {size}" if recipe.mean.ndim == 3 else "H, W"
+def _graphs(config: ModelConfig, details: CardDetails) -> list[str]:
+    size = config.image_size
+    shape = f"{size}, {size}" if config.mean.ndim == 3 else "H, W"
     files = {"onnx": "`model.onnx` (ONNX)", "torch-export": "`model.pt2` (`torch.export.load`)"}
-    written = [text for form, text in files.items() if form in about.formats]
+    written = [text for form, text in files.items() if form in details.formats]
     if not written:
         return []
     return [

@@ -1,8 +1,8 @@
-"""Nets as graphs that others can run: ONNX and torch.export, fed with plain pixels.
+"""Models as graphs that other programs can run: ONNX and torch.export, both with raw pixels as input.
 
-Input "images": uint8 (N, 3, H, W), RGB, as a decoder gives them once resized and cropped. The recipe's mean and deviation are
-part of the graph. Output "logits": float32 (N, classes). N is free. H and W are free, too, as the nets are fully convolutional,
-unless the recipe subtracts a mean image: that one belongs to the places of a crop, so H and W are then image_size.
+Input "images": uint8 (N, 3, H, W), RGB, decoded, resized and cropped. The graph subtracts the config's mean and divides by its
+standard deviation. Output "logits": float32 (N, classes). N is dynamic. H and W are dynamic, too, as the models are fully
+convolutional, unless the config has a mean image: that fits a crop only, so H and W are then fixed to image_size.
 """
 
 from __future__ import annotations
@@ -11,10 +11,9 @@ import importlib.util
 import json
 import logging
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import nn
@@ -25,29 +24,32 @@ from model.weights import ModelConfig
 from pipeline.errors import UserError
 from pipeline.pixels.normalize import Normalization
 
-TOLERANCE = 1e-4  # of a graph's logits, against the greatest of torch's: float32, summed in another order
+TOLERANCE = 1e-4  # of a graph's logits, relative to torch's greatest: float32 sums in another order
 _NEEDS = {"onnx": ("onnx", "onnxruntime", "onnxscript"), "safetensors": ("huggingface_hub",)}
 
 
-def check_packages(formats: list[str]) -> None:
-    """Raises UserError if a package that writing these formats takes is missing."""
+def check_packages(formats: Sequence[str]) -> None:
+    """Raises UserError if a package is missing that writing these formats needs."""
     missing = [name for form in formats for name in _NEEDS.get(form, ()) if importlib.util.find_spec(name) is None]
     if missing:
         raise UserError(f"needs {', '.join(missing)}: pip install -e '.[export]'")
 
 
 class ExportedModel(nn.Module):
-    """A net behind its normalization, in evaluation mode. forward: uint8 (N, 3, H, W) -> logits float32 (N, classes)."""
+    """A model with its normalization, in evaluation mode. forward: uint8 (N, 3, H, W) -> logits float32 (N, classes).
+
+    net: the model. Graphs name its weights `net.*`.
+    """
 
     mean: torch.Tensor
     std: torch.Tensor
 
-    def __init__(self, net: ResNet, recipe: ModelConfig) -> None:
+    def __init__(self, model: ResNet, config: ModelConfig) -> None:
         super().__init__()
-        normalization = Normalization.of(recipe.mean, recipe.std).at(recipe.image_size)
+        normalization = Normalization.of(config.mean, config.std).at(config.image_size)
         mean = torch.from_numpy(normalization.mean)
         self.has_mean_image = mean.ndim == 3
-        self.net = net
+        self.net = model
         self.register_buffer("mean", mean.permute(2, 0, 1).contiguous() if self.has_mean_image else mean.view(3, 1, 1))
         self.register_buffer("std", torch.from_numpy(normalization.std).view(3, 1, 1))
         self.eval()
@@ -56,21 +58,22 @@ class ExportedModel(nn.Module):
         return self.net((images.float() - self.mean) / self.std)
 
 
-def write_onnx(net: ResNet, recipe: ModelConfig, path: Path) -> float:
-    """Write one ONNX file; the greatest difference of ONNX Runtime's logits from torch's. Raises UserError if it is too great.
+def export_onnx(model: ResNet, config: ModelConfig, path: Path) -> float:
+    """Write one ONNX file. Returns the greatest difference between ONNX Runtime's logits and torch's; raises UserError if it is
+    too great.
 
-    Its metadata names arch, classes, image_size and eval_short.
+    The file's metadata holds arch, classes, image_size and eval_short.
     """
     import onnx
     import onnxruntime
 
-    served = ExportedModel(net, recipe)
-    # Traced on pictures whose last feature map has more than one pixel, or that would be taken for granted.
-    side = recipe.image_size if served.has_mean_image else max(recipe.image_size, 64)
-    names = {0: "batch"} if served.has_mean_image else {0: "batch", 2: "height", 3: "width"}
+    exported = ExportedModel(model, config)
+    # The last feature map of the traced images must have more than one pixel, or the exporter would assume exactly one.
+    side = config.image_size if exported.has_mean_image else max(config.image_size, 64)
+    names = {0: "batch"} if exported.has_mean_image else {0: "batch", 2: "height", 3: "width"}
     with _quiet():
         program = torch.onnx.export(
-            served,
+            exported,
             (_pixels(2, side, side),),
             dynamo=True,
             input_names=["images"],
@@ -79,7 +82,7 @@ def write_onnx(net: ResNet, recipe: ModelConfig, path: Path) -> float:
             verbose=False,
         )
         assert program is not None
-        program.model.metadata_props.update(_facts(recipe))
+        program.model.metadata_props.update(_metadata(config))
         program.save(path, external_data=False)
     onnx.checker.check_model(path)
     session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
@@ -87,27 +90,27 @@ def write_onnx(net: ResNet, recipe: ModelConfig, path: Path) -> float:
     def run(images: torch.Tensor) -> torch.Tensor:
         return torch.from_numpy(session.run(None, {"images": images.numpy()})[0])
 
-    return _greatest_difference(served, run, recipe.image_size, not served.has_mean_image, "the ONNX graph")
+    return _greatest_difference(exported, run, config.image_size, not exported.has_mean_image, "the ONNX graph")
 
 
-def write_program(net: ResNet, recipe: ModelConfig, path: Path) -> float:
-    """Write a torch.export program (.pt2); the difference of what is read back, as `write_onnx` tells it.
+def export_program(model: ResNet, config: ModelConfig, path: Path) -> float:
+    """Write a torch.export program (.pt2). Returns the greatest difference of its logits, read back, as `export_onnx` does.
 
-    Its extra file recipe.json names what ONNX's metadata does. H and W are free as long as the last feature map has more than one
-    pixel (from 33 on, for CIFAR's nets from 5); with one pixel at image_size they are image_size. torch.export insists on that.
+    Its extra file recipe.json holds what ONNX's metadata does. H and W are dynamic as long as the last feature map has more than
+    one pixel (from 33 on, for CIFAR's models from 5). If it has one pixel at image_size, torch.export fixes H and W to that.
     """
-    served, side = ExportedModel(net, recipe), recipe.image_size
-    fixed = served.has_mean_image or _last_map(served, side) == 1
-    free = {0: Dim("batch")} if fixed else {0: Dim("batch"), 2: Dim.DYNAMIC, 3: Dim.DYNAMIC}
+    exported, side = ExportedModel(model, config), config.image_size
+    fixed = exported.has_mean_image or _last_map(exported, side) == 1
+    dynamic = {0: Dim("batch")} if fixed else {0: Dim("batch"), 2: Dim.DYNAMIC, 3: Dim.DYNAMIC}
     with _quiet():
-        program = torch.export.export(served, (_pixels(2, side, side),), dynamic_shapes={"images": free})
-        torch.export.save(program, path, extra_files={"recipe.json": json.dumps(_facts(recipe))})
+        program = torch.export.export(exported, (_pixels(2, side, side),), dynamic_shapes={"images": dynamic})
+        torch.export.save(program, path, extra_files={"recipe.json": json.dumps(_metadata(config))})
         run = torch.export.load(path).module()
-    return _greatest_difference(served, run, side, not fixed, "the torch.export program")
+    return _greatest_difference(exported, run, side, not fixed, "the torch.export program")
 
 
-def _facts(recipe: ModelConfig) -> dict[str, str]:
-    header = recipe.header()
+def _metadata(config: ModelConfig) -> dict[str, str]:
+    header = config.header()
     return {name: header[name] for name in ("arch", "classes", "image_size", "eval_short")}
 
 
@@ -116,36 +119,36 @@ def _pixels(count: int, height: int, width: int) -> torch.Tensor:
 
 
 @torch.inference_mode()
-def _last_map(served: ExportedModel, side: int) -> int:
-    """The side of the last feature map of pictures of `side`, in pixels."""
+def _last_map(exported: ExportedModel, side: int) -> int:
+    """The side of the last feature map, pixels, for images of `side` pixels."""
     found: list[int] = []
-    hook = served.net.avgpool.register_forward_pre_hook(lambda _, inputs: found.append(inputs[0].shape[-1]))
-    served(_pixels(1, side, side))
+    hook = exported.net.avgpool.register_forward_pre_hook(lambda _, inputs: found.append(inputs[0].shape[-1]))
+    exported(_pixels(1, side, side))
     hook.remove()
     return found[0]
 
 
 @torch.inference_mode()
 def _greatest_difference(
-    served: ExportedModel, run: Callable[[torch.Tensor], torch.Tensor], side: int, any_shape: bool, name: str
+    exported: ExportedModel, run: Callable[[torch.Tensor], torch.Tensor], side: int, any_shape: bool, name: str
 ) -> float:
-    """On one and on three pictures, and with any_shape on two of another shape. Raises UserError above TOLERANCE."""
+    """On batches of one and three images, and with any_shape on two of another shape. Raises UserError above TOLERANCE."""
     shapes = [(1, side, side), (3, side, side), *([(2, side + 32, side + 7)] if any_shape else [])]
     greatest = 0.0
     for shape in shapes:
         images = _pixels(*shape)
-        expected = served(images)
+        expected = exported(images)
         difference = float((run(images) - expected).abs().max())
-        if not difference <= TOLERANCE * max(1.0, float(expected.abs().max())):  # nor is it NaN
-            raise UserError(f"{name} gives other logits than torch, by up to {difference:.2g}; do not use it, and report this")
+        if not difference <= TOLERANCE * max(1.0, float(expected.abs().max())):  # catches NaN, too
+            raise UserError(f"{name} gives other logits than torch, by up to {difference:.2g}", "do not use it, and report this")
         greatest = max(greatest, difference)
     return greatest
 
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Without what torch's exporters say about themselves."""
-    logger: Any = logging.getLogger("torch.onnx._internal.exporter._registration")  # torchvision is missing, which is all right
+    """Silences messages of torch's exporters, such as that torchvision is missing, which they do not need."""
+    logger = logging.getLogger("torch.onnx._internal.exporter._registration")
     level = logger.level
     logger.setLevel(logging.ERROR)
     try:

@@ -1,16 +1,17 @@
-"""The nets of He, Zhang, Ren, Sun, "Deep residual learning for image recognition", CVPR 2016 (arXiv 1512.03385).
+"""The models of He, Zhang, Ren, Sun, "Deep residual learning for image recognition", CVPR 2016 (arXiv 1512.03385).
 
-For ImageNet: the ResNets and plain nets of Table 1. For CIFAR: those of section 4.2, with 6n + 2 layers. `ARCHS` names them all:
+For ImageNet: the ResNets and plain networks of Table 1. For CIFAR: those of section 4.2, with 6n + 2 layers. `ARCHS` names them
+all:
 
-- `resnet18` ... `resnet152`: shortcut option B (section 4.1), a projection where dimensions grow; `_a` and `_c` are the other
-  options. The bottleneck's stride is on its 3x3 convolution: the now usual placement, and torchvision's.
+- `resnet18` ... `resnet152`: shortcut option B (section 4.1), a projection where dimensions grow. `_a` and `_c` are the other
+  options. The bottleneck has its stride on the 3x3 convolution, as is usual now, and as in torchvision.
 - `resnet50_v1`, `resnet101_v1`, `resnet152_v1`: the stride on the bottleneck's first 1x1 convolution, as in the paper.
-- `resnet18_blur` ... `resnet152_blur`: not in the paper; each strided convolution but the first sees its input blurred (see
-  `model.blur`). Their weights are those of the nets without it.
+- `resnet18_blur` ... `resnet152_blur`: not in the paper. The input of each strided convolution except the first is blurred (see
+  `model.blur`). Weights fit the models with and without blur.
 - `plain18`, `plain34`: no shortcuts.
 - `resnet20` ... `resnet1202`, `plain20` ... `plain110`: for CIFAR; shortcut option A.
 
-State-dict keys and shapes are torchvision's wherever it has the net, so weights move both ways.
+State-dict keys and shapes equal torchvision's wherever it has the model, so weights can be exchanged in both directions.
 """
 
 from __future__ import annotations
@@ -25,12 +26,12 @@ from torch import nn
 
 from model.blur import blur_strided
 
-# Makes the shortcut of a block from its channels in, channels out and stride; None stands for the identity.
+# Makes a block's shortcut from its input channels, output channels and stride. It returns None for the identity.
 Shortcut = Callable[[int, int, int], nn.Module | None]
 
 
 class ZeroPadding(nn.Module):
-    """Option A's shortcut where dimensions grow: every `stride`-th pixel, the new channels are zero. No parameters.
+    """Option A's shortcut where dimensions grow: every `stride`-th pixel; the new channels are zero. No parameters.
 
     forward: (N, C, H, W) -> (N, C + new_channels, ceil(H / stride), ceil(W / stride)).
     """
@@ -61,10 +62,10 @@ def option_c(channels_in: int, channels_out: int, stride: int) -> nn.Module:
 
 
 def drop_rows(x: torch.Tensor, probability: float, uniform: torch.Tensor | None = None) -> torch.Tensor:
-    """Stochastic depth, each image by itself: of x (N, C, H, W) each row is zeros with `probability`, else scaled so that the
-    expectation stays. torchvision's StochasticDepth in mode "row" does the same.
+    """Stochastic depth per image: each row of x (N, C, H, W) becomes zeros with `probability`; otherwise it is scaled to keep the
+    expectation. The same as torchvision's StochasticDepth in mode "row".
 
-    level: (N,), uniform in [0, 1): rows below `probability` are zeros. None: drawn by torch's default generator of the device.
+    uniform: (N,), in [0, 1). Rows with a value below `probability` become zeros. None: drawn from the device's default generator.
     """
     if uniform is None:
         uniform = torch.rand(x.shape[0], device=x.device)
@@ -72,9 +73,9 @@ def drop_rows(x: torch.Tensor, probability: float, uniform: torch.Tensor | None 
 
 
 class Block(nn.Module):
-    """What both blocks of Figure 5 share: the layers' output plus the shortcut's (none in plain nets), then ReLU.
+    """What both blocks of Figure 5 share: the layers' output plus the shortcut's (none in plain networks), then ReLU.
 
-    drop_path: in training, the probability that an image takes the shortcut alone; 0 <= drop_path < 1.
+    drop_path: the probability, in training, that an image takes only the shortcut; 0 <= drop_path < 1.
     """
 
     expansion: int
@@ -87,7 +88,7 @@ class Block(nn.Module):
         self.downsample: nn.Module | None = None
 
     def add_shortcut(self, shortcut: Shortcut | None, channels_in: int, channels_out: int, stride: int) -> None:
-        """To be called last: torchvision has the shortcut's parameters behind the layers'."""
+        """Call this last: in torchvision's state dict the shortcut's parameters come after the layers'."""
         if shortcut:
             self.is_residual, self.downsample = True, shortcut(channels_in, channels_out, stride)
 
@@ -95,7 +96,7 @@ class Block(nn.Module):
         raise NotImplementedError
 
     def forward(self, x: torch.Tensor, uniform: torch.Tensor | None = None) -> torch.Tensor:
-        """level: see `drop_rows`."""
+        """uniform: see `drop_rows`."""
         out = self.layers(x)
         if self.is_residual:
             if self.training and self.drop_path:
@@ -126,7 +127,7 @@ class Bottleneck(Block):
     """1x1, 3x3, 1x1 convolutions (Figure 5, right). channels_in -> 4 * channels."""
 
     expansion = 4
-    strides_first = False  # on the first 1x1 convolution, not on the 3x3
+    strides_first = False  # whether the stride is on the first 1x1 convolution instead of the 3x3
 
     def __init__(self, channels_in: int, channels: int, stride: int, shortcut: Shortcut | None) -> None:
         super().__init__()
@@ -152,7 +153,7 @@ class BottleneckV1(Bottleneck):
 
 
 class Stage(nn.Sequential):
-    """Blocks, one after another. forward: x, and where they are given the blocks' levels (N, blocks), see `drop_rows`."""
+    """Blocks in sequence. forward: x and optionally uniforms (N, blocks), see `drop_rows`."""
 
     def forward(self, x: torch.Tensor, uniforms: torch.Tensor | None = None) -> torch.Tensor:
         for number, block in enumerate(self):
@@ -161,16 +162,20 @@ class Stage(nn.Sequential):
 
 
 class ResNet(nn.Module):
-    """A net of blocks in stages; each stage but the first halves the picture and doubles the channels.
+    """A network of blocks in stages. Each stage except the first halves the resolution and doubles the channels.
 
-    forward: images (N, 3, H, W) -> logits (N, num_classes), for any H and W: the classifier sees the mean over places, so that on
-    pictures larger than those trained on the net is fully convolutional. For stochastic depth, it also takes levels: (N, blocks),
-    uniform in [0, 1), which decide what is dropped; without them torch's generator does.
-    depths: blocks in each stage. shortcut: one of the options, None for a plain net. width: channels of the first stage.
-    small: CIFAR's 3x3 stem for pictures of 32 pixels, instead of 7x7, stride 2 and max pooling for 224.
-    blur: whether strided convolutions, the first apart, see their input blurred.
-    drop_path: stochastic depth of Huang et al. 2016, "Deep networks with stochastic depth", with their linear decay rule: of L
-    blocks, the l-th is dropped with probability drop_path * l / L, for each image by itself.
+    forward: images (N, 3, H, W) -> logits (N, num_classes), for any H and W: the classifier sees the mean over positions, so the
+    model is fully convolutional on images larger than the training crop. For stochastic depth it also takes uniforms (N, blocks)
+    in [0, 1), which decide what is dropped. Without them torch's generator decides.
+
+    - depths: blocks in each stage.
+    - shortcut: one of the options, None for a plain network.
+    - width: channels of the first stage.
+    - small: CIFAR's 3x3 stem for images of 32 pixels, instead of 7x7, stride 2 and max pooling for 224.
+    - blur: blur the input of strided convolutions, except the first.
+    - drop_path: stochastic depth of Huang et al. 2016, "Deep networks with stochastic depth", with their linear decay rule: the
+      l-th of L blocks is dropped with probability drop_path * l / L, independently for each image.
+
     Weights are drawn as in He et al. 2015, "Delving deep into rectifiers": N(0, 2 / fan_out) for convolutions (equation 14),
     N(0, 1 / fan_in) for the classifier, BN at scale 1.
     """
@@ -187,11 +192,11 @@ class ResNet(nn.Module):
         blur: bool = False,
         drop_path: float = 0.0,
     ) -> None:
-        """Raises ValueError for a drop_path outside [0, 1), and in a plain net, which has no shortcuts to take instead."""
+        """Raises ValueError for a drop_path outside [0, 1), and for any drop_path in a plain network, which has no shortcuts."""
         super().__init__()
         if not 0 <= drop_path < 1 or (drop_path and shortcut is None):
-            raise ValueError(f"drop_path must lie in [0, 1), and be 0 in a plain net, not {drop_path}")
-        self.image_size = 32 if small else 224  # the side of the pictures it is meant for
+            raise ValueError(f"drop_path must lie in [0, 1), and be 0 in a plain network, not {drop_path}")
+        self.image_size = 32 if small else 224  # side of the images it is designed for, pixels
         self.depths = depths
         self.conv1 = nn.Conv2d(3, width, 3, 1, 1, bias=False) if small else nn.Conv2d(3, width, 7, 2, 3, bias=False)
         self.bn1 = nn.BatchNorm2d(width)
@@ -208,11 +213,11 @@ class ResNet(nn.Module):
             self.add_module(name, Stage(*blocks))
         self.avgpool = nn.AdaptiveAvgPool2d(1)
         self.fc = nn.Linear(channels_in, num_classes)
-        self.apply(initialise)
-        every_block = [module for module in self.modules() if isinstance(module, Block)]
-        for number, one in enumerate(every_block, 1):
-            one.drop_path = drop_path * number / len(every_block)
-        if blur:  # behind the drawing of weights, which is thus the same
+        self.apply(init_weights)
+        all_blocks = [module for module in self.modules() if isinstance(module, Block)]
+        for number, one in enumerate(all_blocks, 1):
+            one.drop_path = drop_path * number / len(all_blocks)
+        if blur:  # after the weights are drawn, so that they are the same as without blur
             blur_strided(self)
 
     @property
@@ -221,13 +226,13 @@ class ResNet(nn.Module):
 
     def forward(self, x: torch.Tensor, uniforms: torch.Tensor | None = None) -> torch.Tensor:
         x = self.maxpool(self.relu(self.bn1(self.conv1(x))))
-        of_stages = [None] * len(self.depths) if uniforms is None else uniforms.split(self.depths, 1)
-        for name, own in zip(self.stage_names, of_stages, strict=True):
-            x = getattr(self, name)(x, own)
+        by_stage = [None] * len(self.depths) if uniforms is None else uniforms.split(self.depths, 1)
+        for name, stage_uniforms in zip(self.stage_names, by_stage, strict=True):
+            x = getattr(self, name)(x, stage_uniforms)
         return cast(torch.Tensor, self.fc(self.avgpool(x).flatten(1)))
 
 
-def initialise(module: nn.Module) -> None:
+def init_weights(module: nn.Module) -> None:
     if isinstance(module, nn.Conv2d):
         nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
     elif isinstance(module, nn.Linear):
@@ -236,12 +241,12 @@ def initialise(module: nn.Module) -> None:
 
 
 def _for_cifar(layers: int, shortcut: Shortcut | None) -> Callable[..., ResNet]:
-    """A net of section 4.2: layers = 6n + 2, in three stages of 2n layers with 16, 32 and 64 channels."""
+    """A model of section 4.2: layers = 6n + 2, in three stages of 2n layers with 16, 32 and 64 channels."""
     depths = ((layers - 2) // 6,) * 3
     return partial(ResNet, BasicBlock, depths, num_classes=10, shortcut=shortcut, width=16, small=True)
 
 
-_18, _34, _101, _152 = (2, 2, 2, 2), (3, 4, 6, 3), (3, 4, 23, 3), (3, 8, 36, 3)  # ResNet-50 has ResNet-34's stages
+_18, _34, _101, _152 = (2, 2, 2, 2), (3, 4, 6, 3), (3, 4, 23, 3), (3, 8, 36, 3)  # ResNet-50 has as many blocks as ResNet-34
 
 ARCHS: dict[str, Callable[..., ResNet]] = {
     "plain18": partial(ResNet, BasicBlock, _18, shortcut=None),

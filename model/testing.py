@@ -1,22 +1,31 @@
-"""Testing a classifier: one pass over batches gives the counts that every figure comes from."""
+"""Accuracy of a classifier: one pass over batches gives the counts that every figure comes from."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import nn
 
+Reduce = Callable[[torch.Tensor], torch.Tensor]  # sums counts over processes
 
-@dataclass
-class Score:
-    """Counts over images seen. confusion: int64 (classes, classes), rows are labels, columns predictions. top5: int64 (classes,),
-    images of each label found among the five highest logits (all of them where there are fewer than five classes)."""
+
+def _one_process(counts: torch.Tensor) -> torch.Tensor:
+    return counts
+
+
+@dataclass(frozen=True, eq=False)
+class Accuracy:
+    """Counts over images.
+
+    confusion: int64 (classes, classes), rows are labels, columns predictions. top5_correct: int64 (classes,), for each label its
+    images with the label among the five highest scores (all of them, if there are fewer than five classes).
+    """
 
     confusion: torch.Tensor
-    top5: torch.Tensor
+    top5_correct: torch.Tensor
 
     @property
     def images(self) -> int:
@@ -28,52 +37,53 @@ class Score:
 
     @property
     def top5_rate(self) -> float:
-        return float(self.top5.sum()) / max(self.images, 1)
+        return float(self.top5_correct.sum()) / max(self.images, 1)
 
 
-class Tally:
-    """Counts in the making, on the device; nothing waits for that before `score`."""
+class AccuracyMeter:
+    """Accumulates counts on the device, without synchronizing before `compute`."""
 
     def __init__(self, classes: int, device: torch.device) -> None:
         self._confusion = torch.zeros(classes, classes, dtype=torch.int64, device=device)
-        self._top5 = torch.zeros(classes, dtype=torch.int64, device=device)
+        self._top5_correct = torch.zeros(classes, dtype=torch.int64, device=device)
 
-    def add(self, scores: torch.Tensor, labels: torch.Tensor) -> None:
+    def update(self, scores: torch.Tensor, labels: torch.Tensor) -> None:
         """Count N images. scores: (N, classes), logits or probabilities. labels: int64 (N,)."""
-        classes = len(self._top5)
+        classes = len(self._top5_correct)
         best = scores.float().topk(min(5, classes)).indices
         ones = torch.ones_like(labels)
-        self._confusion.view(-1).index_add_(0, labels * classes + best[:, 0], ones)  # bincount would wait for its largest number
-        self._top5.index_add_(0, labels, (best == labels[:, None]).any(dim=1).long())
+        self._confusion.view(-1).index_add_(0, labels * classes + best[:, 0], ones)  # torch.bincount would synchronize
+        self._top5_correct.index_add_(0, labels, (best == labels[:, None]).any(dim=1).long())
 
-    def score(self, total: Callable[[torch.Tensor], torch.Tensor] = lambda counts: counts) -> Score:
-        """What was counted. total: adds counts over processes."""
-        return Score(total(self._confusion).cpu(), total(self._top5).cpu())
+    def compute(self, reduce: Reduce = _one_process) -> Accuracy:
+        """The counts so far, on the CPU. reduce: sums counts over processes."""
+        return Accuracy(reduce(self._confusion).cpu(), reduce(self._top5_correct).cpu())
 
 
 @torch.inference_mode()
-def score(
+def evaluate(
     model: nn.Module,
     batches: Iterable[tuple[torch.Tensor, torch.Tensor]],
     classes: int,
     device: torch.device,
-    autocast: Callable[[], Any],
-    total: Callable[[torch.Tensor], torch.Tensor] = lambda counts: counts,
-) -> Score:
-    """Score `model` in evaluation mode on (images, labels) batches; its mode is restored. Where there are several images to a
-    label, next to each other, their softmax probabilities are averaged, as `model.schemes` has it.
+    autocast: Callable[[], AbstractContextManager[object]],
+    reduce: Reduce = _one_process,
+) -> Accuracy:
+    """The accuracy of `model`, in evaluation mode, on batches of (images, labels). Its mode is restored afterwards.
 
-    autocast: makes the context that forward runs in. total: adds counts over processes. `model` must be the bare module: ranks
-    may hold different numbers of batches, so its forward must not communicate.
+    A batch may hold several views of each image, next to each other: their softmax probabilities are averaged, as in
+    `model.schemes`. autocast: returns the context manager in which the forward pass runs. reduce: sums counts over processes.
+    `model` must be the bare module, without DistributedDataParallel: ranks may hold different numbers of batches, so its forward
+    must not communicate.
     """
     was_training = model.training
     model.eval()
-    tally = Tally(classes, device)
+    meter = AccuracyMeter(classes, device)
     for images, labels in batches:
         with autocast():
             logits = model(images)
         if len(images) > len(labels):
             logits = logits.float().softmax(dim=1).view(len(labels), -1, classes).mean(dim=1)
-        tally.add(logits, labels)
+        meter.update(logits, labels)
     model.train(was_training)
-    return tally.score(total)
+    return meter.compute(reduce)

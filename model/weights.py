@@ -1,7 +1,7 @@
-"""Weight files: safetensors written whole or not at all; .pth, .pt and .bin read safely.
+"""Weight files: safetensors, written atomically; .pth, .pt and .bin, read safely.
 
-Our files hold torchvision's keys and nothing else; how to feed the net stands in the header's strings (see `ModelConfig`), so
-that a file moved elsewhere can still be evaluated.
+Cropfeed's files hold torchvision's keys and nothing else. Their header describes the model and its input (see `ModelConfig`), so
+that a file can be evaluated without its run's folder.
 """
 
 from __future__ import annotations
@@ -25,11 +25,14 @@ from pipeline.errors import UserError
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """How a net was made and is fed.
+    """A model's architecture, classes and preprocessing.
 
-    arch: its name in ARCHS. classes: their names in label order; none where nobody told them. image_size: the crop's side,
-    pixels. eval_short: the short side in evaluation, pixels. mean: float32 (3,) or (H, W, 3) and std: float32 (3,), in units of
-    0..255.
+    - arch: its name in ARCHS.
+    - classes: their names in label order; empty if unknown.
+    - image_size: side of the crop, pixels.
+    - eval_short: short side to which images are resized for evaluation, pixels.
+    - mean: float32 (3,), or (H, W, 3) for a mean image, in units of 0..255.
+    - std: float32 (3,), in units of 0..255.
     """
 
     arch: str
@@ -40,6 +43,7 @@ class ModelConfig:
     std: npt.NDArray[np.float32]
 
     def header(self) -> dict[str, str]:
+        """The strings for a file's header."""
         return {
             "arch": self.arch,
             "classes": json.dumps(self.classes),
@@ -51,7 +55,7 @@ class ModelConfig:
 
     @staticmethod
     def from_header(header: dict[str, str]) -> ModelConfig | None:
-        """The recipe in a file's header, None where there is none. Raises UserError for a damaged one."""
+        """The config in a file's header; None if there is none. Raises UserError for a damaged header."""
         if "arch" not in header:
             return None
         try:
@@ -64,7 +68,7 @@ class ModelConfig:
                 _unpack(header["std"]),
             )
         except (KeyError, ValueError, TypeError, zlib.error) as error:
-            raise UserError(f"damaged header of a weight file ({error}); give another file") from error
+            raise UserError(f"the header is damaged ({error})", "give another file") from error
 
 
 def _pack(array: npt.NDArray[np.float32]) -> str:
@@ -78,7 +82,7 @@ def _unpack(text: str) -> npt.NDArray[np.float32]:
 
 
 def save_weights(path: Path, state: dict[str, torch.Tensor], metadata: dict[str, str]) -> None:
-    """Write `state` to `path` under a temporary name, then rename. metadata: strings kept in the file's header."""
+    """Write `state` to `path` atomically, under a temporary name first. metadata: strings for the file's header."""
     temporary = path.with_name(path.name + ".partial")
     save_file({name: tensor.contiguous() for name, tensor in state.items()}, temporary, metadata)
     with temporary.open("rb") as stream:
@@ -86,17 +90,17 @@ def save_weights(path: Path, state: dict[str, torch.Tensor], metadata: dict[str,
     os.replace(temporary, path)
 
 
-# What a state dict is wrapped in, most wanted first: a moving average of the weights, where there is one, is what is evaluated.
+# Keys of checkpoints that hold a state dict. The first one present wins: a moving average of the weights is what is evaluated.
 _WRAPPERS = ("state_dict_ema", "model_ema", "state_dict", "model")
-_PREFIXES = ("module.", "_orig_mod.")  # of DistributedDataParallel (and AveragedModel), of torch.compile
+_PREFIXES = ("module.", "_orig_mod.")  # from DistributedDataParallel (and AveragedModel), and from torch.compile
 
 
 def load_weights(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
-    """Tensors by torchvision's key names, float32 (counts int64) on the CPU, and the header's strings (none but in safetensors).
+    """A file's state dict, float32 (counts int64) on the CPU, and the strings of its header, which only safetensors have.
 
-    A .pth, .pt or .bin is read with weights_only and may hold the state dict itself or a checkpoint with it: an exponential
-    moving average ("state_dict_ema", "model_ema") is taken before "state_dict" and "model", as timm does in evaluation. The
-    prefixes "module." and "_orig_mod." before keys are taken off. Raises UserError for a file that cannot be read.
+    A .pth, .pt or .bin is read with weights_only. It may hold the state dict itself or a checkpoint that contains it: an
+    exponential moving average ("state_dict_ema", "model_ema") takes precedence over "state_dict" and "model", as in timm's
+    evaluation. The prefixes "module." and "_orig_mod." are removed from keys. Raises UserError for a file that cannot be read.
     """
     try:
         if path.suffix == ".safetensors":
@@ -105,19 +109,19 @@ def load_weights(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
             return _as_float32(load_file(path)), metadata
         content = torch.load(path, map_location="cpu", weights_only=True)
     except (OSError, SafetensorError, RuntimeError, EOFError, ValueError) as error:
-        raise UserError(f"{path}: cannot be read ({str(error).splitlines()[0]}); give a .safetensors or .pth file") from error
-    except Exception as error:  # pickle.UnpicklingError and its kin
-        raise UserError(f"{path}: holds more than tensors, or is damaged; give a file of weights alone") from error
+        raise UserError(f"{path}: cannot be read ({str(error).splitlines()[0]})", "give a .safetensors or .pth file") from error
+    except Exception as error:  # pickle.UnpicklingError and related errors
+        raise UserError(f"{path}: holds more than tensors, or is damaged", "give a file that holds only weights") from error
     state = _unwrapped(content)
     if not isinstance(state, dict) or not all(isinstance(value, torch.Tensor) for value in state.values()):
-        raise UserError(f"{path}: holds no state dict; give a file of weights")
+        raise UserError(f"{path}: holds no state dict", "give a file of weights")
     names = {_without_prefixes(str(name)): tensor for name, tensor in state.items()}
-    names.pop("n_averaged", None)  # AveragedModel's count, beside its "module." keys
+    names.pop("n_averaged", None)  # AveragedModel's counter, next to its "module." keys
     return _as_float32(names), {}
 
 
 def _unwrapped(content: Any) -> Any:
-    for _ in range(4):  # wrappers in wrappers; a pickle can also hold itself
+    for _ in range(4):  # a limit, as a pickle can contain itself
         found = [content[name] for name in _WRAPPERS if isinstance(content, dict) and isinstance(content.get(name), dict)]
         if not found:
             break

@@ -1,6 +1,6 @@
-"""Memory on the host for batches, which comes back by itself, and its way to the device.
+"""Recycled host buffers for batches, and their copies to the device.
 
-A fresh batch of 40 MB would cost the kernel 10,000 page faults, 10 ms of one core.
+Newly allocated memory for a batch of 40 MB costs the kernel 10,000 page faults, 10 ms of one core.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import torch
 
 
 def to_device(array: npt.NDArray[Any], device: torch.device | str) -> torch.Tensor:
-    """A table of numbers on the device, without waiting for it; on a CPU, a tensor on the array's memory."""
+    """An array on the device, without waiting for the copy; on a CPU, a tensor on the array's memory."""
     tensor = torch.from_numpy(array)
     if torch.device(device).type != "cuda":
         return tensor
@@ -24,35 +24,35 @@ def to_device(array: npt.NDArray[Any], device: torch.device | str) -> torch.Tens
 
 
 class BufferPool:
-    """Lends arrays as tensors. When the last tensor on an array is gone, wherever that was, the array is lent again.
+    """Hands out arrays with tensors on them, and recycles an array once no tensor on its memory exists any more.
 
-    So a batch stays as it is for as long as anybody keeps it, and no memory is freed and taken anew while nobody does.
+    A batch is therefore never overwritten while anybody keeps it, and memory is not freed and allocated again for every batch.
     """
 
     def __init__(self, device: str) -> None:
-        """device: where batches go in the end; for a GPU, memory is pinned."""
+        """device: of the finished batches; for a GPU, memory is pinned."""
         self._device = torch.device(device)
         self._copies = torch.cuda.Stream(self._device) if self._device.type == "cuda" else None
-        self._bytes = 0  # of each array
+        self._bytes = 0  # size of each array
         self._free: list[npt.NDArray[np.uint8]] = []
-        self._lent: list[tuple[weakref.ref[Any], npt.NDArray[np.uint8]]] = []
-        self._taking = threading.Lock()
+        self._in_use: list[tuple[weakref.ref[Any], npt.NDArray[np.uint8]]] = []
+        self._lock = threading.Lock()
 
     def acquire(self, shape: tuple[int, ...], dtype: npt.DTypeLike) -> tuple[npt.NDArray[Any], torch.Tensor]:
         """An array of undefined content and a tensor on the same memory, on the host."""
         dtype = np.dtype(dtype)
         wanted = math.prod(shape) * dtype.itemsize
-        if self._copies and dtype == np.uint8:  # torch itself keeps pinned memory, and knows when a copy from it has ended
+        if self._copies and dtype == np.uint8:  # torch recycles pinned memory itself, once copies from it have ended
             pinned = torch.empty(shape, dtype=torch.uint8, pin_memory=True)
             return pinned.numpy(), pinned
-        with self._taking:
-            memory = self._take(wanted)
-            lent = memory[:wanted].view(dtype).reshape(shape)
-            self._lent.append((weakref.ref(lent), memory))  # torch keeps `lent` as long as a tensor lives on it
-        return lent, torch.from_numpy(lent)
+        with self._lock:
+            memory = self._recycle(wanted)
+            array = memory[:wanted].view(dtype).reshape(shape)
+            self._in_use.append((weakref.ref(array), memory))  # tensors on `array` keep it alive
+        return array, torch.from_numpy(array)
 
     def to_device(self, tensor: torch.Tensor) -> torch.Tensor:
-        """A lent tensor on the device. It is copied beside what the device is doing; its current stream waits for that."""
+        """An acquired tensor on the device. The copy runs on a stream of its own; the current stream waits for it."""
         if not self._copies:
             return tensor
         current = torch.cuda.current_stream(self._device)
@@ -62,19 +62,19 @@ class BufferPool:
         copy.record_stream(current)
         return copy
 
-    def _take(self, wanted: int) -> npt.NDArray[np.uint8]:
-        """At least so many bytes, which nobody holds any more, or new.
+    def _recycle(self, wanted: int) -> npt.NDArray[np.uint8]:
+        """An array of at least `wanted` bytes that is no longer in use, or a new one.
 
-        What has come back is looked for here: a callback of the weak references would swallow an interrupt that falls into it.
+        Unused arrays are found by polling: a callback of the weak references would swallow a KeyboardInterrupt raised in it.
         """
-        if wanted > self._bytes:  # batches grow rarely (progressive resizing): then all arrays are replaced
+        if wanted > self._bytes:  # rare (progressive resizing): all arrays are replaced
             self._bytes = wanted
             self._free.clear()
-        held = []
-        for reference, memory in self._lent:
+        in_use = []
+        for reference, memory in self._in_use:
             if reference() is not None:
-                held.append((reference, memory))
+                in_use.append((reference, memory))
             elif len(memory) == self._bytes:
                 self._free.append(memory)
-        self._lent = held
+        self._in_use = in_use
         return self._free.pop() if self._free else np.empty(self._bytes, np.uint8)

@@ -1,4 +1,4 @@
-"""Command lines: the console command `cropfeed`, and what all of our scripts share.
+"""Command lines: the console command `cropfeed`, and what all scripts share.
 
     cropfeed shards /imagenet --out /data/shards      convert labelled images
     cropfeed verify /data/shards                      re-read every byte of a data set
@@ -10,22 +10,24 @@
 from __future__ import annotations
 
 import argparse
+import logging
 import os
 import re
 import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, NoReturn
 
 from .errors import UserError
 
-_parser: Parser | None = None  # the one that has parsed this process's arguments
+_parser: Parser | None = None  # the parser of this process's arguments
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse with its errors in one line; --help shows the module's docstring as it is written."""
+    """argparse with errors as UserErrors; --help shows the module's docstring unchanged."""
 
     def __init__(self, description: str | None, prog: str | None = None, fields: dict[str, str] | None = None) -> None:
-        """fields: the flag for a field of the library whose name is not the flag's."""
+        """fields: field of the library -> flag, for flags with another name than the field."""
         super().__init__(prog, description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
         self._fields = fields or {}
 
@@ -38,27 +40,51 @@ class Parser(argparse.ArgumentParser):
         raise UserError(message, "see --help")
 
     def with_flags(self, text: str) -> str:
-        """A message of the library with the names in backticks as this command line's flags."""
+        """A message of the library, with field names in backticks replaced by the flags of this command line."""
         flags = {action.dest: action.option_strings[-1] for action in self._actions if action.option_strings} | self._fields
         return re.sub(r"`(\w+)`", lambda match: flags.get(match[1], match[1]), text)
 
 
+def with_flags(text: str) -> str:
+    """A message of the library in one line, with field names in backticks replaced by the flags of the command line."""
+    text = " ".join(text.split())
+    return _parser.with_flags(text) if _parser else text
+
+
 def positive(text: str) -> int:
-    """An option's whole number of at least 1."""
+    """The type of an integer option of at least 1."""
     value = int(text)
     if value < 1:
         raise argparse.ArgumentTypeError(f"must be at least 1, not {value}")
     return value
 
 
+def check_writable(file: Path) -> None:
+    """Make the file's folder. Raises UserError if the file could not be written there."""
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{file.parent}: cannot be made ({error.strerror})", "name another place") from error
+    if file.is_dir():
+        raise UserError(f"{file}: is a folder", "name a file")
+    if not os.access(file if file.exists() else file.parent, os.W_OK):
+        raise UserError(f"{file}: cannot be written", "name another place")
+
+
 def one_line(error: UserError) -> str:
-    """What a command line says of an error."""
-    text = " ".join(str(error).split())
-    return _parser.with_flags(text) if _parser else text
+    """The line that a command line prints for an error."""
+    return with_flags(str(error))
+
+
+def _show_flags(record: logging.LogRecord) -> bool:
+    """A filter of the library's logger: its messages name flags, too."""
+    record.msg, record.args = with_flags(record.getMessage()), ()
+    return True
 
 
 def run_cli(main: Callable[[], None]) -> NoReturn:
-    """Run a command-line program: exit 0 when done, 2 with one line on a UserError, 130 on Ctrl-C."""
+    """Run a command-line program: exit 0 on success, 2 with one line on a UserError, 130 on Ctrl-C."""
+    logging.getLogger("cropfeed").addFilter(_show_flags)
     try:
         main()
     except UserError as error:
@@ -74,29 +100,29 @@ SHARDS = """Turn ImageNet, or any labelled images, into shards.
 
     {prog} /imagenet --out /data/shards
     {prog} /imagenet --out /data/compact --profile compact     half the bytes, half the decoding
-    {prog} /imagenet --out /data/both --format both            a .beton for FFCV beside the tars
+    {prog} /imagenet --out /data/both --format both            tars, and a .beton file for FFCV
     {prog} s3://bucket/tars --out s3://bucket/shards --workers 32
-    {verify} /data/shards     is every byte as it was written?
+    {verify} /data/shards     verify every byte
 
 SRC, a local path or any fsspec URL, is one of
   - folders of images: SRC/train/<class>/*.JPEG and SRC/val/<class>/*.JPEG, or SRC/<class>/*.JPEG (then training only);
   - the official tars: ILSVRC2012_img_train.tar, ILSVRC2012_img_val.tar with ILSVRC2012_devkit_t12.tar.gz, never unpacked;
-  - WebDataset tars: SRC/train/*.tar and SRC/val/*.tar, or SRC/*.tar with "val" in the names of the validation's.
-Labels are the class names' places in sorted order (WebDataset: the number in .cls).
+  - WebDataset tars: SRC/train/*.tar and SRC/val/*.tar, or SRC/*.tar with "val" in the names of the validation tars.
+Labels are the indices of the sorted class names (WebDataset: the number in .cls).
 
-Every image is decoded in full once. Those that cannot be are left out and listed with the reason in OUT/report.json, which also
-names CMYK images, disguised PNGs, broken metadata and exact duplicates.
+Every image is decoded once in full. Images that cannot be decoded are left out and listed with the reason in OUT/report.json,
+which also names CMYK images, PNGs named .JPEG, broken metadata and exact duplicates.
 
-Stopped or killed? The same command continues where it was: finished shards are checked and kept. The same source and options
+If a run was stopped or killed, the same command resumes it: finished shards are verified and kept. The same source and options
 give the same bytes, for any number of workers, on one machine or many, interrupted or not.
 
-Many machines: --shards 0-63 makes only these (of all splits' shards, counted through) in a job array on a shared OUT; whichever
-job ends last completes the data set. --engine ray spreads the shards over a running Ray cluster.
+On many machines: --shards 0-63 makes only these shards (numbered over all splits), in a job array with a shared OUT. The job that
+ends last completes the data set. --engine ray distributes the shards over a running Ray cluster.
 """
 
 
 def shard_range(text: str) -> range:
-    """FIRST-LAST, both included, or one number."""
+    """The type of --shards: FIRST-LAST, both included, or one number."""
     found = re.fullmatch(r"(\d+)(?:-(\d+))?", text)
     if not found or int(found[2] or found[1]) < int(found[1]):
         raise argparse.ArgumentTypeError(f"{text!r} is not FIRST-LAST, such as 0-63")
@@ -114,30 +140,37 @@ def _shards_parser(prog: str, verify: str) -> Parser:
     what = parser.add_argument_group("what is stored")
     what.add_argument(
         "--profile", choices=PROFILES, default="lossless",
-        help="lossless (default): the same pixels, and each image opens at the crop, about the original's bytes; compact: short "
-        "side at most 480, quality 90, 4:2:0, opens at the crop, half the bytes; original: files as they are, which do not",
+        help="lossless (default): the same pixels, about the same bytes, decodes at the crop; compact: short side at most 480, "
+        "quality 90, 4:2:0, half the bytes, decodes at the crop; original: unchanged files, which are decoded as a whole",
     )  # fmt: skip
-    what.add_argument(
-        "--format", choices=FORMATS, default="webdataset", help="tars (default), a .beton a split for FFCV, or both"
-    )
+    formats = "webdataset (default): tars; ffcv: one .beton file per split, for FFCV; or both"
+    what.add_argument("--format", choices=FORMATS, default="webdataset", help=formats)
     what.add_argument("--shard-size", type=positive, default=1000, help="images in a shard (default: 1000)")
-    what.add_argument("--seed", type=int, default=0, help="of the training images' order over the shards (default: 0)")
+    what.add_argument("--seed", type=int, default=0, help="seed of the order of the training images (default: 0)")
     what.add_argument("--strict", action="store_true", help="stop at an image that cannot be used, instead of leaving it out")
-    what.add_argument("--skip-md5", action="store_true", help="trust the official tars without reading them whole first")
+    what.add_argument("--skip-md5", action="store_true", help="do not verify the official tars first")
     ffcv = parser.add_argument_group("--format ffcv")
+    modes = (
+        "region (default): the JPEGs of the tars, which stock FFCV decodes as a whole and Cropfeed at the crop; jpg, raw, "
+        "proportion: the modes of FFCV's RGBImageField"
+    )
+    ffcv.add_argument("--ffcv-mode", choices=MODES, default="region", help=modes)
     ffcv.add_argument(
-        "--ffcv-mode", choices=MODES, default="region",
-        help="region (default): the tars' own JPEGs, which stock FFCV decodes whole and Cropfeed at the crop; "
-        "jpg, raw, proportion: as FFCV's RGBImageField writes them",
-    )  # fmt: skip
-    ffcv.add_argument("--ffcv-max-resolution", type=positive, help="longest side of jpg, raw and proportion (default: as it is)")
-    ffcv.add_argument("--ffcv-quality", type=positive, default=90, help="of jpg and proportion (default: 90)")
-    ffcv.add_argument("--ffcv-proportion", type=float, default=0.5, help="of images that proportion compresses (default: 0.5)")
+        "--ffcv-max-resolution", type=positive, help="longest side for jpg, raw and proportion, pixels (default: no limit)"
+    )
+    ffcv.add_argument("--ffcv-quality", type=positive, default=90, help="JPEG quality for jpg and proportion (default: 90)")
+    ffcv.add_argument(
+        "--ffcv-proportion", type=float, default=0.5, help="fraction of the images that proportion compresses (default: 0.5)"
+    )
     how = parser.add_argument_group("how it runs")
-    how.add_argument("--workers", type=positive, default=os.cpu_count() or 1, help="processes (default: one a core)")
-    how.add_argument("--engine", choices=ENGINES, default="local", help="where shards are made (default: local)")
-    how.add_argument("--ray-address", default="auto", help="of the Ray cluster (default: the one this machine belongs to)")
-    how.add_argument("--shards", type=shard_range, metavar="FIRST-LAST", help="make only these of all shards")
+    how.add_argument("--workers", type=positive, default=os.cpu_count() or 1, help="worker processes (default: one per core)")
+    how.add_argument(
+        "--engine", choices=ENGINES, default="local", help="make shards on this machine or on a Ray cluster (default: local)"
+    )
+    how.add_argument(
+        "--ray-address", default="auto", help="address of the Ray cluster (default: the one that this machine belongs to)"
+    )
+    how.add_argument("--shards", type=shard_range, metavar="FIRST-LAST", help="make only these shards")
     return parser
 
 
@@ -150,14 +183,14 @@ def shards(arguments: Sequence[str] | None = None, prog: str = "python tools/mak
     parser = _shards_parser(prog, f"{prog} --verify" if is_script else "cropfeed verify")
     if is_script:
         parser.add_argument(
-            "--verify", metavar="OUT", help="re-read a finished OUT against its manifest, and name what is damaged"
+            "--verify", metavar="OUT", help="verify a finished data set against its manifest, and name damaged files"
         )
     args = parser.parse_args(arguments)
     if is_script and args.verify:
         _verify(args.verify, args.workers)
         return
     if not args.src or not args.out:
-        raise UserError(f"give SRC and --out{', or --verify OUT' if is_script else ''}; see --help")
+        raise UserError(f"give SRC and --out{', or --verify OUT' if is_script else ''}", "see --help")
     beton = BetonSettings(args.ffcv_mode, args.ffcv_max_resolution, args.ffcv_quality, args.ffcv_proportion)
     options = ConvertOptions(
         args.src, args.out, args.profile, args.format, args.shard_size, args.seed, args.strict, not args.skip_md5, beton,
@@ -168,9 +201,9 @@ def shards(arguments: Sequence[str] | None = None, prog: str = "python tools/mak
 
 def verify(arguments: Sequence[str]) -> None:
     """`cropfeed verify`."""
-    parser = Parser("Re-read a data set against its manifest, and name what is damaged.", "cropfeed verify")
+    parser = Parser("Verify a data set against its manifest, and name damaged files.", "cropfeed verify")
     parser.add_argument("data", metavar="SHARDS", help="folder or URL of shards")
-    parser.add_argument("--workers", type=positive, default=os.cpu_count() or 1, help="threads (default: one a core)")
+    parser.add_argument("--workers", type=positive, default=os.cpu_count() or 1, help="threads (default: one per core)")
     args = parser.parse_args(arguments)
     _verify(args.data, args.workers)
 
@@ -182,7 +215,7 @@ def _verify(data: str, workers: int) -> None:
     problems = verified(files.absolute(data), workers)
     print("\n".join(problems) or f"{data}: every byte is as it was written")
     if problems:
-        raise UserError(f"{data}: {len(problems)} damaged", "the command that made it makes damaged shards again")
+        raise UserError(f"{data}: {len(problems)} damaged", "repeat the command that made it: it makes damaged shards again")
 
 
 def doctor(arguments: Sequence[str]) -> None:

@@ -1,8 +1,12 @@
-"""User errors: what a user can cause and correct."""
+"""User errors: what a user can cause and correct. And the command that installs what is missing."""
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
+
+# Before requirements of pip: in a checkout, the versions that Cropfeed is tested with.
+PIP_CONSTRAINT = "--constraint constraints.txt " if (Path(__file__).resolve().parents[1] / "constraints.txt").exists() else ""
 
 
 class UserError(Exception):
@@ -18,3 +22,9 @@ class UserError(Exception):
 
     def __reduce__(self) -> Any:  # errors of worker processes are pickled
         return UserError, (self.problem, self.remedy)
+
+
+def install_command(extra: str = "") -> str:
+    """The pip command that installs Cropfeed with an extra; in a checkout, the checkout."""
+    extra = f"[{extra}]" if extra else ""
+    return f"pip install {PIP_CONSTRAINT}-e '.{extra}'" if PIP_CONSTRAINT else f"pip install 'cropfeed{extra}'"

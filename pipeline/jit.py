@@ -1,4 +1,4 @@
-"""How functions of this package are compiled: once on a machine, and anew when the source of any of them has changed."""
+"""How functions of this package are compiled: once on a machine, and again when the source of any of them has changed."""
 
 from __future__ import annotations
 
@@ -6,22 +6,30 @@ import hashlib
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar, overload
 
+import numpy as np
 from numba import njit
-from numba.core.caching import CompileResultCacheImpl, FunctionCache
+from numba.core.caching import CompileResultCacheImpl, FunctionCache, IndexDataCacheFile
+
+F = TypeVar("F", bound=Callable[..., Any])
+Int = int | np.integer[Any]  # in signatures of compiled functions, which pass NumPy's integers on
 
 
-def jit(function: Callable[..., Any] | None = None, **options: Any) -> Any:
-    """A decorator: numba's `njit` without the GIL, cached where numba caches. options: njit's own, `parallel=True` say.
+@overload
+def jit(function: F) -> F: ...
+@overload
+def jit(**options: Any) -> Callable[[F], F]: ...
+def jit(function: Any = None, **options: Any) -> Any:
+    """A decorator: numba's `njit` without the GIL, cached where numba caches. options: njit's own, such as `parallel=True`.
 
-    What numba compiles holds the code of the functions that it calls, but numba looks only at a function's own file for changes:
-    after a `git pull` that changed the resampling, say, the decoder that calls it would go on with the old one.
+    Compiled code contains the code of the functions that it calls, but numba only looks at a function's own file for changes:
+    after a `git pull` that changed the resampling, the decoder that calls it would keep using the old one.
     """
     if function is None:
         return lambda function: jit(function, **options)
     dispatcher = njit(nogil=True, **options)(function)
-    dispatcher._cache = _Cache(function)  # which is all that `cache=True` does, but for the class
+    dispatcher._cache = _Cache(function)  # all that `cache=True` does, with another class
     return dispatcher
 
 
@@ -33,10 +41,10 @@ def _sources() -> str:
 
 
 class _OfAllSources:
-    """What numba's locators do otherwise here."""
+    """Overrides for numba's locators."""
 
     def get_source_stamp(self) -> Any:
-        """Compiled code with another stamp is not taken: that of the function's own file, and of all sources."""
+        """Compiled code with another stamp is not used: that of the function's own file, and of all sources."""
         return super().get_source_stamp(), _sources()  # type: ignore[misc]
 
 
@@ -45,6 +53,25 @@ class _CacheImpl(CompileResultCacheImpl):
         type(stock.__name__, (_OfAllSources, stock), {}) for stock in CompileResultCacheImpl._locator_classes
     )
 
+    def get_filename_base(self, fullname: str, abiflags: str) -> str:
+        """Cached types name their modules: in an editable checkout, `pipeline` and `cropfeed` must not share files."""
+        base: str = super().get_filename_base(f"{__name__.partition('.')[0]}.{fullname}", abiflags)
+        return base
+
+
+class _IndexFile(IndexDataCacheFile):
+    def _load_index(self) -> Any:
+        """What another version cached may name classes that no longer exist; numba would fail to unpickle it."""
+        try:
+            return super()._load_index()
+        except (ImportError, AttributeError):
+            return {}
+
 
 class _Cache(FunctionCache):
     _impl_class = _CacheImpl
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        super().__init__(function)
+        stamp = self._impl.locator.get_source_stamp()
+        self._cache_file = _IndexFile(self._cache_path, self._impl.filename_base, stamp)

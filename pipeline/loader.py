@@ -1,13 +1,13 @@
 """What comes out (`Batch`), and the contract that every engine keeps (`Loader`). `pipeline.spec` says what can be loaded.
 
-The sequence of global batches depends on the data, the spec's seed, order, geometry and batch size alone. Rank r of R gets its
-part of each global batch, so it does not depend on R. Training drops the ragged end of an epoch (other samples each time, as the
-order changes); evaluation counts every sample exactly once, for any R and batch size.
+The sequence of global batches depends only on the data and on the spec's seed, order, geometry and batch size. Rank r of R gets
+its range of each global batch, so the sequence does not depend on R. Training drops the incomplete batch at the end of an epoch
+(each time with other samples, as the order changes). Evaluation counts every sample exactly once, for any R and batch size.
 
-A checkpoint of the input is two integers: the epoch, and how many samples of it have been handed out over all ranks.
+The checkpoint of a loader is two integers: the epoch, and how many samples of it have been handed out over all ranks.
 
-A sample that cannot be decoded at its draw is replaced by one that `plan.substitute` names, with that one's draws. Which samples
-those are is a property of data and plan, so the batches still depend on nothing else; engines only have to find them.
+A sample that cannot be decoded at its drawn crop is replaced by the sample that `sampling.substitute` names, with that sample's
+own draws. Which samples these are follows from data and plan alone, so the batches still depend on nothing else.
 """
 
 from __future__ import annotations
@@ -37,10 +37,10 @@ from .store.shards import Manifest, ShardSet
 
 
 class Batch(NamedTuple):
-    """This rank's part of a global batch of which it holds N images, each in the geometry's `crops` views.
+    """This rank's range of a global batch: N images, each in the geometry's `crops` views.
 
-    images: (N * crops, 3, H, W) in channels-last memory, of the spec's dtype, on its device; an image's views are next to each
-    other. labels: int64 (N,), same device. ids: int64 (N,), NumPy: places in the split of the samples delivered.
+    images: (N * crops, 3, H, W) in channels-last memory, of the spec's dtype, on its device; the views of an image are adjacent.
+    labels: int64 (N,), same device. ids: int64 (N,), NumPy: the samples' indices in the split.
     """
 
     images: torch.Tensor
@@ -49,7 +49,7 @@ class Batch(NamedTuple):
 
 
 class BatchRange(NamedTuple):
-    """One rank's part of one global batch: positions [low, high) of the epoch. stop: where the global batch ends."""
+    """One rank's range of one global batch: positions [low, high) of the epoch. stop: where the global batch ends."""
 
     epoch: int
     low: int
@@ -58,9 +58,9 @@ class BatchRange(NamedTuple):
 
 
 class BatchPlan(NamedTuple):
-    """A part, planned: what an engine must make.
+    """What an engine has to make for a batch range.
 
-    ids: int64 (N,). views: of V = N * crops. heights, widths: int64 (N,), source pixels. size: height and width of the pictures.
+    ids: int64 (N,). views: of V = N * crops. heights, widths: int64 (N,), source pixels. size: height and width of each view.
     """
 
     batch_range: BatchRange
@@ -72,22 +72,23 @@ class BatchPlan(NamedTuple):
 
 
 class Loader(ABC):
-    """Iterates over the rest of the current epoch, then stands at the start of the next one.
+    """Iterates over the rest of the current epoch; the next iteration begins with the next epoch.
 
     `epoch` and `consumed` (samples of the epoch handed out, over all ranks) are the whole state. A batch counts as consumed
-    once it is yielded. Iterating again after a `break` goes on where it stopped; `seek` goes anywhere.
-    `substitutes.corrupt`: the samples met so far that cannot be decoded. `replaced`: samples handed out in such ones' places.
+    once it is yielded. Iterating again after a `break` continues where it stopped; `seek` goes anywhere.
+    `substitutes.corrupt`: the samples found so far that cannot be decoded. `replaced`: samples handed out in place of corrupt
+    ones.
     """
 
     engine: str  # its name in `pipeline.ENGINES`
-    why: str = ""  # it was chosen, where `open_loader` did
+    engine_reason: str = ""  # why `open_loader` has chosen the engine
 
     def __init__(self, spec: LoaderSpec) -> None:
         check(spec)
         self.spec = spec
         check_device(spec.device)
         self.shards = self._open_shards()
-        if spec.order == "full" and spec.rank == 0:  # in other orders each shard is downloaded once; one rank says it for all
+        if spec.order == "full" and spec.rank == 0:  # other orders download each shard once; one rank warns for all
             self.shards.check_cache()
         count = len(self.shards)
         self.order = self._open_order(count)
@@ -96,7 +97,7 @@ class Loader(ABC):
             raise UserError(f"{spec.data}: {count} images in {spec.split}, fewer than one batch of {spec.batch_size}")
         self.crops = spec.geometry.crops
         self.classes = self.shards.manifest.classes
-        self.basis: Floats = self.shards.manifest.lighting_basis()
+        self.lighting_basis: Floats = self.shards.manifest.lighting_basis()
         self._stored_normalization = choose_normalization(spec, self.shards.manifest)
         self.normalization = self._stored_normalization.at(spec.final_size)
         self.buffers = BufferPool(spec.device)
@@ -104,27 +105,27 @@ class Loader(ABC):
         self._on_device: dict[tuple[int, int], tuple[torch.Tensor, torch.Tensor]] = {}
         self.epoch = 0
         self.consumed = 0
-        self.substitutes = Substitutes(spec.seed, count, spec.corrupt == "stop", self.where)
+        self.substitutes = Substitutes(spec.seed, count, spec.corrupt == "stop", self.locate)
         self.replaced = 0
-        self._hinted: tuple[int, int] | None = None
+        self._prefetched_block: tuple[int, int] | None = None
 
     # --- What an engine implements
 
     @abstractmethod
-    def _make(self, batch_range: BatchRange) -> Batch:
-        """The batch of a part: `finish` of the pictures that `plan` asks for.
+    def _make_batch(self, batch_range: BatchRange) -> Batch:
+        """The batch of a range: `finish` of the views that `plan` asks for.
 
-        Parts come in the order of `upcoming`, except after `close`, which `seek` calls. A sample that cannot be decoded goes to
-        `replace`, or to `substitutes.mark`, and then the part to `plan` anew.
+        Ranges come in the order of `upcoming`, except after `close`, which `seek` calls. For a sample that cannot be decoded the
+        engine calls `replace`, or it calls `substitutes.mark` and then `plan` again.
         """
 
     def close(self) -> None:
-        """Free threads and device memory. The loader may be iterated again; it then starts anew. Engines extend this."""
+        """Free threads and device memory. Iterating again starts new ones. Engines extend this."""
         self.shards.close()
-        self._hinted = None
+        self._prefetched_block = None
 
     def ready(self) -> int | None:
-        """Batches that lie ready now, of `prefetch`; None where the engine cannot tell. Engines that can extend this."""
+        """How many batches, of `prefetch`, are ready now; None if the engine cannot tell."""
         return None
 
     # --- What users call
@@ -138,9 +139,9 @@ class Loader(ABC):
     def __iter__(self) -> Iterator[Batch]:
         for batch_range in self.batch_ranges(self.epoch, self.consumed):
             try:
-                batch = self._make(batch_range)
+                batch = self._make_batch(batch_range)
                 self.consumed = batch_range.stop
-            except BaseException:  # an interrupt, too: what is in the making may have lost its place
+            except BaseException:  # an interrupt, too: the batches in progress may be out of step
                 self.close()
                 raise
             if self.substitutes.corrupt:
@@ -150,22 +151,22 @@ class Loader(ABC):
         self.epoch, self.consumed = self.epoch + 1, 0
 
     def seek(self, epoch: int, consumed: int) -> None:
-        """Go to a place: `consumed` samples into `epoch`."""
+        """Go to a position: `consumed` samples into `epoch`."""
         if epoch < 0 or not 0 <= consumed <= self.total:
-            raise ValueError(f"no place {consumed} in epoch {epoch} of {self.total} samples")
-        self.close()  # what is in the making belongs to the old place
+            raise ValueError(f"no position {consumed} in epoch {epoch} of {self.total} samples")
+        self.close()  # the batches in progress belong to the old position
         self.epoch, self.consumed = epoch, consumed
 
     def state_dict(self) -> dict[str, Any]:
-        """The place, and a fingerprint of all that decides what comes next. Plain integers and a string."""
+        """The position, and a fingerprint of everything that decides what comes next. Plain integers and a string."""
         return {"epoch": self.epoch, "consumed": self.consumed, "fingerprint": self.fingerprint()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go to a saved place. Raises UserError when it was saved over other data or with other augmentation."""
+        """Go to a saved position. Raises UserError if it was saved with other data or other augmentation."""
         if state["fingerprint"] != self.fingerprint():
             raise UserError(
-                f"{self.spec.data}: the checkpoint was made with other data, seed, order, image size or augmentation; "
-                "resume with the same, or start a new run"
+                f"{self.spec.data}: the checkpoint was made with other data, seed, order, image size or augmentation",
+                "resume with the same, or start a new run",
             )
         self.seek(state["epoch"], state["consumed"])
 
@@ -181,20 +182,20 @@ class Loader(ABC):
     # --- What engines call
 
     def batch_ranges(self, epoch: int, start: int) -> Iterator[BatchRange]:
-        """This rank's parts of an epoch's global batches, from sample `start` on; empty ones are left out."""
+        """This rank's ranges of an epoch's global batches, from sample `start` on, without empty ones."""
         ends = np.cumsum(self.order.runs())
         while start < self.total:
             end = int(ends[np.searchsorted(ends, start, "right")])
             stop = min(start + self.spec.batch_size, end, self.total)
             if self.spec.training and stop - start < self.spec.batch_size:
                 return  # resumed with another batch size: dropped, since ranks must not differ in their number of batches
-            low, high = sampling.share(start, stop, self.spec.rank, self.spec.world_size)
+            low, high = sampling.rank_range(start, stop, self.spec.rank, self.spec.world_size)
             if low < high:
                 yield BatchRange(epoch, low, high, stop)
             start = stop
 
     def upcoming(self, batch_range: BatchRange) -> Iterator[BatchRange]:
-        """This part, then the ones after it, epoch after epoch, for ever; so that an epoch's end costs nothing."""
+        """This range and all that follow, epoch after epoch without end, so that engines prefetch across epochs."""
         yield batch_range
         epoch, start = batch_range.epoch, batch_range.stop
         while True:
@@ -202,50 +203,50 @@ class Loader(ABC):
             epoch, start = epoch + 1, 0
 
     def plan(self, batch_range: BatchRange) -> BatchPlan:
-        """The samples of a part, known corrupt ones replaced, and their views."""
+        """The samples of a range, known corrupt ones replaced, and their views."""
         if isinstance(self.order, Blocks):
             self._prefetch(self.order, batch_range)
         return self._plan(batch_range, np.arange(batch_range.low, batch_range.high))
 
-    def replace(self, plan: BatchPlan, place: int, reason: str) -> None:
-        """The sample at `place` of a part cannot be decoded: its substitute, and that one's size and views, take its place.
+    def replace(self, plan: BatchPlan, index: int, reason: str) -> None:
+        """Replace the sample at `index` of a plan, which cannot be decoded, by its substitute with its own size and views.
 
-        For any thread; others may work at other places of the part. Raises UserError as `Substitutes` does.
+        Thread-safe if each thread replaces samples of its own. Raises UserError as `Substitutes` does.
         """
-        self.substitutes.mark(plan.batch_range.epoch, int(plan.ids[place]), reason)
-        one = self._plan(plan.batch_range, np.array([plan.batch_range.low + place]))
-        plan.ids[place], plan.heights[place], plan.widths[place] = one.ids[0], one.heights[0], one.widths[0]
-        views = slice(place * self.crops, (place + 1) * self.crops)
-        for column, its in zip(plan.views.columns, one.views.columns, strict=True):
-            column[views] = its
+        self.substitutes.mark(plan.batch_range.epoch, int(plan.ids[index]), reason)
+        one = self._plan(plan.batch_range, np.array([plan.batch_range.low + index]))
+        plan.ids[index], plan.heights[index], plan.widths[index] = one.ids[0], one.heights[0], one.widths[0]
+        views = slice(index * self.crops, (index + 1) * self.crops)
+        for array, its in zip(plan.views.arrays, one.views.arrays, strict=True):
+            array[views] = its
 
-    def make_views(self, decoder: Decoder, plan: BatchPlan, place: int, out: Pixels) -> None:
-        """Make the pictures of one image of a part on the host. out: uint8 (crops, H, W, 3). Raises CorruptImageError."""
-        views = slice(place * self.crops, (place + 1) * self.crops)
+    def make_views(self, decoder: Decoder, plan: BatchPlan, index: int, out: Pixels) -> None:
+        """Make the views of one image of a plan on the CPU. out: uint8 (crops, H, W, 3). Raises CorruptImageError."""
+        views = slice(index * self.crops, (index + 1) * self.crops)
         windows, flip = plan.views.windows[views], plan.views.flip[views]
-        stored = self.stored(int(plan.ids[place]))
-        decoder.pictures(stored, int(plan.heights[place]), int(plan.widths[place]), windows, flip, out)
+        encoded = self.read(int(plan.ids[index]))
+        decoder.make_views(encoded, int(plan.heights[index]), int(plan.widths[index]), windows, flip, out)
 
-    def make_or_replace(self, decoder: Decoder, plan: BatchPlan, place: int, out: Pixels) -> None:
-        """The same; an image that cannot be decoded is replaced in `plan`, again if its substitute cannot be either."""
+    def make_or_replace(self, decoder: Decoder, plan: BatchPlan, index: int, out: Pixels) -> None:
+        """The same, but an image that cannot be decoded is replaced in `plan`, until a substitute can be decoded."""
         while True:
             try:
-                return self.make_views(decoder, plan, place, out)
+                return self.make_views(decoder, plan, index, out)
             except CorruptImageError as error:
-                self.replace(plan, place, str(error))
+                self.replace(plan, index, str(error))
 
     def finish(self, pixels: torch.Tensor, plan: BatchPlan) -> Batch:
-        """The batch of a part's pictures, without waiting for the device.
+        """The batch of a plan's views, without waiting for the device.
 
-        pixels: (V, H, W, 3) on the spec's device: uint8, before the views' shift, or of the spec's floating point dtype where the
-        engine has applied that and the colour tail.
+        pixels: (V, H, W, 3) on the spec's device: uint8, before the views' shift; or of the spec's floating point dtype, if the
+        engine has applied shift, lighting and normalization.
         """
         labels = self._to_device(self.shards.samples["label"][plan.ids].astype(np.int64))
         if plan.views.shift is not None and pixels.dtype == torch.uint8:
             pixels = translate_tensor(pixels, self._to_device(plan.views.shift))
         if pixels.dtype == self.spec.dtype:
             return Batch(pixels.permute(0, 3, 1, 2), labels, plan.ids)
-        shift = lighting(plan.views.alphas, self.basis)
+        shift = lighting(plan.views.alphas, self.lighting_basis)
         if pixels.device.type == "cpu":
             out, images = self.buffers.acquire(tuple(pixels.shape), stored_dtype(self.spec.dtype))
             self.normalizer(plan.size).batch(pixels.numpy(), shift, out)
@@ -257,29 +258,26 @@ class Loader(ABC):
         return Batch(images, labels, plan.ids)
 
     def normalizer(self, size: tuple[int, int]) -> Normalizer:
-        """The colour tail on the CPU for pictures of `size`, height and width. For any thread."""
+        """Lighting and normalization on the CPU for views of `size` (height, width). Thread-safe."""
         if size not in self._normalizers:
             self._normalizers[size] = Normalizer(self.normalization_at(size), size[1])
         return self._normalizers[size]
 
     def normalization_at(self, size: tuple[int, int]) -> Normalization:
-        """The normalization of pictures of `size`, height and width.
-
-        A mean image belongs to places in a crop; whole images, which differ in size, get its channel mean.
-        """
+        """The normalization of views of `size` (height, width). Whole images, which differ in size, get the channel mean."""
         if isinstance(self.spec.geometry, WholeImage):
             return self._stored_normalization.per_channel()
         return self._stored_normalization.at(size[0])
 
-    # --- What an engine with files of its own (FFCV's) does otherwise
+    # --- What an engine with its own files (FFCV) overrides
 
-    def stored(self, sample: int) -> Bytes:
+    def read(self, sample: int) -> Bytes:
         """A sample's encoded image: uint8 (bytes,)."""
         return self.shards.read(sample)
 
-    def where(self, sample: int) -> str:
+    def locate(self, sample: int) -> str:
         """File and key of a sample, for messages."""
-        return self.shards.where(sample)
+        return self.shards.locate(sample)
 
     def _open_shards(self) -> ShardSet:
         return ShardSet(self.spec.data, self.spec.split, self.spec.cache, self.spec.cache_gb)
@@ -293,7 +291,7 @@ class Loader(ABC):
         """Of the stored bytes and sizes."""
         return self.shards.manifest.fingerprint
 
-    # --- How it is done
+    # --- Implementation
 
     def _plan(self, batch_range: BatchRange, positions: Ints) -> BatchPlan:
         spec = self.spec
@@ -302,7 +300,7 @@ class Loader(ABC):
         size = spec.size_at(batch_range.epoch)
         geometry = spec.geometry_at(size)
         views = geometry.views(spec.seed, batch_range.epoch, ids, heights, widths, size, spec.alpha_std)
-        height, width = geometry.shapes(heights[:1], widths[:1], size)[0].tolist()  # one for all, see ByShape
+        height, width = geometry.shapes(heights[:1], widths[:1], size)[0].tolist()  # the same for all, see ByShape
         return BatchPlan(batch_range, ids, views, heights, widths, (height, width))
 
     def _open_order(self, count: int) -> Order:
@@ -313,31 +311,31 @@ class Loader(ABC):
             return Full(count, spec.seed)
         if spec.order == "blocks":
             if not self.shards.sizes:
-                raise UserError(f"{spec.data}: holds FFCV files only, which have no shards to make blocks of; take order full")
+                raise UserError(f"{spec.data}: holds only FFCV files, which have no shards to make blocks of", "use `order` full")
             return Blocks(self.shards.sizes, spec.seed, spec.block_shards)
         return Sequential(count)
 
     def _prefetch(self, order: Blocks, batch_range: BatchRange) -> None:
-        """At a block's beginning, ask for its shards and the next block's."""
-        place = batch_range.epoch, order.block(batch_range.epoch, batch_range.low)
-        if place != self._hinted:
-            self._hinted = place
-            epoch, block = place
+        """At the beginning of a block, prefetch its shards and those of the next block."""
+        current = batch_range.epoch, order.block(batch_range.epoch, batch_range.low)
+        if current != self._prefetched_block:
+            self._prefetched_block = current
+            epoch, block = current
             following = (epoch, block + 1) if block + 1 < order.blocks else (epoch + 1, 0)
-            self.shards.prefetch([*order.shards(*place), *order.shards(*following)])
+            self.shards.prefetch([*order.shards(*current), *order.shards(*following)])
 
     def _to_device(self, array: npt.NDArray[Any]) -> torch.Tensor:
         return to_device(array, self.spec.device)
 
 
 def choose_normalization(spec: LoaderSpec, manifest: Manifest) -> Normalization:
-    """The spec's normalization; a mean image has the size that it is stored in."""
+    """The spec's normalization. A mean image has the size at which it is stored."""
     if isinstance(spec.normalization, Normalization):
         return spec.normalization
     return Normalization.of(manifest.mean_image() if spec.normalization == "pixel" else manifest.channel_mean())
 
 
-def check_turn(plan: BatchPlan, batch_range: BatchRange) -> None:
-    """An engine's next batch must be the one that is asked for; it is not where two iterations take turns."""
+def check_in_order(plan: BatchPlan, batch_range: BatchRange) -> None:
+    """Raise RuntimeError unless an engine's next batch is the one that is asked for, as when two iterations take turns."""
     if plan.batch_range != batch_range:
         raise RuntimeError("two iterations over one loader at a time; open a loader for each")

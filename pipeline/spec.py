@@ -1,4 +1,4 @@
-"""What to load: `LoaderSpec`, and the check that it can be."""
+"""What to load: `LoaderSpec`, and its validation."""
 
 from __future__ import annotations
 
@@ -19,23 +19,38 @@ CORRUPT = ("replace", "stop")
 
 @dataclass(frozen=True)
 class LoaderSpec:
-    """What to load. Everything that decides pixels and order is here; `engine`, `threads`, `prefetch`, `hw_decoder_load` and the
-    cache decide speed alone.
+    """What to load. It is validated when a loader opens.
 
-    data: the shards' folder, or its URL. split: "train", "val". training: drop the ragged end of an epoch, instead of delivering
-    every sample once. batch_size: images in a *global* batch, over all ranks.
-    order: "full", "blocks" or "sequential", see `pipeline.plan.order`; block_shards: shards in a block.
-    image_size: the crop's side, pixels. Or steps ((0, 128), (6, 160), (12, 224)), "from this epoch on, this size", for
-    progressive resizing. geometry: which part of an image becomes a picture, see `plan.geometry`; meant for the final size,
-    in proportion for the others. alpha_std: standard deviation of the PCA coefficients where the geometry is random, 0 for none.
-    normalization: what the colour tail subtracts and divides by; "pixel" and "channel" take the data set's own mean and no
-    division. dtype: of the images: float32, float16, bfloat16, or uint8 for plain pixels without the colour tail.
-    corrupt: what happens at a sample that cannot be decoded: "replace" it by another one, or "stop".
-    device: "cpu", "cuda" or "cuda:N". rank, world_size: this process's place.
-    engine: a name in `pipeline.ENGINES`, or "auto". threads: decoding threads. prefetch: batches made ahead.
-    decoder_share: share of the JPEGs that a GPU's hardware decoder gets, where it has one (DALI's hw_decoder_load, and its
-    default); best found by trying.
-    cache, cache_gb: folder and bound of the local copies of remote shards (defaults: `pipeline.store.cache.choose_cache`).
+    These fields decide which samples and pixels come, and in which order:
+
+    - data: folder or URL of the shards.
+    - split: name of a split, such as "train" or "val".
+    - training: drop the incomplete batch at the end of an epoch. Otherwise every sample comes exactly once.
+    - batch_size: images in a *global* batch, over all ranks.
+    - order: "full", "blocks" or "sequential", see `plan.order`.
+    - block_shards: shards in a block, for the order "blocks".
+    - image_size: side of the crop, pixels. For progressive resizing, steps of (first epoch, size), such as
+      ((0, 128), (6, 160), (12, 224)).
+    - geometry: which views are taken of an image, see `plan.geometry`. It is meant for the final image size and scaled in
+      proportion for the others.
+    - seed: of the order and of every random draw, 0 <= seed < 2^64.
+    - normalization: what is subtracted and divided by. "pixel" and "channel" subtract the data set's own mean and divide by
+      nothing.
+    - alpha_std: standard deviation of the PCA lighting coefficients, where the geometry is random; 0 for none.
+    - dtype: of the images: float32, float16, bfloat16, or uint8 for pixels without lighting and normalization.
+    - corrupt: "replace" a sample that cannot be decoded by another one, or "stop" with an error.
+    - rank, world_size: of this process.
+
+    These fields decide only where batches go and how fast they come:
+
+    - device: of the batches: "cpu", "cuda" or "cuda:N".
+    - engine: a name in `ENGINES`, or "auto" for the fastest one, see `choose_engine`.
+    - threads: decoding threads.
+    - prefetch: batches prepared ahead.
+    - hw_decoder_load: share of the JPEGs that go to the GPU's hardware decoder, where there is one. The name and the default are
+      DALI's. The best value has to be measured.
+    - cache: folder for local copies of remote shards. Defaults: see `store.cache.choose_cache`.
+    - cache_gb: limit of the cache, in gigabytes (10^9 bytes).
     """
 
     data: str | Path
@@ -68,7 +83,7 @@ class LoaderSpec:
 
     @property
     def final_size(self) -> int:
-        """The last epochs' image size, pixels."""
+        """The image size of the last epochs, pixels."""
         return self.sizes[-1][1]
 
     def size_at(self, epoch: int) -> int:
@@ -80,10 +95,10 @@ class LoaderSpec:
         return self.geometry if size == self.final_size else self.geometry.scaled(size, self.final_size)
 
     def evaluation(self, split: str = "val", batch_size: int | None = None, geometry: Geometry | None = None) -> LoaderSpec:
-        """The same for evaluation: every sample once, as stored, at the final size, and a corrupt one is an error.
+        """The same spec for evaluation: every sample once, as stored, at the final size. A corrupt sample is an error.
 
-        geometry: by default the central crop of the short side that is 256 for crops of 224; after padded crops, of the short
-        side that is the crop's.
+        geometry: by default the central crop after resizing the short side to 256 for crops of 224, in proportion for others.
+        After training on padded crops, the short side is the crop's side.
         """
         size = self.final_size
         centre = CentreCrop(size) if isinstance(self.geometry, PaddedCrop) else CentreCrop().scaled(size, sampling.CROP)
@@ -100,37 +115,43 @@ class LoaderSpec:
 
 
 def check_device(device: str) -> None:
-    """Raise UserError for a CUDA GPU that is not there."""
+    """Raise UserError for a CUDA GPU that does not exist."""
     found = torch.device(device)
     if found.type == "cuda" and (found.index or 0) >= torch.cuda.device_count():
-        raise UserError(f"device {device}: torch sees no such CUDA GPU; use device cpu, or check the driver")
+        raise UserError(f"`device` {device}: torch sees no such CUDA GPU", "use cpu, or check the driver")
 
 
 def check(spec: LoaderSpec) -> None:
-    """Raise UserError for a spec that no engine could load."""
-    firsts = [first for first, _ in spec.sizes]
-    if not firsts or firsts[0] != 0 or firsts != sorted(set(firsts)):
-        raise UserError(f"image size {spec.image_size}: steps are (epoch, size), the first at epoch 0, then ascending")
+    """Raise UserError for a spec that no engine can load."""
+    _check_sizes(spec)
+    for name in ("batch_size", "threads", "prefetch", "block_shards"):
+        if getattr(spec, name) < 1:
+            raise UserError(f"`{name}` must be at least 1, not {getattr(spec, name)}")
+    if spec.training and spec.batch_size % spec.world_size:
+        raise UserError(f"`batch_size` ({spec.batch_size}) must be a multiple of the number of processes ({spec.world_size})")
+    for name, choices in (("order", ORDERS), ("corrupt", CORRUPT)):
+        if getattr(spec, name) not in choices:
+            raise UserError(f"`{name}` is {' or '.join(choices)}, not {getattr(spec, name)!r}")
+    if isinstance(spec.normalization, str) and spec.normalization not in ("pixel", "channel"):
+        raise UserError(f"`normalization` is pixel, channel or a Normalization, not {spec.normalization!r}")
+    if not 0 <= spec.rank < spec.world_size:
+        raise UserError(f"`rank` {spec.rank} is not in [0, {spec.world_size})")
+    if not 0 <= spec.seed < 1 << 64:
+        raise UserError(f"`seed` must lie in [0, 2^64), not {spec.seed}")
+    if not 0 <= spec.hw_decoder_load <= 1:
+        raise UserError(f"`hw_decoder_load` must lie in [0, 1], not {spec.hw_decoder_load}")
+    if spec.dtype not in (*PRECISIONS.values(), torch.uint8):
+        raise UserError(f"`dtype` is float32, float16, bfloat16 or uint8, not {spec.dtype}")
+
+
+def _check_sizes(spec: LoaderSpec) -> None:
+    """Raise UserError for bad image sizes, or a geometry that does not go with them."""
+    first_epochs = [first for first, _ in spec.sizes]
+    if not first_epochs or first_epochs[0] != 0 or first_epochs != sorted(set(first_epochs)):
+        raise UserError(f"`image_size` {spec.image_size}: steps are (epoch, size), the first at epoch 0, then ascending")
     for _, size in spec.sizes:
         if size < 1:
-            raise UserError(f"image size must be at least 1, not {size}")
+            raise UserError(f"`image_size` must be at least 1, not {size}")
         spec.geometry_at(size).check(size)
     if isinstance(spec.geometry, WholeImage) and (spec.training, spec.order, spec.corrupt) != (False, "sequential", "stop"):
-        raise UserError("whole images differ in size and are for evaluation: use spec.evaluation(geometry=WholeImage(...))")
-    if min(spec.batch_size, spec.threads, spec.prefetch, spec.block_shards) < 1:
-        raise UserError("batch size, threads, prefetch and block shards must be at least 1")
-    if spec.training and spec.batch_size % spec.world_size:
-        raise UserError(f"the global batch ({spec.batch_size}) must be a multiple of the number of processes ({spec.world_size})")
-    for name, value, choices in (("order", spec.order, ORDERS), ("corrupt", spec.corrupt, CORRUPT)):
-        if value not in choices:
-            raise UserError(f"{name} is {' or '.join(choices)}, not {value!r}")
-    if isinstance(spec.normalization, str) and spec.normalization not in ("pixel", "channel"):
-        raise UserError(f"normalization is pixel, channel or a Normalization, not {spec.normalization!r}")
-    if not 0 <= spec.rank < spec.world_size:
-        raise UserError(f"rank {spec.rank} is not in [0, {spec.world_size})")
-    if not 0 <= spec.seed < 1 << 64:
-        raise UserError(f"seed must lie in [0, 2^64), not {spec.seed}")
-    if not 0 <= spec.hw_decoder_load <= 1:
-        raise UserError(f"decoder share must lie in [0, 1], not {spec.hw_decoder_load}")
-    if spec.dtype not in (*PRECISIONS.values(), torch.uint8):
-        raise UserError(f"images come as float32, float16, bfloat16 or uint8, not {spec.dtype}")
+        raise UserError("whole images differ in size and are for evaluation", "use spec.evaluation(geometry=WholeImage(...))")

@@ -20,10 +20,10 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 @pytest.fixture(scope="module")
 def one_core() -> Iterator[None]:
-    """Under pytest-xdist, this worker and all that it starts run on one core, each worker on its own.
+    """Under pytest-xdist, run this worker and its children on one core, a different core for each worker.
 
-    For modules that train nets: where two processes of two threads each share two cores, the threads of each wait for one another
-    most of the time, and a step takes up to twenty times as long.
+    For modules that train models: if two processes with two threads each share two cores, their threads mostly wait for
+    each other, and a step takes up to twenty times as long.
     """
     worker = os.environ.get("PYTEST_XDIST_WORKER")
     cores, threads = os.sched_getaffinity(0), torch.get_num_threads()
@@ -45,7 +45,7 @@ def image_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def small_shards(image_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Shards of `image_folder`, 16 images each, the files as they were, made by the script."""
+    """Shards of `image_folder`, 16 unchanged files each, made by the script."""
     out = tmp_path_factory.mktemp("shards") / "data"
     result = run_script("tools/make_shards.py", image_folder, "--out", out, "--profile", "original", "--shard-size", 16)
     assert result.returncode == 0, result.stderr
@@ -54,7 +54,7 @@ def small_shards(image_folder: Path, tmp_path_factory: pytest.TempPathFactory) -
 
 @pytest.fixture(scope="module")
 def finished(small_shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run in fp32 on one process, never stopped, with its trace beside it."""
+    """An uninterrupted run in fp32 in one process, with its trace beside it."""
     folder = tmp_path_factory.mktemp("finished")
     result = run_forked("tests/traced_train.py", *arguments(small_shards, folder / "run"), TRACE=str(folder / "trace"))
     assert result.returncode == 0, result.stderr
@@ -63,14 +63,14 @@ def finished(small_shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Pa
 
 @pytest.fixture(scope="session")
 def s3_endpoint(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """The address of an S3 server (moto) on this machine, a process of its own."""
+    """The address of a local S3 server (moto) in a process of its own."""
     with s3_server(tmp_path_factory.mktemp("moto") / "log") as endpoint:
         yield endpoint
 
 
 @pytest.fixture
 def s3(s3_endpoint: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    """The URL of a fresh, empty bucket, "s3://NAME"; this process and those that it starts can use it."""
+    """The URL of a new, empty bucket, "s3://NAME", for this process and its children."""
     file_systems = fsspec.get_filesystem_class("s3")
     for name in ("AWS_PROFILE", "AWS_SESSION_TOKEN", "AWS_ENDPOINT_URL_S3", "AWS_CA_BUNDLE"):
         monkeypatch.delenv(name, raising=False)
@@ -80,11 +80,11 @@ def s3(s3_endpoint: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", "x")
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "x")
     monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
-    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")  # without credentials, fail at once instead of asking for them
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")  # without credentials, fail at once
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
     bucket = f"bucket-{uuid4().hex}"
     s3_client().create_bucket(Bucket=bucket)
-    file_systems.clear_instance_cache()  # file systems keep the endpoint and the credentials that they began with
+    file_systems.clear_instance_cache()  # file systems keep their first endpoint and credentials
     yield f"s3://{bucket}"
     file_systems.clear_instance_cache()
 
@@ -93,11 +93,11 @@ def s3(s3_endpoint: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
 def downloads(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The URLs downloaded by this process, in order."""
     urls = []
-    original = files.pieces
+    original = files.read_chunks
 
     def counted(url: str, count: int) -> Iterator[bytes]:
         urls.append(url)
         return original(url, count)
 
-    monkeypatch.setattr(files, "pieces", counted)
+    monkeypatch.setattr(files, "read_chunks", counted)
     return urls

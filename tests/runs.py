@@ -1,4 +1,4 @@
-"""Short runs of train.py, and what tests look at afterwards."""
+"""Short runs of train.py, and helpers to inspect them."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ EPOCHS, STEPS = 5, 7  # 60 images in batches of 8
 
 
 def torchrun(port: int) -> tuple[str, ...]:
-    """Starts two processes. port: another in each file, as files are run side by side."""
+    """The launcher of two processes. port: a different one in each test file, as files run in parallel."""
     return ("-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", str(port))
 
 
@@ -37,20 +37,20 @@ def steps_logged(run: Path) -> int:
 
 
 def wait_for_rows(run: Path, rows: int, is_running: Callable[[], bool]) -> None:
-    """Until metrics.csv has `rows` more training rows than now."""
+    """Wait until metrics.csv has `rows` more training rows than now."""
     deadline = time.monotonic() + 120
     target = None
     while target is None or steps_logged(run) < target:
         assert is_running()
         assert time.monotonic() < deadline
-        # A resumed run first cuts metrics.csv back to its checkpoint: count from there, once it has started over.
+        # A resumed run first truncates metrics.csv to its checkpoint. Start counting after that.
         if target is None and list(run.glob("tensorboard/*tfevents*")):
             target = min(steps_logged(run) + rows, EPOCHS * STEPS - 1)
         time.sleep(0.005)
 
 
 def traces(stem: Path) -> dict[tuple[int, int], dict[str, Any]]:
-    """Global batches by place: ids and draws, ranks put together in order. Batches done twice must be the same."""
+    """Global batches by position: ids and draws, concatenated over ranks. Repeated batches must be equal."""
     parts: dict[tuple[int, int], dict[str, dict[int, dict[str, Any]]]] = {}
     for path in stem.parent.glob(stem.name + ".*"):
         for line in path.read_text().splitlines():
@@ -59,32 +59,32 @@ def traces(stem: Path) -> dict[tuple[int, int], dict[str, Any]]:
             parts.setdefault((row["epoch"], row["consumed"]), {}).setdefault(process, {})[row["rank"]] = row
     found = {}
     for place, processes in parts.items():
-        whole = []
+        batches = []
         others = processes.pop("other", {})
         for ranks in processes.values():
             together = [ranks[0]] if len(ranks[0]["ids"]) == 8 else [ranks[0], others[1]]
             ids = [index for row in together for index in row["ids"]]
             draws = [[value for row in together for value in row["draws"][field]] for field in range(3)]
-            whole.append({"ids": ids, "draws": draws})
-        assert all(each == whole[0] for each in whole), place
-        found[place] = whole[0]
+            batches.append({"ids": ids, "draws": draws})
+        assert all(batch == batches[0] for batch in batches), place
+        found[place] = batches[0]
     return found
 
 
-def figures(run: Path) -> list[tuple[str, ...]]:
+def metrics(run: Path) -> list[tuple[str, ...]]:
     return [(row["step"], row["lr"], row["train_loss"], row["val_top1"]) for row in read_metrics(run / "metrics.csv")]
 
 
-def assert_same_end(run: Path, trace: Path, finished: Path) -> None:
-    """The run's weights, figures and batches are those of the one that was never stopped, bit for bit."""
-    ours, theirs = load_file(run / "model.safetensors"), load_file(finished / "model.safetensors")
-    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
-    assert figures(run) == figures(finished)
+def assert_same_result(run: Path, trace: Path, finished: Path) -> None:
+    """The run's weights, metrics and batches are bit-identical to those of the uninterrupted run."""
+    weights, expected = load_file(run / "model.safetensors"), load_file(finished / "model.safetensors")
+    assert all(torch.equal(weights[name], expected[name]) for name in expected)
+    assert metrics(run) == metrics(finished)
     assert traces(trace) == traces(finished.parent / "trace")
 
 
-def assert_checkpoints_are_whole(run: Path) -> int:
-    """Whatever `last` and `best` name can be read; returns the last one's step, 0 where there is none."""
+def assert_checkpoints_are_complete(run: Path) -> int:
+    """The checkpoints `last` and `best` can be read. Returns the step of `last`, 0 if there is none."""
     for link in (run / "checkpoints").glob("[lb]*"):
         _, state = load_checkpoint(link)
         load_weights(link / "model.safetensors")

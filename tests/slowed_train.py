@@ -1,4 +1,4 @@
-"""train.py, from shards whose storage gives $MEGABYTES_PER_S."""
+"""train.py with storage slowed to $MEGABYTES_PER_S."""
 
 from __future__ import annotations
 

@@ -97,3 +97,15 @@ def test_no_script_hides_another_module(folder: str) -> None:
     names = {path.stem for path in (ROOT / folder).iterdir() if path.suffix == ".py" or (path / "__init__.py").exists()}
     assert not names & (sys.stdlib_module_names | {"profiling"})
     assert not names & set(metadata.packages_distributions()) - {"tools"} - set(OURS)
+
+
+@pytest.mark.parametrize("path", sources(), ids=str)
+def test_no_private_name_crosses_a_module(path: Path) -> None:
+    tree = ast.parse((ROOT / path).read_text())
+    froms = [node for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)]
+    ours = [alias for node in froms if node.level or (node.module or "").split(".")[0] in OURS for alias in node.names]
+    assert not [alias.name for alias in ours if alias.name.startswith("_")]
+    names = {alias.asname or alias.name for alias in ours}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id in names:
+            assert not node.attr.startswith("_") or node.attr.startswith("__"), f"{node.value.id}.{node.attr}"

@@ -1,3 +1,5 @@
+"""Whole runs of train.py: what they learn, write, print and refuse."""
+
 from __future__ import annotations
 
 import json
@@ -13,6 +15,7 @@ from safetensors.torch import load_file
 from model import ARCHS
 from model.weights import ModelConfig, load_weights
 from pipeline.plan import sampling
+from pipeline.plan.geometry import ScaleJitter
 from pipeline.spec import LoaderSpec
 from pipeline.store.shards import ShardSet
 from tests.helpers import assert_refused, run_forked, run_script, without_progress
@@ -26,7 +29,7 @@ pytestmark = pytest.mark.usefixtures("one_core")
 TORCHRUN = torchrun(29611)
 
 
-def test_a_run_learns_and_leaves_everything_behind(small_shards: Path, finished: Path) -> None:
+def test_a_run_learns_and_writes_all_files(small_shards: Path, finished: Path) -> None:
     rows = read_metrics(finished / "metrics.csv")
     losses = [float(row["train_loss"]) for row in rows if row["train_loss"]]
     assert len(losses) == EPOCHS * STEPS
@@ -35,14 +38,14 @@ def test_a_run_learns_and_leaves_everything_behind(small_shards: Path, finished:
     assert len(tops) == EPOCHS
     shares = [float(row["train_top1"]) for row in rows if row["train_top1"]]
     assert len(shares) == EPOCHS * STEPS
-    assert all(share * 8 == int(share * 8) for share in shares)  # images of 8
+    assert all(share * 8 == int(share * 8) for share in shares)  # shares of a batch of 8
     assert sum(shares[:STEPS]) / STEPS < sum(shares[-STEPS:]) / STEPS <= 1
     assert all(0 <= float(row["wait_share"]) <= 1 and float(row["images_per_s"]) > 0 for row in rows if row["train_loss"])
     weights, header = load_weights(finished / "model.safetensors")
     assert weights.keys() == ARCHS["resnet20"](num_classes=3).state_dict().keys()
-    recipe = ModelConfig.from_header(header)
-    assert recipe is not None
-    assert (recipe.arch, recipe.image_size, recipe.eval_short, recipe.mean.shape) == ("resnet20", 32, 37, (32, 32, 3))
+    config = ModelConfig.from_header(header)
+    assert config is not None
+    assert (config.arch, config.image_size, config.eval_short, config.mean.shape) == ("resnet20", 32, 37, (32, 32, 3))
     assert {path.name for path in (finished / "checkpoints").iterdir()} >= {"last", "best", "step-00000035"}
     assert json.loads((finished / "config.json").read_text())["arguments"]["batch_size"] == 8
     assert list(finished.glob("tensorboard/*tfevents*"))
@@ -53,8 +56,8 @@ def test_a_run_learns_and_leaves_everything_behind(small_shards: Path, finished:
         assert ids == sampling.order(0, epoch, range(56), 60).tolist()
 
 
-def test_weights_to_start_from(small_shards: Path, finished: Path, tmp_path: Path) -> None:
-    """With a rate of next to nothing a run ends with the weights that it began with, but for BN's statistics."""
+def test_initial_weights(small_shards: Path, finished: Path, tmp_path: Path) -> None:
+    """With a negligible learning rate a run ends with its initial weights, except for BN's statistics."""
     options = [*arguments(small_shards, tmp_path / "run"), "--epochs", 1, "--lr", 1e-12, "--weights"]
     result = run_forked("train.py", *options, finished)
     assert result.returncode == 0, result.stderr
@@ -66,8 +69,8 @@ def test_weights_to_start_from(small_shards: Path, finished: Path, tmp_path: Pat
     assert not (tmp_path / "other").exists()
 
 
-def test_padded_crops_of_a_cifar_net_by_its_recipe(small_shards: Path, tmp_path: Path) -> None:
-    """A run of the recipe that is plotted, recorded and tested at the centre of the whole short side."""
+def test_padded_crops_in_the_recipe_cifar110(small_shards: Path, tmp_path: Path) -> None:
+    """The run follows the recipe's rates, can be recorded, and is evaluated on the centre crop of the full short side."""
     run = tmp_path / "run"
     result = run_forked(
         "train.py", "--data", small_shards, "--output", run, "--recipe", "cifar110", "--arch", "resnet20", "--iterations", 8,
@@ -76,10 +79,9 @@ def test_padded_crops_of_a_cifar_net_by_its_recipe(small_shards: Path, tmp_path:
     assert result.returncode == 0, result.stderr
     rates = [float(row["lr"]) for row in read_metrics(run / "metrics.csv") if row["lr"]]
     assert rates == pytest.approx([0.01, 0.01, 0.1, 0.1, 0.01, 0.01, 0.001, 0.001])
-    recipe = ModelConfig.from_header(load_weights(run / "model.safetensors")[1])
-    assert recipe is not None
-    assert (recipe.arch, recipe.image_size, recipe.eval_short) == ("resnet20", 32, 32)
-    assert run_forked("tools/plot_run.py", run, "--data", small_shards).returncode == 0
+    config = ModelConfig.from_header(load_weights(run / "model.safetensors")[1])
+    assert config is not None
+    assert (config.arch, config.image_size, config.eval_short) == ("resnet20", 32, 32)
     assert run_forked("tools/bench/record_run.py", run, "--results", tmp_path / "rows.csv").returncode == 0
     assert "resnet20 at 32, crops of the padded image, 8 iterations" in (tmp_path / "rows.csv").read_text()
 
@@ -100,13 +102,13 @@ def test_two_processes_share_the_epoch(small_shards: Path, tmp_path: Path) -> No
     counted = [
         line for line in result.stderr.replace("\r", "\n").splitlines() + result.stdout.splitlines() if "of 21 images" in line
     ]
-    assert len(counted) == 2  # each validation saw every image once, over both processes
+    assert len(counted) == 2  # each validation saw every image once, over both ranks
     assert steps_logged(tmp_path / "run") == 2 * STEPS
     assert (tmp_path / "run" / "model.safetensors").exists()
 
 
 def test_without_an_output_the_run_is_the_latest(small_shards: Path, tmp_path: Path) -> None:
-    """The README's commands: train without --output, then evaluate runs/latest."""
+    """As in the README: train without --output, then evaluate runs/latest."""
     options = ("--data", small_shards, "--arch", "resnet18", "--epochs", 1, "--batch-size", 20, "--image-size", 32)
     launcher = ("-m", "accelerate.commands.launch")
     result = run_script("train.py", *options, launcher=launcher, cwd=tmp_path)
@@ -119,7 +121,7 @@ def test_without_an_output_the_run_is_the_latest(small_shards: Path, tmp_path: P
 
 
 def test_blocks_random_resized_crops_and_a_corrupt_image(small_shards: Path, tmp_path: Path) -> None:
-    """A run over damaged shards, stopped by nothing, says so once an epoch, and can be plotted and recorded."""
+    """A run over damaged shards reports replaced images once an epoch, and can be recorded."""
     data, run = tmp_path / "data", tmp_path / "run"
     shutil.copytree(small_shards, data)
     shards = ShardSet(data, "train")
@@ -133,21 +135,20 @@ def test_blocks_random_resized_crops_and_a_corrupt_image(small_shards: Path, tmp
     )  # fmt: skip
     result = run_forked("train.py", *options)
     assert result.returncode == 0, result.stderr
-    assert "epoch 1: 1 images replaced so far that could not be decoded" in result.stdout
-    assert "epoch 2: 2 images replaced so far that could not be decoded" in result.stdout
+    assert "epoch 1: 1 images that could not be decoded were replaced so far" in result.stdout
+    assert "epoch 2: 2 images that could not be decoded were replaced so far" in result.stdout
     assert result.stderr.count(": cannot be decoded (") == 1
     assert json.loads((run / "config.json").read_text())["arguments"]["scale"] is None
-    assert run_forked("tools/plot_run.py", run, "--data", small_shards).returncode == 0
     assert run_forked("tools/bench/record_run.py", run, "--results", tmp_path / "rows.csv").returncode == 0
     assert "random resized crops" in (tmp_path / "rows.csv").read_text()
     stopping = run_forked("train.py", *options[:2], "--output", tmp_path / "other", *options[4:], "--corrupt", "stop")
-    assert_refused(without_progress(stopping), f"{shards.where(7)}: cannot be decoded", "make the shards again")
+    assert_refused(without_progress(stopping), f"{shards.locate(7)}: cannot be decoded", "make the shards again")
 
 
-def test_tuned_settings_and_the_profiler_where_a_run_waits(
+def test_tuned_settings_and_the_profilers_command_when_a_run_waits(
     small_shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Read from the file; overridden by options; and a run from a slow storage names the command that says why."""
+    """Tuned settings are read from the file, options override them, and a run from slow storage suggests the profiler."""
     monkeypatch.setenv("CROPFEED_TUNED", str(tmp_path / "tuned.json"))
     device = "cuda" if torch.cuda.is_available() else "cpu"
     tuned.save(LoaderSpec(small_shards, device=device), 3, 5, 100.0)
@@ -160,28 +161,28 @@ def test_tuned_settings_and_the_profiler_where_a_run_waits(
     assert "; 3 threads, 5 batches ahead\n" in result.stdout
 
     more = ("--threads", 2, "--prefetch", 1, "--order", "blocks", "--engine", "cpu", "--output", tmp_path / "slow")
-    # Some 6 images/s, slower than any machine trains.
+    # About 6 images/s, slower than any machine trains.
     result = run_forked("tests/slowed_train.py", *options, *more, MEGABYTES_PER_S="0.02")
     assert result.returncode == 0, result.stderr
     assert "; 2 threads, 1 batches ahead\n" in result.stdout
     rows = read_metrics(tmp_path / "slow" / "metrics.csv")
     waits = [float(row["wait_share"]) for row in rows if row["wait_share"]]
     assert len(waits) == 5
-    waited = next(share for share in waits[1:] if share > 0.05)  # not the first row, in which the loader starts
-    (told,) = (line for line in result.stdout.splitlines() if "waiting for data" in line)
-    assert f"waiting for data {waited:.0%} of the time" in told
-    python, script, *words = shlex.split(told.split("what to change: ")[1])
+    waited = next(share for share in waits[1:] if share > 0.05)  # without the first row, in which the loader starts
+    (suggestion,) = (line for line in result.stdout.splitlines() if "waiting for data" in line)
+    assert f"waiting for data {waited:.0%} of the time" in suggestion
+    python, script, *words = shlex.split(suggestion.split("what to change, run: ")[1])
     assert (python, script) == ("python", "tools/profile_pipeline.py")
-    args = profile_pipeline.parser().parse_args(words)
-    assert (args.data, args.arch, args.precision) == (str(small_shards), "resnet18", "no")
-    assert (args.batch_size, args.image_size, args.scale, args.order) == (12, 32, [36, 68], "blocks")
-    assert (args.engine, args.threads, args.prefetch) == ("cpu", 2, 1)
-    profile_pipeline.check(args)
+    command = profile_pipeline.parse(words)
+    spec = command.options.spec
+    assert (spec.data, command.options.arch, command.options.precision) == (str(small_shards), "resnet18", "no")
+    assert (spec.batch_size, spec.image_size, spec.geometry, spec.order) == (12, 32, ScaleJitter(36, 68), "blocks")
+    assert (spec.engine, command.threads, command.prefetch) == ("cpu", 2, 1)
 
 
 def test_launches_that_only_look_parallel_are_refused(small_shards: Path, tmp_path: Path) -> None:
     if torch.cuda.is_available():
-        pytest.skip("on a GPU machine these launches are right")
+        pytest.skip("these launches are correct on a machine with a GPU")
     run = tmp_path / "run"
     launched = run_script(
         "train.py", *arguments(small_shards, run), launcher=("-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2")
@@ -199,7 +200,7 @@ def test_launches_that_only_look_parallel_are_refused(small_shards: Path, tmp_pa
     assert not run.exists()
 
 
-def test_bad_input_is_refused_and_leaves_nothing(small_shards: Path, finished: Path, tmp_path: Path) -> None:
+def test_bad_input_is_refused_and_writes_nothing(small_shards: Path, finished: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
 
     def refused(*options: Any, words: str, data: Path = small_shards) -> None:
@@ -224,7 +225,7 @@ def test_bad_input_is_refused_and_leaves_nothing(small_shards: Path, finished: P
     )
     refused("--start-size", 16, "--ramp", 1, 5, words="the last epoch must have --image-size 32")
     if not torch.cuda.is_available():
-        refused("--amp", "fp16", words="precision fp16: a CPU does not train in it; take --amp bf16 or no")
+        refused("--amp", "fp16", words="precision fp16: is not supported for training on a CPU; use --amp bf16 or --amp no")
     before = {path: path.stat().st_mtime_ns for path in finished.rglob("*")}
     assert_refused(run_forked("train.py", *arguments(small_shards, finished)), "exists already")
     assert_refused(

@@ -1,4 +1,4 @@
-"""Runs that are stopped, killed, lost or resumed: what is kept, and that they end as if nothing had happened."""
+"""Runs that are stopped, killed, diverge or are resumed: what they save, and that they end as if uninterrupted."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ from tests.runs import (
     EPOCHS,
     STEPS,
     arguments,
-    assert_checkpoints_are_whole,
-    assert_same_end,
-    figures,
+    assert_checkpoints_are_complete,
+    assert_same_result,
+    metrics,
     torchrun,
     traces,
     wait_for_rows,
@@ -37,8 +37,8 @@ pytestmark = pytest.mark.usefixtures("one_core")
 TORCHRUN = torchrun(29612)
 
 
-def test_killed_at_20_random_moments_it_ends_in_the_same_bits(small_shards: Path, finished: Path, tmp_path: Path) -> None:
-    """At every second one while it writes a checkpoint: before one of the moves and syncs that this takes."""
+def test_killed_at_20_random_moments_a_run_ends_bit_identical(small_shards: Path, finished: Path, tmp_path: Path) -> None:
+    """Every second kill hits the writing of a checkpoint, before one of its renames and fsyncs."""
     rng = random.Random(4)
     run, trace = tmp_path / "run", tmp_path / "trace"
     command = ["tests/traced_train.py", *arguments(small_shards, run, "--resume", "auto")]
@@ -56,17 +56,17 @@ def test_killed_at_20_random_moments_it_ends_in_the_same_bits(small_shards: Path
         assert result.returncode == -signal.SIGKILL, result.stderr
         kills += 1
         assert not (run / "model.safetensors").exists()
-        step, before = assert_checkpoints_are_whole(run), step
+        step, before = assert_checkpoints_are_complete(run), step
         assert step >= before
         shutil.rmtree(run / "tensorboard", ignore_errors=True)
     assert step > 0
     result = run_forked(*command, TRACE=str(trace))
     assert result.returncode == 0, result.stderr
-    assert_same_end(run, trace, finished)
+    assert_same_result(run, trace, finished)
 
 
-def test_sigterm_saves_where_it_is_and_ends_well(small_shards: Path, finished: Path, tmp_path: Path) -> None:
-    """In a step, then in a validation, which is done again; nothing is lost and nothing done twice."""
+def test_sigterm_saves_a_checkpoint_and_exits_with_0(small_shards: Path, finished: Path, tmp_path: Path) -> None:
+    """During a step, then during a validation, which is repeated. No step is lost or repeated."""
     run, trace = tmp_path / "run", tmp_path / "trace"
     command = ["tests/traced_train.py", *arguments(small_shards, run, "--resume", "auto")]
     process = Forked(*command, TRACE=str(trace))
@@ -74,40 +74,40 @@ def test_sigterm_saves_where_it_is_and_ends_well(small_shards: Path, finished: P
     process.kill(signal.SIGTERM)
     result = process.wait()
     assert result.returncode == 0, result.stderr
-    step = assert_checkpoints_are_whole(run)
+    step = assert_checkpoints_are_complete(run)
     assert step >= 9
-    assert f"stopped at step {step}, as asked, and saved; --resume goes on from there" in result.stdout
+    assert f"stopped at step {step} on SIGTERM and saved a checkpoint; continue with --resume" in result.stdout
     assert not (run / "model.safetensors").exists()
 
     result = run_forked(*command, TRACE=str(trace), TERM_IN_VALIDATION="1")
     assert result.returncode == 0, result.stderr
-    step = assert_checkpoints_are_whole(run)
+    step = assert_checkpoints_are_complete(run)
     assert step % STEPS == 0
-    assert figures(run)[-1][3] == ""  # not validated
+    assert metrics(run)[-1][3] == ""  # not validated
     shutil.rmtree(run / "tensorboard")
     result = run_forked(*command, TRACE=str(trace))
     assert result.returncode == 0, result.stderr
-    assert_same_end(run, trace, finished)
+    assert_same_result(run, trace, finished)
 
 
-def test_a_loss_that_is_not_finite_stops_the_run_with_its_images(small_shards: Path, tmp_path: Path) -> None:
-    """The first step's update is beyond bounds: the second step's loss is lost, which shows where the next row is due. The last
-    checkpoint is of before.
+def test_a_non_finite_loss_stops_the_run_and_lists_the_images(small_shards: Path, tmp_path: Path) -> None:
+    """The first update is so large that the second step's loss is not finite, which is noticed at the next row. The last
+    checkpoint is older.
     """
     run = tmp_path / "run"
     options = [*arguments(small_shards, run), "--lr", 1e30, "--log-every", 5, "--checkpoint-every", 1]
     result = without_progress(run_forked("train.py", *options))
-    assert_refused(result, f"{run}/not-finite.json: holds the images of step 1, whose loss is not finite", "lower --lr")
+    assert_refused(result, f"the loss of step 1 is not finite; its images are listed in {run}/not-finite.json", "lower --lr")
     found = json.loads((run / "not-finite.json").read_text())
     assert (found["step"], found["epoch"]) == (1, 0)
     assert found["ids"] == sampling.order(0, 0, range(8, 16), 60).tolist()
     shards = ShardSet(small_shards, "train")
-    assert found["images"] == [shards.where(sample) for sample in found["ids"]]
-    assert assert_checkpoints_are_whole(run) == 1
+    assert found["images"] == [shards.locate(sample) for sample in found["ids"]]
+    assert assert_checkpoints_are_complete(run) == 1
 
 
-def test_one_process_then_two_of_which_one_dies_then_one(small_shards: Path, finished: Path, tmp_path: Path) -> None:
-    """Torchrun starts both processes again and they go on; at SIGTERM they save. The batches are those of one process."""
+def test_one_process_then_two_then_one_with_a_rank_that_dies(small_shards: Path, finished: Path, tmp_path: Path) -> None:
+    """Torchrun restarts both processes and they continue; on SIGTERM they save. The batches are those of a single process."""
     run, trace = tmp_path / "run", tmp_path / "trace"
     process = Forked("tests/traced_train.py", *arguments(small_shards, run), TRACE=str(trace))
     wait_for_rows(run, 8, lambda: True)
@@ -133,22 +133,20 @@ def test_one_process_then_two_of_which_one_dies_then_one(small_shards: Path, fin
     finally:
         if two.poll() is None:
             os.killpg(two.pid, signal.SIGKILL)
-    stopped = re.search(r"stopped at step (\d+), as asked", output)
+    stopped = re.search(r"stopped at step (\d+) on SIGTERM", output)
     assert stopped is not None, output
-    assert assert_checkpoints_are_whole(run) == int(stopped[1])
+    assert assert_checkpoints_are_complete(run) == int(stopped[1])
     assert len(list(trace.parent.glob("trace.*.1"))) == 2
     result = run_forked("tests/traced_train.py", *arguments(small_shards, run, "--resume"), TRACE=str(trace))
     assert result.returncode == 0, result.stderr
     assert traces(trace) == traces(finished.parent / "trace")
-    assert [row[0] for row in figures(run)] == [row[0] for row in figures(finished)]
-    ours, theirs = ([float(row[2]) for row in figures(one) if row[2]] for one in (run, finished))
-    assert sum(ours[-STEPS:]) == pytest.approx(sum(theirs[-STEPS:]), rel=0.5)  # the curve goes on, not bit for bit
+    assert [row[0] for row in metrics(run)] == [row[0] for row in metrics(finished)]
+    losses, expected = ([float(row[2]) for row in metrics(one) if row[2]] for one in (run, finished))
+    assert sum(losses[-STEPS:]) == pytest.approx(sum(expected[-STEPS:]), rel=0.5)  # the curve continues, but is not bit-identical
 
 
-def test_iterations_end_a_run_within_an_epoch_and_it_goes_on_from_there(
-    small_shards: Path, finished: Path, tmp_path: Path
-) -> None:
-    """10 of 7 an epoch, then 14 by --resume: the batches are those of a run of epochs."""
+def test_iterations_end_a_run_within_an_epoch_and_it_resumes_there(small_shards: Path, finished: Path, tmp_path: Path) -> None:
+    """10 steps at 7 per epoch, then 14 with --resume. The batches are those of a run given in epochs."""
     run, trace = tmp_path / "run", tmp_path / "trace"
     options = arguments(small_shards, run)
     at = options.index("--epochs")
@@ -163,13 +161,13 @@ def test_iterations_end_a_run_within_an_epoch_and_it_goes_on_from_there(
     result = run_forked("tests/traced_train.py", *options, "--resume", TRACE=str(trace))
     assert result.returncode == 0, result.stderr
     assert [int(row["step"]) for row in read_metrics(run / "metrics.csv") if row["val_top1"]] == [7, 10, 14]
-    whole = traces(finished.parent / "trace")
-    assert traces(trace) == {place: whole[place] for place in sorted(whole)[:14]}
+    expected = traces(finished.parent / "trace")
+    assert traces(trace) == {place: expected[place] for place in sorted(expected)[:14]}
 
 
 def test_a_plateau_divides_the_rate_and_a_resumed_run_remembers_it(small_shards: Path, tmp_path: Path) -> None:
-    """With a learning rate of next to nothing the error stays as it is: each validation but the first bears it, every second
-    one divides."""
+    """With a negligible learning rate the error never improves, so that after the first one every second validation divides the
+    rate."""
     run = tmp_path / "run"
     options = [*arguments(small_shards, run, "--schedule", "plateau", "--patience", 1), "--lr", 1e-9, "--epochs"]
     for epochs, more in ((4, ()), (7, ("--resume",))):
@@ -177,11 +175,11 @@ def test_a_plateau_divides_the_rate_and_a_resumed_run_remembers_it(small_shards:
         assert result.returncode == 0, result.stderr
     rows = read_metrics(run / "metrics.csv")
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], 1e-9)
-    theirs = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, patience=1, eps=0)
+    reference = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, patience=1, eps=0)
     expected = []
     for row in rows:
         if row["val_top1"]:
-            theirs.step(1 - float(row["val_top1"]))
+            reference.step(1 - float(row["val_top1"]))
         else:
             expected.append(optimizer.param_groups[0]["lr"])
     assert [float(row["lr"]) for row in rows if row["lr"]] == pytest.approx(expected, rel=1e-6, abs=0)

@@ -1,7 +1,7 @@
-"""train.py, with every training batch's place, ids and draws (as views) written to $TRACE.<process>.<rank> as it is handed out.
+"""train.py, which also writes the position, ids and views of each training batch to $TRACE.<process>.<rank>.
 
-What is written are the draws that the engine was given, not a second evaluation of the plan. It may also end on its own: with
-SIGKILL before the $KILL_AT-th of the moves, links and syncs that checkpoints take, or with SIGTERM in $TERM_IN_VALIDATION.
+The views are those that the engine received, not a second evaluation of the plan. With $KILL_AT it kills itself with SIGKILL
+before that rename, link, fsync or removal of a checkpoint (counted from 1), with $TERM_IN_VALIDATION with SIGTERM in validation.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""Imported first by every script here, so that our packages are found from the checkout's root without an install.
+"""Imported first by every script in this folder, so that Python finds the checkout's packages without an install.
 
-This folder, which Python puts first, goes to the end: a module here must not hide another one of its name.
+Python puts a script's folder first in sys.path. This moves it to the end, so that no module here shadows another of its name.
 """
 
 import sys
@@ -8,4 +8,4 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
-sys.path[:] = [str(ROOT), *(place for place in sys.path if place not in (str(ROOT), str(HERE))), str(HERE)]
+sys.path[:] = [str(ROOT), *(path for path in sys.path if path not in (str(ROOT), str(HERE))), str(HERE)]

@@ -1,7 +1,7 @@
-"""Draw a small image set that needs shapes to be told apart: python tools/make_demo_data.py demo/images
+"""Draw a small data set whose classes differ only in shape: python tools/make_demo_data.py demo/images
 
-Eight classes in any colours on any background, as an ImageFolder with train and val, in JPEGs with ImageNet's mix: sizes around
-500 x 375 with a long tail, 76 % 4:4:4, 20 % 4:2:0, 2 % 4:2:2, 2 % grey. The same seed draws the same images.
+Eight classes in random colours on random backgrounds, as an ImageFolder with train and val. The JPEGs are mixed like ImageNet's:
+sizes around 500 x 375 with a long tail, 76 % 4:4:4, 20 % 4:2:0, 2 % 4:2:2, 2 % grey. The same seed draws the same images.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ Canvas = ImageDraw.ImageDraw
 
 
 def polygon(canvas: Canvas, x: float, y: float, radii: list[float], turn: float) -> None:
-    """Fill the polygon around (x, y) whose corners stand at equal angles, at these distances."""
+    """Fill a polygon around (x, y) with corners at equal angles and the given distances."""
     step = 2 * math.pi / len(radii)
     canvas.polygon(
         [(x + r * math.cos(turn + i * step), y + r * math.sin(turn + i * step)) for i, r in enumerate(radii)], fill=255
@@ -77,14 +77,14 @@ SHAPES: dict[str, Callable[[Canvas, float, float, float, float], None]] = {
 
 
 def random_size(rng: np.random.Generator) -> tuple[int, int]:
-    """Width and height: most about 500 x 375 either way up, some far smaller or larger."""
+    """Width and height: mostly about 500 x 375 in either orientation, some far smaller or larger."""
     long = int(np.clip(500 * math.exp(rng.normal(0, 0.25)), 120, 1600))
     short = int(long * rng.uniform(0.6, 1.0))
     return (long, short) if rng.random() < 0.7 else (short, long)
 
 
 def background(rng: np.random.Generator, width: int, height: int, colour: np.ndarray) -> Image.Image:
-    """`colour` with smooth blotches and fine noise: neither a colour nor a texture gives the class away."""
+    """`colour` with smooth blotches and fine noise, so that neither colour nor texture identifies the class."""
     blotches = rng.normal(0, 25, (6, 8, 3)) + colour
     image = Image.fromarray(blotches.clip(0, 255).astype(np.uint8)).resize((width, height), Image.Resampling.BICUBIC)
     noise = rng.normal(0, 8, (height // 2 + 1, width // 2 + 1, 1)).repeat(2, axis=0).repeat(2, axis=1)[:height, :width]
@@ -95,13 +95,13 @@ def draw_image(shape: str, rng: np.random.Generator) -> bytes:
     """One JPEG of nine copies of a shape."""
     width, height = random_size(rng)
     colours = rng.uniform(0, 255, (2, 3))
-    while abs(colours[0].mean() - colours[1].mean()) < 50:  # visible in grey too
+    while abs(colours[0].mean() - colours[1].mean()) < 50:  # visible in grey, too
         colours = rng.uniform(0, 255, (2, 3))
     image = background(rng, width, height, colours[0])
     mask = Image.new("L", (width, height))
     canvas = ImageDraw.Draw(mask)
     radius = min(width, height) * rng.uniform(0.12, 0.17)
-    for row in range(3):  # nine copies, so that a crop never misses them all
+    for row in range(3):  # nine copies, so that every crop contains some
         for column in range(3):
             dx, dy = rng.uniform(-0.25, 0.25, 2)
             x, y = (column + 0.5 + dx) * width / 3, (row + 0.5 + dy) * height / 3
@@ -117,7 +117,7 @@ def draw_image(shape: str, rng: np.random.Generator) -> bytes:
 
 
 def draw_class(job: tuple[Path, str, int, int, int]) -> int:
-    """Write one class of one split: folder, shape, number of images, seed, split number."""
+    """Write one class of one split. job: folder, shape, number of images, seed, split number."""
     folder, shape, count, seed, split = job
     folder.mkdir(parents=True)
     for index in range(count):
@@ -127,9 +127,9 @@ def draw_class(job: tuple[Path, str, int, int, int]) -> int:
 
 
 def make_demo_data(out: Path, train: int, val: int, seed: int, workers: int) -> None:
-    """Write `out` whole or not at all. train, val: images per class."""
+    """Write `out` atomically. train, val: images per class."""
     if out.exists():
-        raise UserError(f"{out}: exists already; remove it or give another folder")
+        raise UserError(f"{out}: exists already", "remove it or give another folder")
     partial = out.with_name(out.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     jobs = [
@@ -146,11 +146,11 @@ def make_demo_data(out: Path, train: int, val: int, seed: int, workers: int) -> 
 
 def main() -> None:
     parser = Parser(__doc__)
-    parser.add_argument("out", type=Path, metavar="OUT", help="the folder to make")
+    parser.add_argument("out", type=Path, metavar="OUT", help="folder to write")
     parser.add_argument("--train", type=positive, default=250, help="training images per class (default: 250)")
     parser.add_argument("--val", type=positive, default=50, help="validation images per class (default: 50)")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--workers", type=positive, default=os.cpu_count() or 1)
+    parser.add_argument("--seed", type=int, default=0, help="seed of the drawings (default: 0)")
+    parser.add_argument("--workers", type=positive, default=os.cpu_count() or 1, help="processes (default: one per core)")
     args = parser.parse_args()
     make_demo_data(args.out.absolute(), args.train, args.val, args.seed, args.workers)
     print(f"{args.out}: {len(SHAPES)} classes, {args.train} training and {args.val} validation images each")

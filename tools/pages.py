@@ -1,4 +1,4 @@
-"""HTML pages that need no other file: what the profiler's report and the runs' page share."""
+"""Self-contained HTML pages: what the profiler's report and the report on runs share."""
 
 from __future__ import annotations
 
@@ -29,17 +29,17 @@ th { color: var(--grey); font-weight: 400; font-size: 13px; vertical-align: bott
 
 
 def page(title: str, css: str, parts: Iterable[str]) -> str:
-    """A whole document. title: plain text. css: on top of BASE. parts: the body's HTML."""
+    """A complete document. title: plain text. css: added to BASE. parts: the body's HTML."""
     head = '<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">'
     style = f"<title>{escape(title)}</title><style>{BASE}{css}</style></head><body>"
     return "\n".join(["<!DOCTYPE html>", head, style, *parts, "</body></html>"]) + "\n"
 
 
 def cell(tag: str, text: str, is_text: bool = False) -> str:
-    """A cell of a table, th or td; numbers stand at its right, text at its left."""
+    """A table cell, th or td. Text is aligned left, numbers right."""
     return f"<{tag}{' class=text' if is_text else ''}>{escape(text)}</{tag}>"
 
 
-def picture(alt: str, data: bytes, kind: str = "png") -> str:
-    """An image whose bytes are in the page."""
+def embed_image(alt: str, data: bytes, kind: str = "png") -> str:
+    """An <img> that contains the image's bytes."""
     return f'<img alt="{escape(alt)}" src="data:image/{kind};base64,{base64.b64encode(data).decode()}">'

@@ -1,1 +1,1 @@
-"""What `train.py` is made of: launch checks, schedules, checkpoints, the metrics file."""
+"""The parts of train.py: options, loaders, the training step, schedules, checkpoints, metrics."""

@@ -1,7 +1,7 @@
-"""Checkpoints that are whole or absent, whenever the process dies.
+"""Checkpoints, written atomically: whenever the process dies, the last one is complete.
 
 RUN/checkpoints/step-00001200/ holds model.safetensors, optimizer.pt and state.json. It is written under a temporary name and
-renamed; then the symbolic links `last` and `best` are replaced, also by renaming; then what neither names is removed.
+renamed. Then the symbolic links `last` and `best` are replaced, also by renaming, and all other checkpoints are deleted.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ def save_checkpoint(
     state: dict[str, Any],
     best: bool,
 ) -> None:
-    """Save one checkpoint into `folder` (RUN/checkpoints) and point `last`, and `best` if it is, to it.
+    """Save a checkpoint into `folder` (RUN/checkpoints) and point the link `last` to it, and `best` if `best` is true.
 
-    write_weights: writes model.safetensors to the path it is given. optimizer: tensors and plain values. state: JSON values.
+    write_weights: writes model.safetensors to the given path. optimizer: tensors and plain values. state: JSON values.
     """
     name = f"step-{step:08d}"
-    while (folder / name).exists():  # saved at this step before; replacing that folder could not be done in one move
+    while (folder / name).exists():  # saved at this step before; a folder cannot be replaced atomically
         name += "+"
     temporary = folder / f".{name}.partial"
     shutil.rmtree(temporary, ignore_errors=True)
@@ -50,7 +50,7 @@ def save_checkpoint(
 
 
 def load_checkpoint(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The optimizer's part (tensors on the CPU) and the state of the checkpoint folder `path`."""
+    """The optimizer's state (tensors on the CPU) and the JSON state in the checkpoint folder `path`."""
     optimizer = torch.load(path / "optimizer.pt", map_location="cpu", weights_only=True)
     return optimizer, json.loads((path / "state.json").read_text())
 

@@ -1,5 +1,5 @@
-"""What launchers do to a process: two launches that look parallel and are not, threads taken away on a CPU,
-an orphan, and a store of the dead."""
+"""Launcher pitfalls: commands that look parallel but are not, too few threads on a CPU, processes that outlive their launcher,
+and stale addresses after a restart."""
 
 from __future__ import annotations
 
@@ -16,34 +16,34 @@ from pipeline.errors import UserError
 
 
 def cores_per_process() -> int:
-    """Cores that this process may use, when it shares them with the others on its machine."""
+    """This process's share of the usable cores: all of them, divided by the number of processes of this launch on the machine."""
     return max(1, len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
 
 
 def check_launch(processes: int) -> None:
-    """Raise UserError in the two known traps. processes: how many Accelerate says there are."""
+    """Raise UserError for a launch of several processes that would train independently. processes: as counted by Accelerate."""
     environment = os.environ
     started = int(environment.get("WORLD_SIZE", 1))
     if started > 1 and processes == 1:
         raise UserError(
-            f"torchrun started {started} processes, but each would train alone; "
-            "on a CPU set ACCELERATE_USE_CPU=true before torchrun"
+            f"torchrun started {started} processes, but each would train alone",
+            "on a CPU set ACCELERATE_USE_CPU=true before torchrun",
         )
-    # `accelerate launch --cpu --num_processes 2` sets an address for its processes to meet at, then starts a single one.
+    # `accelerate launch --cpu --num_processes 2` sets a rendezvous address for its processes, then starts only one.
     if "ACCELERATE_USE_CPU" in environment and "MASTER_ADDR" in environment and "WORLD_SIZE" not in environment:
         launcher = psutil.Process().parent()
         if launcher is not None and "MASTER_ADDR" not in launcher.environ():
             raise UserError(
-                "accelerate launch was asked for several CPU processes but started one; "
-                "use: ACCELERATE_USE_CPU=true torchrun --nproc_per_node N train.py ..."
+                "accelerate launch was asked for several CPU processes but started one",
+                "use: ACCELERATE_USE_CPU=true torchrun --nproc_per_node N train.py ...",
             )
 
 
 def rejoin_process_group() -> None:
-    """Among processes that torchrun has started again: meet, which Accelerate then leaves alone.
+    """Initialize the process group after torchrun has restarted its processes; Accelerate then uses this group.
 
-    Torchrun gives them the store of those that died, with the addresses of these still in it (seen in torch 2.13), which they
-    would try in vain. A prefix makes the store a fresh one.
+    Torchrun gives restarted processes the store of their predecessors, which still holds the addresses of these (seen in torch
+    2.13), so connecting would fail. A prefix for each restart hides the stale entries.
     """
     environment = os.environ
     restarts = environment.get("TORCHELASTIC_RESTART_COUNT", "0")
@@ -58,8 +58,8 @@ def rejoin_process_group() -> None:
 
 
 def terminate_with_launcher() -> None:
-    """Under `accelerate launch` with one process: get SIGTERM when the launcher ends. It does not pass on the one that it gets,
-    and the training would go on alone, holding its GPU.
+    """Under `accelerate launch` with one process: receive SIGTERM when the launcher ends. The launcher does not forward its own
+    SIGTERM, so training would continue as an orphan and occupy its GPU.
     """
     launcher = psutil.Process().parent()
     if sys.platform == "linux" and launcher is not None and _is_accelerate(launcher):

@@ -1,4 +1,4 @@
-"""The training step: a net, its optimizer, and what is mixed, dropped and averaged on the way."""
+"""The training step: a model and its optimizer, with mixup and CutMix, stochastic depth and weight averaging."""
 
 from __future__ import annotations
 
@@ -17,100 +17,113 @@ from pipeline.buffers import to_device
 from pipeline.loader import Batch, Loader
 from pipeline.plan import sampling
 from training.averaging import WeightEMA
-from training.compiling import compiled
-from training.mixing import Mixing, apply, mixed_loss
+from training.compiling import compile_model
+from training.mixing import Mixing, mix_images, mixed_loss
 from training.optimizers import load_state, make_optimizer
+from training.options import TrainOptions
 from training.uniforms import Stream, uniforms
 
 
 class Learner:
-    """`net` holds the weights; `tested` is what is validated and kept: the net, or the moving average of its weights."""
+    """model: the bare module, which holds the weights. prepared: the same, compiled and wrapped by Accelerate, for training.
+    eval_model: what is validated and saved, which is the model or the moving average of its weights.
+    """
 
-    def __init__(self, args: Any, accelerator: Accelerator, loader: Loader) -> None:
-        self.args, self.accelerator = args, accelerator
+    def __init__(self, options: TrainOptions, accelerator: Accelerator, loader: Loader) -> None:
+        self.options, self.accelerator = options, accelerator
         self.mixing = None
-        if args.mixup or args.cutmix:
-            self.mixing = Mixing(args.mixup, args.cutmix, args.seed, args.batch_size, accelerator.num_processes, args.accumulate)
-        torch.manual_seed(args.seed)
-        dropped = {"drop_path": args.drop_path} if args.drop_path else {}
-        net = ARCHS[args.arch](num_classes=len(loader.classes), **dropped)
-        self.net: ResNet = net.to(accelerator.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        if options.mixup or options.cutmix:
+            self.mixing = Mixing(
+                options.mixup, options.cutmix, options.seed, options.batch_size, accelerator.num_processes, options.accumulate
+            )
+        torch.manual_seed(options.seed)
+        drop_path = {"drop_path": options.drop_path} if options.drop_path else {}
+        model = ARCHS[options.arch](num_classes=len(loader.classes), **drop_path)
+        self.model: ResNet = model.to(accelerator.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.average: WeightEMA | None = None
 
-    def start(self, loader: Loader, saved: dict[str, Any] | None) -> None:
-        """Get ready to train from the weights that the net has now; saved: the rest of a checkpoint, by `state_dict`."""
-        args, accelerator = self.args, self.accelerator
-        if args.ema is not None:
-            self.average = WeightEMA(self.net, args.ema)
+    def prepare(self, loader: Loader, saved: dict[str, Any] | None) -> None:
+        """Prepare to train from the model's present weights. saved: the rest of a checkpoint, from `state_dict`."""
+        options, accelerator = self.options, self.accelerator
+        if options.ema is not None:
+            self.average = WeightEMA(self.model, options.ema)
             if saved:
                 self.average.load_state_dict(saved["average"])
-                self.net.load_state_dict(saved["net"])
-        optimizer = make_optimizer(args.optimizer, self.net, args.lr, args.momentum, args.weight_decay, not args.no_norm_decay)
-        fast: nn.Module = self.net
-        if args.compile:
-            count = args.batch_size // accelerator.num_processes // args.accumulate
-            side = loader.spec.size_at(loader.epoch)
-            images = torch.zeros(count, 3, side, side, dtype=loader.spec.dtype, device=accelerator.device)
-            inputs = [images.to(memory_format=torch.channels_last)]
-            if args.drop_path:
-                inputs.append(self._uniforms(0, 0, count, accelerator.device))
-            fast = compiled(self.net, args.compile, inputs, accelerator.autocast, accelerator.print)
-        self.model, self.optimizer = accelerator.prepare(fast, optimizer)
+                self.model.load_state_dict(saved["net"])
+        optimizer = make_optimizer(
+            options.optimizer, self.model, options.lr, options.momentum, options.weight_decay, not options.no_norm_decay
+        )
+        model: nn.Module = self.model
+        if options.compile:
+            model = compile_model(
+                self.model, options.compile, self._example_inputs(loader), accelerator.autocast, accelerator.print
+            )
+        self.prepared, self.optimizer = accelerator.prepare(model, optimizer)
         if saved:
             load_state(self.optimizer, saved["optimizer"])
             if accelerator.scaler is not None and saved["scaler"]:
                 accelerator.scaler.load_state_dict(saved["scaler"])
 
+    def _example_inputs(self, loader: Loader) -> list[torch.Tensor]:
+        """Inputs of one forward pass in training, of the present epoch's image size."""
+        options, device = self.options, self.accelerator.device
+        count = options.batch_size // self.accelerator.num_processes // options.accumulate
+        side = loader.spec.size_at(loader.epoch)
+        images = torch.zeros(count, 3, side, side, dtype=loader.spec.dtype, device=device)
+        inputs = [images.to(memory_format=torch.channels_last)]
+        return [*inputs, self._drop_uniforms(0, 0, count, device)] if options.drop_path else inputs
+
     @property
-    def tested(self) -> nn.Module:
-        return self.net if self.average is None else self.average.net
+    def eval_model(self) -> nn.Module:
+        return self.model if self.average is None else self.average.model
 
     def state_dict(self) -> dict[str, Any]:
-        """What a checkpoint needs beside the tested weights: tensors and plain values."""
+        """What a checkpoint holds beside the weights of `eval_model`: tensors and plain values."""
         scaler = self.accelerator.scaler
         state = {"optimizer": self.optimizer.state_dict(), "scaler": scaler.state_dict() if scaler else None}
         if self.average is not None:
-            state |= {"average": self.average.state_dict(), "net": self.net.state_dict()}
+            state |= {"average": self.average.state_dict(), "net": self.model.state_dict()}
         return state
 
     def step(self, batch: Batch, epoch: int, start: int, rate: float) -> tuple[torch.Tensor, torch.Tensor]:
-        """One update from this process's part of a global batch; its mean loss and top-1 share, still on the device.
+        """One update at a learning rate, from this rank's part of a global batch. Returns this rank's mean loss and top-1 share,
+        each (), on the device.
 
-        epoch, start: the place where the global batch starts.
+        epoch, start: the position of the global batch's first image.
         """
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         rank, processes = self.accelerator.process_index, self.accelerator.num_processes
-        low, high = sampling.share(start, start + self.args.batch_size, rank, processes)
-        images, labels, parts = batch.images, batch.labels, self.args.accumulate
+        low, high = sampling.rank_range(start, start + self.options.batch_size, rank, processes)
+        images, labels, parts = batch.images, batch.labels, self.options.accumulate
         shares: Sequence[torch.Tensor | None] = [None] * parts
-        drawn: Sequence[tuple[torch.Tensor, ...]] = [()] * parts  # what the net takes beside the images
-        if self.args.drop_path:
-            drawn = [(part,) for part in self._uniforms(epoch, low, high, images.device).chunk(parts)]
+        drops: Sequence[tuple[torch.Tensor, ...]] = [()] * parts  # the model's second input, for stochastic depth
+        if self.options.drop_path:
+            drops = [(part,) for part in self._drop_uniforms(epoch, low, high, images.device).chunk(parts)]
         if self.mixing is not None:
-            images, share = apply(images, self.mixing.draw(epoch, low, high, (images.shape[2], images.shape[3])))
+            images, share = mix_images(images, self.mixing.draw(epoch, low, high, (images.shape[2], images.shape[3])))
             shares = share.chunk(parts)
         mean, top1 = torch.zeros(2, device=images.device)
-        for part, targets, own, more in zip(images.chunk(parts), labels.chunk(parts), shares, drawn, strict=True):
-            with self.accelerator.accumulate(self.model):  # without all-reduce but at the last part
-                logits = self.model(part, *more)
-                loss = self._loss(logits, targets, own)
+        for part, targets, share_of_part, drop in zip(images.chunk(parts), labels.chunk(parts), shares, drops, strict=True):
+            with self.accelerator.accumulate(self.prepared):  # all-reduces in the last part only
+                logits = self.prepared(part, *drop)
+                loss = self._loss(logits, targets, share_of_part)
                 self.accelerator.backward(loss)  # divides by the number of parts
                 self.optimizer.step()
                 self.optimizer.zero_grad()
             mean += loss.detach() / parts
             top1 += (logits.detach().argmax(1) == targets).float().mean() / parts
         if self.average is not None:
-            self.average.update(self.net)
+            self.average.update(self.model)
         return mean, top1
 
-    def _uniforms(self, epoch: int, low: int, high: int, device: torch.device) -> torch.Tensor:
-        """What decides which blocks are dropped for the images at positions [low, high): float32 (high - low, blocks)."""
-        drawn = uniforms(self.args.seed, Stream.DROP, epoch, low, high, self.net.blocks)
+    def _drop_uniforms(self, epoch: int, low: int, high: int, device: torch.device) -> torch.Tensor:
+        """The random numbers that decide which blocks the images at positions [low, high) skip: float32 (high - low, blocks)."""
+        drawn = uniforms(self.options.seed, Stream.DROP, epoch, low, high, self.model.blocks)
         return to_device(drawn.astype(np.float32), device)
 
     def _loss(self, logits: torch.Tensor, labels: torch.Tensor, share: torch.Tensor | None) -> torch.Tensor:
-        smoothing = self.args.label_smoothing
+        smoothing = self.options.label_smoothing
         if share is None:
             return F.cross_entropy(logits, labels, label_smoothing=smoothing)
         return mixed_loss(logits, labels, share, smoothing)

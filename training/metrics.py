@@ -1,4 +1,4 @@
-"""Figures of a run: measured between log intervals, written to RUN/metrics.csv."""
+"""Metrics of a run: measured over each log interval, written to RUN/metrics.csv."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ COLUMNS = (
 
 
 class Clock:
-    """Moments of a device's own time. On a GPU, the host runs ahead: that it waits for a batch costs nothing while the GPU still
-    computes. There a moment is an event in the current stream, which comes when all work queued before it has ended.
+    """Timestamps as a device sees them. The host runs ahead of a GPU, so its own wait for a batch costs nothing while the GPU is
+    still busy. On a GPU a timestamp is therefore an event in the current stream, reached once all earlier work has finished.
     """
 
     def __init__(self, device: torch.device) -> None:
         self._cuda = device.type == "cuda"
 
     def now(self) -> Any:
-        """This moment, opaque; does not wait for the device."""
+        """A timestamp (opaque). Does not synchronize with the device."""
         if not self._cuda:
             return time.perf_counter()
         event = torch.cuda.Event(enable_timing=True)
@@ -35,7 +35,7 @@ class Clock:
         return event
 
     def seconds(self, first: Any, last: Any) -> float:
-        """Between two moments. Waits for the device to come to the last."""
+        """The seconds between two timestamps. Waits for the device to reach the last one."""
         if not self._cuda:
             return float(last - first)
         last.synchronize()
@@ -43,8 +43,8 @@ class Clock:
 
 
 class Meter:
-    """Mean loss and top-1 share, speed and waiting of the steps since it was made or last read. Adding a step does not wait for
-    the device."""
+    """Mean loss and top-1 share, throughput and data wait of the steps since construction or since the last `read`. Adding a step
+    does not synchronize with the device."""
 
     def __init__(self, device: torch.device) -> None:
         self._sums = torch.zeros(2, device=device)  # of losses and of top-1 shares
@@ -57,40 +57,40 @@ class Meter:
         self._waits: list[tuple[Any, Any]] = []
 
     def timed(self, batches: Iterable[T]) -> Iterator[T]:
-        """The same batches, with the time that the device spends waiting for each."""
+        """Yield the same batches, and time how long the device waits for each."""
         iterator = iter(batches)
         while True:
-            asked = self._clock.now()
+            requested = self._clock.now()
             batch = next(iterator, None)
-            self._waits.append((asked, self._clock.now()))
+            self._waits.append((requested, self._clock.now()))
             if batch is None:
                 return
             yield batch
 
     def add(self, loss: torch.Tensor, top1: torch.Tensor) -> None:
-        """A step's mean loss and the share of its images whose highest logit was their label's: () each, on the device."""
+        """Add a step: its mean loss and the share of its images that were classified correctly, () each, on the device."""
         self._sums += torch.stack((loss, top1))
         self._steps += 1
 
     def read(self, batch_size: int, gather: Callable[[torch.Tensor], torch.Tensor]) -> dict[str, float]:
-        """train_loss, train_top1 (0..1), images_per_s and wait_share (0..1), and start anew. batch_size: global. gather: a
-        tensor's values over all processes. Loss and top-1 are their means; the waiting theirs who wait longest, for all others
-        then wait for these."""
+        """Return train_loss, train_top1 (0..1), images_per_s and wait_share (0..1), and reset. batch_size: global. gather: stacks
+        a tensor over all ranks. Loss and top-1 are means over ranks. The wait share is the maximum over ranks, as all ranks wait
+        for the slowest one."""
         loss, top1 = (gather(self._sums).view(-1, 2).mean(0) / self._steps).tolist()
         elapsed = time.perf_counter() - self._began
         waited = sum(self._clock.seconds(*wait) for wait in self._waits)
-        figures = {
+        values = {
             "train_loss": loss,
             "train_top1": top1,
             "images_per_s": batch_size * self._steps / elapsed,
             "wait_share": float(gather(torch.tensor(waited / elapsed, device=self._sums.device)).max()),
         }
         self._start()
-        return figures
+        return values
 
 
-class NonFinite:
-    """The first step whose loss was not finite, found without waiting for the device in each."""
+class NonFiniteLoss:
+    """Detects the first step with a loss that is not finite, without synchronizing with the device in each step."""
 
     _NEVER = 1 << 62
 
@@ -98,19 +98,19 @@ class NonFinite:
         self._first = torch.full((), self._NEVER, dtype=torch.int64, device=device)
 
     def add(self, step: int, loss: torch.Tensor) -> None:
-        """Note a step's loss: (), on the device."""
+        """Add a step's loss: (), on the device."""
         self._first = torch.where(torch.isfinite(loss), self._first, self._first.clamp(max=step))
 
     def read(self, gather: Callable[[torch.Tensor], torch.Tensor]) -> int | None:
-        """The first such step of any process, None so far. gather: a tensor's values over all processes."""
+        """The first such step on any rank, None if there was none. gather: stacks a tensor over all ranks."""
         first = int(gather(self._first).min())
         return None if first == self._NEVER else first
 
 
 class MetricsFile:
-    """RUN/metrics.csv: a row per log interval and per validation; cells that a row has no figure for stay empty.
+    """RUN/metrics.csv: a row per log interval and per validation. A cell is empty if the row has no such metric.
 
-    Opened at step n it first drops rows after n, which a killed run wrote beyond its last checkpoint.
+    Opening it at step n drops the rows after n, which a killed run has written after its last checkpoint.
     """
 
     def __init__(self, path: Path, step: int) -> None:
@@ -129,6 +129,6 @@ class MetricsFile:
 
 
 def read_metrics(path: Path) -> list[dict[str, str]]:
-    """Rows as text; a last line that a kill cut short is left out."""
+    """The rows, as text, without a last line that was truncated by a kill."""
     with path.open(newline="") as stream:
         return [row for row in csv.DictReader(stream) if row["step"] and None not in row.values()]

@@ -1,15 +1,15 @@
-"""Mixup and CutMix as a pure function: what is mixed, and how much, depends on (seed, epoch, position in the epoch) alone.
+"""Mixup and CutMix as pure functions: what is mixed depends only on (seed, epoch, position in the epoch).
 
-The image at an even position of the epoch and the one after it are a pair: each is mixed with the other. Processes and parts of a
-batch hold whole pairs, so the mixed images are the same for any number of them, and after any restart.
+The image at an even position of the epoch and the next one form a pair, and each is mixed with the other. Pairs are never split
+between ranks or parts of a batch, so the mixed images are the same for any number of these, and after any restart.
 
 Sources:
 - Mixup, a x + (1 - a) y with a ~ Beta(alpha, alpha): Zhang, Cisse, Dauphin, Lopez-Paz 2018, "mixup: beyond empirical risk
   minimization".
 - CutMix, a box of y in x: Yun et al. 2019, "CutMix: regularization strategy to train strong classifiers with localizable
-  features", section 3.1. The box's centre is uniform, its sides are sqrt(1 - a) of the picture's; what lies outside the picture
-  is cut off, and a becomes what is left of x.
-- Random numbers: `training.uniforms`, where a pair is a position.
+  features", section 3.1. The box's centre is uniform and its sides are sqrt(1 - a) times the image's. The box is clipped to
+  the image, and a becomes the share of x that remains visible.
+- Random numbers: `training.uniforms`, with the number of the pair as the position.
 """
 
 from __future__ import annotations
@@ -30,11 +30,11 @@ Floats = npt.NDArray[np.float32]
 
 
 class Mixes(NamedTuple):
-    """How N images are mixed, with the one beside them each.
+    """How each of N images is mixed with the other one of its pair.
 
-    share: float32 (N,), of the image itself in the mixed one, and so of its label. opacity: float32 (N,), of the image itself
-    outside of the box: 1 in CutMix, `share` in mixup. boxes: float32 (N, 4), top, left, bottom, right in whole pixels, where the
-    other image is alone; empty in mixup.
+    share: float32 (N,), the image's own share in the mixed image, and so its label's weight (lambda in the papers). opacity:
+    float32 (N,), the image's own weight outside of the box: 1 in CutMix, `share` in mixup. boxes: float32 (N, 4), top, left,
+    bottom, right in whole pixels, where the other image is pasted; empty in mixup.
     """
 
     share: Floats
@@ -43,23 +43,24 @@ class Mixes(NamedTuple):
 
 
 class Mixing:
-    """Mixup, CutMix, or for each pair one of them with equal chance."""
+    """Draws mixup or CutMix for each pair; if both are on, either with equal probability."""
 
     def __init__(self, mixup: float, cutmix: float, seed: int, batch_size: int, processes: int = 1, accumulate: int = 1) -> None:
-        """mixup, cutmix: their alphas; 0 for none. batch_size: global. Raises UserError where some part would split a pair."""
+        """mixup, cutmix: their alphas, 0 for off. batch_size: global. Raises UserError if a rank or part would split a pair."""
         if not (0 <= mixup < float("inf") and 0 <= cutmix < float("inf")):
-            raise UserError(f"--mixup {mixup:g} and --cutmix {cutmix:g} must not be negative")
+            raise UserError(f"`mixup` {mixup:g} and `cutmix` {cutmix:g} must not be negative")
         if batch_size % (2 * processes * accumulate):
             raise UserError(
-                f"--batch-size {batch_size} must be a multiple of 2 x processes x --accumulate ({2 * processes * accumulate}), "
-                "as --mixup and --cutmix mix pairs of images; change --batch-size or --accumulate"
+                f"`batch_size` {batch_size} must be a multiple of 2 x processes x `accumulate` ({2 * processes * accumulate}), "
+                "as `mixup` and `cutmix` mix pairs of images",
+                "change `batch_size` or `accumulate`",
             )
         self.mixup, self.cutmix, self.seed = mixup, cutmix, seed
 
     def draw(self, epoch: int, low: int, high: int, size: tuple[int, int]) -> Mixes:
-        """Of the images at positions [low, high) of an epoch's order, both even. size: height and width of the pictures, pixels.
+        """The mixes of the images at positions [low, high) of an epoch, both even. size: height and width of the images, pixels.
 
-        Other sizes give the same boxes in proportion, but for rounding to whole pixels.
+        Other sizes give the same boxes in proportion, up to rounding to whole pixels.
         """
         if low % 2 or high % 2:
             raise ValueError(f"positions {low} to {high} split a pair")
@@ -76,24 +77,24 @@ class Mixing:
 
 
 def _beta(alpha: float, uniform: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
-    """Quantiles of Beta(alpha, alpha) at levels of [0, 1); 1, for an image alone, where alpha is 0."""
+    """Quantiles of Beta(alpha, alpha) at uniform numbers in [0, 1). For alpha 0 they are 1: the image is not mixed."""
     found: npt.NDArray[np.float64] = betaincinv(alpha, alpha, uniform) if alpha else np.ones_like(uniform)
     return found
 
 
 def _boxes(share: npt.NDArray[np.float64], centre: npt.NDArray[np.float64], size: tuple[int, int]) -> npt.NDArray[np.float64]:
-    """CutMix's boxes as in `Mixes`, (N, 4). share: (N,), before the picture's border cuts boxes off. centre: (N, 2) in [0, 1)."""
+    """CutMix's boxes as in `Mixes`, (N, 4). share: (N,), before boxes are clipped to the image. centre: (N, 2) in [0, 1)."""
     half = np.sqrt(1 - share)[:, None] / 2
     edges = np.concatenate([np.maximum(centre - half, 0), np.minimum(centre + half, 1)], 1)
     return np.rint(edges * np.tile(size, 2))
 
 
-def apply(images: torch.Tensor, mixes: Mixes) -> tuple[torch.Tensor, torch.Tensor]:
-    """Mixed images, (N, 3, H, W) of the same dtype and memory format, and the shares of their own labels, float32 (N,), on their
-    device. Does not wait for the device. The arithmetic is in the images' dtype.
+def mix_images(images: torch.Tensor, mixes: Mixes) -> tuple[torch.Tensor, torch.Tensor]:
+    """Mixed images, (N, 3, H, W) of the same dtype and memory format, and the weights of their own labels, float32 (N,), on the
+    same device. The arithmetic is in the images' dtype. Does not synchronize with the device.
     """
     count, _, height, width = images.shape
-    table = to_device(np.column_stack(mixes), images.device)  # one copy for all
+    table = to_device(np.column_stack(mixes), images.device)  # one transfer for all
     share, opacity, top, left, bottom, right = table[:, :, None, None].unbind(1)
     rows = torch.arange(height, device=images.device)[:, None]
     columns = torch.arange(width, device=images.device)
@@ -105,8 +106,9 @@ def apply(images: torch.Tensor, mixes: Mixes) -> tuple[torch.Tensor, torch.Tenso
 
 
 def mixed_loss(logits: torch.Tensor, labels: torch.Tensor, share: torch.Tensor, label_smoothing: float = 0.0) -> torch.Tensor:
-    """Mean cross entropy with the own label's share and the neighbour's rest. logits: (N, classes). labels: int64 (N,), of the
-    images before mixing. share: (N,).
+    """Mean cross entropy, weighted by `share` for an image's own label and by the rest for the other label of its pair.
+
+    logits: (N, classes). labels: int64 (N,), of the images before mixing. share: (N,).
     """
     others = labels.view(-1, 2).flip(1).flatten()
     own, other = (F.cross_entropy(logits, one, reduction="none", label_smoothing=label_smoothing) for one in (labels, others))

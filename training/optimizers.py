@@ -1,11 +1,11 @@
-"""Optimizers: SGD as He et al. 2015 have it, LARS for large batches, and which parameters take weight decay.
+"""Optimizers: SGD as in He et al. 2015, LARS for large batches, and the choice of parameters with weight decay.
 
 Sources:
 - SGD with momentum 0.9 and weight decay 0.0001 of all parameters: He et al. 2015, section 3.4.
-- No decay of BN's scales and shifts and of biases, and rates in proportion to the batch: He, Zhang, et al. 2019, "Bag of tricks
-  for image classification", section 3.1; Goyal et al. 2017, "Accurate, large minibatch SGD", sections 2.1 and 5.1.
-- LARS: You, Gitman, Ginsburg 2017, "Large batch training of convolutional networks" (arXiv 1708.03888), Algorithm 1. No library
-  that we need has it.
+- No weight decay of BN's parameters and of biases, and learning rates in proportion to the batch size: He, Zhang, et al. 2019,
+  "Bag of tricks for image classification", section 3.1; Goyal et al. 2017, "Accurate, large minibatch SGD", sections 2.1 and 5.1.
+- LARS: You, Gitman, Ginsburg 2017, "Large batch training of convolutional networks" (arXiv 1708.03888), Algorithm 1. None of the
+  dependencies has it.
 """
 
 from __future__ import annotations
@@ -18,26 +18,26 @@ from torch import nn
 from pipeline.errors import UserError
 
 OPTIMIZERS = ("sgd", "lars")
-REFERENCE_BATCH = 256  # that rates are given for, Goyal et al. 2017, section 2.1
+REFERENCE_BATCH = 256  # the batch size that learning rates refer to: Goyal et al. 2017, section 2.1
 TRUST = 0.001  # LARS's trust coefficient
 
-_FUSED = ("cpu", "cuda", "mps", "xpu")  # devices whose SGD torch does in one kernel
+_FUSED = ("cpu", "cuda", "mps", "xpu")  # devices on which torch has a fused SGD
 
 Group = dict[str, Any]
 
 
 def scaled_rate(lr: float, batch_size: int) -> float:
-    """The learning rate of a global batch: `lr`, which is that of 256 images, in proportion."""
+    """The learning rate for a global batch, in proportion to `lr`, which is for REFERENCE_BATCH images."""
     return lr * batch_size / REFERENCE_BATCH
 
 
-def parameter_groups(net: nn.Module, weight_decay: float, norm_and_bias: bool) -> list[Group]:
-    """Groups for an optimizer. norm_and_bias: whether BN's scales and shifts and biases, the vectors of a net, decay, too.
+def parameter_groups(model: nn.Module, weight_decay: float, norm_and_bias: bool) -> list[Group]:
+    """Parameter groups for an optimizer. norm_and_bias: whether BN's parameters and biases, which are all vectors, decay, too.
 
-    One group then, else two: what decays, and the vectors; either in the order of `net.parameters()`, so that an optimizer's
-    state, which goes by place, fits the next process's.
+    If so there is one group, else two: weights, and vectors without decay. Both are in the order of `model.parameters()`, as an
+    optimizer's state goes by position.
     """
-    parameters = [parameter for parameter in net.parameters() if parameter.requires_grad]
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     if norm_and_bias:
         return [{"params": parameters, "weight_decay": weight_decay}]
     return [
@@ -47,12 +47,12 @@ def parameter_groups(net: nn.Module, weight_decay: float, norm_and_bias: bool) -
 
 
 def make_optimizer(
-    name: str, net: nn.Module, lr: float, momentum: float, weight_decay: float, norm_and_bias: bool
+    name: str, model: nn.Module, lr: float, momentum: float, weight_decay: float, norm_and_bias: bool
 ) -> torch.optim.Optimizer:
-    """An optimizer of OPTIMIZERS for a net. norm_and_bias: see `parameter_groups`. Neither waits for the device in a step."""
-    groups = parameter_groups(net, weight_decay, norm_and_bias)
+    """One of OPTIMIZERS. norm_and_bias: see `parameter_groups`. A step does not synchronize with the device."""
+    groups = parameter_groups(model, weight_decay, norm_and_bias)
     if name == "sgd":
-        fused = all(parameter.device.type in _FUSED for parameter in net.parameters())
+        fused = all(parameter.device.type in _FUSED for parameter in model.parameters())
         return torch.optim.SGD(groups, lr, momentum, fused=fused, foreach=not fused)
     if name == "lars":
         return LARS(groups, lr, momentum)
@@ -60,32 +60,33 @@ def make_optimizer(
 
 
 def load_state(optimizer: torch.optim.Optimizer, saved: dict[str, Any]) -> None:
-    """Give an optimizer the momentum of a checkpoint, `saved` by its state_dict.
+    """Load the momentum from a checkpoint. saved: the state_dict of the optimizer there.
 
-    Rates, decay and torch's choice of kernels stay as they are here; torch would take the checkpoint's, which another machine may
-    have written. Raises UserError where the checkpoint is of another optimizer, or of other groups.
+    The learning rate, the weight decay and the choice of kernels are kept: torch's load_state_dict would take the checkpoint's,
+    which may come from another machine. Raises UserError for a checkpoint of another optimizer or of other groups.
     """
-    own = [{key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups]
-    theirs = saved["param_groups"]
-    if ["trust" in group for group in own] != ["trust" in group for group in theirs]:
-        raise UserError("the checkpoint is of another optimizer, or of other parameters with weight decay; resume with the same")
+    current = [{key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups]
+    if ["trust" in group for group in current] != ["trust" in group for group in saved["param_groups"]]:
+        raise UserError(
+            "the checkpoint is of another optimizer, or of another choice of parameters with weight decay", "resume with the same"
+        )
     try:
         optimizer.load_state_dict(saved)
     except ValueError as error:
-        raise UserError(f"the checkpoint's optimizer is of another net ({error}); resume with the same options") from error
-    for group, options in zip(optimizer.param_groups, own, strict=True):
+        raise UserError(f"the checkpoint's optimizer is of another model ({error})", "resume with the same options") from error
+    for group, options in zip(optimizer.param_groups, current, strict=True):
         group.update(options)
 
 
 class LARS(torch.optim.Optimizer):
-    """Layer-wise adaptive rate scaling, Algorithm 1 of You et al. 2017. For a layer's weights w, gradient g, at the rate lr:
+    """Layer-wise adaptive rate scaling, Algorithm 1 of You et al. 2017. For a layer's weights w and gradient g, at the rate lr:
 
         local = trust * |w| / (|g| + weight_decay * |w|)
         v = momentum * v + lr * local * (g + weight_decay * w);    w = w - v
 
-    The rate is within v, other than in torch's SGD: it matters when the rate changes. BN's scales and shifts and biases, the
-    vectors, have local = 1, as have weights that are all zero, which would never move. Gradients must come unscaled, as
-    torch.amp.GradScaler and Accelerate make them, and averaged over processes, as DDP does.
+    The rate is part of v, unlike in torch's SGD, which matters when the rate changes. Vectors (BN's parameters and biases) have
+    local = 1, and so do weights that are all zero, which would otherwise never change. Gradients must be unscaled, as
+    torch.amp.GradScaler and Accelerate leave them, and averaged over processes, as in DDP.
     """
 
     def __init__(
@@ -96,14 +97,14 @@ class LARS(torch.optim.Optimizer):
         weight_decay: float = 0.0,
         trust: float = TRUST,
     ) -> None:
-        """params: parameters, or groups of them with options of their own."""
+        """params: parameters, or groups of parameters with their own options."""
         if lr < 0 or not 0 <= momentum < 1 or weight_decay < 0 or trust <= 0:
-            raise ValueError(f"no LARS with lr {lr}, momentum {momentum}, weight_decay {weight_decay}, trust {trust}")
+            raise ValueError(f"invalid LARS options: lr {lr}, momentum {momentum}, weight_decay {weight_decay}, trust {trust}")
         super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "trust": trust})
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> Any:
-        """One update; closure as in torch's optimizers."""
+        """One update. closure: as in torch's optimizers."""
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -123,19 +124,19 @@ class LARS(torch.optim.Optimizer):
                 state["momentum_buffer"] = torch.zeros_like(parameter, memory_format=torch.preserve_format)
             momenta.append(state["momentum_buffer"])
         updates = list(torch._foreach_add(gradients, parameters, alpha=group["weight_decay"]))
-        layers = [place for place, parameter in enumerate(parameters) if parameter.ndim > 1]
+        layers = [index for index, parameter in enumerate(parameters) if parameter.ndim > 1]
         if layers:
-            weights, slopes = ([tensors[place] for place in layers] for tensors in (parameters, gradients))
-            rates = local_rates(weights, slopes, group["weight_decay"], group["trust"])
-            torch._foreach_mul_([updates[place] for place in layers], list(rates.unbind()))
+            layer_weights, layer_gradients = ([tensors[index] for index in layers] for tensors in (parameters, gradients))
+            rates = local_rates(layer_weights, layer_gradients, group["weight_decay"], group["trust"])
+            torch._foreach_mul_([updates[index] for index in layers], list(rates.unbind()))
         torch._foreach_mul_(momenta, group["momentum"])
         torch._foreach_add_(momenta, updates, alpha=group["lr"])
         torch._foreach_sub_(parameters, momenta)
 
 
 def local_rates(weights: list[torch.Tensor], gradients: list[torch.Tensor], weight_decay: float, trust: float) -> torch.Tensor:
-    """LARS's local learning rates of L layers, (L,), on their device; 1 where weights, or all of the denominator, are zero."""
-    size, slope = (torch.stack(list(torch._foreach_norm(tensors))) for tensors in (weights, gradients))
-    below = slope + weight_decay * size
-    usual = (size > 0) & (below > 0)
-    return torch.where(usual, trust * size / torch.where(usual, below, 1.0), 1.0)
+    """LARS's local learning rates of L layers, (L,), on their device. They are 1 if the weights or the denominator are zero."""
+    weight_norm, gradient_norm = (torch.stack(list(torch._foreach_norm(tensors))) for tensors in (weights, gradients))
+    denominator = gradient_norm + weight_decay * weight_norm
+    is_defined = (weight_norm > 0) & (denominator > 0)
+    return torch.where(is_defined, trust * weight_norm / torch.where(is_defined, denominator, 1.0), 1.0)

@@ -1,4 +1,4 @@
-"""What it takes to believe a figure or to repeat a run: commit, versions, hardware and environment."""
+"""What is recorded so that a result can be trusted and a run repeated: commit, versions, hardware and environment."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import torch
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = ("torch", "nvidia-dali-cuda130", "ffcv", "numba", "accelerate", "pillow", "numpy")
-# Variables that decide what a run does or how fast; none that holds a secret.
+# Environment variables that affect what a run does or how fast. None of them may hold a secret.
 VARIABLES = re.compile(r"(ACCELERATE|CROPFEED|CUDA|NCCL|GLOO|OMP|MKL|KMP|PYTORCH|TORCH|TORCHELASTIC|SLURM)_|(LOCAL_)?WORLD_SIZE$")
 SECRET = re.compile(r"KEY|TOKEN|SECRET|PASSWORD|CREDENTIAL", re.IGNORECASE)
 
@@ -32,20 +32,21 @@ def hardware() -> str:
 
 @cache
 def commit() -> str:
-    """The checkout's commit, with + where tracked files have changed since; "unknown" outside git. As it was when first asked:
-    rows that a program writes to a tracked file make no change of their own.
+    """The checkout's commit, with a + if tracked files have changed; "unknown" outside git. Cached at the first call, so that
+    rows which a program writes to a tracked file do not count as a change.
     """
     try:
         found = subprocess.run(
             ["git", "describe", "--always", "--dirty=+", "--exclude=*"], cwd=ROOT, capture_output=True, text=True, check=False
         )
-    except OSError:  # no git here
+    except OSError:  # git is not installed
         return "unknown"
     return found.stdout.strip() or "unknown"
 
 
 @cache
 def versions() -> str:
+    """The versions of Python and of PACKAGES, in one line."""
     found = [f"python {platform.python_version()}"]
     for package in PACKAGES:
         try:
@@ -56,5 +57,5 @@ def versions() -> str:
 
 
 def environment() -> dict[str, str]:
-    """The variables that decide what a run does, without secrets."""
+    """The environment variables that affect a run, without secrets."""
     return {name: value for name, value in sorted(os.environ.items()) if VARIABLES.match(name) and not SECRET.search(name)}

@@ -1,4 +1,4 @@
-"""Learning-rate schedules as pure functions: nothing to save, nothing that steps, the same after any restart."""
+"""Learning-rate schedules as pure functions of the step: no state to save, the same after any restart."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from dataclasses import dataclass
 FACTOR = 0.1  # He et al. 2015, section 3.4: "divided by 10"
 MILESTONES = (1 / 3, 2 / 3)  # shares of the run: epochs 30 and 60 of 90
 PATIENCE = 3
-THRESHOLD = 1e-4  # share of the lowest error that a lower one must gain; torch's ReduceLROnPlateau has the same
+THRESHOLD = 1e-4  # relative improvement that counts as a new minimum, as in torch's ReduceLROnPlateau
 
-SIZE_STEP = 16  # pixels
+SIZE_STEP = 16  # pixels that progressive resizing adds at once
 
 SCHEDULES = ("step", "plateau", "cosine", "linear")
 
@@ -20,9 +20,10 @@ SCHEDULES = ("step", "plateau", "cosine", "linear")
 class Schedule:
     """The learning rate of every step of a run.
 
-    kind: "step" divides by 10 at `milestones`; "plateau" where the validation error stops falling (see `plateaus`); "cosine" and
-    "linear" fall from the base to 0. base: the rate after warm-up. steps: of the whole run. milestones, warmup: in steps.
-    warmup_lr: the rate during warm-up (He et al. 2015, section 4.2, for ResNet-110); by default it rises linearly from 0.
+    kind: "step" divides the rate by 10 at `milestones`, "plateau" when the validation error stops falling (see `plateaus`);
+    "cosine" and "linear" fall from `base` to 0. base: the rate after warm-up. steps: of the whole run. milestones, warmup: in
+    steps. warmup_lr: a constant rate during warm-up (He et al. 2015, section 4.2, for ResNet-110); by default the rate rises
+    linearly from 0. patience: of "plateau", in validations.
     """
 
     kind: str
@@ -34,8 +35,8 @@ class Schedule:
     patience: int = PATIENCE
 
     def rate(self, step: int, errors: Sequence[float]) -> float:
-        """The rate of a step, counted from 0. errors: all validation errors before it, which "plateau" alone looks at."""
-        middle = step + 0.5  # so that neither end of a schedule is wasted
+        """The learning rate of a step, counted from 0. errors: all validation errors so far; only "plateau" uses them."""
+        middle = step + 0.5  # so that no step has a rate of 0
         if middle < self.warmup:
             return self.base * middle / self.warmup if self.warmup_lr is None else self.warmup_lr
         if self.kind == "step":
@@ -51,8 +52,8 @@ class Schedule:
 
 
 def plateaus(errors: Sequence[float], patience: int) -> int:
-    """How often the error has stopped falling: more than `patience` validations in a row without a new minimum, counted afresh
-    after each such time. As torch.optim.lr_scheduler.ReduceLROnPlateau counts, but from the whole history.
+    """The number of plateaus: of times that more than `patience` validations in a row had no new minimum. The count restarts
+    after each plateau. The same as in torch.optim.lr_scheduler.ReduceLROnPlateau, but computed from the whole history.
     """
     count, waited, lowest = 0, 0, math.inf
     for error in errors:
@@ -66,10 +67,10 @@ def plateaus(errors: Sequence[float], patience: int) -> int:
 
 
 def image_sizes(start: int, end: int, ramp: tuple[float, float], epochs: int) -> tuple[tuple[int, int], ...]:
-    """Progressive resizing, as `LoaderSpec.image_size` takes it: (first epoch, size) steps, each of another size than before.
+    """Progressive resizing, as `LoaderSpec.image_size` takes it: a (first epoch, size) pair for each change of the size.
 
-    The size is `start` until epoch ramp[0], then rises linearly, in multiples of SIZE_STEP, and is `end` from epoch ramp[1] on.
-    Raises ValueError where no epoch is left for `end`.
+    The size is `start` until epoch ramp[0], then grows linearly, in multiples of SIZE_STEP, and is `end` from epoch ramp[1] on.
+    Raises ValueError if no epoch is left for `end`.
     """
     first, last = ramp
     if not 0 <= first <= last <= epochs - 1:

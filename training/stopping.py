@@ -1,4 +1,4 @@
-"""SIGTERM, as Slurm, Kubernetes and torchrun send it before they kill: the run saves and ends, all processes after one step."""
+"""SIGTERM, which Slurm, Kubernetes and torchrun send before they kill: all ranks stop after the same step, and the run saves."""
 
 from __future__ import annotations
 
@@ -13,34 +13,34 @@ T = TypeVar("T")
 
 
 class Stopped(Exception):  # noqa: N818 (no error)
-    """A process of the run was asked to stop; all of them raise this at the same place."""
+    """Some rank has received SIGTERM. All ranks raise this at the same step."""
 
 
 class StopRequest:
-    """Notices SIGTERM, from when it is made on.
+    """Catches SIGTERM, from its construction on.
 
-    Processes agree on the host, through gloo: no GPU is waited for, and where a process has died the others get an error at
-    their next step instead of waiting in NCCL for its time-out.
+    Ranks agree on the host, through gloo. This does not synchronize with a GPU, and if a rank has died, the others get an error
+    at their next step instead of waiting for NCCL's time-out.
     """
 
     def __init__(self, processes: int) -> None:
-        self._asked = False
+        self._requested = False
         self._group = distributed.new_group(backend="gloo") if processes > 1 else None
-        signal.signal(signal.SIGTERM, self._ask)
+        signal.signal(signal.SIGTERM, self._request)
 
-    def _ask(self, *_: Any) -> None:
-        self._asked = True
+    def _request(self, *_: Any) -> None:
+        self._requested = True
 
     def check(self) -> None:
-        """Raise Stopped if any process was asked to stop. All processes must call this equally often."""
-        asked = torch.tensor(int(self._asked))
+        """Raise Stopped if any rank has received SIGTERM. All ranks must call this equally often."""
+        requested = torch.tensor(int(self._requested))
         if self._group is not None:
-            distributed.all_reduce(asked, distributed.ReduceOp.MAX, self._group)
-        if asked:
+            distributed.all_reduce(requested, distributed.ReduceOp.MAX, self._group)
+        if requested:
             raise Stopped
 
     def checked(self, batches: Iterable[T], count: int) -> Iterator[T]:
-        """The same batches, `count` of them in all processes that have the most, with a check before each."""
+        """Yield the same batches, with a check before each. count: the largest number of batches on any rank."""
         done = 0
         for batch in batches:
             self.check()

@@ -1,8 +1,8 @@
-"""Threads and prefetch depth that `tools/profile_pipeline.py --tune` found best, kept for train.py.
+"""The best number of threads and prefetch depth, as found by `tools/profile_pipeline.py --tune`, stored for train.py.
 
-One JSON file of the user's, an entry for each machine, data set, engine, device and number of cores: what is best on one is not
-on another. $CROPFEED_TUNED names it; by default it is ~/.config/cropfeed/tuned.json ($XDG_CONFIG_HOME). Entries are hints alone:
-one that cannot be read is as good as none.
+They are stored in one JSON file per user, with an entry for each combination of machine, data set, engine, device and number of
+cores. $CROPFEED_TUNED names the file; the default is ~/.config/cropfeed/tuned.json ($XDG_CONFIG_HOME). Entries are only hints: an
+unreadable one is ignored.
 """
 
 from __future__ import annotations
@@ -26,21 +26,21 @@ from training.launch import cores_per_process
 
 
 def file() -> Path:
-    """Where tuned settings are kept."""
+    """The path of the file with tuned settings."""
     named = os.environ.get("CROPFEED_TUNED")
     folder = Path(os.environ.get("XDG_CONFIG_HOME") or Path.home() / ".config")
     return Path(named) if named else folder / "cropfeed" / "tuned.json"
 
 
 def key(spec: LoaderSpec) -> str:
-    """What the settings of a spec depend on."""
+    """The key of a spec's entry: all that its best settings depend on."""
     engine = choose_engine(spec)[0] if spec.engine == "auto" else spec.engine
     device = torch.cuda.get_device_name(torch.device(spec.device)) if spec.device.startswith("cuda") else spec.device
     return f"{platform.node()}, data {Manifest(spec.data).fingerprint}, {engine}, {device}, {cores_per_process()} cores"
 
 
 def load(spec: LoaderSpec) -> tuple[int, int] | None:
-    """Threads and prefetch depth for a spec, if it has been tuned here."""
+    """The tuned threads and prefetch depth of a spec, None if it has not been tuned on this machine."""
     entry = _read().get(key(spec), {})
     try:
         threads, prefetch = int(entry["threads"]), int(entry["prefetch"])
@@ -50,7 +50,7 @@ def load(spec: LoaderSpec) -> tuple[int, int] | None:
 
 
 def save(spec: LoaderSpec, threads: int, prefetch: int, images_per_s: float) -> Path:
-    """Keep what was found for a spec; returns the file. Raises UserError where it cannot be written."""
+    """Store the best settings for a spec; returns the file's path. Raises UserError if it cannot be written."""
     path, content = file(), _read()
     content[key(spec)] = {
         "threads": threads,
@@ -62,12 +62,14 @@ def save(spec: LoaderSpec, threads: int, prefetch: int, images_per_s: float) -> 
     try:
         files.write(str(path), json.dumps(content, indent=1).encode() + b"\n")
     except (OSError, UserError) as error:
-        raise UserError(f"{path}: cannot be written ({error}); name another file in CROPFEED_TUNED") from error
+        raise UserError(f"{path}: cannot be written ({error})", "name another file in CROPFEED_TUNED") from error
     return path
 
 
 def with_tuned(spec: LoaderSpec, threads: int | None, prefetch: int | None) -> LoaderSpec:
-    """The spec with these settings; for None, what was tuned for it, else this process's share of the cores and the default."""
+    """The spec with the given threads and prefetch depth. For None: the tuned value; if there is none, this process's share of
+    the cores and the default depth.
+    """
     found = load(spec) if threads is None or prefetch is None else None
     best_threads, best_prefetch = found or (cores_per_process(), spec.prefetch)
     return replace(spec, threads=threads or best_threads, prefetch=prefetch or best_prefetch)

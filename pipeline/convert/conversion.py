@@ -1,8 +1,9 @@
-"""One conversion: what it will do, whether a folder holds the same one already, and what completes it.
+"""A conversion: its plan, resuming it in a folder, and completing it.
 
-OUT holds, while it is being made, finished shards and the folder `conversion` (plan.json, a record a shard); no manifest.json, so
-nothing takes it for a data set. When every record is there, `complete` writes samples.npy, mean_image.npy, report.json and, last,
-manifest.json, each whole or not at all, and removes the records. All of it is a function of source listing and settings alone.
+During a conversion OUT has finished shards and the folder `conversion` (plan.json, one record per shard). It has no
+manifest.json, so it is not a data set yet. Once all records exist, `complete` writes samples.npy, mean_image.npy, report.json
+and, last, manifest.json, each atomically, and removes the records. All of this depends only on the listing of the source and the
+settings.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from .task import RECORDS, Record, ShardTask, is_intact, read_record
 
 @dataclass(frozen=True)
 class Settings:
-    """What decides the shards' bytes, besides the source. strict decides only whether there are any."""
+    """The settings that decide the shards' bytes, for a given source. (`strict` only decides whether the conversion succeeds.)"""
 
     profile: str
     shard_size: int
@@ -35,7 +36,7 @@ class Settings:
 
 
 def plan_tasks(listing: Listing, out: str, settings: Settings, strict: bool) -> dict[str, list[ShardTask]]:
-    """Which sample goes to which shard: the training listing in the plan's order, others as listed."""
+    """Divide the samples into shards: training samples in the order of `sampling.order`, others as listed."""
     tasks: dict[str, list[ShardTask]] = {}
     digits = shards.label_digits(len(listing.classes))
     for split, sources in listing.splits.items():
@@ -54,7 +55,7 @@ def plan_tasks(listing: Listing, out: str, settings: Settings, strict: bool) -> 
 
 
 def fingerprint(listing: Listing, settings: Settings) -> dict[str, Any]:
-    """What plan.json and the manifest say of a conversion; equal ones continue each other."""
+    """Content of plan.json, and of the manifest's `conversion`. A conversion resumes another one with an equal fingerprint."""
     return {"version": shards.VERSION, "source": listing.fingerprint(), **asdict(settings)}
 
 
@@ -62,25 +63,25 @@ def is_complete(out: str) -> bool:
     return files.exists(files.join(out, "manifest.json"))
 
 
-def begin(out: str, wanted: dict[str, Any]) -> None:
-    """Make `out` ours, or see that it is. Raises UserError where it holds something else."""
+def begin(out: str, expected: dict[str, Any]) -> None:
+    """Claim the output folder, or validate it. Raises UserError if it has other content."""
     path = files.join(out, RECORDS, "plan.json")
     if is_complete(out):
         found = json.loads(files.read(files.join(out, "manifest.json"))).get("conversion")
     elif files.exists(path):
         found = json.loads(files.read(path))
-    elif any(entry.name != RECORDS for entry in files.listing(out)):  # another job may be writing plan.json just now
-        raise UserError(f"{out}: exists already and is no conversion of ours; remove it or give another --out")
+    elif any(entry.name != RECORDS for entry in files.list_folder(out)):  # another job may be writing plan.json just now
+        raise UserError(f"{out}: exists already and is not a conversion", "remove it or give another `out`")
     else:
-        files.write(path, json.dumps(wanted, indent=1).encode())
+        files.write(path, json.dumps(expected, indent=1).encode())
         return
-    if found != wanted:
-        differs = [name for name in wanted if not isinstance(found, dict) or found.get(name) != wanted[name]]
-        raise UserError(f"{out}: holds a conversion with another {', '.join(differs)}; remove it or give another --out")
+    if found != expected:
+        differs = [name for name in expected if not isinstance(found, dict) or found.get(name) != expected[name]]
+        raise UserError(f"{out}: holds a conversion with another {', '.join(differs)}", "remove it or give another `out`")
 
 
 def complete(out: str, listing: Listing, settings: Settings, tasks: dict[str, list[ShardTask]], alone: bool) -> int:
-    """Write what makes a data set of the shards if all are there; return how many are missing. alone: see `remove_records`."""
+    """Turn the shards into a data set if all of them exist; return how many are missing. alone: see `remove_records`."""
     records: dict[str, list[Record]] = {}
     missing = 0
     for split, split_tasks in tasks.items():
@@ -88,7 +89,7 @@ def complete(out: str, listing: Listing, settings: Settings, tasks: dict[str, li
         records[split] = [record for record in found if record is not None]
         missing += len(found) - len(records[split])
     if is_complete(out):
-        return 0  # by another run, which has removed the records
+        return 0  # completed by another run, which has removed the records
     if missing:
         return missing
     manifest = _manifest(out, listing, settings, records)
@@ -100,7 +101,7 @@ def complete(out: str, listing: Listing, settings: Settings, tasks: dict[str, li
 
 
 def damaged(out: str, tasks: dict[str, list[ShardTask]]) -> list[ShardTask]:
-    """The tasks whose shards a complete data set no longer has as its manifest says. Reads every shard."""
+    """The tasks of a complete data set with shards that no longer match the manifest. Reads every shard."""
     splits = json.loads(files.read(files.join(out, "manifest.json")))["splits"]
     entries = {shard["file"]: shard for split in splits.values() for shard in split["shards"]}
     every = [task for split in tasks.values() for task in split]
@@ -112,9 +113,10 @@ def damaged(out: str, tasks: dict[str, list[ShardTask]]) -> list[ShardTask]:
 
 
 def remove_records(out: str, alone: bool) -> None:
-    """Remove what only an unfinished conversion needs, killed runs' remains included.
+    """Remove the records, and the partial files of killed runs.
 
-    alone: no other job works on `out`. Else what was written to within the hour may be another job's, and stays.
+    alone: no other job works on `out`. Otherwise partial files written to within the last hour are kept: another job may need
+    them.
     """
     files.remove_folder(files.join(out, RECORDS))
     files.remove_partials(out, 0 if alone else 3600)
@@ -129,14 +131,14 @@ def _manifest(out: str, listing: Listing, settings: Settings, records: dict[str,
     for split, finished in records.items():
         samples = np.concatenate([record.samples for record in finished])
         if not len(samples):
-            raise UserError(f"{out}: no image of {split} can be used; {_first_reason(finished)}")
+            raise UserError(f"{out}: no image of {split} can be used ({_first_reason(finished)})")
         file = f"{split}/samples.npy"
         manifest["splits"][split] = {
             "images": len(samples), "samples": file, "samples_sha256": _save(out, file, samples),
             "shards": [record.entry for record in finished],
         }  # fmt: skip
-        if not manifest["statistics"]:  # of the first split: training, where there is one
-            total = statistics.Statistics.none()
+        if not manifest["statistics"]:  # of the first split: training, if there is one
+            total = statistics.Statistics.empty()
             for record in finished:
                 total.add(record.statistics)
             digest = _save(out, "mean_image.npy", total.mean_image())

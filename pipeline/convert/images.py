@@ -1,19 +1,19 @@
-"""What becomes of one image: checked, decoded in full once, and stored as the profile says.
+"""Convert one image: check it, decode it once in full, and store it as the profile says.
 
 | image | lossless | compact | original |
 | --- | --- | --- | --- |
-| baseline JPEG (8 bit, 1 or 3 components in one scan) | the same coefficients, region-addressable | re-encoded | as it is |
-| Adobe RGB JPEG (transform 0) | the same, its APP14 marker kept | re-encoded as YCbCr | as it is |
-| progressive, arithmetic, extended JPEG, or one scan a component | re-encoded | re-encoded | as it is |
-| CMYK or YCCK JPEG | re-encoded, Pillow's conversion to RGB | re-encoded | as it is |
-| PNG, WebP, BMP, whatever its name says | re-encoded, alpha dropped | re-encoded | as it is |
-| other formats that Pillow opens (GIF's first frame, TIFF) | re-encoded | re-encoded | re-encoded |
-| JPEG with damaged data that decoders get through | re-encoded as decoded | re-encoded | as it is |
+| baseline JPEG (8 bit, 1 or 3 components in one scan) | the same coefficients, region-addressable | re-encoded | unchanged |
+| Adobe RGB JPEG (transform 0) | the same, with its APP14 marker | re-encoded as YCbCr | unchanged |
+| progressive, arithmetic or extended JPEG, or one scan per component | re-encoded | re-encoded | unchanged |
+| CMYK or YCCK JPEG | re-encoded, Pillow's conversion to RGB | re-encoded | unchanged |
+| PNG, WebP, BMP, under any name | re-encoded, alpha dropped | re-encoded | unchanged |
+| other formats that Pillow opens (first frame of GIF, TIFF) | re-encoded | re-encoded | re-encoded |
+| damaged JPEG that decoders accept | re-encoded as decoded | re-encoded | unchanged |
 | 12-bit JPEG, undecodable, truncated, more than 178,956,970 pixels | left out | left out | left out |
 
 Re-encoded: for `lossless` (and `original`) quality 95, 4:4:4; for `compact` short side at most 480 (Lanczos), quality 90, 4:2:0.
-Grey stays grey. Both are then region-addressable like every other. Orientation tags are ignored, as in every published
-ImageNet result, and metadata (EXIF, XMP, ICC profiles, comments) is dropped.
+Greyscale images stay greyscale. Re-encoded images are region-addressable, too. Orientation tags are ignored, as in every
+published ImageNet result, and metadata (EXIF, XMP, ICC profiles, comments) is dropped.
 """
 
 from __future__ import annotations
@@ -33,21 +33,21 @@ from ..jpeg.region import RegionError
 from ..jpeg.transcode import transcode
 
 PROFILES = ("lossless", "compact", "original")
-MAX_PIXELS = 178_956_970  # where Pillow, too, calls an image a decompression bomb
-COMPACT_SHORT = 480  # pixels: the longest short side that the scale jitter asks for
-ENGINE_FORMATS = ("JPEG", "MPO", "PNG", "BMP", "WEBP")  # what every engine decodes; MPO is a JPEG with more pictures behind it
+MAX_PIXELS = 178_956_970  # Pillow's limit for decompression bombs
+COMPACT_SHORT = 480  # pixels: the longest short side of the scale jitter
+ENGINE_FORMATS = ("JPEG", "MPO", "PNG", "BMP", "WEBP")  # what every engine decodes; MPO is a JPEG followed by more images
 
 _GREY_MODES = ("1", "L", "LA", "La", "I;16", "I;16B", "I;16L")
 
 
 class UnreadableError(ValueError):
-    """An image that nobody can train on; the message says why, in one line."""
+    """An image that cannot be used; the message says why, in one line."""
 
 
-class Stored(NamedTuple):
-    """An image as it goes into the shard.
+class ConvertedImage(NamedTuple):
+    """An image in its stored form.
 
-    data: the encoded bytes. height, width: pixels. facts: what the report counts, such as "cmyk". pixels: the decoded image, RGB,
+    data: the encoded bytes. height, width: pixels. facts: what the report counts, such as "CMYK". pixels: the decoded image, RGB,
     uint8 (height, width, 3) or a Pillow image of any mode.
     """
 
@@ -58,15 +58,15 @@ class Stored(NamedTuple):
     pixels: npt.NDArray[np.uint8] | Image.Image
 
 
-def store(data: bytes, profile: str) -> Stored:
-    """Decode `data` in full and give what the profile stores of it. Raises UnreadableError."""
-    if profile == "lossless" and not _has_metadata(data):  # most of ImageNet: Pillow would find nothing to tell
+def convert_image(data: bytes, profile: str) -> ConvertedImage:
+    """Decode `data` in full and convert it as the profile says. Raises UnreadableError."""
+    if profile == "lossless" and not _has_metadata(data):  # most of ImageNet: there are no facts to report
         with suppress(RegionError, ValueError):
             return _lossless(data, ())
     image = _open(data)
     facts = _facts(image)
     if profile == "original" and image.format in ENGINE_FORMATS:
-        return Stored(data, image.height, image.width, facts, _load(image))
+        return ConvertedImage(data, image.height, image.width, facts, _load(image))
     if profile == "compact":
         return _compact(_load(image), facts)
     if image.format in ("JPEG", "MPO"):
@@ -77,29 +77,29 @@ def store(data: bytes, profile: str) -> Stored:
     else:
         facts += (f"re-encoded: {image.format}",)
     loaded = _load(image)
-    return Stored(_encode(loaded, 95, "4:4:4"), loaded.height, loaded.width, facts, loaded)
+    return ConvertedImage(_encode(loaded, 95, "4:4:4"), loaded.height, loaded.width, facts, loaded)
 
 
 def _has_metadata(data: bytes) -> bool:
-    """Whether a file begins as JPEGs with EXIF, XMP or an Adobe marker do."""
+    """Whether a JPEG has EXIF, XMP or an Adobe marker."""
     head = data[: data.find(b"\xff\xda")]
     return b"Exif\0" in head or b"ns.adobe.com" in head or b"Adobe" in head
 
 
-def _lossless(data: bytes, facts: tuple[str, ...]) -> Stored:
-    """Raises RegionError for what is no sound baseline JPEG, ValueError for what is too large or cannot be decoded."""
+def _lossless(data: bytes, facts: tuple[str, ...]) -> ConvertedImage:
+    """Raises RegionError for anything but an intact baseline JPEG, ValueError for what is too large or cannot be decoded."""
     height, width, *_ = simplejpeg.decode_jpeg_header(data)
     if height * width > MAX_PIXELS:
         raise ValueError("too many pixels")
     written = transcode(data)
     pixels = simplejpeg.decode_jpeg(data, "RGB", fastdct=False, fastupsample=False, strict=False)
-    return Stored(written, height, width, facts, pixels)
+    return ConvertedImage(written, height, width, facts, pixels)
 
 
 def _open(data: bytes) -> Image.Image:
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # broken metadata is told below, large images are refused here
+            warnings.simplefilter("ignore")  # `_facts` reports broken metadata, and large images are refused here
             image = Image.open(io.BytesIO(data))
     except Exception as error:
         raise UnreadableError(_reason(error)) from error
@@ -116,7 +116,7 @@ def _load(image: Image.Image) -> Image.Image:
             if image.mode.startswith("I;16"):  # Pillow's own conversion would clip
                 return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
             return image.convert("L" if image.mode in _GREY_MODES else "RGB")
-    except Exception as error:  # decoders raise a dozen kinds; each means the same
+    except Exception as error:  # decoders raise a dozen types; each means the same
         raise UnreadableError(_reason(error)) from error
 
 
@@ -125,12 +125,12 @@ def _reason(error: Exception) -> str:
     return "not an image" if text.startswith("cannot identify image file") else text or type(error).__name__
 
 
-def _compact(image: Image.Image, facts: tuple[str, ...]) -> Stored:
+def _compact(image: Image.Image, facts: tuple[str, ...]) -> ConvertedImage:
     short = min(image.size)
     if short > COMPACT_SHORT:
         width, height = (round(side * COMPACT_SHORT / short) for side in image.size)
         image = image.resize((width, height), Image.Resampling.LANCZOS)
-    return Stored(_encode(image, 90, "4:2:0"), image.height, image.width, facts, image)
+    return ConvertedImage(_encode(image, 90, "4:2:0"), image.height, image.width, facts, image)
 
 
 def _encode(image: Image.Image, quality: int, subsampling: str) -> bytes:
@@ -165,12 +165,12 @@ def _metadata(image: Image.Image) -> tuple[bool, int]:
         warnings.simplefilter("always")
         try:
             if "exif" in image.info:
-                exif = Image.Exif()  # image.getexif() may have warned already, while it was opened
+                exif = Image.Exif()  # image.getexif() may have warned already, when it was opened
                 exif.load(image.info["exif"])
                 exif.get_ifd(0x8769)
                 orientation = exif.get(0x0112, 1)
             if "xmp" in image.info:
                 ElementTree.fromstring(image.info["xmp"].rstrip(b"\0 "))
-        except Exception:  # whatever a parser of broken data trips over
+        except Exception:  # parsers of broken data raise anything
             broken = True
     return broken or bool(warned), orientation

@@ -1,4 +1,4 @@
-"""`make_shards`: a whole conversion, from a source of labelled images to a data set, begun anew or continued."""
+"""`make_shards`: a whole conversion, from labelled images to a data set, started or resumed."""
 
 from __future__ import annotations
 
@@ -32,10 +32,10 @@ ENGINES = ("local", "ray")
 class ConvertOptions:
     """What to convert, into what, and how.
 
-    src, out: folders or URLs. profile: how images are stored, see `images`. format: tars, a .beton a split for FFCV, or both.
-    shard_size: images in a shard. seed: of the training images' order. strict: stop at an unusable image instead of leaving it
-    out. check_md5: read the official tars whole first. beton: how FFCV files store images. workers: processes. engine: where
-    shards are made; ray_address: of the cluster. shards: make only these of all splits' shards, counted through.
+    src, out: folders or URLs. profile: how images are stored, see `images`. format: "webdataset" (tars), "ffcv" (one .beton file
+    per split) or "both". shard_size: images in a shard. seed: of the order of the training images. strict: stop at an unusable
+    image instead of leaving it out. check_md5: verify the official tars first. beton: how FFCV files store images. workers:
+    processes. engine: "local" or "ray". ray_address: of the Ray cluster. shards: make only these, numbered over all splits.
     Raises UserError for values outside their ranges.
     """
 
@@ -68,7 +68,7 @@ class ConvertOptions:
 
 
 def list_sources(src: str, check_md5: bool) -> Listing:
-    """What SRC holds, whichever kind of source it is."""
+    """The listing of a source of any kind."""
     if not files.is_folder(src):
         raise UserError(f"{src}: no such folder", "give the folder that holds train/<class>/*.JPEG and val/<class>/*.JPEG")
     if official := tars.official_files(src):
@@ -81,9 +81,9 @@ def list_sources(src: str, check_md5: bool) -> Listing:
 
 
 def make_shards(options: ConvertOptions) -> list[str]:
-    """Convert `options.src` into `options.out`, from the beginning or from where an earlier run stopped.
+    """Convert `options.src` into `options.out`, or resume an earlier run that was stopped.
 
-    Returns lines for people: what was made, and what was noticed. Raises UserError.
+    Returns lines to print: what was made, and what was noticed. Raises UserError.
     """
     src, out = files.absolute(options.src), files.absolute(options.out)
     listing = list_sources(src, options.check_md5)
@@ -103,7 +103,7 @@ def make_shards(options: ConvertOptions) -> list[str]:
 
 
 def _convert(options: ConvertOptions, out: str, listing: Listing, tasks: dict[str, list[ShardTask]]) -> list[str]:
-    """Make the chosen shards, and complete the data set if no shard is missing."""
+    """Make the chosen shards, and complete the data set if none is missing."""
     every = [task for split in tasks.values() for task in split]
     chosen = every if options.shards is None else every[options.shards.start : options.shards.stop]
     if not chosen:
@@ -122,18 +122,16 @@ def _convert(options: ConvertOptions, out: str, listing: Listing, tasks: dict[st
 
 
 def _repair(options: ConvertOptions, out: str, tasks: dict[str, list[ShardTask]]) -> str:
-    """Check a complete data set's shards, and make those again that are damaged."""
+    """Verify the shards of a complete data set, and make damaged ones again."""
     damaged = conversion.damaged(out, tasks)
     if damaged:
         _run_tasks(options, damaged)
-    # These shards' records, or those of a run that was killed while it removed them.
+    # The records of these shards, or of a run that was killed while it removed them.
     conversion.remove_records(out, alone=options.shards is None)
     if damaged:
         damaged_still = conversion.damaged(out, {"": damaged})
         if damaged_still:
-            raise UserError(
-                f"{damaged_still[0].tar}: its source is no longer what it was made from", f"remove {out} and start anew"
-            )
+            raise UserError(f"{damaged_still[0].tar}: its source has changed since it was made", f"remove {out} and start again")
     return f"{out}: complete already; {len(damaged)} damaged shards made again"
 
 
@@ -145,7 +143,7 @@ def _run_tasks(options: ConvertOptions, tasks: list[ShardTask]) -> None:
 
 
 def write_betons(out: str, settings: BetonSettings, workers: int) -> None:
-    """Write a .beton of each split that has none like it, or a damaged one, and name it in the manifest."""
+    """Write a .beton file for each split without an intact one of these settings, and add it to the manifest."""
     manifest_path = files.join(out, "manifest.json")
     manifest: dict[str, Any] = json.loads(files.read(manifest_path))
     for split, entry in manifest["splits"].items():
@@ -155,7 +153,7 @@ def write_betons(out: str, settings: BetonSettings, workers: int) -> None:
         if known.get("settings") == asdict(settings) and files.exists(path) and files.sha256(path) == known["sha256"]:
             continue
         shards = ShardSet(out, split)
-        # FFCV writes local files: one that is then uploaded, if OUT is remote.
+        # FFCV writes local files; if OUT is remote, the file is then uploaded.
         place = files.atomic_write(path) if files.is_remote(path) else nullcontext(Path(path))
         with tqdm(total=len(shards), unit=" images", desc=file) as bar, place as local:
             digest = write_beton(shards, local, settings, workers, bar.update)
@@ -164,24 +162,24 @@ def write_betons(out: str, settings: BetonSettings, workers: int) -> None:
 
 
 def remove_tars(out: str) -> None:
-    """Leave the FFCV files alone, with manifest, report and statistics."""
+    """Remove the tars of a data set, so that only FFCV files are left."""
     path = files.join(out, "manifest.json")
     manifest: dict[str, Any] = json.loads(files.read(path))
     for entry in manifest["splits"].values():
-        entry["shards"] = []  # first, so that nobody looks for tars that are going
+        entry["shards"] = []  # first, so that nobody looks for tars that are being removed
     files.write(path, json.dumps(manifest, indent=1).encode())
     for split in manifest["splits"]:
         folder = files.join(out, split)
-        for found in files.listing(folder):
+        for found in files.list_folder(folder):
             if found.name.endswith((".tar", ".idx")):
                 files.remove(files.join(folder, found.name))
 
 
-WANTED = "give a folder of class folders of JPEGs, or a tar of one"
+EXPECTED = "give a folder of class folders of JPEGs, or a tar of one"
 
 
 def find_images(images: Path, folder: Path) -> tuple[int, Path]:
-    """How many images there are, and the folder of class folders that holds them. A tar is unpacked into `folder`."""
+    """The number of images, and the folder of class folders that contains them. A tar is unpacked into `folder`."""
     source = images
     if images.is_file():
         source = folder / "unpacked"
@@ -189,10 +187,10 @@ def find_images(images: Path, folder: Path) -> tuple[int, Path]:
             with tarfile.open(images) as tar:
                 tar.extractall(source, filter="data")
         except (OSError, tarfile.TarError) as error:
-            raise UserError(f"{images}: cannot be unpacked ({error})", WANTED) from error
+            raise UserError(f"{images}: cannot be unpacked ({error})", EXPECTED) from error
         while len(inside := list(source.iterdir())) == 1 and any(path.is_dir() for path in inside[0].iterdir()):
             source = inside[0]
     found = sum(path.suffix.lower() in (".jpeg", ".jpg") for path in source.glob("*/*"))
     if not found:
-        raise UserError(f"{images}: holds no <class>/*.JPEG", WANTED)
+        raise UserError(f"{images}: holds no <class>/*.JPEG", EXPECTED)
     return found, source

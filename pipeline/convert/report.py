@@ -1,11 +1,11 @@
-"""report.json: what was met on the way, so that nobody has to wonder which images a data set is made of.
+"""report.json: what the conversion found, so that everybody can see which images a data set consists of.
 
 profile
 splits           name -> listed, stored, left_out (numbers of images), read_bytes, stored_bytes (of the stored images)
-facts            what was met -> images: how many, names: the first thousand of them
-left_out         [{split, image, reason}]: not in the shards
+facts            what was found -> images: how many, names: the first thousand of them
+left_out         [{split, image, reason}]: images that are not in the shards
 duplicates       [{sha256, images: [{split, image, class}], across_splits, conflicting_labels}]: the same bytes more than once
-duplicate_images, conflicting_duplicates: images in such groups; in groups whose labels differ
+duplicate_images, conflicting_duplicates: images in such groups, and in groups with differing labels
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ import numpy.typing as npt
 from .sources import Listing
 from .task import Record
 
-_NAMED = 1000  # of each fact
+_MAX_NAMES = 1000  # of each fact
 
 
 def make_report(listing: Listing, profile: str, records: dict[str, list[Record]]) -> dict[str, Any]:
-    """The report of a complete conversion, as JSON-ready values."""
+    """The report of a complete conversion, as values for JSON."""
     facts: dict[str, list[str]] = defaultdict(list)
     left_out, splits = [], {}
     for split, finished in records.items():
@@ -42,7 +42,7 @@ def make_report(listing: Listing, profile: str, records: dict[str, list[Record]]
     return {
         "profile": profile,
         "splits": splits,
-        "facts": {fact: {"images": len(facts[fact]), "names": sorted(facts[fact])[:_NAMED]} for fact in sorted(facts)},
+        "facts": {fact: {"images": len(facts[fact]), "names": sorted(facts[fact])[:_MAX_NAMES]} for fact in sorted(facts)},
         "left_out": sorted(left_out, key=lambda item: item["image"]),
         "duplicate_images": sum(len(group["images"]) for group in duplicates),
         "conflicting_duplicates": sum(len(group["images"]) for group in duplicates if group["conflicting_labels"]),
@@ -51,7 +51,7 @@ def make_report(listing: Listing, profile: str, records: dict[str, list[Record]]
 
 
 def _duplicates(classes: list[str], records: dict[str, list[Record]]) -> list[dict[str, Any]]:
-    """Groups of stored images whose sources had the same bytes."""
+    """Groups of stored images with byte-identical sources."""
     where = [
         (split, record, place)
         for split, finished in records.items()
@@ -77,7 +77,7 @@ def _duplicates(classes: list[str], records: dict[str, list[Record]]) -> list[di
 
 
 def _equal_rows(digests: npt.NDArray[np.uint8]) -> list[npt.NDArray[np.int64]]:
-    """Places of equal rows of uint8 (N, 32), groups of at least two."""
+    """Indices of equal rows of uint8 (N, 32), in groups of at least two."""
     keys = np.ascontiguousarray(digests).view("S32").ravel() if len(digests) else np.empty(0, "S32")
     order = np.argsort(keys, kind="stable")
     starts = np.flatnonzero(np.concatenate([[True], keys[order][1:] != keys[order][:-1]])) if len(keys) else np.empty(0, np.int64)
@@ -85,7 +85,7 @@ def _equal_rows(digests: npt.NDArray[np.uint8]) -> list[npt.NDArray[np.int64]]:
 
 
 def summary(report: dict[str, Any]) -> list[str]:
-    """The report in a few lines for the terminal."""
+    """The report in a few lines, to print."""
     lines = []
     for split, found in report["splits"].items():
         share = found["stored_bytes"] / max(found["read_bytes"], 1)

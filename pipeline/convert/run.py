@@ -1,4 +1,4 @@
-"""Running shard tasks: in a pool of local processes, or on a Ray cluster. Both run the same function on the same tasks."""
+"""Running shard tasks in local processes or on a Ray cluster. Both run the same function on the same tasks."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from typing import Any
 
 from tqdm import tqdm
 
-from ..errors import UserError
+from ..errors import UserError, install_command
 from .task import ShardTask, run
 
 _done: Synchronized[int]  # images finished by all workers of a pool, for the progress bar
 
 
 def run_local(tasks: Sequence[ShardTask], workers: int) -> None:
-    """All tasks in `workers` processes, in this one if that is one. The first error stops the rest; finished shards stay."""
+    """Run all tasks in `workers` processes, or in this one if that is 1. The first error stops the rest; finished shards stay."""
     if min(workers, len(tasks)) == 1:
         with tqdm(total=sum(len(task.sources) for task in tasks), unit=" images", smoothing=0.1) as bar:
             for task in tasks:
@@ -40,12 +40,12 @@ def run_local(tasks: Sequence[ShardTask], workers: int) -> None:
             for future in finished:
                 future.result()
     except BaseException as error:
-        for process in list(pool._processes.values()):  # the pool itself would first finish the shards in progress
+        for process in list(pool._processes.values()):  # the pool would first finish the shards in progress
             process.terminate()
         if isinstance(error, BrokenProcessPool):
             raise UserError(
-                "a worker process was killed, perhaps for want of memory (fewer --workers need less); "
-                "the same command again keeps the finished shards"
+                "a worker process was killed, perhaps because memory ran out",
+                "try fewer `workers`; the same command again keeps the finished shards",
             ) from error
         raise
     finally:
@@ -60,7 +60,7 @@ def _start_worker(done: Synchronized[int]) -> None:
 
 
 def end_with_parent() -> None:
-    """End this worker when its parent dies: a killed parent tells its workers nothing, and they would wait for ever."""
+    """End this worker when its parent dies. Otherwise the workers of a killed parent would wait without end."""
     threading.Thread(target=_wait_for_parent, daemon=True).start()
 
 
@@ -80,24 +80,24 @@ def _run_counted(task: ShardTask) -> None:
 
 
 def run_ray(tasks: Sequence[ShardTask], address: str) -> None:
-    """All tasks on an existing Ray cluster, a core each. A task whose node dies is run again elsewhere; finished shards stay.
+    """Run all tasks on an existing Ray cluster, one core each. If a node dies, its tasks run elsewhere; finished shards stay.
 
-    SRC and OUT must mean the same on every node: URLs, or a shared file system.
+    Source and output must be reachable from every node: URLs, or a shared file system.
     """
     try:
         import ray
     except ImportError as error:
-        raise UserError("--engine ray needs Ray: pip install 'cropfeed[ray]'") from error
+        raise UserError("`engine` ray: Ray is not installed", f"install it: {install_command('ray')}") from error
     package = Path(__file__).resolve().parents[1]
     try:
         ray.init(
             address=address,
-            runtime_env={"py_modules": [str(package)]},  # the nodes need not have our code
+            runtime_env={"py_modules": [str(package)]},  # nodes without this library get it
             log_to_driver=False,
             logging_level=logging.ERROR,
         )
     except Exception as error:
-        raise UserError(f"no Ray cluster at {address!r} ({error}); start one: ray start --head") from error
+        raise UserError(f"no Ray cluster at {address!r} ({error})", "start one: ray start --head") from error
     try:
         remote: Callable[..., Any] = ray.remote(max_retries=10)(_run_quietly).remote
         sizes = {remote(task): len(task.sources) for task in tasks}

@@ -1,4 +1,4 @@
-"""What there is to convert: one listing for folders of images, the official ImageNet tars, and WebDataset tars."""
+"""The images to convert: one kind of listing for folders of images, the official ImageNet tars, and WebDataset tars."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from ..store import files
 
 @dataclass(frozen=True)
 class Source:
-    """One encoded image. path: the file that holds it, bytes [start, start + bytes) of it (the whole file, if bytes is None).
+    """One encoded image: bytes [start, start + bytes) of the file `path`, or all of it if bytes is None.
 
-    key: its name in the shard, unique in its split. name: its place below SRC, for reports. size: bytes, part of the fingerprint.
+    key: its name in the shard, unique in its split. name: its path below SRC, for reports. size: bytes, part of the fingerprint.
     """
 
     path: str
@@ -30,13 +30,13 @@ class Source:
 
 @dataclass(frozen=True)
 class Listing:
-    """classes: names (wnids) in label order. splits: name -> its sources, in an order that depends on their names alone."""
+    """classes: names (wnids) in label order. splits: name -> sources, in an order that depends only on their names."""
 
     classes: list[str]
     splits: dict[str, list[Source]]
 
     def fingerprint(self) -> str:
-        """Of every name, key, label and size: two listings with the same give the same shards if the files are the same."""
+        """Of every name, key, label and size: equal fingerprints and equal files give equal shards."""
         digest = hashlib.sha256(json.dumps(self.classes).encode())
         for split, sources in self.splits.items():
             for source in sources:
@@ -45,13 +45,13 @@ class Listing:
 
 
 class Keys:
-    """Makes WebDataset keys: a key ends at the file name's first dot, and DALI's index splits its lines at white space."""
+    """Makes unique WebDataset keys. They have no dots, which end a key, and no white space, which separates DALI's index."""
 
     def __init__(self) -> None:
         self._taken: set[str] = set()
 
-    def of(self, *parts: str) -> str:
-        """A key from path parts, the last one without its extension; numbered where two would be the same."""
+    def make(self, *parts: str) -> str:
+        """A key from the parts of a path, the last one without its extension; numbered if it exists already."""
         key = base = "/".join(re.sub(r"[.\s]", "_", part) for part in parts)
         copy = 1
         while key in self._taken:
@@ -64,16 +64,16 @@ def list_image_folder(src: str) -> Listing:
     """SRC/train/<class>/* and SRC/val/<class>/*, or SRC/<class>/* alone as the training split; labels by sorted class names."""
     folders = {name: files.join(src, name) for name in ("train", "val") if files.is_folder(files.join(src, name))}
     folders = folders or {"train": src}
-    found = {split: [entry.name for entry in files.listing(folder) if entry.is_folder] for split, folder in folders.items()}
+    found = {split: [entry.name for entry in files.list_folder(folder) if entry.is_folder] for split, folder in folders.items()}
     first = next(iter(folders))
     classes = found[first]
     if not classes:
-        raise UserError(f"{folders[first]}: holds no class folders; expected {folders[first]}/<class>/*.JPEG")
+        raise UserError(f"{folders[first]}: holds no class folders", f"expected {folders[first]}/<class>/*.JPEG")
     for split, names in found.items():
         for name in sorted(set(names) - set(classes)):
             raise UserError(
-                f"{files.join(folders[split], name)}: class {name} is not in the training split; "
-                "remove it or add its training images"
+                f"{files.join(folders[split], name)}: class {name} is not in the training split",
+                "remove it or add its training images",
             )
     labels = {name: label for label, name in enumerate(classes)}
     return Listing(
@@ -88,12 +88,12 @@ def list_image_folder(src: str) -> Listing:
 def _image_files(folder: str, split: str, classes: Iterable[str], labels: dict[str, int]) -> Iterator[Source]:
     keys = Keys()
     for name in classes:
-        entries = files.listing(files.join(folder, name))
+        entries = files.list_folder(files.join(folder, name))
         if not entries:
-            raise UserError(f"{files.join(folder, name)}: class folder without images; remove it or fill it")
+            raise UserError(f"{files.join(folder, name)}: class folder without images", "remove it or fill it")
         for file in entries:
             path = files.join(folder, name, file.name)
             if file.is_folder:
-                raise UserError(f"{path}: is a folder; expected images only, remove it")
-            key = keys.of(name, file.name.rsplit(".", 1)[0])
+                raise UserError(f"{path}: is a folder among images", "remove it")
+            key = keys.make(name, file.name.rsplit(".", 1)[0])
             yield Source(path, 0, None, key, labels[name], "/".join(filter(None, (split, name, file.name))), file.bytes)

@@ -1,4 +1,4 @@
-"""Mean image, channel mean and RGB covariance of training crops, exact whatever the order of adding."""
+"""Mean image, channel mean and RGB covariance of training crops, exact in any order of summation."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from PIL import Image
 from ..pixels import normalize, reference
 from ..plan import sampling
 
-SHORT, SIZE = 256, 224  # the evaluation transform, on whose crops the statistics are taken
-# At most so many, the first of the shuffled training images: a uniform sample leaves a standard error of 0.2 of 255 in a pixel of
-# the mean image. All of ImageNet would cost a third of the conversion, for nothing that training could notice.
+SHORT, SIZE = 256, 224  # the crops of the evaluation transform
+# At most this many, the first of the shuffled training images. This uniform sample gives a standard error of 0.2 of 255 per pixel
+# of the mean image. All of ImageNet would take a third of the conversion time, without an effect on training.
 IMAGES = 100_000
 
 
@@ -30,7 +30,7 @@ class Statistics:
     products: npt.NDArray[np.int64]
 
     @staticmethod
-    def none() -> Statistics:
+    def empty() -> Statistics:
         return Statistics(0, np.zeros((SIZE, SIZE, 3), np.int64), np.zeros((3, 3), np.int64))
 
     def add_image(self, image: Image.Image) -> None:

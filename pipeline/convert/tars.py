@@ -1,8 +1,8 @@
 """Tars as sources: the official ImageNet ILSVRC 2012 tars, and WebDataset tars of any origin.
 
-Official (https://image-net.org): ILSVRC2012_img_train.tar holds one tar a class, ILSVRC2012_img_val.tar the validation images by
-number, and the devkit (ILSVRC2012_devkit_t12.tar.gz) their labels: a line an image in ILSVRC2012_validation_ground_truth.txt,
-numbers that meta.mat's synsets map to wnids. Labels are the wnids' places in sorted order, as everywhere.
+Official (https://image-net.org): ILSVRC2012_img_train.tar holds one tar per class, ILSVRC2012_img_val.tar the validation images
+by number, and the devkit (ILSVRC2012_devkit_t12.tar.gz) their labels: one line per image in
+ILSVRC2012_validation_ground_truth.txt, numbers that meta.mat's synsets map to wnids. Labels are the indices of the sorted wnids.
 """
 
 from __future__ import annotations
@@ -33,33 +33,34 @@ _IMAGES = ("jpg", "jpeg", "png", "webp", "bmp", "ppm", "gif", "tif", "tiff")
 
 
 def official_files(src: str) -> dict[str, int]:
-    """Which of the official files lie in SRC, with their sizes in bytes."""
-    return {entry.name: entry.bytes for entry in files.listing(src) if entry.name in MD5}
+    """The official files that SRC holds, with their sizes in bytes."""
+    return {entry.name: entry.bytes for entry in files.list_folder(src) if entry.name in MD5}
 
 
 def check_md5(src: str, name: str) -> None:
-    """Raise UserError unless the official file is the official file. Reads it whole."""
+    """Raise UserError unless a file has the MD5 of the official one. Reads the whole file."""
     path = files.join(src, name)
     digest = hashlib.md5(usedforsecurity=False)
-    with files.opened(path) as stream, tqdm(unit="B", unit_scale=True, desc=f"MD5 of {name}") as bar:
+    with files.open_binary(path) as stream, tqdm(unit="B", unit_scale=True, desc=f"MD5 of {name}") as bar:
         while block := stream.read(1 << 22):
             digest.update(block)
             bar.update(len(block))
     if digest.hexdigest() != MD5[name]:
         raise UserError(
-            f"{path}: its MD5 is {digest.hexdigest()}, the official file's {MD5[name]}; download it again (--skip-md5 trusts it)"
+            f"{path}: its MD5 is {digest.hexdigest()}, the official file's {MD5[name]}",
+            "download it again, or trust it (`check_md5`)",
         )
 
 
 def list_official(src: str, present: dict[str, int]) -> Listing:
-    """The listing of the official tars that lie in SRC. Images are read out of the tars where they are."""
+    """The listing of the official tars in SRC. Images are read from the tars without unpacking them."""
     splits: dict[str, list[Source]] = {}
     classes: list[str] = []
     if TRAIN in present:
         classes, splits["train"] = _train(files.join(src, TRAIN))
     if VAL in present:
         if DEVKIT not in present:
-            raise UserError(f"{files.join(src, VAL)}: its labels are in {DEVKIT}; put that beside it")
+            raise UserError(f"{files.join(src, VAL)}: its labels are in {DEVKIT}", "put that beside it")
         wnids, truth = _devkit(files.join(src, DEVKIT))
         classes = classes or sorted(wnids.values())
         splits["val"] = _val(files.join(src, VAL), classes, wnids, truth)
@@ -69,19 +70,19 @@ def list_official(src: str, present: dict[str, int]) -> Listing:
 
 
 def _members(path: str, stream: Any) -> Iterator[tuple[tarfile.TarFile, tarfile.TarInfo]]:
-    """The files of an uncompressed tar, each with the tar it stands in."""
+    """The files of an uncompressed tar, each with the opened tar."""
     try:
         with tarfile.open(fileobj=stream, mode="r:") as tar:
             for member in tar:
                 if member.isreg():
                     yield tar, member
     except tarfile.TarError as error:
-        raise UserError(f"{path}: not a whole, uncompressed tar ({error}); download it again") from error
+        raise UserError(f"{path}: not a complete, uncompressed tar ({error})", "download it again") from error
 
 
 def _train(path: str) -> tuple[list[str], list[Source]]:
     found: dict[str, list[tuple[str, int, int]]] = {}
-    with files.opened(path) as stream:
+    with files.open_binary(path) as stream:
         for outer, member in tqdm(_members(path, stream), unit=" classes", desc=TRAIN):
             inner = _members(f"{path}/{member.name}", outer.extractfile(member))
             wnid = member.name.removesuffix(".tar")
@@ -89,7 +90,7 @@ def _train(path: str) -> tuple[list[str], list[Source]]:
     classes, keys, sources = sorted(found), Keys(), []
     for label, wnid in enumerate(classes):
         for name, start, size in found[wnid]:
-            key = keys.of(wnid, name.rsplit(".", 1)[0])
+            key = keys.make(wnid, name.rsplit(".", 1)[0])
             sources.append(Source(path, start, size, key, label, f"{TRAIN}/{wnid}.tar/{name}", size))
     return classes, sources
 
@@ -105,29 +106,29 @@ def _devkit(path: str) -> tuple[dict[int, str], list[int]]:
         synsets = loadmat(io.BytesIO(members["meta.mat"]), squeeze_me=True)["synsets"]
         truth = [int(line) for line in members["ILSVRC2012_validation_ground_truth.txt"].split()]
     except (tarfile.TarError, EOFError, OSError, KeyError, ValueError) as error:
-        raise UserError(f"{path}: not the ILSVRC 2012 devkit ({type(error).__name__}: {error}); download it again") from error
+        raise UserError(f"{path}: not the ILSVRC 2012 devkit ({type(error).__name__}: {error})", "download it again") from error
     leaves = synsets[synsets["num_children"] == 0]
     return {int(row["ILSVRC2012_ID"]): str(row["WNID"]) for row in leaves}, truth
 
 
 def _val(path: str, classes: list[str], wnids: dict[int, str], truth: list[int]) -> list[Source]:
     labels = {wnid: label for label, wnid in enumerate(classes)}
-    with files.opened(path) as stream:
+    with files.open_binary(path) as stream:
         found = sorted((member.name, member.offset_data, member.size) for _, member in _members(path, stream))
     if len(found) != len(truth):
-        raise UserError(f"{path}: holds {len(found)} images, the devkit labels {len(truth)}; download both again")
+        raise UserError(f"{path}: holds {len(found)} images, the devkit labels {len(truth)}", "download both again")
     keys, sources = Keys(), []
     for (name, start, size), number in zip(found, truth, strict=True):
         wnid = wnids.get(number, f"number {number}")
         if wnid not in labels:
             raise UserError(f"{path}/{name}: its class {wnid} is not among the training tar's classes")
-        key = keys.of(wnid, name.rsplit(".", 1)[0])
+        key = keys.make(wnid, name.rsplit(".", 1)[0])
         sources.append(Source(path, start, size, key, labels[wnid], f"{VAL}/{name}", size))
     return sources
 
 
 def find_webdataset(src: str) -> dict[str, list[str]]:
-    """WebDataset tars of SRC by split: SRC/train/*.tar and SRC/val/*.tar, or SRC/*.tar by "val" in their names."""
+    """WebDataset tars of SRC by split: SRC/train/*.tar and SRC/val/*.tar, or SRC/*.tar, with "val" in names of the val split."""
     splits = {name: _tars(files.join(src, name)) for name in ("train", "val")}
     for path in _tars(src):
         splits["val" if re.search(r"val(id|idation)?[-_.0-9]", path.rsplit("/", 1)[1]) else "train"].append(path)
@@ -135,21 +136,21 @@ def find_webdataset(src: str) -> dict[str, list[str]]:
 
 
 def _tars(folder: str) -> list[str]:
-    entries = files.listing(folder)
+    entries = files.list_folder(folder)
     return [files.join(folder, entry.name) for entry in entries if entry.name.endswith(".tar") and not entry.is_folder]
 
 
 def list_webdataset(src: str, tars: dict[str, list[str]]) -> Listing:
     """Samples KEY.jpg (or another image) with KEY.cls, the label as a number.
 
-    Class names come from SRC/manifest.json (shards of ours) or SRC/classes.txt (one a line), else they are the numbers.
+    Class names come from SRC/manifest.json (Cropfeed's shards) or SRC/classes.txt (one per line), else they are the numbers.
     """
     splits: dict[str, list[Source]] = {}
     for name, paths in tars.items():
         keys = Keys()
         splits[name] = [source for path in tqdm(paths, unit=" tars", desc=name) for source in _samples(src, path, keys)]
         if not splits[name]:
-            raise UserError(f"{paths[0]}: the {name} tars hold no samples; expected KEY.jpg and KEY.cls")
+            raise UserError(f"{paths[0]}: the {name} tars hold no samples", "expected KEY.jpg and KEY.cls")
     highest = max(source.label for sources in splits.values() for source in sources)
     classes = _class_names(src) or [str(label) for label in range(highest + 1)]
     if highest >= len(classes):
@@ -167,9 +168,9 @@ def _class_names(src: str) -> list[str]:
 
 
 def _samples(src: str, path: str, keys: Keys) -> Iterator[Source]:
-    """The samples of one tar, in its order. Members of one sample stand next to each other (WebDataset's rule)."""
+    """The samples of one tar, in its order. Members of a sample are adjacent, as WebDataset requires."""
     below = path.removeprefix(src).lstrip("/")
-    with files.opened(path) as stream:
+    with files.open_binary(path) as stream:
         for key, group in itertools.groupby(_members(path, stream), lambda found: _key(found[1].name)):
             image = label = None
             for tar, member in group:
@@ -180,14 +181,14 @@ def _samples(src: str, path: str, keys: Keys) -> Iterator[Source]:
                     image = member
             if image is None or label is None:
                 raise UserError(
-                    f"{path}: sample {key} has no {'image' if image is None else '.cls'}; expected KEY.jpg and KEY.cls"
+                    f"{path}: sample {key} has no {'image' if image is None else '.cls'}", "expected KEY.jpg and KEY.cls"
                 )
             name = f"{below}/{image.name}"
-            yield Source(path, image.offset_data, image.size, keys.of(*key.split("/")), label, name, image.size)
+            yield Source(path, image.offset_data, image.size, keys.make(*key.split("/")), label, name, image.size)
 
 
 def _key(name: str) -> str:
-    """A member's key: its name up to the first dot behind the last slash."""
+    """A member's key: its name up to the first dot after the last slash."""
     folder, slash, file = name.rpartition("/")
     return folder + slash + file.partition(".")[0]
 

@@ -1,8 +1,8 @@
-"""The task of one shard: a pure function of its sources, idempotent, and safe to kill anywhere.
+"""The task of one shard: a pure function of its sources, idempotent, and safe to kill at any time.
 
-It publishes SPLIT/NUMBER.idx, then SPLIT/NUMBER.tar, then its record, conversion/SPLIT-NUMBER.npz, which marks the shard as
-finished and holds what manifest and report need of it. Whoever runs a task again finds the record, checks the files against it,
-and leaves them alone.
+It writes SPLIT/NUMBER.idx, then SPLIT/NUMBER.tar, then its record, conversion/SPLIT-NUMBER.npz, each atomically. The record marks
+the shard as finished and has what manifest and report need. Running a task again verifies the files against the record, and keeps
+them if they match.
 """
 
 from __future__ import annotations
@@ -20,18 +20,18 @@ from PIL import Image
 
 from ..errors import UserError
 from ..store import files, shards
-from .images import UnreadableError, store
+from .images import UnreadableError, convert_image
 from .sources import Source
 from .statistics import Statistics
 
-RECORDS = "conversion"  # the folder below OUT that holds what a conversion keeps until it is complete
+RECORDS = "conversion"  # the folder below OUT with the records of an unfinished conversion
 
 
 @dataclass(frozen=True)
 class ShardTask:
     """One shard to write.
 
-    digits: of the padded label. strict: an unreadable image stops the run. statistics: how many of its images count in them.
+    digits: of the padded label. strict: an unreadable image stops the run. statistics: number of its images that enter them.
     """
 
     out: str
@@ -45,7 +45,7 @@ class ShardTask:
 
     @property
     def file(self) -> str:
-        """Its name in the manifest."""
+        """The name of the tar in the manifest."""
         return f"{self.split}/{self.shard:06d}.tar"
 
     @property
@@ -63,11 +63,11 @@ class ShardTask:
 
 @dataclass
 class Record:
-    """What a finished shard leaves.
+    """What manifest and report need of a finished shard.
 
-    samples: `SAMPLE` (N,). digests: uint8 (N, 32), SHA-256 of the source's bytes. names: of the stored samples' sources.
-    entry: of the manifest: file, images, bytes, sha256, idx_sha256. read_bytes, stored_bytes: of the images' encoded data.
-    facts: what -> names of the images it was met in. left_out: name -> reason. statistics: sums over its images.
+    samples: `SAMPLE` (N,). digests: uint8 (N, 32), SHA-256 of the sources' bytes. names: of the stored samples' sources.
+    entry: in the manifest: file, images, bytes, sha256, idx_sha256. read_bytes, stored_bytes: of the images' encoded data.
+    facts: fact -> names of the images that have it. left_out: name -> reason. statistics: sums over its images.
     """
 
     samples: shards.Samples
@@ -78,7 +78,7 @@ class Record:
     stored_bytes: int = 0
     facts: dict[str, list[str]] = field(default_factory=dict)
     left_out: dict[str, str] = field(default_factory=dict)
-    statistics: Statistics = field(default_factory=Statistics.none)
+    statistics: Statistics = field(default_factory=Statistics.empty)
 
     def to_bytes(self) -> bytes:
         texts = {name: value for name, value in asdict(self).items() if name not in ("samples", "digests", "statistics")}
@@ -96,25 +96,25 @@ class Record:
 
     @staticmethod
     def from_bytes(content: bytes) -> Record:
-        """Raises some exception or other for damaged content."""
+        """Raises an exception of any type for damaged content."""
         with np.load(io.BytesIO(content)) as stored:
             texts = json.loads(stored["texts"].tobytes())
-            statistics = Statistics.none()
+            statistics = Statistics.empty()
             if stored["images"]:
                 statistics = Statistics(int(stored["images"]), stored["image"], stored["products"])
             return Record(samples=stored["samples"], digests=stored["digests"], statistics=statistics, **texts)
 
 
 def read_record(task: ShardTask) -> Record | None:
-    """The record of a finished shard, if it is there and whole."""
+    """The record of a finished shard, or None if it is missing or damaged."""
     try:
         return Record.from_bytes(files.read(task.record))
-    except Exception:  # absent, or cut short by a dying machine: the shard is made again
+    except Exception:  # missing, or truncated by a crash: the shard is made again
         return None
 
 
 def is_intact(task: ShardTask, entry: dict[str, Any]) -> bool:
-    """Whether a finished shard's files still are what its entry of the manifest says. Reads them whole."""
+    """Whether the files of a finished shard match its entry in the manifest. Reads them completely."""
     try:
         tar, idx = files.sha256(task.tar), files.sha256(task.idx)
     except UserError:
@@ -123,7 +123,7 @@ def is_intact(task: ShardTask, entry: dict[str, Any]) -> bool:
 
 
 def run(task: ShardTask, progress: Callable[[], None]) -> None:
-    """Make the shard, unless it is there already. `progress` is called after each image. Raises UserError, under `strict`."""
+    """Make the shard, unless it exists already. `progress` is called after each image. With `strict`, raises UserError."""
     record = read_record(task)
     if record is not None and is_intact(task, record.entry):
         for _ in task.sources:
@@ -144,16 +144,18 @@ def run(task: ShardTask, progress: Callable[[], None]) -> None:
     files.write(task.record, record.to_bytes())
 
 
-def _encoded(task: ShardTask, record: Record, digests: list[bytes], progress: Callable[[], None]) -> Iterator[shards.Encoded]:
-    """The shard's samples in order; what is not in a sample goes into `record` and `digests`."""
+def _encoded(
+    task: ShardTask, record: Record, digests: list[bytes], progress: Callable[[], None]
+) -> Iterator[shards.EncodedSample]:
+    """The shard's samples in order. Also fills `record` and `digests`."""
     for number, source in enumerate(task.sources):
         data = files.read(source.path, source.start, source.bytes)
         try:
-            stored = store(data, task.profile)
+            stored = convert_image(data, task.profile)
         except UnreadableError as error:
             if task.strict:
-                where = source.path if source.bytes is None else f"{source.path}: {source.name}"
-                raise UserError(f"{where}: no usable image ({error}); repair or remove it") from error
+                location = source.path if source.bytes is None else f"{source.path}: {source.name}"
+                raise UserError(f"{location}: no usable image ({error})", "repair or remove it") from error
             record.left_out[source.name] = str(error)
             progress()
             continue
@@ -167,4 +169,4 @@ def _encoded(task: ShardTask, record: Record, digests: list[bytes], progress: Ca
         record.stored_bytes += len(stored.data)
         digests.append(hashlib.sha256(data).digest())
         progress()
-        yield shards.Encoded(source.key, stored.data, source.label, stored.height, stored.width)
+        yield shards.EncodedSample(source.key, stored.data, source.label, stored.height, stored.width)

@@ -1,4 +1,4 @@
-"""Re-reading a data set against its manifest: every byte of every file, and which sample a wrong one belongs to."""
+"""Verify every byte of a data set against its manifest, and name damaged samples."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from ..store.shards import Manifest, Samples
 
 
 def verify(root: str, workers: int) -> list[str]:
-    """One line for each thing that is not as manifest.json says; none if all is well. Raises UserError without a manifest."""
+    """One line for each deviation from manifest.json; none if there is no damage. Raises UserError without a manifest."""
     manifest = Manifest(root)
     statistics = manifest.statistics
     problems = list(_check_file(files.join(root, statistics["mean_image"]), statistics["mean_image_sha256"]))
@@ -59,10 +59,10 @@ def _check_shard(root: str, shard: dict[str, Any], samples: Samples | None) -> l
         return problems
     if samples is None:
         return [*problems, f"{path}: is damaged"]
-    wrong = np.flatnonzero(shards.extent_checksums(np.frombuffer(tar, np.uint8), samples) != samples["crc32"])
+    wrong = np.flatnonzero(shards.sample_checksums(np.frombuffer(tar, np.uint8), samples) != samples["crc32"])
     names = [] if problems and problems[0].startswith(idx) else _keys(idx)
     problems += [f"{path}: sample {names[i] if names else f'number {i}'} is damaged or cut off" for i in wrong]
-    return problems if len(wrong) else [*problems, f"{path}: is damaged behind its last sample"]
+    return problems if len(wrong) else [*problems, f"{path}: is damaged after its last sample"]
 
 
 def _keys(idx: str) -> list[str]:

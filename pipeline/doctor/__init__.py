@@ -1,12 +1,11 @@
 """Is this machine ready to load and train?
 
-SHARDS is the folder or URL that will be loaded: with it, memory and disks are held against its size. Each line says ok, warning
-(it works, slower than it could, or something optional is missing) or failed (it will not work), what was found and, behind
-"->", the remedy; commands are to be run in Cropfeed's checkout, where there is one. A check that itself breaks is a warning
-that says so.
+SHARDS is the folder or URL that you want to load: memory and disks are then compared with its size. Each line says ok, warning
+(it works, but slower than it could, or something optional is missing) or failed (it will not work), then what was found and,
+after "->", the remedy. Run these commands in the checkout of Cropfeed, if you have one. A check that fails to run is a warning.
 
-Exit code: 0 if nothing failed (warnings or not), 1 if something did, 2 for wrong arguments. --strict: warnings exit with 1, too.
-It needs no package itself, so it also runs where nothing is installed yet. It takes some 10 seconds, most of them imports.
+Exit code: 0 if nothing failed (even with warnings), 1 if something failed, 2 for wrong arguments. With --strict, warnings exit
+with 1, too. The doctor needs no packages, so it runs before they are installed. It takes about 10 seconds, mostly for imports.
 """
 
 from __future__ import annotations
@@ -22,21 +21,21 @@ from pathlib import Path
 from ..cli import Parser
 from ..errors import UserError
 from . import gpu, machine, packages
-from .lines import PACKAGES, Asked, Line
+from .lines import PACKAGES, DoctorOptions, Line
 
-Check = Callable[[Asked], list[Line]]
+Check = Callable[[DoctorOptions], list[Line]]
 
 COLOURS = {"ok": "\x1b[32m", "warning": "\x1b[33m", "failed": "\x1b[31m"}
 
 
-def check_data(asked: Asked) -> list[Line]:
-    if asked.data is None:
+def check_data(options: DoctorOptions) -> list[Line]:
+    if options.data is None:
         return []
     try:
         from . import data
     except ImportError as error:
-        return [Line("failed", "data", f"{asked.data}: cannot be read yet ({error})", PACKAGES)]
-    return data.check(asked, asked.data)
+        return [Line("failed", "data", f"{options.data}: cannot be read yet ({error})", PACKAGES)]
+    return data.check(options, options.data)
 
 
 CHECKS: dict[str, Check] = {
@@ -61,13 +60,13 @@ CHECKS: dict[str, Check] = {
 NAME_WIDTH = max(len(name) for name in CHECKS)
 
 
-def run_check(name: str, check: Check, asked: Asked) -> list[Line]:
-    """The check's lines. An error of the check itself is a line, too: the others still have to be heard."""
+def run_check(name: str, check: Check, options: DoctorOptions) -> list[Line]:
+    """The check's lines. An error of the check itself becomes a line, so that the other checks still run."""
     try:
-        return check(asked)
+        return check(options)
     except Exception as error:
-        found = f"this check broke: {type(error).__name__}: {' '.join(str(error).split())}"
-        return [Line("warning", name, found, "look at this by hand, and report the line above as a fault of the doctor")]
+        found = f"this check failed to run: {type(error).__name__}: {' '.join(str(error).split())}"
+        return [Line("warning", name, found, "check this by hand, and report the line above as a bug of the doctor")]
 
 
 def text(line: Line, colour: bool) -> str:
@@ -90,19 +89,25 @@ def exit_code(lines: list[Line], strict: bool) -> int:
 
 
 def main(arguments: Sequence[str] | None = None, prog: str = "python tools/doctor.py") -> None:
-    """`cropfeed doctor`, and tools/doctor.py. Exits with the code that the lines give."""
+    """`cropfeed doctor` and tools/doctor.py. Exits with the code of `exit_code`."""
     parser = Parser(__doc__, prog)
     parser.add_argument("data", nargs="?", metavar="SHARDS", help="folder or URL (s3://...) of shards")
-    parser.add_argument("--cache", type=Path, help="folder for copies of remote shards (CROPFEED_CACHE; ~/.cache/cropfeed)")
-    parser.add_argument("--cache-gb", type=float, help="its bound (CROPFEED_CACHE_GB; 80 %% of the free disk)")
-    parser.add_argument("--strict", action="store_true", help="count warnings as failures")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the lines there, too")
+    parser.add_argument(
+        "--cache", type=Path, help="folder for copies of remote shards (default: $CROPFEED_CACHE, or ~/.cache/cropfeed)"
+    )
+    parser.add_argument(
+        "--cache-gb",
+        type=float,
+        help="size limit of the cache in GB (default: $CROPFEED_CACHE_GB, or 80 %% of the free disk space)",
+    )
+    parser.add_argument("--strict", action="store_true", help="treat warnings as failures")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the lines to this file, as JSON")
     args = parser.parse_args(arguments)
-    asked = Asked(data=args.data, cache=args.cache, cache_gb=args.cache_gb)
+    options = DoctorOptions(data=args.data, cache=args.cache, cache_gb=args.cache_gb)
     colour = sys.stdout.isatty() and "NO_COLOR" not in os.environ
     lines = []
     for name, check in CHECKS.items():
-        for line in run_check(name, check, asked):
+        for line in run_check(name, check, options):
             lines.append(line)
             print(text(line, colour), flush=True)
     print(summary(lines))

@@ -1,48 +1,47 @@
-"""The data set: whether it is whole, fits into memory, and into its disk or cache. Needs Cropfeed's packages."""
+"""Checks of the data set: whether it is complete, and fits into memory and its disk or cache. Needs Cropfeed's packages."""
 
 from __future__ import annotations
 
 import os
 from pathlib import Path
 
+from ..cli import with_flags
 from ..errors import UserError
 from ..store import files
 from ..store.cache import FREE_SHARE, ShardCache, choose_cache
 from ..store.shards import Manifest
-from .lines import Asked, Line, install
+from .lines import DoctorOptions, Line
 from .machine import GB, available_memory, free_disk
 
 
-def check(asked: Asked, data: str) -> list[Line]:
-    """data: `asked.data`."""
+def check(options: DoctorOptions, data: str) -> list[Line]:
+    """data: `options.data`."""
     try:
         manifest = Manifest(data)
         sizes = file_sizes(manifest)
     except UserError as error:
-        return [broken("data", error)]
+        return [failed("data", error)]
     remote = files.is_remote(manifest.root)
     if not remote and (wrong := damaged_files(manifest, sizes)):
         found = f"missing or of another size: {len(wrong)} of {len(sizes) + len(manifest.splits)} files, first {wrong[0]}"
-        return [Line("failed", "data", found, "give the command that made these shards again: it makes what is damaged")]
+        return [Line("failed", "data", found, "repeat the command that made these shards: it makes damaged ones again")]
     total, images = sum(sizes.values()), sum(split["images"] for split in manifest.splits.values())
     found = f"{images:,} images in {len(sizes):,} files of {total / GB:.3g} GB, profile {manifest.profile}"
-    cached = remote or asked.cache is not None or asked.cache_gb is not None  # as pipeline.store.shards.ShardSet decides
-    disk = check_cache(asked, sizes) if cached else check_data_disk(manifest.root)
-    return [Line("ok", "data", found), check_page_cache(asked, total, manifest.profile), disk]
+    cached = remote or options.cache is not None or options.cache_gb is not None  # as in ShardSet
+    disk = check_cache(options, sizes) if cached else check_data_disk(manifest.root)
+    return [Line("ok", "data", found), check_page_cache(options, total, manifest.profile), disk]
 
 
-def broken(name: str, error: UserError) -> Line:
-    """A UserError says what is wrong and, behind its last semicolon, what to do."""
-    found, _, remedy = " ".join(str(error).split()).rpartition("; ")
-    if found:
-        return Line("failed", name, found, remedy)
-    if isinstance(error.__cause__, ImportError):
-        return Line("failed", name, remedy, install("s3") if "s3" in remedy else "install the package that it names")
-    return Line("failed", name, remedy, "the address, the credentials and the network must let this machine read it")
+def failed(name: str, error: UserError) -> Line:
+    """The line of a UserError, with its fields as the flags of this command."""
+    found, remedy = (with_flags(" ".join(text.split())) for text in (error.problem, error.remedy))
+    if not remedy and isinstance(error.__cause__, ImportError):
+        remedy = "install the package that it names"
+    return Line("failed", name, found, remedy or "check the address, the credentials and the network")
 
 
 def file_sizes(manifest: Manifest) -> dict[str, int]:
-    """Path or URL -> bytes of the files that hold the images; of tars, as the manifest says."""
+    """Path or URL -> bytes of the files with the images; for tars, as in the manifest."""
     sizes: dict[str, int] = {}
     for split in manifest.splits.values():
         sizes |= {files.join(manifest.root, shard["file"]): shard["bytes"] for shard in split["shards"]}
@@ -58,44 +57,44 @@ def damaged_files(manifest: Manifest, sizes: dict[str, int]) -> list[str]:
     return wrong + [path for path in samples if not os.path.isfile(path)]
 
 
-def check_page_cache(asked: Asked, total: int, profile: str) -> Line:
-    free = available_memory(asked.root)
+def check_page_cache(options: DoctorOptions, total: int, profile: str) -> Line:
+    free = available_memory(options.root)
     found = f"{total / GB:.3g} GB of data, {free / GB:.3g} GB of memory"
     if total <= free:
         return Line("ok", "page cache", found)
-    smaller = "" if profile == "compact" else "; or half the bytes: shards of profile compact"
+    smaller = "" if profile == "compact" else "; or shards of profile compact, with half the bytes"
     return Line("warning", "page cache", f"{found}: every epoch reads the disk", f"--order blocks{smaller}")
 
 
 def check_data_disk(root: str) -> Line:
     place, free = free_disk(Path(root))
     found = f"{free / GB:.3g} GB free on the disk of {root}"
-    if free < GB and os.access(place, os.W_OK):  # a read-only disk is meant to be full
-        remedy = f"make room: shards made again are written beside the old ones; du -sh {root}"
+    if free < GB and os.access(place, os.W_OK):  # a full read-only disk is fine
+        remedy = f"free some space: shards that are made again are written beside the old ones; du -sh {root}"
         return Line("warning", "data disk", found, remedy)
     return Line("ok", "data disk", found)
 
 
-def check_cache(asked: Asked, sizes: dict[str, int]) -> Line:
+def check_cache(options: DoctorOptions, sizes: dict[str, int]) -> Line:
     try:
-        cache = choose_cache(asked.cache, asked.cache_gb)
+        cache = choose_cache(options.cache, options.cache_gb)
         for url, size in sizes.items():
             cache.check(url, size)
     except UserError as error:
-        return broken("cache", error)
-    return check_room(cache, sum(sizes.values()))
+        return failed("cache", error)
+    return check_cache_size(cache, sum(sizes.values()))
 
 
-def check_room(cache: ShardCache, total: int) -> Line:
-    """Whether the cache's disk and bound let it hold the data."""
+def check_cache_size(cache: ShardCache, total: int) -> Line:
+    """Whether disk and limit of the cache allow it to hold the data."""
     place, free = free_disk(cache.folder)
     if not os.access(place, os.W_OK):
         return Line("failed", "cache", f"{place} cannot be written", "give another --cache (CROPFEED_CACHE)")
-    room = free + sum(path.stat().st_size for path in cache.folder.glob("*"))  # what it holds it may replace
-    found = f"{cache.folder}: bound {cache.limit / GB:.3g} GB, room {room / GB:.3g} GB, data {total / GB:.3g} GB"
-    if min(total, cache.limit) > room:
-        return Line("failed", "cache", found, f"--cache-gb {FREE_SHARE * room / GB:.3g}, or --cache FOLDER on a larger disk")
+    free += sum(path.stat().st_size for path in cache.folder.glob("*"))  # the cache may replace its files
+    found = f"{cache.folder}: limit {cache.limit / GB:.3g} GB, free {free / GB:.3g} GB, data {total / GB:.3g} GB"
+    if min(total, cache.limit) > free:
+        return Line("failed", "cache", found, f"--cache-gb {FREE_SHARE * free / GB:.3g}, or --cache FOLDER on a larger disk")
     if total > cache.limit:
-        remedy = "raise --cache-gb (CROPFEED_CACHE_GB), or --order blocks: a random order downloads over and over"
+        remedy = "raise --cache-gb (CROPFEED_CACHE_GB), or --order blocks: a random order downloads shards again and again"
         return Line("warning", "cache", found, remedy)
     return Line("ok", "cache", found)

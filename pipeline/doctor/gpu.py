@@ -1,4 +1,4 @@
-"""What a GPU is used through: torch, NVIDIA's driver, DALI and nvJPEG."""
+"""Checks of the GPU software: torch, NVIDIA's driver, DALI and nvJPEG."""
 
 from __future__ import annotations
 
@@ -7,13 +7,14 @@ import re
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-from .lines import CONSTRAINT, PACKAGES, Asked, Line, Status, has_gpu, install, probe, read
+from ..errors import PIP_CONSTRAINT, install_command
+from .lines import PACKAGES, DoctorOptions, Line, Status, has_gpu, probe, read
 
 TORCH = (2, 11)
-# CUDA major version -> the first driver branch that runs its builds, as DALI's installation guide and support matrix say.
+# CUDA major version -> the first driver branch that runs its builds, by DALI's installation guide and support matrix.
 DRIVERS = {12: 525, 13: 580}
-TORCH_BUILD = f"pip uninstall -y torch && pip install {CONSTRAINT}torch"
-DALI = install("dali")
+TORCH_BUILD = f"pip uninstall -y torch && pip install {PIP_CONSTRAINT}torch"
+DALI = install_command("gpu")
 
 _TORCH_PROBE = """
 import json, torch
@@ -28,7 +29,7 @@ print(json.dumps({"version": torch.__version__, "cuda": torch.version.cuda, "nam
 """
 
 
-def check_torch(asked: Asked) -> list[Line]:
+def check_torch(options: DoctorOptions) -> list[Line]:
     found, error = probe(_TORCH_PROBE)
     if error:
         remedy = PACKAGES if error.startswith("ModuleNotFoundError") else TORCH_BUILD
@@ -38,7 +39,7 @@ def check_torch(asked: Asked) -> list[Line]:
         return [Line("failed", "torch", f"{number}, older than {'.'.join(map(str, TORCH))}", TORCH_BUILD)]
     if names:
         return [Line("ok", "torch", f"{number} for CUDA {cuda}, sees {len(names)} x {names[0]}")]
-    if not has_gpu(asked.root):
+    if not has_gpu(options.root):
         return [Line("ok", "torch", f"{number}, no GPU here: trains on the CPU")]
     if not cuda:
         return [Line("failed", "torch", f"{number} is a CPU build, but there is an NVIDIA GPU", TORCH_BUILD)]
@@ -46,15 +47,15 @@ def check_torch(asked: Asked) -> list[Line]:
     return [Line("failed", "torch", f"{number} for CUDA {cuda} sees no GPU, but there is one: {found['why']}", remedy)]
 
 
-def check_driver(asked: Asked) -> list[Line]:
-    driver, (dali, cuda) = driver_version(asked.root), dali_build()
-    if not has_gpu(asked.root):
+def check_driver(options: DoctorOptions) -> list[Line]:
+    driver, (dali, cuda) = driver_version(options.root), dali_build()
+    if not has_gpu(options.root):
         if not driver:
             return [Line("ok", "driver", "none, no NVIDIA GPU here")]
         found = f"{driver}, but no GPU may be opened here (no /dev/nvidia0)"
         return [Line("warning", "driver", found, "in a container: docker run --gpus all ...; else: nvidia-smi, as root, once")]
     if not driver:
-        return [Line("warning", "driver", "there is a GPU, but the driver's version cannot be had", "nvidia-smi must list it")]
+        return [Line("warning", "driver", "there is a GPU, but the driver's version cannot be read", "nvidia-smi must list it")]
     if not dali:
         return [Line("ok", "driver", driver)]
     needed = DRIVERS[cuda]
@@ -70,7 +71,7 @@ def driver_version(root: Path) -> str:
     """NVIDIA's kernel driver, or ""."""
     if match := re.search(r"\s(\d{3,}(\.\d+)+)\s", read(root / "proc" / "driver" / "nvidia" / "version")):
         return match[1]
-    try:  # sandboxes may pass the GPU on without that file
+    try:  # sandboxes may have a GPU without that file
         import pynvml  # type: ignore[import-not-found, import-untyped, unused-ignore]
 
         pynvml.nvmlInit()
@@ -80,7 +81,7 @@ def driver_version(root: Path) -> str:
 
 
 def driver_cuda() -> int:
-    """The CUDA that libcuda offers, such as 13000; 0 without one. NVIDIA's cuda-compat package lifts it above the driver's."""
+    """The CUDA version of libcuda, such as 13000; 0 without libcuda. NVIDIA's cuda-compat raises it above the driver's."""
     number = ctypes.c_int(0)
     try:
         ctypes.CDLL("libcuda.so.1").cuDriverGetVersion(ctypes.byref(number))
@@ -90,7 +91,7 @@ def driver_cuda() -> int:
 
 
 def dali_build() -> tuple[str, int]:
-    """The installed DALI's package and version, and the CUDA that it is built for; ("", 0) if there is none."""
+    """Package and version of the installed DALI, and its major CUDA version; ("", 0) if there is none."""
     for cuda in DRIVERS:
         name = f"nvidia-dali-cuda{cuda}0"
         try:
@@ -100,21 +101,21 @@ def dali_build() -> tuple[str, int]:
     return "", 0
 
 
-def check_dali(asked: Asked) -> list[Line]:
+def check_dali(options: DoctorOptions) -> list[Line]:
     _, error = probe("import nvidia.dali; print(0)")
     dali, _ = dali_build()
     if not error:
         return [Line("ok", "dali", dali)]
     if error.startswith("ModuleNotFoundError"):
-        if not has_gpu(asked.root):
-            return [Line("ok", "dali", "not installed, which only a GPU would miss")]
+        if not has_gpu(options.root):
+            return [Line("ok", "dali", "not installed, only needed with a GPU")]
         return [Line("warning", "dali", f"not installed, so images are decoded on the CPU ({error})", DALI)]
-    # With a GPU, --engine auto tries to import it, and would crash or stop there.
-    status: Status = "failed" if has_gpu(asked.root) else "warning"
+    # With a GPU, the engine auto tries to import it, and would crash or hang.
+    status: Status = "failed" if has_gpu(options.root) else "warning"
     return [Line(status, "dali", f"cannot be imported: {error}", f"pip uninstall -y {dali.split()[0]} && {DALI}")]
 
 
-# nvJPEG itself says what engines it can use; DALI decodes by this very library.
+# nvJPEG, with which DALI decodes, says which hardware engines it can use.
 _NVJPEG_PROBE = """
 import ctypes, glob, json, sys
 here = [path for folder in sys.path for path in glob.glob(folder + "/nvidia/*/lib/libnvjpeg.so.*")]
@@ -128,14 +129,14 @@ print(json.dumps({"status": status, "engines": engines.value, "cores": cores.val
 _ARCH_MISMATCH, _NOT_SUPPORTED = 7, 9  # nvjpeg.h
 
 
-def check_nvjpeg(asked: Asked) -> list[Line]:
-    if not has_gpu(asked.root):
+def check_nvjpeg(options: DoctorOptions) -> list[Line]:
+    if not has_gpu(options.root):
         return [Line("ok", "nvjpeg", "no GPU, no JPEG engine")]
     found, error = probe(_NVJPEG_PROBE)
     if error:
-        return [Line("warning", "nvjpeg", f"cannot be asked for its hardware engine: {error}", DALI)]
+        return [Line("warning", "nvjpeg", f"cannot report its hardware engine: {error}", DALI)]
     if found["status"] == 0 and found["engines"]:
         return [Line("ok", "nvjpeg", f"hardware: {found['engines']} engines of {found['cores']} cores")]
     if found["status"] in (0, _ARCH_MISMATCH, _NOT_SUPPORTED):
         return [Line("ok", "nvjpeg", "this GPU has no JPEG engine that nvJPEG uses: its CUDA cores decode")]
-    return [Line("warning", "nvjpeg", f"nvJPEG cannot start (status {found['status']})", "mend the lines on torch and driver")]
+    return [Line("warning", "nvjpeg", f"nvJPEG cannot start (status {found['status']})", "fix the lines on torch and driver")]

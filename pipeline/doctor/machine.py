@@ -1,4 +1,4 @@
-"""The machine, as this process may use it: processor, cores, NUMA, shared memory, limits, memory, disk."""
+"""Checks of the machine, as far as this process may use it: processor, cores, NUMA, shared memory, limits, memory, disk."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ import resource
 import shutil
 from pathlib import Path
 
-from .lines import Asked, Line, has_gpu, read
+from .lines import DoctorOptions, Line, has_gpu, read
 
 GB, GIB = 10**9, 2**30
 
 
-def check_processor(asked: Asked) -> list[Line]:
-    info = read(asked.root / "proc" / "cpuinfo")
+def check_processor(options: DoctorOptions) -> list[Line]:
+    info = read(options.root / "proc" / "cpuinfo")
     model = re.search(r"^model name\s*:\s*(.+)$", info, re.MULTILINE)
     flags = re.search(r"^(?:flags|Features)\s*:\s*(.+)$", info, re.MULTILINE)
     name, has = model[1] if model else platform.machine(), set(flags[1].split() if flags else ())
@@ -25,13 +25,13 @@ def check_processor(asked: Asked) -> list[Line]:
     found += f"bfloat16 ({', '.join(bfloat16)})" if bfloat16 else "no bfloat16, so --mixed-precision bf16 is for GPUs only"
     if vectors:
         return [Line("ok", "processor", found)]
-    remedy = "a virtual machine may hide them: give it the host's processor (qemu: -cpu host); else decoding is slow here"
+    remedy = "a virtual machine may hide them: give it the host's processor (qemu: -cpu host); otherwise decoding is slow"
     return [Line("warning", "processor", found, remedy)]
 
 
-def check_cores(asked: Asked) -> list[Line]:
+def check_cores(options: DoctorOptions) -> list[Line]:
     usable, there = len(os.sched_getaffinity(0)), os.cpu_count() or 1
-    found, quota = f"{usable} of {there}", core_quota(asked.root)
+    found, quota = f"{usable} of {there}", core_quota(options.root)
     if quota < usable:
         threads = max(1, int(quota))
         remedy = f"--threads {threads}, shared among a machine's processes; or raise the quota: docker run --cpus {usable} ..."
@@ -43,19 +43,19 @@ def check_cores(asked: Asked) -> list[Line]:
 
 
 def core_quota(root: Path) -> float:
-    """Cores that the control groups leave this process, by time."""
+    """The CPU time quota of this process's control groups, in cores."""
     quotas = []
     for folder in cgroups(root, "cpu"):
         old = f"{read(folder / 'cpu.cfs_quota_us')} {read(folder / 'cpu.cfs_period_us')}"
         for text in (read(folder / "cpu.max"), old):
-            if re.fullmatch(r"\d+ \d+", text):  # else "max", -1 or nothing
+            if re.fullmatch(r"\d+ \d+", text):  # otherwise "max", -1 or empty
                 quota, period = map(int, text.split())
                 quotas.append(quota / period)
     return min(quotas, default=float("inf"))
 
 
 def cgroups(root: Path, controller: str) -> list[Path]:
-    """The folders of this process's control group and those above it, of both versions. In a container some are not there."""
+    """The folders of this process's control group and its parents, of both versions. In a container some do not exist."""
     folders = []
     for line in read(root / "proc" / "self" / "cgroup").splitlines():
         _, controllers, path = line.split(":", 2)
@@ -67,8 +67,8 @@ def cgroups(root: Path, controller: str) -> list[Path]:
     return folders
 
 
-def check_numa(asked: Asked) -> list[Line]:
-    system, usable = asked.root / "sys", os.sched_getaffinity(0)
+def check_numa(options: DoctorOptions) -> list[Line]:
+    system, usable = options.root / "sys", os.sched_getaffinity(0)
     nodes = {
         int(folder.name.removeprefix("node")): _numbers(read(folder / "cpulist"))
         for folder in (system / "devices" / "system" / "node").glob("node[0-9]*")
@@ -91,7 +91,7 @@ def check_numa(asked: Asked) -> list[Line]:
 
 
 def _numbers(text: str) -> set[int]:
-    """The kernel's lists, such as 0-3,8; "" for a node that has memory only."""
+    """The kernel's lists, such as 0-3,8; "" for a node without cores."""
     numbers: set[int] = set()
     for part in filter(None, text.split(",")):
         first, _, last = part.partition("-")
@@ -99,15 +99,15 @@ def _numbers(text: str) -> set[int]:
     return numbers
 
 
-def check_shm(asked: Asked) -> list[Line]:
-    size = shutil.disk_usage(asked.root / "dev" / "shm").total
+def check_shm(options: DoctorOptions) -> list[Line]:
+    size = shutil.disk_usage(options.root / "dev" / "shm").total
     if size < GIB:
         remedy = "docker run --shm-size 8g ... (or --ipc host)"
-        return [Line("warning", "shm", f"/dev/shm has {size / GIB:.2g} GiB; NCCL and Ray may want more", remedy)]
+        return [Line("warning", "shm", f"/dev/shm has {size / GIB:.2g} GiB; NCCL and Ray may need more", remedy)]
     return [Line("ok", "shm", f"/dev/shm has {size / GIB:.3g} GiB")]
 
 
-def check_open_files(_: Asked) -> list[Line]:
+def check_open_files(_: DoctorOptions) -> list[Line]:
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft >= 4096:
         return [Line("ok", "open files", str(soft))]
@@ -117,21 +117,21 @@ def check_open_files(_: Asked) -> list[Line]:
     return [Line("warning", "open files", f"{soft}, each shard keeps one open", remedy)]
 
 
-def check_memlock(asked: Asked) -> list[Line]:
-    """NCCL wants to lock memory, between GPUs of several machines."""
-    if not has_gpu(asked.root):
+def check_memlock(options: DoctorOptions) -> list[Line]:
+    """NCCL locks memory, between GPUs of several machines."""
+    if not has_gpu(options.root):
         return []
     soft, _ = resource.getrlimit(resource.RLIMIT_MEMLOCK)
     if soft == resource.RLIM_INFINITY:
         return [Line("ok", "memlock", "unlimited")]
-    if any((asked.root / "sys" / "class" / "infiniband").glob("*")):
+    if any((options.root / "sys" / "class" / "infiniband").glob("*")):
         found = f"{soft >> 10} KiB, and NCCL registers memory with InfiniBand"
         return [Line("warning", "memlock", found, "ulimit -l unlimited (docker run --ulimit memlock=-1 ...)")]
     return [Line("ok", "memlock", f"{soft >> 10} KiB")]
 
 
-def check_ram(asked: Asked) -> list[Line]:
-    free = available_memory(asked.root)
+def check_ram(options: DoctorOptions) -> list[Line]:
+    free = available_memory(options.root)
     if free < 4 * GB:
         remedy = "end other programs, or give the container more: docker run --memory 16g ..."
         return [Line("warning", "ram", f"{free / GB:.3g} GB available is little for training", remedy)]
@@ -139,31 +139,31 @@ def check_ram(asked: Asked) -> list[Line]:
 
 
 def available_memory(root: Path) -> int:
-    """Bytes that new work can have, page cache included, by the machine and by the control groups that we are in."""
-    rooms = [_fields(root / "proc" / "meminfo")["MemAvailable"] << 10]
+    """Bytes available to new work, page cache included, on this machine and in the control groups of this process."""
+    available = [_fields(root / "proc" / "meminfo")["MemAvailable"] << 10]
     for folder in cgroups(root, "memory"):
         for limit, used in (("memory.max", "memory.current"), ("memory.limit_in_bytes", "memory.usage_in_bytes")):
-            if (bound := read(folder / limit)).isdigit():  # else "max" or nothing
-                parts = _fields(folder / "memory.stat")  # the groups below are in version 1's total_ fields, in 2 in all
+            if (bound := read(folder / limit)).isdigit():  # otherwise "max" or empty
+                parts = _fields(folder / "memory.stat")  # version 1 counts child groups in total_ fields, version 2 in all fields
                 cached = sum(parts.get(f"total_{name}", parts[name]) for name in ("active_file", "inactive_file"))
-                rooms.append(int(bound) - int(read(folder / used)) + cached)  # cached counts as used, but makes room
-    return min(rooms)
+                available.append(int(bound) - int(read(folder / used)) + cached)  # cached memory counts as used but is available
+    return min(available)
 
 
 def _fields(path: Path) -> dict[str, int]:
     return {words[0].rstrip(":"): int(words[1]) for words in map(str.split, read(path).splitlines())}
 
 
-def check_disk(_: Asked) -> list[Line]:
+def check_disk(_: DoctorOptions) -> list[Line]:
     place, free = free_disk(Path.cwd())
     found = f"{free / GB:.3g} GB free for runs in {place}"
     if free < 2 * GB:
-        remedy = "write runs to another disk, or make room: a ResNet-50's checkpoint takes 0.2 GB"
+        remedy = "write runs to another disk, or free some space: a ResNet-50's checkpoint takes 0.2 GB"
         return [Line("warning", "disk", found, remedy)]
     return [Line("ok", "disk", found)]
 
 
 def free_disk(folder: Path) -> tuple[Path, int]:
-    """The folder or the nearest above it that exists, and the bytes free there."""
+    """The folder, or its nearest existing parent, and the free bytes there."""
     exists = next(place for place in (folder, *folder.parents) if place.exists())
     return exists, shutil.disk_usage(exists).free

@@ -1,4 +1,4 @@
-"""Python and the packages that a CPU works with: FFCV, numba, libjpeg-turbo."""
+"""Checks of Python and the packages for the CPU: FFCV, numba, libjpeg-turbo."""
 
 from __future__ import annotations
 
@@ -8,12 +8,13 @@ import shutil
 import subprocess
 import sys
 
-from .lines import CONSTRAINT, PACKAGE, PACKAGES, Asked, Line, Status, probe
+from ..errors import PIP_CONSTRAINT, install_command
+from .lines import PACKAGE, PACKAGES, DoctorOptions, Line, Status, probe
 
 PYTHONS = ((3, 11), (3, 13))
 
 
-def check_python(_: Asked) -> list[Line]:
+def check_python(_: DoctorOptions) -> list[Line]:
     found, (low, high) = sys.version_info[:2], PYTHONS
     if low <= found <= high:
         return [Line("ok", "python", platform.python_version())]
@@ -30,23 +31,23 @@ print(json.dumps(version("ffcv")))
 """
 
 
-def check_ffcv(_: Asked) -> list[Line]:
+def check_ffcv(_: DoctorOptions) -> list[Line]:
     found, error = probe(_FFCV_PROBE)
     if not error:
         return [Line("ok", "ffcv", found)]
     missing = missing_for_ffcv()
     apt = f"apt-get install --no-install-recommends {' '.join(missing)} && " if missing else ""
     absent = error.startswith("ModuleNotFoundError")
-    # A build against libraries that are no longer there is in pip's cache: only compiling again helps.
-    pip = "pip install ffcv pillow" if absent else "pip install --force-reinstall --no-deps --no-cache-dir ffcv"
+    # pip's cache has a build against libraries that no longer exist: it has to be compiled again.
+    pip = install_command("ffcv") if absent else "pip install --force-reinstall --no-deps --no-cache-dir ffcv"
     return [Line("warning", "ffcv", f"optional, cannot be imported: {error}", apt + pip)]
 
 
 def missing_for_ffcv() -> list[str]:
-    """Debian packages without which pip cannot compile FFCV here."""
+    """Missing Debian packages that pip needs to compile FFCV."""
     missing = [program for program in ("g++", "pkg-config") if not shutil.which(program)]
     libraries = {"opencv4": "libopencv-dev", "libturbojpeg": "libturbojpeg0-dev"}
-    if "pkg-config" in missing:  # without it nothing tells; apt-get skips what is there
+    if "pkg-config" in missing:  # then the libraries are unknown; apt-get skips installed ones
         return [*missing, *libraries.values()]
     for name, package in libraries.items():
         if subprocess.run(["pkg-config", "--exists", name], check=False).returncode:
@@ -62,13 +63,13 @@ print(json.dumps({{"version": numba.__version__, "folder": random.permute.stats.
 """
 
 
-def check_numba(_: Asked) -> list[Line]:
+def check_numba(_: DoctorOptions) -> list[Line]:
     found, error = probe(_NUMBA_PROBE)
     if not error:
         return [Line("ok", "numba", f"{found['version']} compiles, cache in {found['folder']}")]
-    if "no locator available" in error:  # numba's words for: it can write no folder that may hold its cache
+    if "no locator available" in error:  # numba's message if it can write to no folder for its cache
         return [Line("failed", "numba", error, "export NUMBA_CACHE_DIR=$HOME/.cache/numba")]
-    remedy = f"pip install --force-reinstall {CONSTRAINT}numba llvmlite numpy"
+    remedy = f"pip install --force-reinstall {PIP_CONSTRAINT}numba llvmlite numpy"
     return [Line("failed", "numba", f"cannot compile: {error}", remedy)]
 
 
@@ -84,8 +85,8 @@ print(json.dumps(min(times)))
 """
 
 
-def check_jpeg(_: Asked) -> list[Line]:
-    """No call tells whether libjpeg-turbo uses SIMD; JSIMD_FORCENONE=1 turns it off, which must cost time."""
+def check_jpeg(_: DoctorOptions) -> list[Line]:
+    """libjpeg-turbo cannot be asked whether it uses SIMD. JSIMD_FORCENONE=1 turns SIMD off, which must make it slower."""
     name = "libjpeg-turbo"
     if os.environ.get("JSIMD_FORCENONE") == "1":
         return [Line("warning", name, "SIMD is off: JSIMD_FORCENONE=1 is set", "unset JSIMD_FORCENONE")]

@@ -1,106 +1,98 @@
-"""The CPU engine: WebDataset shards, libjpeg-turbo and compiled resampling in threads that hold no GIL.
+"""The CPU engine: WebDataset shards, libjpeg-turbo and compiled resampling in threads that release the GIL.
 
-A batch is memory lent by a pool. Its images are made in chunks by worker threads, `prefetch` batches ahead: an image's region is
-cut from its mapped shard, decoded, resampled into the batch and, if the batch stays on the CPU, sent through the colour tail
-while it is in the cache. For a GPU, plain pixels are made in pinned memory and copied on a stream of their own, so that the copy
-runs beside the training step; the colour tail follows on the GPU.
+A batch is made in a recycled buffer, in chunks by worker threads, `prefetch` batches ahead. The region of an image that a crop
+needs is cut from its mapped shard, decoded and resampled into the batch. If the batch stays on the CPU, the thread also applies
+lighting and normalization, while the view is in the cache. For a GPU, uint8 pixels are written to pinned memory and copied on a
+separate CUDA stream, so that the copy overlaps the training step; lighting and normalization follow on the GPU.
 """
 
 from __future__ import annotations
 
-import threading
-from collections import deque
 from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import torch
 
-from ..loader import Batch, BatchPlan, BatchRange, Loader, check_turn
-from ..pixels.decoder import Decoder
+from ..loader import Batch, BatchPlan, BatchRange, Loader, check_in_order
+from ..pixels.decoder import Decoder, Pixels
 from ..pixels.normalize import lighting, stored_dtype, translate
 from ..spec import LoaderSpec
+from .pool import WorkerPool
 
-_CHUNK = 16  # images that a thread makes at a time: enough to forget the hand-over, few enough to keep all threads busy
+_CHUNK = 16  # images per task of a thread: enough to hide the overhead of a task, few enough to keep all threads busy
 
 
 def open(spec: LoaderSpec) -> CpuLoader:
-    """A loader of `spec`. Raises UserError for a bad spec or a device that is not there."""
+    """A loader of `spec`. Raises UserError for a bad spec or a device that does not exist."""
     return CpuLoader(spec)
 
 
 @dataclass
 class _Job:
-    """A batch in the making. images: what the pictures are written to, (V, H, W, 3). tensor: the same memory."""
+    """A batch in progress. images: the memory for its views, (V, H, W, 3). tensor: on the same memory."""
 
     plan: BatchPlan
     images: Any
     tensor: torch.Tensor
-    chunks: list[Future[None]] = field(default_factory=list)
+
+
+@dataclass
+class _Worker:
+    """The memory of one thread. pixels: uint8 (crops, H, W, 3), the views of one image before normalization."""
+
+    decoder: Decoder = field(default_factory=Decoder)
+    pixels: Pixels = field(default_factory=lambda: np.empty(0, np.uint8))
 
 
 class CpuLoader(Loader):
-    """Keeps `prefetch` batches in the making, across epochs, in a thread pool that ends with `close`."""
+    """Keeps `prefetch` batches in progress, across epochs, in a thread pool that ends with `close`."""
 
     engine = "cpu"
 
     def __init__(self, spec: LoaderSpec) -> None:
         super().__init__(spec)
         self._normalize_in_threads = torch.device(spec.device).type == "cpu" and spec.dtype != torch.uint8
-        self._own = threading.local()  # each thread's decoder and pixels
-        self._threads: ThreadPoolExecutor | None = None
+        self._pool: WorkerPool[_Job, _Worker] = WorkerPool(spec.threads, _CHUNK, _Worker, self._fill)
         self._schedule: Iterator[BatchRange] = iter(())
-        self._jobs: deque[_Job] = deque()
 
     def close(self) -> None:
         super().close()
-        self._jobs.clear()
-        if self._threads:
-            self._threads.shutdown(cancel_futures=True)
-            self._threads = None
+        self._pool.close()
 
     def ready(self) -> int:
-        return sum(all(chunk.done() for chunk in job.chunks) for job in self._jobs.copy())
+        return self._pool.ready()
 
-    def _make(self, batch_range: BatchRange) -> Batch:
-        if not self._jobs:
+    def _make_batch(self, batch_range: BatchRange) -> Batch:
+        if not len(self._pool):
             self._schedule = self.upcoming(batch_range)
-        while len(self._jobs) <= self.spec.prefetch:
-            self._jobs.append(self._begin(next(self._schedule)))
-        job = self._jobs.popleft()
-        check_turn(job.plan, batch_range)
-        for chunk in job.chunks:
-            chunk.result()
+        while len(self._pool) <= self.spec.prefetch:
+            self._start(next(self._schedule))
+        job = self._pool.next()
+        check_in_order(job.plan, batch_range)
         images = job.tensor.view(self.spec.dtype) if self._normalize_in_threads else self.buffers.to_device(job.tensor)
         return self.finish(images, job.plan)
 
-    def _begin(self, batch_range: BatchRange) -> _Job:
-        """Hand a part's chunks to the threads."""
-        self._threads = self._threads or ThreadPoolExecutor(self.spec.threads, "cropfeed")
+    def _start(self, batch_range: BatchRange) -> None:
+        """Plan a batch and hand it to the threads."""
         plan = self.plan(batch_range)
         shape = (len(plan.views.flip), *plan.size, 3)
-        job = _Job(plan, *self.buffers.acquire(shape, stored_dtype(self.spec.dtype) if self._normalize_in_threads else np.uint8))
-        for first in range(0, len(plan.ids), _CHUNK):
-            places = range(first, min(first + _CHUNK, len(plan.ids)))
-            job.chunks.append(self._threads.submit(self._fill, job, places))
-        return job
+        dtype = stored_dtype(self.spec.dtype) if self._normalize_in_threads else np.uint8
+        self._pool.submit(_Job(plan, *self.buffers.acquire(shape, dtype)), len(plan.ids))
 
-    def _fill(self, job: _Job, places: range) -> None:
-        """Make the pictures of some images of a batch. Runs in a thread."""
-        own = self._own
-        if not hasattr(own, "decoder"):
-            own.decoder, own.pixels = Decoder(), np.empty(0, np.uint8)
+    def _fill(self, worker: _Worker, job: _Job, indices: range) -> None:
+        """Make the views of some images of a batch. Runs in a thread."""
         plan, crops = job.plan, self.crops
         shape = (crops, *plan.size, 3)
-        if self._normalize_in_threads and own.pixels.shape != shape:
-            own.pixels = np.empty(shape, np.uint8)
-        for place in places:
-            views = slice(place * crops, (place + 1) * crops)
-            pictures = own.pixels if self._normalize_in_threads else job.images[views]
-            self.make_or_replace(own.decoder, plan, place, pictures)
+        if self._normalize_in_threads and worker.pixels.shape != shape:
+            worker.pixels = np.empty(shape, np.uint8)
+        for index in indices:
+            views = slice(index * crops, (index + 1) * crops)
+            pixels = worker.pixels if self._normalize_in_threads else job.images[views]
+            self.make_or_replace(worker.decoder, plan, index, pixels)
             if self._normalize_in_threads:
                 if plan.views.shift is not None:
-                    pictures = translate(pictures, plan.views.shift[views])
-                self.normalizer(plan.size).batch(pictures, lighting(plan.views.alphas[views], self.basis), job.images[views])
+                    pixels = translate(pixels, plan.views.shift[views])
+                shift = lighting(plan.views.alphas[views], self.lighting_basis)
+                self.normalizer(plan.size).batch(pixels, shift, job.images[views])

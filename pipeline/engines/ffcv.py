@@ -1,15 +1,15 @@
-"""The FFCV engine: FFCV's loader over our .beton files, its samples and draws the plan's.
+"""The FFCV engine: FFCV's loader over .beton files, with the samples and draws of the plan.
 
-FFCV reads the file, compiles a decoder and runs it in its threads. What is decoded is ours to say: the plan's samples at the
-plan's windows. (FFCV's own random numbers come from one generator a thread, seeded by chance, and its orders cannot be resumed.)
-Images of mode jpg are decoded by libjpeg-turbo's exact inverse DCT; FFCV's own decoder takes the fast one, 1 of 255 off on
-average. They are decoded at the crop if they have a table of segments (`make_shards.py --format both`), whole otherwise. Raw
-ones are resampled as they are.
+FFCV reads the file, compiles a decoder and runs it in its threads. The plan decides which samples and windows are decoded.
+(FFCV's own random numbers come from one randomly seeded generator per thread, and its orders cannot be resumed.) Images of mode
+jpg are decoded with libjpeg-turbo's exact inverse DCT; FFCV's own decoder uses the fast one, which is off by 1 of 255 on average.
+They are decoded at the crop if they have a table of segments (mode "region"), else as a whole. Raw images are resampled directly.
 
-What FFCV leaves open is closed here:
-- an exception in its thread leaves the consumer waiting for ever: here it reaches the consumer;
-- its batches are views of memory that it writes again: these are lent by a pool, for as long as they are kept;
-- making a Loader marks numba's type of byte arrays as read-only for all code compiled later: here it does not (`_Storage`).
+The engine works around three problems of FFCV:
+- After an exception in FFCV's thread the consumer would wait without end: here the exception reaches the consumer.
+- FFCV's batches are views of memory that it overwrites: here they are recycled buffers, which stay valid as long as they are
+  kept.
+- Creating FFCV's Loader makes numba's type of byte arrays read-only for all code compiled later: `_Storage` prevents that.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ from ..errors import UserError
 from ..jit import jit
 from ..jpeg.decode import decode
 from ..jpeg.region import Bytes
-from ..loader import Batch, BatchPlan, BatchRange, Loader, check_turn
+from ..loader import Batch, BatchPlan, BatchRange, Loader, check_in_order
 from ..pixels.decoder import Decoder, Pixels, region_of, resample_windows
 from ..plan.sampling import Ints
 from ..spec import LoaderSpec
@@ -51,10 +51,10 @@ from ..store import files
 from ..store.shards import ShardSet
 
 _RAW = IMAGE_MODES["raw"]
-_STATUS, _WINDOWS, _FLIP, _OUT, _CROPS, _ROWS, _COLUMNS = range(7)  # of an order
+_STATUS, _WINDOWS, _FLIP, _OUT, _CROPS, _ROWS, _COLUMNS = range(7)  # fields of an order
 _ORDER = 7
 
-# Of libjpeg-turbo, which FFCV itself is linked with. By name: ctypes' functions are addresses, which numba could not cache.
+# libjpeg-turbo, which FFCV is linked with. Called by name: numba cannot cache ctypes functions, which are addresses.
 load_library_permanently(ctypes.util.find_library("turbojpeg") or "libturbojpeg.so.0")
 _begin = types.ExternalFunction("tjInitDecompress", types.intp())
 _decompress = types.ExternalFunction(
@@ -65,7 +65,7 @@ _end = types.ExternalFunction("tjDestroy", types.intc(types.intp))
 
 
 def open(spec: LoaderSpec) -> FfcvLoader:
-    """A loader of `spec` over the split's .beton. Raises UserError for a bad spec, or where there is no such file."""
+    """A loader of `spec` over the split's .beton. Raises UserError for a bad spec, or without such a file."""
     return FfcvLoader(spec)
 
 
@@ -82,11 +82,11 @@ def _decode_whole(jpeg: Any, pixels: Any) -> Any:
 
 
 @jit
-def _make_pictures(order: Any, field: Any, storage: Any) -> Any:
+def _make_views(order: Any, field: Any, storage: Any) -> Any:
     """Fill what `order` asks for, from the image of metadata `field` in FFCV's storage; 0, or what libjpeg-turbo says.
 
-    order: int64 (7,): room for what is returned; addresses of the image's windows, float64 (C, 4), of flip, uint8 (C,), and of
-    its pictures, uint8 (C, H, W, 3); C, H, W.
+    order: int64 (7,): a field for the returned status; addresses of the image's windows, float64 (C, 4), of flip, uint8 (C,),
+    and of its views, uint8 (C, H, W, 3); C, H, W.
     """
     content, pointers, sizes = storage
     start = field["data_ptr"]
@@ -102,10 +102,10 @@ def _make_pictures(order: Any, field: Any, storage: Any) -> Any:
         resample_windows(stored.reshape(height, width, 3), whole, windows, flip, out)
         return 0
     top, left, bottom, right = region_of(height, width, windows, rows, columns)
-    room = np.empty(6 * (bottom - top + 64) * (right - left + 64), np.uint8)  # for whole MCUs and their samples
+    scratch = np.empty(6 * (bottom - top + 64) * (right - left + 64), np.uint8)  # for whole MCUs and their samples
     place = np.empty(4, np.int64)
-    if decode(stored, top, left, bottom, right, room, place) == 0:
-        resample_windows(room[: 3 * place[2] * place[3]].reshape(place[2], place[3], 3), place, windows, flip, out)
+    if decode(stored, top, left, bottom, right, scratch, place) == 0:
+        resample_windows(scratch[: 3 * place[2] * place[3]].reshape(place[2], place[3], 3), place, windows, flip, out)
         return 0
     pixels = np.empty((height, width, 3), np.uint8)
     status = _decode_whole(stored, pixels)
@@ -118,25 +118,25 @@ def _make_pictures(order: Any, field: Any, storage: Any) -> Any:
 def _make_batch(samples: Any, orders: Any, metadata: Any, storage: Any) -> None:
     """Of its samples' orders, int64 (samples, 7). metadata: the image fields of all samples. storage: FFCV's."""
     for i in range(len(samples)):
-        orders[i, _STATUS] = _make_pictures(orders[i], metadata[samples[i]], storage)
+        orders[i, _STATUS] = _make_views(orders[i], metadata[samples[i]], storage)
 
 
 @jit(parallel=True)
 def _make_batch_in_threads(samples: Any, orders: Any, metadata: Any, storage: Any) -> None:
     """`_make_batch`. numba leaves out a parallel loop that writes to no argument: hence the status in the orders."""
     for i in prange(len(samples)):
-        orders[i, _STATUS] = _make_pictures(orders[i], metadata[samples[i]], storage)
+        orders[i, _STATUS] = _make_views(orders[i], metadata[samples[i]], storage)
 
 
 class _PlannedDecoder(SimpleRGBImageDecoder):
-    """FFCV's first operation of the image field. Its memory, which is also its output, holds the orders for the batch."""
+    """The first operation of FFCV's image field. Its memory, which is also its output, holds the batch's orders."""
 
     def declare_state_and_memory(self, previous_state: State) -> tuple[State, AllocationQuery]:
         dtype = np.dtype(np.int64)
         return replace(previous_state, shape=(_ORDER,), dtype=dtype), AllocationQuery((_ORDER,), dtype)
 
     def generate_code(self) -> Callable[..., Any]:
-        """What FFCV would compile anew, for seconds, in each Loader: `_open_stock` puts the compiled batch maker in its place."""
+        """A placeholder: FFCV would compile it for seconds in each Loader. `_open_stock` inserts the compiled batch maker."""
 
         def decode(batch_indices: Any, destination: Any, metadata: Any, storage_state: Any) -> Any:
             return destination[: len(batch_indices)]
@@ -145,8 +145,11 @@ class _PlannedDecoder(SimpleRGBImageDecoder):
 
 
 class _Storage(OSCacheManager):
-    """FFCV's, for decoders that find their data themselves. Its compiled reader costs 0.4 s and, because maps are read-only, sets
-    `mutable` of numba's own type of byte arrays to False: code compiled later could not write to any."""
+    """FFCV's storage without its compiled reader, which the decoder here does not use.
+
+    Compiling the reader costs 0.4 s and, because memory maps are read-only, sets `mutable` to False on numba's own type of byte
+    arrays: code compiled later could not write to any of them.
+    """
 
     def compile_reader(self) -> None:
         return None
@@ -154,7 +157,7 @@ class _Storage(OSCacheManager):
 
 @contextmanager
 def _without_reader() -> Iterator[None]:
-    """FFCV's Loader takes `_Storage` meanwhile; it has no option for that."""
+    """Make FFCV's Loader use `_Storage`; it has no option for that."""
     stock, loader_module.OSCacheManager = loader_module.OSCacheManager, _Storage
     try:
         yield
@@ -163,9 +166,9 @@ def _without_reader() -> Iterator[None]:
 
 
 class _PlannedBatches(EpochIterator):
-    """FFCV's thread, which runs its compiled code over batches: here over parts of the plan, epoch after epoch.
+    """FFCV's thread, which runs its compiled code over batches: here over batch ranges of the plan, epoch after epoch.
 
-    Its queue gets (work, pixels), or the exception that ended it.
+    Its queue gets (plan, pixels), or the exception that ended the thread.
     """
 
     def __init__(self, owner: FfcvLoader, stock: StockLoader, schedule: Iterator[BatchRange]) -> None:
@@ -178,8 +181,8 @@ class _PlannedBatches(EpochIterator):
         torch.set_num_threads(threads)
         for batch_range in self._schedule:
             try:
-                result: Any = self._make(batch_range)
-            except BaseException as error:  # the consumer waits for whatever comes
+                result: Any = self._make_batch(batch_range)
+            except BaseException as error:  # passed on to the consumer
                 result = error
             self._put(result)
             if self.terminate_event.is_set() or isinstance(result, BaseException):
@@ -193,7 +196,7 @@ class _PlannedBatches(EpochIterator):
         return made
 
     def stop(self) -> None:
-        """End the thread and wait for that."""
+        """End the thread and wait until it has ended."""
         self.close()
         while self.is_alive():
             with suppress(Empty):
@@ -206,7 +209,7 @@ class _PlannedBatches(EpochIterator):
                 self.output_queue.put(result, timeout=0.1)
                 return
 
-    def _make(self, batch_range: BatchRange) -> tuple[BatchPlan, torch.Tensor]:
+    def _make_batch(self, batch_range: BatchRange) -> tuple[BatchPlan, torch.Tensor]:
         owner = self._owner
         plan = owner.plan(batch_range)
         images, tensor = owner.buffers.acquire((len(plan.views.flip), *plan.size, 3), np.uint8)
@@ -218,14 +221,14 @@ class _PlannedBatches(EpochIterator):
             orders[:, column] = array.ctypes.data + stride * np.arange(len(orders))
         orders[:, _CROPS:] = owner.crops, *plan.size
         (made,) = self.run_pipeline(0, plan.ids.astype(np.uint64), 0, None)
-        for place in np.flatnonzero(made[:, _STATUS]).tolist():
-            views = slice(place * owner.crops, (place + 1) * owner.crops)
-            owner.make_or_replace(self._decoder, plan, place, images[views])  # what the compiled code could not decode
+        for index in np.flatnonzero(made[:, _STATUS]).tolist():  # what the compiled code could not decode
+            views = slice(index * owner.crops, (index + 1) * owner.crops)
+            owner.make_or_replace(self._decoder, plan, index, images[views])
         return plan, tensor
 
 
 class FfcvLoader(Loader):
-    """Feeds FFCV's compiled code with the plan, in FFCV's thread. Start-up is FFCV's: it reads the metadata of all samples."""
+    """Runs FFCV's compiled code on the plan, in FFCV's thread. Start-up reads the metadata of all samples, as FFCV does."""
 
     engine = "ffcv"
 
@@ -243,23 +246,23 @@ class FfcvLoader(Loader):
     def ready(self) -> int:
         return self._batches.output_queue.qsize() if self._batches else 0
 
-    def where(self, sample: int) -> str:
+    def locate(self, sample: int) -> str:
         return f"{self._path}: sample {sample}"
 
-    def make_views(self, decoder: Decoder, plan: BatchPlan, place: int, out: Pixels) -> None:
-        sample = int(plan.ids[place])
+    def make_views(self, decoder: Decoder, plan: BatchPlan, index: int, out: Pixels) -> None:
+        sample = int(plan.ids[index])
         if self._images["mode"][sample] != _RAW:
-            super().make_views(decoder, plan, place, out)
+            super().make_views(decoder, plan, index, out)
             return
-        views = slice(place * self.crops, (place + 1) * self.crops)
-        size = int(plan.heights[place]), int(plan.widths[place])
-        pixels = self.stored(sample).reshape(*size, 3)
+        views = slice(index * self.crops, (index + 1) * self.crops)
+        size = int(plan.heights[index]), int(plan.widths[index])
+        pixels = self.read(sample).reshape(*size, 3)
         resample_windows(pixels, np.array([0, 0, *size]), plan.views.windows[views], plan.views.flip[views], out)
 
-    def _make(self, batch_range: BatchRange) -> Batch:
+    def _make_batch(self, batch_range: BatchRange) -> Batch:
         self._batches = self._batches or _PlannedBatches(self, self._open_stock(), self.upcoming(batch_range))
         plan, pixels = self._batches.next()
-        check_turn(plan, batch_range)
+        check_in_order(plan, batch_range)
         return self.finish(self.buffers.to_device(pixels), plan)
 
     def _open_stock(self) -> StockLoader:
@@ -277,7 +280,7 @@ class FfcvLoader(Loader):
                 )
             make_batch = _make_batch_in_threads if self._stock.num_workers > 1 else _make_batch
             stages, outputs = self._stock.code
-            torch.set_num_threads(threads)  # FFCV set its own for all of torch
+            torch.set_num_threads(threads)  # FFCV has set its own number for all of torch
 
             def stage(batch_indices: Any, metadata: Any, storage_state: Any, **memory: Any) -> tuple[Any]:
                 orders = next(array for array in memory.values() if array is not None)
@@ -292,31 +295,31 @@ class FfcvLoader(Loader):
         shards = ShardSet(spec.data, spec.split, spec.cache, spec.cache_gb, tars=False)
         root, entry = shards.manifest.root, shards.manifest.splits[spec.split].get("beton")
         if files.is_remote(root):
-            raise UserError(f"{root}: FFCV reads local files; copy the .beton, or take engine cpu or dali")
+            raise UserError(f"{root}: FFCV reads local files", "copy the .beton file, or use `engine` cpu or dali")
         if entry is None:
-            raise UserError(f"{root}: has no FFCV file of {spec.split}; make the shards again with --format both")
+            raise UserError(f"{root}: has no FFCV file of {spec.split}", "make the shards again with `format` both")
         self._path, self._entry = Path(root) / entry["file"], entry
         try:
             reader = Reader(str(self._path))
         except (OSError, ValueError, AssertionError) as error:
-            raise UserError(f"{self._path}: cannot be read ({error}); make the shards again with --format both") from error
+            raise UserError(f"{self._path}: cannot be read ({error})", "make the shards again with `format` both") from error
         if reader.num_samples != len(shards):
-            raise UserError(f"{self._path}: holds {reader.num_samples} samples, not {len(shards)}; make the shards again")
+            raise UserError(f"{self._path}: holds {reader.num_samples} samples, not {len(shards)}", "make the shards again")
         self._images = reader.metadata["f0"]
         self._addresses, self._lengths = reader.alloc_table["ptr"], reader.alloc_table["size"]
         self._content = np.memmap(self._path, np.uint8, "r")
         return shards
 
-    def stored(self, sample: int) -> Bytes:
+    def read(self, sample: int) -> Bytes:
         start = int(self._images["data_ptr"][sample])
         size = int(self._lengths[np.searchsorted(self._addresses, start)])
         return np.asarray(self._content[start : start + size])
 
     def _sizes(self, ids: Ints) -> tuple[Ints, Ints]:
-        records = self._images[ids]  # larger images may have been shrunk
+        records = self._images[ids]  # the file may have smaller images
         return records["height"].astype(np.int64), records["width"].astype(np.int64)
 
     def _data_fingerprint(self) -> str:
-        """The shards' own where the file holds the same bytes, so that a run may go on with another engine."""
+        """The same as of the shards if the file holds the same bytes, so that a run can continue with another engine."""
         of_shards = super()._data_fingerprint()
         return of_shards if self._entry["settings"]["mode"] == "region" else f"{of_shards} {self._entry['sha256']}"

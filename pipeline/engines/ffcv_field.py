@@ -1,4 +1,4 @@
-"""Region-addressable JPEGs inside FFCV: a field that keeps their bytes, and decoders that open them at the crop."""
+"""Region-addressable JPEGs in FFCV: a field that stores their bytes, and decoders that decode only the crop."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ import numpy as np
 from numba import carray, njit
 from PIL import Image
 
-from ..jpeg.region import _cut
+from ..jpeg.region import cut_into
 
 _JPEG, _RAW = 0, 1  # ffcv.fields.rgb_image.IMAGE_MODES
 
 
-class Stored(NamedTuple):
-    """One image as the beton holds it. mode: _JPEG or _RAW. height, width: pixels. crc32: zlib's, of data."""
+class StoredImage(NamedTuple):
+    """One image of a .beton file. mode: 0 (JPEG) or 1 (raw). height, width: pixels. crc32: zlib's, of data."""
 
     mode: int
     height: int
@@ -26,25 +26,27 @@ class Stored(NamedTuple):
     crc32: int
 
 
-def store_encoded(destination: Any, image: Stored, malloc: Any) -> None:
-    """RGBImageField.encode's part after encoding. destination: one metadata record. malloc: size -> address, uint8 (size,)."""
+def store_encoded(destination: Any, image: StoredImage, malloc: Any) -> None:
+    """What RGBImageField.encode does after encoding. destination: one metadata record. malloc: size -> address, uint8 (size,)."""
     destination["mode"], destination["height"], destination["width"] = image.mode, image.height, image.width
     destination["data_ptr"], storage = malloc(len(image.data))
     storage[:] = np.frombuffer(image.data, np.uint8)
 
 
 class _KeepsJpeg:
-    """What RegionField does otherwise than RGBImageField."""
+    """How RegionField differs from RGBImageField."""
 
     def encode(self, destination: Any, image: bytes, malloc: Any) -> None:
-        """Store a JPEG's bytes as they are. Raises ValueError for what FFCV's decoder (libjpeg-turbo to RGB) cannot decode."""
+        """Store the bytes of a JPEG unchanged. Raises ValueError for images that FFCV's decoder (libjpeg-turbo to RGB) cannot
+        decode.
+        """
         try:
             header = Image.open(io.BytesIO(image), formats=("JPEG",))
         except OSError as error:
             raise ValueError("not a JPEG, which the region mode needs; use the jpg mode") from error
         if header.mode not in ("RGB", "L"):
             raise ValueError(f"a {header.mode} JPEG, which FFCV cannot decode; use the jpg mode")
-        store_encoded(destination, Stored(_JPEG, header.height, header.width, image, 0), malloc)
+        store_encoded(destination, StoredImage(_JPEG, header.height, header.width, image, 0), malloc)
 
 
 @cache
@@ -55,24 +57,25 @@ def _region_field_class() -> type:
 
 
 def region_field() -> Any:
-    """A RegionField: RGBImageField but for `encode`, which takes a JPEG's bytes and stores them untouched, in its mode jpg.
+    """A RegionField: like RGBImageField, but `encode` takes the bytes of a JPEG and stores them unchanged, in the mode jpg.
 
-    Its records are RGBImageField's and say so in files of `write_beton`, so stock FFCV opens those without custom_fields. Another
-    DatasetWriter gives its class no type id: such files open with custom_fields={"image": RGBImageField}.
+    Its records are RGBImageField's. Files of `write_beton` say so, and stock FFCV opens them without custom_fields. Files of
+    FFCV's DatasetWriter have no type id for this class, and open with custom_fields={"image": RGBImageField}.
     """
     return _region_field_class()()
 
 
 @cache
 def _decode_at() -> Any:
-    """Compile, once, (data, bytes, top, left, bottom, right, room, pixels, place) -> 0, or below for what does not decode.
+    """Compile, once, (data, bytes, top, left, bottom, right, scratch, pixels, place) -> 0, or below for what does not decode.
 
     Decodes the region, or all of a JPEG without a table (a damaged one, too), to `pixels`: uint8 RGB (height, width, 3). data,
-    pixels: addresses. room: int8 (bytes,), for the cut. place: int64 (4,): 0, 0, height, width of the image; gets the region's.
+    pixels: addresses. scratch: int8 (bytes,), for the cut. place: int64 (4,): 0, 0, height, width of the image; gets the
+    region's.
 
     Addresses, because FFCV's OSCacheManager sets `mutable` to False on numba's own type of uint8 arrays, each time a Loader is
     made: what is compiled for such arrays may then not write to them, and a function compiled for writable and read-only ones
-    has two equal keys in its table of overloads, over which numba's finalizer runs in circles for ever.
+    has two equal keys in its table of overloads, which sends numba's finalizer into an endless loop.
     """
     from ffcv.libffcv import imdecode
     from ffcv.utils import cast_int_to_byte_ptr
@@ -80,12 +83,14 @@ def _decode_at() -> Any:
     imdecode_c = njit(nogil=True)(imdecode)
 
     @njit("int64(int64, int64, int64, int64, int64, int64, int8[::1], int64, int64[::1])", nogil=True)
-    def decode_at(data: Any, size: Any, top: Any, left: Any, bottom: Any, right: Any, room: Any, pixels: Any, place: Any) -> Any:
+    def decode_at(
+        data: Any, size: Any, top: Any, left: Any, bottom: Any, right: Any, scratch: Any, pixels: Any, place: Any
+    ) -> Any:
         whole = carray(cast_int_to_byte_ptr(data), (size,))
-        region = carray(cast_int_to_byte_ptr(room.ctypes.data), (size,))
+        region = carray(cast_int_to_byte_ptr(scratch.ctypes.data), (size,))
         target = carray(cast_int_to_byte_ptr(pixels), (1,))
         height, width = place[2], place[3]
-        length = _cut(whole, top, left, bottom, right, region, place)
+        length = cut_into(whole, top, left, bottom, right, region, place)
         if length < 0:
             place[0], place[1], place[2], place[3] = 0, 0, height, width
         jpeg = whole if length < 0 else region[:length]
@@ -95,7 +100,7 @@ def _decode_at() -> Any:
 
 
 class _DecodesRegion:
-    """What a region decoder does otherwise than the ResizedCropRGBImageDecoder that it extends."""
+    """How a region decoder differs from the ResizedCropRGBImageDecoder that it extends."""
 
     def generate_code(self) -> Callable[..., Any]:
         from ffcv.fields.rgb_image import resize_crop
@@ -116,8 +121,8 @@ class _DecodesRegion:
                 place = np.zeros(4, np.int64)
                 place[2], place[3] = height, width
                 if field["mode"] == jpeg_mode:
-                    room, temp = np.empty(len(image_data), np.int8), temp_storage[dst_ix].reshape(-1)
-                    decode_at(image_data.ctypes.data, len(image_data), i, j, i + h, j + w, room, temp.ctypes.data, place)
+                    scratch, temp = np.empty(len(image_data), np.int8), temp_storage[dst_ix].reshape(-1)
+                    decode_at(image_data.ctypes.data, len(image_data), i, j, i + h, j + w, scratch, temp.ctypes.data, place)
                     pixels = temp[: 3 * place[2] * place[3]].reshape(place[2], place[3], 3)
                 else:
                     pixels = image_data.reshape(height, width, 3)
@@ -131,9 +136,9 @@ class _DecodesRegion:
 
 @cache
 def region_decoder(stock: type) -> Any:
-    """A decoder that draws its crops as `stock` does, a ResizedCropRGBImageDecoder of FFCV's or of yours, and decodes only those.
+    """A decoder that draws the same crops as `stock`, a ResizedCropRGBImageDecoder or a subclass, and decodes only the crops.
 
-    region_decoder(RandomResizedCropRGBImageDecoder)((224, 224)) takes the stock decoder's place in a Loader's pipeline. Its
-    pixels are the stock decoder's for the same crop: it decodes an image without a table whole and takes raw ones as they are.
+    region_decoder(RandomResizedCropRGBImageDecoder)((224, 224)) replaces the stock decoder in a Loader's pipeline. Its pixels are
+    those of the stock decoder for the same crop: it decodes images without a table as a whole, and raw ones need no decoding.
     """
     return type(f"Region{stock.__name__}", (_DecodesRegion, stock), {})

@@ -1,26 +1,28 @@
-"""Decoding the region of a JPEG, compiled: what libjpeg-turbo would decode, bit for bit, and as little else as tiles allow.
+"""Decoding the region of a JPEG, compiled: what libjpeg-turbo would decode, bit for bit, and as little else as the tiles allow.
 
-libjpeg-turbo spends three quarters of a cut's time on Huffman codes, and a restart interval (our tiles) keeps it off its fast way
-through them. Here a table of 11 bits gives most symbols whole, with run, value and length, from 64 bits that are refilled at
-once; and in a tile decoding ends behind the last column that is needed. The rest, `pipeline.jpeg.idct`, does as libjpeg does, in
-LLVM's vectors. On one EPYC core, 400 ImageNet images: 0.39 ms an image instead of 0.53 (simplejpeg on the cut), compact profile
-0.24 instead of 0.30. Tables of 10 or 12 bits, and refilling before each symbol, were 2 to 8 % slower.
+libjpeg-turbo spends three quarters of a cut's time on Huffman codes, and a restart interval (which our tiles need) disables its
+fast path. Here a table of 11 bits resolves most symbols at once, with run, value and length, from 64 bits that are refilled
+together; and in each tile decoding ends behind the last column that is needed. The inverse DCT, chroma upsampling and color
+conversion are libjpeg's, in LLVM's vectors (`idct`). On one EPYC core, 400 ImageNet images: 0.39 ms an image instead of 0.53
+(simplejpeg on the cut), compact profile 0.24 instead of 0.30. Tables of 10 or 12 bits, and refilling before each symbol, were 2
+to 8 % slower.
 
-What is decoded: region-addressable JPEGs of 4:4:4, 4:2:2, 4:4:0, 4:2:0 and grey, colours YCbCr as JFIF has them. `decode` refuses
-others and whatever is damaged, for a general decoder to judge.
+It decodes region-addressable JPEGs of 4:4:4, 4:2:2, 4:4:0, 4:2:0 and grayscale, in YCbCr as JFIF defines it. `decode` refuses
+others and damaged data; a general decoder then decides.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 
-from ..jit import jit
+from ..jit import Int, jit
 from .entropy import refill, unstuff
-from .huffman import fill_decoding_table, lookup
-from .idct import finish, idct_2, idct_4, idct_8
-from .region import big16, open_tiles
+from .huffman import DecodingTables, empty_tables, fill_decoding_table, lookup
+from .idct import Planes, finish, idct_2, idct_4, idct_8
+from .region import Bytes, Ints, TileLayout, big16, open_tiles
 
 REFUSED = -1
 
@@ -36,10 +38,46 @@ _ZIGZAG = np.array(
 )  # fmt: skip
 
 
+class Header(NamedTuple):
+    """What the segments before the entropy-coded data say.
+
+    quant: int32 (4, 64), quantization tables in zigzag order. components: int64 (3, 5), each component's horizontal and vertical
+    factor, quantization table, DC and AC table. symbols: uint32 (4, 1 << _LOOK), tables of whole symbols, see `_fill_symbols`.
+    """
+
+    quant: npt.NDArray[np.int32]
+    components: Ints
+    tables: DecodingTables
+    symbols: npt.NDArray[np.uint32]
+
+
+class Area(NamedTuple):
+    """The MCUs of rows [first_row, last_row) and columns [first_column, last_column)."""
+
+    first_row: Int
+    last_row: Int
+    first_column: Int
+    last_column: Int
+
+
+class McuBlocks(NamedTuple):
+    """The B blocks of an MCU.
+
+    blocks: uint64 (B, 7): component; DC, AC and quantization table, as indices into what holds them; what the block's own place
+    grows by from one MCU to the next; bytes of its plane's row; its table of whole symbols. corners: int64 (B,), where the first
+    MCU's blocks lie in the planes. downs: int64 (B,), what that grows by from one row of MCUs to the next.
+    """
+
+    blocks: npt.NDArray[np.uint64]
+    corners: Ints
+    downs: Ints
+
+
 @jit
-def _fill_symbols(bits: Any, symbols: Any, out: Any) -> None:
-    """The table of whole symbols. For each `_LOOK` bits that begin with an AC code and its extra bits: value << 16 | step << 8 |
-    length, where step is what the coefficient's number grows by (`_END` at an end of block); 0 where they are too few.
+def _fill_symbols(bits: Any, symbols: Any, out: Bytes) -> None:
+    """Fill the table of whole symbols. For each `_LOOK` bits that begin with an AC code and its extra bits it holds value << 16
+    | step << 8 | length, where step is what the coefficient's index grows by (`_END` at an end of block); or 0, where the bits
+    are too few.
 
     bits, symbols: the Huffman table's BITS and HUFFVAL. out: uint32 (1 << _LOOK,).
     """
@@ -64,28 +102,26 @@ def _fill_symbols(bits: Any, symbols: Any, out: Any) -> None:
 
 
 @jit
-def _extended(bits: Any, size: Any, count: Any) -> Any:
+def _extended(bits: Any, size: Int, count: Int) -> Any:
     """The value (T.81 F.2.2.1) of the last `count` of the `size` bits at the top."""
     value = np.int64((bits >> np.uint64(64 - size)) & np.uint64((1 << count) - 1))
     return value if count == 0 or value >> (count - 1) else value + 1 - (1 << count)
 
 
 @jit
-def _read_header(data: Any, position: Any, frame: Any, body: Any, quant: Any, parts: Any, luts: Any, limits: Any, offsets: Any,
-                 values: Any, symbols: Any) -> Any:  # fmt: skip
-    """Read the segments from `position` to the entropy-coded data. Returns the number of components, or REFUSED.
-
-    quant: int32 (4, 64), in zigzag order. parts: int64 (3, 5): of each component horizontal and vertical factor, quantisation
-    table, DC and AC table. luts, limits, offsets, values: as `huffman.decoding_tables` has them. symbols: uint32 (4, 1 << _LOOK).
-    """
+def _read_header(data: Bytes, layout: TileLayout, header: Header) -> Any:
+    """Read the segments before the entropy-coded data into `header`. Returns the number of components, or REFUSED."""
+    position, frame, body = layout.header, layout.frame, layout.scan
+    quant, components = header.quant, header.components
     count = np.int64(data[frame + 9])
     if data[frame + 4] != 8 or (count != 1 and count != 3) or big16(data, frame + 2) != 8 + 3 * count:
         return REFUSED
     if count == 3 and data[frame + 10] == 82:  # component R: RGB, where no marker says otherwise
         return REFUSED
     for i in range(count):
-        at = frame + 10 + 3 * i
-        parts[i, 0], parts[i, 1], parts[i, 2] = data[at + 1] >> 4, data[at + 1] & 15, data[at + 2] & 3
+        at: Any = frame + 10 + 3 * i
+        components[i, 0], components[i, 1], components[i, 2] = data[at + 1] >> 4, data[at + 1] & 15, data[at + 2] & 3
+    wide: Any
     while position < body:
         marker, end = data[position + 1], position + 2 + big16(data, position + 2)
         at = position + 4
@@ -107,10 +143,10 @@ def _read_header(data: Any, position: Any, frame: Any, body: Any, quant: Any, pa
                 if kind > 1 or at + 17 + total > end:
                     return REFUSED
                 coded = data[at + 1 : at + 17 + total]
-                if not fill_decoding_table(coded, 4 * kind + table, luts, limits, offsets, values):
+                if not fill_decoding_table(coded, 4 * kind + table, header.tables):
                     return REFUSED
                 if kind == 1:
-                    _fill_symbols(coded[:16], coded[16:], symbols[table])
+                    _fill_symbols(coded[:16], coded[16:], header.symbols[table])
                 at += 17 + total
         elif marker == 0xEE:  # Adobe's: 0 means RGB
             if count == 3 and end - at >= 12 and data[at] == 65 and data[at + 11] != 1:
@@ -121,45 +157,38 @@ def _read_header(data: Any, position: Any, frame: Any, body: Any, quant: Any, pa
             for i in range(count):
                 if data[at + 1 + 2 * i] != data[frame + 10 + 3 * i]:
                     return REFUSED
-                parts[i, 3], parts[i, 4] = data[at + 2 + 2 * i] >> 4 & 3, data[at + 2 + 2 * i] & 3
+                components[i, 3], components[i, 4] = data[at + 2 + 2 * i] >> 4 & 3, data[at + 2 + 2 * i] & 3
         position = end
     return count
 
 
 @jit
-def _decode_tiles(
-    data: Any, body: Any, starts: Any, tiles: Any, interval: Any,
-    first_row: Any, last_row: Any, first_column: Any, last_column: Any,
-    blocks: Any, quant: Any, luts: Any, limits: Any, offsets: Any, values: Any, symbols: Any,
-    planes: Any, places: Any, downs: Any,
-) -> bool:  # fmt: skip
-    """Decode the MCUs of rows [first_row, last_row) and columns [first_column, last_column). False if the data is damaged.
+def _decode_tiles(data: Bytes, layout: TileLayout, area: Area, header: Header, mcu: McuBlocks, planes: Bytes) -> bool:
+    """Decode an area's MCUs into `planes`, flat uint8 of all components. False if the data is damaged.
 
-    body: where the entropy-coded data begins in `data`; starts: where each tile begins from there, int64 (T + 1,). tiles: in a
-    row. interval: MCUs in a tile. blocks: uint64 (B, 7), of each block of an MCU: component; DC, AC and quantisation table, as
-    places in what holds them; what its own place grows by from one MCU to the next; its plane's row, bytes; whole symbols' table.
-    planes: flat uint8 of all components. places: int64 (B,), where the first MCU's blocks go in them. downs: int64 (B,), what
-    that grows by from one row of MCUs to the next.
-
-    All of it is one function: numba counts references at each call, once for every array.
+    This is one function, because numba counts the references of every array at each call.
     """
+    starts, tiles, interval = layout.starts, layout.tiles, layout.interval
+    first_row, last_row, first_column, last_column = area
+    blocks, corners, downs = mcu
+    quant, symbols, tables = header.quant.reshape(-1), header.symbols.reshape(-1), header.tables
     block, dc = np.zeros(64, np.int32), np.zeros(3, np.int64)
     longest = (starts[1:] - starts[:-1]).max()
-    unstuffed = np.empty(longest + 512 * len(blocks) + 64, np.uint8)  # damaged data is read on beyond its end, for one MCU
+    unstuffed = np.empty(longest + 512 * len(blocks) + 64, np.uint8)  # damaged data is read beyond its end, for one MCU
     for row in range(first_row, last_row):
         for tile in range(first_column // interval, -(-last_column // interval)):
-            start, stop = body + starts[row * tiles + tile], body + starts[row * tiles + tile + 1] - 2
+            start, stop = layout.scan + starts[row * tiles + tile], layout.scan + starts[row * tiles + tile + 1] - 2
             _, end = unstuff(data, start, stop, unstuffed)
             mcus = min(interval, last_column - tile * interval)
             skipped = first_column - tile * interval
             at, bits, have = np.uint64(0), np.uint64(0), 0
             dc[:] = 0
-            for mcu in range(mcus):
+            for column in range(mcus):
                 for place in range(np.uint64(len(blocks))):
                     component, dc_table, ac_table = blocks[place, 0], blocks[place, 1], blocks[place, 2]
                     whole, scale = blocks[place, 6], blocks[place, 3]
                     at, bits, have = refill(unstuffed, at, bits, have)
-                    entry = lookup(bits, dc_table, luts, limits, offsets, values)
+                    entry = lookup(bits, dc_table, tables)
                     size, count = np.int64(entry & 255), np.int64(entry >> 16)
                     if entry == 0 or count > 15:
                         return False
@@ -178,7 +207,7 @@ def _decode_tiles(
                             value = np.int64(symbol >> np.int32(16))
                             k += np.uint64(symbol >> np.int32(8) & np.int32(255))
                         else:
-                            entry = lookup(bits, ac_table, luts, limits, offsets, values)
+                            entry = lookup(bits, ac_table, tables)
                             size, code = np.int64(entry & 255), np.int64(entry >> 16)
                             if entry == 0 or (code & 15 == 0 and code != 0 and code != 0xF0):
                                 return False
@@ -192,11 +221,11 @@ def _decode_tiles(
                         last = k
                     if np.uint64(63) < k < np.uint64(_END):
                         return False
-                    if mcu < skipped:
+                    if column < skipped:
                         block[:] = 0
                     else:
-                        across = (mcu - skipped) * np.int64(blocks[place, 4])
-                        target, stride = places[place] + (row - first_row) * downs[place] + across, np.int64(blocks[place, 5])
+                        across = (column - skipped) * np.int64(blocks[place, 4])
+                        target, stride = corners[place] + (row - first_row) * downs[place] + across, np.int64(blocks[place, 5])
                         if last < np.uint64(3):
                             idct_2(block, planes, target, stride)
                         elif last < np.uint64(10):
@@ -204,61 +233,58 @@ def _decode_tiles(
                         else:
                             idct_8(block, planes, target, stride)
                 if 8 * (end - np.int64(at)) + have < 0:
-                    return False  # read on beyond the tile's end
+                    return False  # read beyond the tile's end
     return True
 
 
 @jit
-def _blocks_of_mcu(parts: Any, count: Any, wide: Any, tall: Any, bases: Any, strides: Any) -> Any:
-    """What `_decode_tiles` must know of each block of an MCU: its `blocks`, `places` and `downs`.
-
-    parts: as `_read_header` leaves them. bases, strides: int64 (3,), where each component's samples begin, and their rows' bytes.
-    """
+def _blocks_of_mcu(components: Any, planes: Planes) -> McuBlocks:
+    """The blocks of an MCU in their order. components: as `Header` has them."""
+    wide, tall, count, bases, strides = planes.wide, planes.tall, planes.components, planes.bases, planes.strides
     lumas = wide * tall
     blocks, corners = np.zeros((lumas + count - 1, 7), np.uint64), np.empty(lumas + count - 1, np.int64)
     downs = np.empty(lumas + count - 1, np.int64)
     for i in range(len(blocks)):
         component = max(i - lumas + 1, 0)
         across, down = (wide, tall) if component == 0 else (1, 1)
-        blocks[i, 0], blocks[i, 1], blocks[i, 2] = component, parts[component, 3], 4 + parts[component, 4]
-        blocks[i, 3], blocks[i, 4], blocks[i, 5] = 64 * parts[component, 2], 8 * across, strides[component]
-        blocks[i, 6] = parts[component, 4] << _LOOK
+        blocks[i, 0], blocks[i, 1], blocks[i, 2] = component, components[component, 3], 4 + components[component, 4]
+        blocks[i, 3], blocks[i, 4], blocks[i, 5] = 64 * components[component, 2], 8 * across, strides[component]
+        blocks[i, 6] = components[component, 4] << _LOOK
         corners[i], downs[i] = bases[component], 8 * down * strides[component]
         if component == 0:
             corners[i] += i // wide * 8 * strides[0] + i % wide * 8
-    return blocks, corners, downs
+    return McuBlocks(blocks, corners, downs)
 
 
 @jit
-def decode(data: Any, top: Any, left: Any, bottom: Any, right: Any, room: Any, place: Any) -> Any:
-    """Decode what a region needs of a region-addressable JPEG to `room`. Returns 0, REFUSED, or bytes that `room` lacks.
+def decode(data: Bytes, top: Int, left: Int, bottom: Int, right: Int, scratch: Bytes, place: Ints) -> Int:
+    """Decode what a region needs of a region-addressable JPEG. Returns 0, REFUSED, or the bytes that `scratch` must have.
 
-    data: uint8 (bytes,). top, left, bottom, right: pixels, a region of the image. room: uint8 (bytes,), gets the pixels first,
+    data: uint8 (bytes,). top, left, bottom, right: pixels, a region of the image. scratch: uint8 (bytes,), gets the pixels first,
     RGB (height, width, 3). place: int64 (4,), gets top, left, height, width of what was decoded, the region at least.
     """
-    status, starts, _, header, frame, body, interval, tiles, mcu_width, mcu_height, height, width = open_tiles(data)
-    if status < 0:
+    layout = open_tiles(data)
+    if layout.status < 0:
         return REFUSED
+    mcu_width, mcu_height, height, width = layout.mcu_width, layout.mcu_height, layout.height, layout.width
     if not (0 <= top < bottom <= height and 0 <= left < right <= width):
         return REFUSED
-    quant, parts = np.zeros((4, 64), np.int32), np.zeros((3, 5), np.int64)
-    luts, limits = np.zeros((8, 1 << 10), np.uint32), np.full((8, 18), -1, np.int32)
-    offsets, values = np.zeros((8, 18), np.int32), np.zeros((8, 256), np.uint8)
-    symbols = np.zeros((4, 1 << _LOOK), np.uint32)
-    count = _read_header(data, header, frame, body, quant, parts, luts, limits, offsets, values, symbols)
+    header = Header(np.zeros((4, 64), np.int32), np.zeros((3, 5), np.int64), empty_tables(), np.zeros((4, 1 << _LOOK), np.uint32))
+    count = _read_header(data, layout, header)
     if count < 0:
         return REFUSED
-    wide, tall = parts[0, 0], parts[0, 1]
+    components = header.components
+    wide, tall = components[0, 0], components[0, 1]
     if count == 1:
         wide, tall = 1, 1
-    elif not (1 <= wide <= 2 and 1 <= tall <= 2) or (parts[1:, :2] != 1).any():
+    elif not (1 <= wide <= 2 and 1 <= tall <= 2) or (components[1:, :2] != 1).any():
         return REFUSED
     if mcu_width != 8 * wide or mcu_height != 8 * tall:
         return REFUSED
     if wide == 2 and width <= 4:
         return REFUSED  # libjpeg then repeats chroma instead of interpolating it
 
-    # MCUs: a pixel's chroma is interpolated with the neighbouring pixel's.
+    # A pixel's chroma is interpolated with the neighbouring pixel's.
     first_column, last_column = max(left - (wide - 1), 0) // mcu_width, -(-min(right + wide - 1, width) // mcu_width)
     first_row, last_row = max(top - (tall - 1), 0) // mcu_height, -(-min(bottom + tall - 1, height) // mcu_height)
     place[0], place[1] = first_row * mcu_height, first_column * mcu_width
@@ -272,14 +298,12 @@ def decode(data: Any, top: Any, left: Any, bottom: Any, right: Any, room: Any, p
     bases[1] = bases[0] + rows * mcu_height * strides[0]
     bases[2] = bases[1] + (rows * 8 * strides[1] if count == 3 else 0)
     needed = bases[2] + (rows * 8 * strides[2] if count == 3 else 0)
-    if needed > len(room):
+    if needed > len(scratch):
         return needed
 
-    blocks, corners, downs = _blocks_of_mcu(parts, count, wide, tall, bases, strides)
-    if not _decode_tiles(
-        data, body, starts, tiles, interval, first_row, last_row, first_column, last_column,
-        blocks, quant.reshape(-1), luts, limits, offsets, values, symbols.reshape(-1), room, corners, downs,
-    ):  # fmt: skip
+    planes = Planes(bases, strides, count, wide, tall)
+    area = Area(first_row, last_row, first_column, last_column)
+    if not _decode_tiles(data, layout, area, header, _blocks_of_mcu(components, planes), scratch):
         return REFUSED
-    finish(room, bases, strides, count, wide, tall, height, width, place)
+    finish(scratch, planes, height, width, place)
     return 0

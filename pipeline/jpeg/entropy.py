@@ -1,6 +1,7 @@
-"""JPEG's entropy-coded data (ITU-T T.81 annex F), compiled, without the GIL: reading a scan to tokens, writing tokens as tiles.
+"""JPEG's entropy coding (ITU-T T.81 annex F), compiled, without the GIL: `read_scan` parses a scan into tokens, `write_scan`
+codes tokens as tiles.
 
-The functions take and return arrays and whole numbers; a negative number is one of the reasons below.
+Functions return counts, or one of the negative error codes below.
 """
 
 from __future__ import annotations
@@ -9,24 +10,25 @@ from typing import Any
 
 import numpy as np
 
-from ..jit import jit
-from .huffman import lookup
+from ..jit import Int, jit
+from .huffman import DecodingTables, lookup
+from .region import Bytes, Ints
 
 TRUNCATED, BAD_CODE, BAD_VALUE, NO_ROOM = -1, -2, -3, -4
 
-# A token is one Huffman symbol on its way from the old code to the new: table << 24 | symbol << 16 | its extra bits.
+# A token is a Huffman symbol between decoding and encoding: table << 24 | symbol << 16 | its extra bits.
 # Tables are numbered DC 0, AC 0, DC 1, AC 1.
 
 # The category of a DC difference (T.81 F.1.2.1), by its absolute value.
 _CATEGORIES = np.array([value.bit_length() for value in range(1 << 11)], np.uint8)
 
-# Unstuffed data goes on in memory for an MCU of 10 blocks, whose symbols take 31 bits at most, and for the reader's words.
+# Damaged data is read beyond its end, for at most one MCU: 10 blocks of symbols of at most 31 bits, and the reader's last word.
 _PADDING = 10 * 64 * 31 // 8 + 16
 
 
 @jit
-def _word(data: Any, at: Any) -> Any:
-    """8 bytes. `at` is unsigned, which spares numba's handling of negative indices: all is one load."""
+def _word(data: Bytes, at: Int) -> Any:
+    """8 bytes, big-endian. `at` is unsigned: without numba's handling of negative indices this compiles to one load."""
     word = np.uint64(0)
     for i in range(np.uint64(8)):
         word = word << np.uint64(8) | np.uint64(data[at + i])
@@ -35,13 +37,14 @@ def _word(data: Any, at: Any) -> Any:
 
 @jit
 def _has_ff(word: Any) -> Any:
-    """Whether one of a word's 8 bytes is 0xFF: inverted it is 0, and 1 less sets its top bit."""
+    """Whether one of a word's 8 bytes is 0xFF: its inverse is 0, and subtracting 1 from that sets the top bit."""
     return (~word - np.uint64(0x0101010101010101)) & word & np.uint64(0x8080808080808080) != 0
 
 
 @jit
-def unstuff(stream: Any, position: Any, stop: Any, data: Any) -> Any:
-    """Copy to `data` the bytes before the next marker or `stop`, less stuffed zeros, and 8 zeros. Returns where, how many."""
+def unstuff(stream: Bytes, position: Int, stop: Int, data: Bytes) -> Any:
+    """Copy the bytes before the next marker or `stop` to `data`, without stuffed zeros, and append 8 zeros. Returns where it
+    stopped in the stream, and the number of bytes."""
     count = 0
     while position < stop:
         if position + 8 <= stop and not _has_ff(_word(stream, np.uint64(position))):
@@ -63,22 +66,22 @@ def unstuff(stream: Any, position: Any, stop: Any, data: Any) -> Any:
 
 
 @jit
-def refill(data: Any, at: Any, bits: Any, have: Any) -> Any:
-    """Read whole bytes to have 56 bits or more at the top of `bits`. Below may be some of the next byte's, the same each time."""
+def refill(data: Bytes, at: Int, bits: Any, have: Any) -> Any:
+    """Read whole bytes until `bits` holds at least 56 valid bits at its top. The bits below already equal the next byte's."""
     return at + np.uint64((63 - have) >> 3), bits | _word(data, at) >> np.uint64(have), have | 56
 
 
 @jit
-def _extra(bits: Any, size: Any, count: Any) -> Any:
+def _extra(bits: Any, size: Int, count: Int) -> Any:
     """The last `count` of the `size` bits at the top."""
     return np.int64((bits >> np.uint64(64 - size)) & np.uint64((1 << count) - 1))
 
 
 @jit
-def _after_restart(stream: Any, position: Any, number: Any) -> Any:
-    """Where data goes on behind the restart marker that must stand at `position` (fill bytes allowed), or a reason.
+def _after_restart(stream: Bytes, position: Int, number: Int) -> Any:
+    """The position behind the restart marker that must stand at `position` (fill bytes allowed), or an error code.
 
-    number: the restart marker's, modulo 8. At another one decoders begin to guess.
+    number: of the restart marker, modulo 8. Decoders resynchronize by guessing at any other.
     """
     while position + 1 < len(stream) and stream[position] == 0xFF and stream[position + 1] == 0xFF:
         position += 1
@@ -88,26 +91,27 @@ def _after_restart(stream: Any, position: Any, number: Any) -> Any:
 
 
 @jit
-def _left(end: Any, at: Any, have: Any) -> Any:
-    """Bits not yet taken of the data that ends at byte `end`; negative where more were taken than there are."""
+def _left(end: Int, at: Int, have: Any) -> Any:
+    """Unread bits before byte `end`; negative if more were read than there are."""
     return 8 * (end - np.int64(at)) + have
 
 
 @jit
-def _reason(reason: Any, left: Any) -> Any:
-    """Why to refuse: what was read beyond the data's end is no data, whatever it seems to be."""
+def _reason(reason: Int, left: Int) -> Any:
+    """The error code: TRUNCATED if the data had ended before the error."""
     return reason if left >= 0 else TRUNCATED
 
 
 @jit
 def read_scan(
-    stream: Any, mcus: Any, interval: Any, tile: Any, blocks: Any, selectors: Any,
-    luts: Any, limits: Any, offsets: Any, values: Any, tokens: Any, starts: Any, counts: Any,
+    stream: Bytes, mcus: Int, interval: Int, tile: Int, blocks: Any, selectors: Ints,
+    tables: DecodingTables, tokens: Any, starts: Ints, counts: Ints,
 ) -> Any:  # fmt: skip
-    """Parse a scan into tokens, whose DC differences start anew in each tile of `tile` MCUs.
+    """Parse a scan into tokens. Their DC prediction is reset at the start of each tile of `tile` MCUs.
 
-    interval: the scan's restart interval or 0. blocks: the component of each block of an MCU. starts: gets where each tile's
-    tokens begin and the last one's end. counts: of symbols, 256 a table, added to. Returns the number of tokens, or a reason.
+    interval: the scan's restart interval or 0. blocks: the component of each block of an MCU. starts: receives the index of each
+    tile's first token, and the number of tokens. counts: of symbols, 256 a table, added to. Returns the number of tokens, or an
+    error code.
     """
     data = np.empty(len(stream) + _PADDING, np.uint8)
     position, end = unstuff(stream, 0, len(stream), data)
@@ -130,7 +134,7 @@ def read_scan(
             table = 2 if component else 0
             dc_row, ac_row = np.uint64(selectors[component, 0]), np.uint64(4 + selectors[component, 1])
             at, bits, have = refill(data, at, bits, have)
-            entry = lookup(bits, dc_row, luts, limits, offsets, values)
+            entry = lookup(bits, dc_row, tables)
             size, count = np.int64(entry & 255), np.int64(entry >> 16)
             have -= size
             if entry == 0:
@@ -156,7 +160,7 @@ def read_scan(
             k: Any = 1
             while k < 64:
                 at, bits, have = refill(data, at, bits, have)
-                entry = lookup(bits, ac_row, luts, limits, offsets, values)
+                entry = lookup(bits, ac_row, tables)
                 size, symbol = np.int64(entry & 255), np.int64(entry >> 16)
                 have -= size
                 if entry == 0:
@@ -181,8 +185,8 @@ def read_scan(
 
 
 @jit
-def _pack(tokens: Any, start: Any, end: Any, codes: Any, words: Any) -> Any:
-    """A tile's codes in words of 32 bits from the second on, the last one filled up with ones. Returns the number of bytes."""
+def _pack(tokens: Any, start: Int, end: Int, codes: Any, words: Any) -> Any:
+    """Write a tile's codes to 32-bit words, from the second word on, padded with ones. Returns the number of bytes."""
     bits, have = np.uint64(0), np.uint64(0)
     for i in range(np.uint64(start), np.uint64(end)):
         token = tokens[i]
@@ -197,8 +201,9 @@ def _pack(tokens: Any, start: Any, end: Any, codes: Any, words: Any) -> Any:
 
 
 @jit
-def _stuff(words: Any, count: Any, out: Any, written: Any) -> Any:
-    """Put `count` bytes of `words` into `out`, a zero after each 0xFF. Returns bytes written, or a reason."""
+def _stuff(words: Any, count: Int, out: Bytes, written: Int) -> Any:
+    """Copy `count` bytes of `words` to `out`, with a zero after each 0xFF. Returns the end of what is written, or an error
+    code."""
     for place in range(np.uint64((count + 3) >> 2)):
         if written + 8 > len(out):
             return NO_ROOM
@@ -223,8 +228,9 @@ def _stuff(words: Any, count: Any, out: Any, written: Any) -> Any:
 
 
 @jit
-def write_scan(tokens: Any, starts: Any, codes: Any, lengths: Any, out: Any) -> Any:
-    """Code the tiles into `out`, a marker after each and EOI after the last; fill `lengths`. Returns bytes, or a reason.
+def write_scan(tokens: Any, starts: Ints, codes: Any, lengths: Ints, out: Bytes) -> Any:
+    """Encode the tiles into `out`, a restart marker after each and EOI after the last, and fill `lengths`. Returns the number of
+    bytes, or an error code.
 
     tokens, starts: as `read_scan` leaves them. codes: uint64 (4 * 256,), by `huffman.assign_codes`.
     """

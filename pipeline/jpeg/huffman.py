@@ -1,29 +1,48 @@
-"""JPEG's Huffman tables (ITU-T T.81), compiled: decoding by them, and tables optimal for what was counted."""
+"""JPEG's Huffman tables (ITU-T T.81), compiled: decoding with them, and optimal tables from symbol counts."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 
 from ..jit import jit
 
-_LOOK = 10  # bits looked up at once; longer codes are rare and take the slow way
+_LOOK = 10  # bits looked up at once; longer codes are rare and compared with limits
 
 
-def decoding_tables(tables: dict[tuple[int, int], bytes]) -> tuple[Any, Any, Any, Any] | None:
-    """The decoder's form of DHT's tables, (class, id) -> BITS and HUFFVAL; None if one of them is no Huffman code.
+class DecodingTables(NamedTuple):
+    """Eight Huffman tables in the decoder's form; table 4 * class + id. Codes of up to 10 bits are looked up, longer ones
+    compared with limits (T.81 F.2.2.3).
 
-    Table 4 * class + id holds codes of up to 10 bits for lookup (`_entry`, or 0), longer ones as T.81 F.2.2.3's limits.
+    lookup: uint32 (8, 1024), an `_entry` for every 10 bits, or 0. limits: int32 (8, 18), the largest code of each size.
+    offsets: int32 (8, 18), a code of that size plus this is its symbol's index. values: uint8 (8, 256), the symbols.
     """
-    luts = np.zeros((8, 1 << _LOOK), np.uint32)
-    limits = np.full((8, 18), -1, np.int32)  # the largest code of each size
-    offsets = np.zeros((8, 18), np.int32)  # a code of that size plus this is its symbol's place
-    values = np.zeros((8, 256), np.uint8)
+
+    lookup: npt.NDArray[np.uint32]
+    limits: npt.NDArray[np.int32]
+    offsets: npt.NDArray[np.int32]
+    values: npt.NDArray[np.uint8]
+
+
+@jit
+def empty_tables() -> DecodingTables:
+    return DecodingTables(
+        np.zeros((8, 1 << _LOOK), np.uint32),
+        np.full((8, 18), -1, np.int32),
+        np.zeros((8, 18), np.int32),
+        np.zeros((8, 256), np.uint8),
+    )
+
+
+def decoding_tables(tables: dict[tuple[int, int], bytes]) -> DecodingTables | None:
+    """The decoder's form of DHT's tables, (class, id) -> BITS and HUFFVAL; None if one of them is no Huffman code."""
+    found = empty_tables()
     for (kind, number), table in tables.items():
-        if not fill_decoding_table(np.frombuffer(table, np.uint8), 4 * kind + number, luts, limits, offsets, values):
+        if not fill_decoding_table(np.frombuffer(table, np.uint8), 4 * kind + number, found):
             return None
-    return luts, limits, offsets, values
+    return found
 
 
 @jit
@@ -33,7 +52,9 @@ def _entry(size: Any, symbol: Any) -> Any:
 
 
 @jit
-def fill_decoding_table(table: Any, index: Any, luts: Any, limits: Any, offsets: Any, values: Any) -> bool:
+def fill_decoding_table(table: Any, index: Any, tables: DecodingTables) -> bool:
+    """Put a DHT table, uint8 BITS and HUFFVAL, at `index` of `tables`. False if it is no Huffman code."""
+    luts, limits, offsets, values = tables
     if len(table) - 16 > 256:
         return False
     for i in range(len(table) - 16):
@@ -58,15 +79,15 @@ def fill_decoding_table(table: Any, index: Any, luts: Any, limits: Any, offsets:
 
 
 @jit
-def lookup(bits: Any, table: Any, luts: Any, limits: Any, offsets: Any, values: Any) -> Any:
-    """The `_entry` of the code at the top of `bits`; 0 where no code fits."""
-    entry = luts[table, bits >> np.uint64(64 - _LOOK)]
+def lookup(bits: Any, table: Any, tables: DecodingTables) -> Any:
+    """The `_entry` of the code at the top of `bits`; 0 if there is none."""
+    entry = tables.lookup[table, bits >> np.uint64(64 - _LOOK)]
     if entry:
         return entry
     for size in range(_LOOK + 1, 17):
         code = np.int64(bits >> np.uint64(64 - size))
-        if code <= limits[table, size]:
-            return _entry(size, values[table, (code + offsets[table, size]) & 255])
+        if code <= tables.limits[table, size]:
+            return _entry(size, tables.values[table, (code + tables.offsets[table, size]) & 255])
     return np.uint32(0)
 
 
@@ -74,7 +95,7 @@ def lookup(bits: Any, table: Any, luts: Any, limits: Any, offsets: Any, values: 
 def optimal_table(counts: Any) -> tuple[Any, Any]:
     """BITS (16) and HUFFVAL of a code optimal for `counts` (257; the last is reserved), T.81 K.2, codes of 16 bits at most."""
     used = np.nonzero(counts[:256])[0]
-    n = len(used) + 1  # and one more symbol, the rarest, which takes the code of all ones that T.81 forbids
+    n = len(used) + 1  # and a reserved symbol, the rarest, which takes the code of all ones that T.81 forbids
     weights = np.empty(n, np.int64)
     weights[: n - 1] = counts[used]
     weights[n - 1] = 0 if n > 1 else 1

@@ -1,21 +1,23 @@
-"""From a JPEG's coefficients to pixels, compiled, bit for bit as libjpeg-turbo: inverse DCT, interpolation of chroma, colour.
+"""From a JPEG's coefficients to pixels, compiled, bit for bit as libjpeg-turbo: inverse DCT, chroma upsampling, color conversion.
 
-Sources: jidctint.c, jdsample.c and jdcolor.c of libjpeg-turbo 3. The inverse DCT and the conversion of colour are written in
-LLVM's vector instructions, which numba passes on; the other loops LLVM makes vectors of by itself.
+Sources: jidctint.c, jdsample.c and jdcolor.c of libjpeg-turbo 3. The inverse DCT and the color conversion are written in LLVM's
+vector instructions, which numba passes on; LLVM vectorizes the other loops by itself.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 
-from ..jit import jit
+from ..jit import Int, jit
+from .region import Bytes, Ints
 
-_CHUNK = 32  # pixels whose colour is converted at a time
+_CHUNK = 32  # pixels converted at a time
 _I8, _I32, _I64 = (ir.IntType(bits) for bits in (8, 32, 64))
 _ROW = ir.VectorType(_I32, 8)
 
@@ -66,7 +68,8 @@ def _idct_pass(builder: Any, rows: list[Any], shift: int) -> list[Any]:
 
 
 def _idct_of(size: int) -> Any:
-    """The inverse DCT of blocks whose coefficients lie in the first `size` rows and columns: LLVM leaves out what is zero."""
+    """The inverse DCT of blocks whose coefficients lie in the first `size` rows and columns: LLVM then drops the terms that are
+    zero."""
 
     def idct(typing: Any, block: Any, plane: Any, at: Any, stride: Any) -> Any:
         """A block to 8 x 8 samples of a plane; the block is zero afterwards.
@@ -105,7 +108,7 @@ idct_8, idct_4, idct_2 = _idct_of(8), _idct_of(4), _idct_of(2)
 
 
 @jit
-def _widen(sums: Any, count: Any, tall: Any, out: Any) -> None:
+def _widen(sums: npt.NDArray[np.uint16], count: Int, tall: bool, out: Bytes) -> None:
     """libjpeg's triangle filter along a row (h2v1 and h2v2_fancy_upsample). out: uint8 (2 * count,).
 
     sums: uint16 (count,), samples or, if `tall`, four times an interpolated row.
@@ -125,7 +128,16 @@ def _widen(sums: Any, count: Any, tall: Any, out: Any) -> None:
 
 @jit
 def _chroma_row(
-    plane: Any, start: Any, stride: Any, y: Any, rows: Any, count: Any, wide: Any, tall: Any, sums: Any, out: Any
+    plane: Bytes,
+    start: Int,
+    stride: Int,
+    y: Int,
+    rows: Int,
+    count: Int,
+    wide: bool,
+    tall: bool,
+    sums: npt.NDArray[np.uint16],
+    out: Bytes,
 ) -> None:
     """Row y of a chroma component in full resolution. rows, count: of its samples. wide, tall: how it is halved. out: uint8."""
     near = start + (y >> 1 if tall else y) * stride
@@ -149,7 +161,8 @@ def _chroma_row(
 
 @intrinsic
 def _rgb_chunk(typing: Any, luma: Any, luma_at: Any, cb: Any, cb_at: Any, cr: Any, cr_at: Any, out: Any, out_at: Any) -> Any:
-    """`_CHUNK` pixels: YCbCr samples of three flat uint8 arrays to RGB, rounded as by jdcolor.c, the way of jdcolext-avx2.asm."""
+    """`_CHUNK` pixels: YCbCr samples of three flat uint8 arrays to RGB, rounded as in jdcolor.c, computed as in
+    jdcolext-avx2.asm."""
 
     def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         add, sub = builder.add, builder.sub
@@ -194,7 +207,9 @@ def _rgb_chunk(typing: Any, luma: Any, luma_at: Any, cb: Any, cb_at: Any, cr: An
 
 
 @jit
-def _rgb_row(luma: Any, luma_at: Any, cb: Any, cb_at: Any, cr: Any, cr_at: Any, count: Any, out: Any, out_at: Any) -> None:
+def _rgb_row(
+    luma: Bytes, luma_at: Int, cb: Bytes, cb_at: Int, cr: Bytes, cr_at: Int, count: Int, out: Bytes, out_at: Int
+) -> None:
     """A row of `count` pixels from and to flat uint8 arrays, from where `_at` says on."""
     if count >= _CHUNK:
         for x in range(0, count, _CHUNK):
@@ -202,20 +217,35 @@ def _rgb_row(luma: Any, luma_at: Any, cb: Any, cb_at: Any, cr: Any, cr_at: Any, 
             _rgb_chunk(luma, luma_at + x, cb, cb_at + x, cr, cr_at + x, out, out_at + 3 * x)
         return
     for x in range(count):
-        y, b, r = np.int64(luma[luma_at + x]), np.int64(cb[cb_at + x]) - 128, np.int64(cr[cr_at + x]) - 128
+        y: Any = np.int64(luma[luma_at + x])
+        b, r = np.int64(cb[cb_at + x]) - 128, np.int64(cr[cr_at + x]) - 128
         out[out_at + 3 * x] = min(max(y + ((91881 * r + 32768) >> 16), 0), 255)
         out[out_at + 3 * x + 1] = min(max(y + ((-22554 * b - 46802 * r + 32768) >> 16), 0), 255)
         out[out_at + 3 * x + 2] = min(max(y + ((116130 * b + 32768) >> 16), 0), 255)
 
 
-@jit
-def finish(room: Any, bases: Any, strides: Any, count: Any, wide: Any, tall: Any, height: Any, width: Any, place: Any) -> None:
-    """The pixels of a decoded region from its components' samples, all in `room`: uint8 (bytes,).
+class Planes(NamedTuple):
+    """The decoded components' samples in one flat array of bytes.
 
-    bases, strides: int64 (3,), where each component begins and the bytes of its rows. count: of components, 1 or 3. wide, tall: 2
-    where chroma is halved, else 1. height, width: of the image, whose last chroma samples are repeated beyond it. place: int64
-    (4,), the region's top, left, height, width; its pixels go to the beginning of `room`, RGB.
+    bases, strides: int64 (3,), where each component begins, and the bytes of its rows. components: how many, 1 or 3. wide,
+    tall: 2 where chroma is halved along that axis, else 1.
     """
+
+    bases: Ints
+    strides: Ints
+    components: Int
+    wide: Int
+    tall: Int
+
+
+@jit
+def finish(scratch: Bytes, planes: Planes, height: Int, width: Int, place: Ints) -> None:
+    """The pixels of a decoded region from its components' samples, all in `scratch`: uint8 (bytes,).
+
+    height, width: of the image, whose last chroma samples are repeated beyond it. place: int64 (4,), the region's top, left,
+    height, width; its pixels go to the beginning of `scratch`, RGB.
+    """
+    bases, strides, count, wide, tall = planes
     top, left, out_height, out_width = place[0], place[1], place[2], place[3]
     down, across = min(-(-out_height // tall), -(-height // tall) - top // tall), -(-width // wide) - left // wide
     across = min(-(-out_width // wide), across)
@@ -225,9 +255,9 @@ def finish(room: Any, bases: Any, strides: Any, count: Any, wide: Any, tall: Any
         luma_at, out_at = bases[0] + y * strides[0], 3 * y * out_width
         if count == 3 and wide == 1 and tall == 1:
             at = y * strides[1]
-            _rgb_row(room, luma_at, room, bases[1] + at, room, bases[2] + at, out_width, room, out_at)
+            _rgb_row(scratch, luma_at, scratch, bases[1] + at, scratch, bases[2] + at, out_width, scratch, out_at)
             continue
         if count == 3:
-            _chroma_row(room, bases[1], strides[1], y, down, across, wide == 2, tall == 2, sums, cb)
-            _chroma_row(room, bases[2], strides[2], y, down, across, wide == 2, tall == 2, sums, cr)
-        _rgb_row(room, luma_at, cb, 0, cr, 0, out_width, room, out_at)
+            _chroma_row(scratch, bases[1], strides[1], y, down, across, wide == 2, tall == 2, sums, cb)
+            _chroma_row(scratch, bases[2], strides[2], y, down, across, wide == 2, tall == 2, sums, cr)
+        _rgb_row(scratch, luma_at, cb, 0, cr, 0, out_width, scratch, out_at)

@@ -56,9 +56,10 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from ..jit import jit
+from ..jit import Int, jit
 
 Bytes = npt.NDArray[np.uint8]
+Ints = npt.NDArray[np.int64]
 
 MAGIC = b"CROPFEED"
 VERSION = 1
@@ -77,20 +78,59 @@ class Cut(NamedTuple):
     """
 
     jpeg: Bytes
-    top: int
-    left: int
-    height: int
-    width: int
+    top: Int
+    left: Int
+    height: Int
+    width: Int
 
 
-_NO_TABLE, _DAMAGED_TABLE, _DAMAGED_HEADER, _DAMAGED_DATA, _BAD_WINDOW, _NO_ROOM = -11, -12, -13, -14, -15, -16
+class LengthTable(NamedTuple):
+    """What the table of segments says, but for the lengths themselves.
+
+    status: 0 or a negative reason. position: where the table begins. entry_bytes: of a length. interval: MCUs in a tile. tiles:
+    in a row. rows: of tiles. mcu_width, mcu_height: pixels.
+    """
+
+    status: Int
+    position: Int
+    entry_bytes: Int
+    interval: Int
+    tiles: Int
+    rows: Int
+    mcu_width: Int
+    mcu_height: Int
+
+
+class TileLayout(NamedTuple):
+    """Where everything lies in a region-addressable JPEG; with status 0 all of it is consistent and lies within the data.
+
+    status: 0 or a negative reason. starts: int64 (T + 1,), where each tile begins, counted from `scan`. table, header, frame,
+    scan: where the table, the header behind it, SOF0 and the entropy-coded data begin. interval: MCUs in a tile. tiles: in a
+    row. mcu_width, mcu_height, height, width: pixels.
+    """
+
+    status: Int
+    starts: Ints
+    table: Int
+    header: Int
+    frame: Int
+    scan: Int
+    interval: Int
+    tiles: Int
+    mcu_width: Int
+    mcu_height: Int
+    height: Int
+    width: Int
+
+
+NO_TABLE, DAMAGED_TABLE, DAMAGED_HEADER, DAMAGED_DATA, BAD_WINDOW, NO_SPACE = -11, -12, -13, -14, -15, -16
 _REASONS = {
-    _NO_TABLE: "not a region-addressable JPEG: it has no table of segments",
-    _DAMAGED_TABLE: "the table of segments is damaged",
-    _DAMAGED_HEADER: "the header is damaged",
-    _DAMAGED_DATA: "the data is not what the table of segments says",
-    _BAD_WINDOW: "the window lies outside the image",
-    _NO_ROOM: "the output has no room for the cut",
+    NO_TABLE: "not a region-addressable JPEG: it has no table of segments",
+    DAMAGED_TABLE: "the table of segments is damaged",
+    DAMAGED_HEADER: "the header is damaged",
+    DAMAGED_DATA: "the data is not what the table of segments says",
+    BAD_WINDOW: "the window lies outside the image",
+    NO_SPACE: "the output is too small for the cut",
 }
 
 
@@ -101,29 +141,29 @@ def cut(data: Bytes, top: int, left: int, bottom: int, right: int) -> Cut:
     """
     out = np.empty(len(data), np.uint8)
     place = np.empty(4, np.int64)
-    length = _cut(data, top, left, bottom, right, out, place)
+    length = cut_into(data, top, left, bottom, right, out, place)
     if length < 0:
         raise RegionError(_REASONS[length])
     return Cut(out[:length], *place.tolist())
 
 
 @jit
-def _little16(data: Any, position: Any) -> Any:
+def _little16(data: Bytes, position: Int) -> Any:
     return np.int64(data[position]) | np.int64(data[position + 1]) << 8
 
 
 @jit
-def _little32(data: Any, position: Any) -> Any:
+def _little32(data: Bytes, position: Int) -> Any:
     return _little16(data, position) | _little16(data, position + 2) << 16
 
 
 @jit
-def big16(data: Any, position: Any) -> Any:
+def big16(data: Bytes, position: Int) -> Any:
     return np.int64(data[position]) << 8 | np.int64(data[position + 1])
 
 
 @jit
-def _copy(data: Any, start: Any, end: Any, out: Any, at: Any) -> Any:
+def _copy(data: Bytes, start: Int, end: Int, out: Bytes, at: Int) -> Any:
     """Copy data[start:end] to `at` in `out`; returns where it ends. A loop: numba compiles a slice assignment 10 times slower."""
     source, target = data[start:end], out[at : at + end - start]
     for i in range(len(target)):
@@ -132,7 +172,7 @@ def _copy(data: Any, start: Any, end: Any, out: Any, at: Any) -> Any:
 
 
 @jit
-def _is_table(data: Any, position: Any) -> bool:
+def _is_table(data: Bytes, position: Int) -> bool:
     """Whether a whole APP11 segment of ours stands at `position`."""
     if position + 4 + 22 > len(data) or data[position] != 0xFF or data[position + 1] != 0xEB:
         return False
@@ -144,16 +184,18 @@ def _is_table(data: Any, position: Any) -> bool:
 
 
 @jit
-def _cut(data: Any, top: Any, left: Any, bottom: Any, right: Any, out: Any, place: Any) -> Any:
-    """`cut` for compiled callers, which need no GIL. Returns the JPEG's bytes, or a negative reason (a key of `_REASONS`).
+def cut_into(data: Bytes, top: Int, left: Int, bottom: Int, right: Int, out: Bytes, place: Ints) -> Any:
+    """`cut` for compiled callers, without the GIL. Returns the JPEG's bytes, or a negative reason such as NO_TABLE.
 
     out: uint8, gets the JPEG; len(data) is always enough. place: int64 (4,), gets top, left, height, width.
     """
-    status, starts, table, header, frame, body, interval, tiles, mcu_width, mcu_height, height, width = open_tiles(data)
-    if status < 0:
-        return status
+    layout = open_tiles(data)
+    if layout.status < 0:
+        return layout.status
+    starts, interval, tiles = layout.starts, layout.interval, layout.tiles
+    mcu_width, mcu_height, height, width = layout.mcu_width, layout.mcu_height, layout.height, layout.width
     if not (0 <= top < bottom <= height and 0 <= left < right <= width):
-        return _BAD_WINDOW
+        return BAD_WINDOW
 
     first_column, last_column = _tiles_over(left, right, width, mcu_width, interval * mcu_width)
     first_row, last_row = _tiles_over(top, bottom, height, mcu_height, mcu_height)
@@ -161,24 +203,25 @@ def _cut(data: Any, top: Any, left: Any, bottom: Any, right: Any, out: Any, plac
     place[2] = min(last_row * mcu_height, height) - place[0]
     place[3] = min(last_column * interval * mcu_width, width) - place[1]
 
-    needed = table + body - header
+    needed = layout.table + layout.scan - layout.header
     for row in range(first_row, last_row):
         needed += starts[row * tiles + last_column] - starts[row * tiles + first_column]
     if needed > len(out):
-        return _NO_ROOM
-    written = _copy(data, header, body, out, _copy(data, 0, table, out, 0))  # before the table: SOI and JFIF's APP0
-    size_at = table + frame - header + 5
+        return NO_SPACE
+    start = _copy(data, 0, layout.table, out, 0)  # SOI and JFIF's APP0
+    written = _copy(data, layout.header, layout.scan, out, start)
+    size_at = start + layout.frame - layout.header + 5
     out[size_at], out[size_at + 1] = place[2] >> 8, place[2] & 255
     out[size_at + 2], out[size_at + 3] = place[3] >> 8, place[3] & 255
     number = 0
     for row in range(first_row, last_row):
         first, last = row * tiles + first_column, row * tiles + last_column
-        end = _copy(data, body + starts[first], body + starts[last], out, written)
+        end = _copy(data, layout.scan + starts[first], layout.scan + starts[last], out, written)
         for segment in range(first, last):
             length = starts[segment + 1] - starts[segment]
             written += length
             if length < 2 or out[written - 2] != 0xFF:
-                return _DAMAGED_DATA
+                return DAMAGED_DATA
             out[written - 1] = 0xD0 + (number & 7)
             number += 1
         written = end
@@ -187,31 +230,34 @@ def _cut(data: Any, top: Any, left: Any, bottom: Any, right: Any, out: Any, plac
 
 
 @jit
-def open_tiles(data: Any) -> Any:
-    """Status (0 or a negative reason); where each tile begins from the entropy-coded data on, int64 (T + 1,); where the table,
-    the header behind it, SOF0 and the entropy-coded data begin; MCUs in a tile, tiles in a row; MCU width and height; the image's
-    height and width. With status 0 all of it fits together and lies within `data`.
-    """
-    status, table, size, interval, tiles, rows, mcu_width, mcu_height = read_table(data)
-    starts = np.empty(tiles * rows + 1 if status == 0 else 1, np.int64)
-    header, frame, body, height, width = np.int64(0), np.int64(-1), np.int64(0), np.int64(0), np.int64(0)
+def open_tiles(data: Bytes) -> TileLayout:
+    """Read the table of segments and the header, and check that they fit together."""
+    table = read_table(data)
+    status, tiles = table.status, table.tiles * table.rows
+    starts = np.empty(tiles + 1 if status == 0 else 1, np.int64)
+    frame: Int
+    scan: Int
+    header, frame, scan, height, width = np.int64(0), np.int64(-1), np.int64(0), np.int64(0), np.int64(0)
     if status == 0:
-        header = read_lengths(data, table, size, starts)
+        header = read_lengths(data, table.position, table.entry_bytes, starts)
         status = min(header, 0)
     if status == 0:
-        frame, body = find_frame(data, header)
-        status = _DAMAGED_HEADER if frame < 0 else 0
+        frame, scan = find_frame(data, header)
+        status = DAMAGED_HEADER if frame < 0 else 0
     if status == 0:
         height, width = big16(data, frame + 5), big16(data, frame + 7)
-        if -(-width // mcu_width) != interval * tiles or -(-height // mcu_height) != rows:
-            status = _DAMAGED_TABLE
-        elif body + starts[tiles * rows] > len(data):
-            status = _DAMAGED_DATA
-    return status, starts, table, header, frame, body, interval, tiles, mcu_width, mcu_height, height, width
+        if -(-width // table.mcu_width) != table.interval * table.tiles or -(-height // table.mcu_height) != table.rows:
+            status = DAMAGED_TABLE
+        elif scan + starts[tiles] > len(data):
+            status = DAMAGED_DATA
+    return TileLayout(
+        status, starts, table.position, header, frame, scan, table.interval, table.tiles, table.mcu_width, table.mcu_height,
+        height, width,
+    )  # fmt: skip
 
 
 @jit
-def _tiles_over(low: Any, high: Any, side: Any, mcu: Any, tile: Any) -> Any:
+def _tiles_over(low: Int, high: Int, side: Int, mcu: Int, tile: Int) -> Any:
     """The first tile that pixels [low, high) of an axis need, and the one after the last. side, mcu, tile: pixels."""
     # A pixel in the half of its chroma sample that faces the next sample is interpolated with that: the next pixel's sample.
     beyond = 1 if mcu > 8 else 0
@@ -219,35 +265,36 @@ def _tiles_over(low: Any, high: Any, side: Any, mcu: Any, tile: Any) -> Any:
 
 
 @jit
-def read_table(data: Any) -> Any:
-    """Status (0 or a negative reason), where the table begins, bytes of a length, interval, tiles, rows, MCU width and height."""
+def read_table(data: Bytes) -> LengthTable:
+    """The first 22 bytes of the table of segments, checked."""
+    none = np.int64(0)
     if len(data) < 6 or data[0] != 0xFF or data[1] != 0xD8:
-        return _NO_TABLE, 0, 0, 0, 0, 0, 0, 0
-    at = 2
+        return LengthTable(np.int64(NO_TABLE), none, none, none, none, none, none, none)
+    at = np.int64(2)
     if data[2] == 0xFF and data[3] == 0xE0:
         at = 4 + big16(data, 4)
     if not _is_table(data, at):
-        return _NO_TABLE, 0, 0, 0, 0, 0, 0, 0
+        return LengthTable(np.int64(NO_TABLE), none, none, none, none, none, none, none)
     size, interval = np.int64(data[at + 13]), _little16(data, at + 14)
     tiles, rows = _little16(data, at + 16), _little16(data, at + 18)
     mcu_width, mcu_height = np.int64(data[at + 20]), np.int64(data[at + 21])
     good = (size == 2 or size == 4) and interval > 0 and tiles > 0 and rows > 0 and mcu_width >= 8 and mcu_height >= 8
-    status = 0 if good and tiles * rows * size <= len(data) else _DAMAGED_TABLE
-    return status, at, size, interval, tiles, rows, mcu_width, mcu_height
+    status = np.int64(0 if good and tiles * rows * size <= len(data) else DAMAGED_TABLE)
+    return LengthTable(status, at, size, interval, tiles, rows, mcu_width, mcu_height)
 
 
 @jit
-def read_lengths(data: Any, position: Any, size: Any, starts: Any) -> Any:
+def read_lengths(data: Bytes, position: Int, size: Int, starts: Ints) -> Any:
     """Fill `starts` with where each segment begins, from the first one's beginning. Returns where the table ends, or a reason."""
     starts[0] = 0
     known = 0
     while known < len(starts) - 1:
         if not _is_table(data, position):
-            return _DAMAGED_TABLE
+            return DAMAGED_TABLE
         count = _little32(data, position + 22)
         end = position + 2 + big16(data, position + 2)
         if count == 0 or known + count > len(starts) - 1 or position + 26 + count * size != end:
-            return _DAMAGED_TABLE
+            return DAMAGED_TABLE
         start = starts[known]
         for i in range(count):
             at = position + 26 + i * size
@@ -259,9 +306,9 @@ def read_lengths(data: Any, position: Any, size: Any, starts: Any) -> Any:
 
 
 @jit
-def find_frame(data: Any, position: Any) -> Any:
+def find_frame(data: Bytes, position: Int) -> tuple[Int, Int]:
     """Where SOF0's marker stands and where the entropy-coded data begins; -1 and -1 in a damaged header."""
-    frame = -1
+    frame: Int = -1
     while position + 4 <= len(data) and data[position] == 0xFF:
         marker = data[position + 1]
         end = position + 2 + big16(data, position + 2)

@@ -23,13 +23,13 @@ Ints = npt.NDArray[np.int64]
 
 _REASONS = {
     entropy.TRUNCATED: "the entropy-coded data ends too early",
-    entropy.BAD_CODE: "a Huffman code that no table holds",
+    entropy.BAD_CODE: "an undefined Huffman code",
     entropy.BAD_VALUE: "a coefficient out of range",
-    entropy.NO_ROOM: "the data grows beyond all measure",
+    entropy.NO_ROOM: "the output does not fit",
 }
 
 
-_OTHER_FRAMES = {0xC1: "extended sequential", 0xC2: "progressive", 0xC3: "lossless"}  # T.81 table B.1; the rest is rarer still
+_OTHER_FRAMES = {0xC1: "extended sequential", 0xC2: "progressive", 0xC3: "lossless"}  # T.81 table B.1; the rest is rarer
 
 
 class NotBaselineError(RegionError):
@@ -182,18 +182,18 @@ def _read(data: bytes, header: Header, mcus: int, tile: int) -> tuple[Tokens, In
     tokens = np.empty(8 * len(stream) + 64 * len(blocks), np.uint32)  # none takes less than a bit; a truncated MCU
     starts, counts = np.empty(mcus // tile + 1, np.int64), np.zeros(4 << 8, np.int64)
     selectors = np.array(header.selectors, np.int64)
-    total = entropy.read_scan(stream, mcus, header.interval, tile, blocks, selectors, *decoding, tokens, starts, counts)
+    total = entropy.read_scan(stream, mcus, header.interval, tile, blocks, selectors, decoding, tokens, starts, counts)
     if total < 0:
         raise RegionError(_REASONS[total])
     return tokens, starts, counts
 
 
-def _write(tokens: Tokens, starts: Ints, coded: list[tuple[Bytes, Bytes]], lengths: Ints, room: int) -> bytes:
-    """The entropy-coded data in at most `room` bytes; fills `lengths`."""
+def _write(tokens: Tokens, starts: Ints, coded: list[tuple[Bytes, Bytes]], lengths: Ints, capacity: int) -> bytes:
+    """The entropy-coded data in at most `capacity` bytes; fills `lengths`."""
     codes = np.zeros(4 << 8, np.uint64)
     for i, (bits, symbols) in enumerate(coded):
         huffman.assign_codes(bits, symbols, codes[i << 8 :])
-    out = np.empty(room, np.uint8)
+    out = np.empty(capacity, np.uint8)
     written = entropy.write_scan(tokens, starts, codes, lengths, out)
     if written < 0:
         raise RegionError(_REASONS[written])

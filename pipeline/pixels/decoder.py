@@ -1,8 +1,8 @@
-"""One stored image to pictures on the CPU: decode the region that they need, resample each window.
+"""From a stored image to the pixels of its views, on the CPU: decode the region that they need, resample each window.
 
-Region-addressable JPEGs go through `jpeg.decode`, in one call that holds no GIL. What that refuses goes to libjpeg-turbo,
-from the simplejpeg wheel (at the crop where the image has a table of segments), and what that refuses to Pillow: what Pillow
-cannot decode either is corrupt.
+Region-addressable JPEGs go through `jpeg.decode`, in one call without the GIL. What that refuses goes to libjpeg-turbo, from
+the simplejpeg wheel (at the crop where the image has a table of segments), and what that refuses to Pillow. What Pillow cannot
+decode either is corrupt.
 """
 
 from __future__ import annotations
@@ -15,12 +15,13 @@ import numpy.typing as npt
 import simplejpeg
 from PIL import Image, UnidentifiedImageError
 
-from ..jit import jit
+from ..jit import Int, jit
 from ..jpeg.decode import decode
-from ..jpeg.region import Bytes, _cut
+from ..jpeg.region import Bytes, Ints, cut_into
 from .resample import resample
 
 Pixels = npt.NDArray[np.uint8]
+Windows = npt.NDArray[np.float64]
 
 
 class CorruptImageError(ValueError):
@@ -28,37 +29,35 @@ class CorruptImageError(ValueError):
 
 
 class Decoder:
-    """Makes pictures, in memory that it keeps from one image to the next: one decoder for each thread."""
+    """Decodes and resamples, in memory that it keeps from one image to the next. Each thread needs a decoder of its own."""
 
     def __init__(self) -> None:
-        self._room = np.empty(1 << 21, np.uint8)  # decoded samples and pixels
+        self._scratch = np.empty(1 << 21, np.uint8)  # decoded samples and pixels
         self._place = np.empty(4, np.int64)  # where they lie in the image: top, left, height, width
 
-    def pictures(self, data: Bytes, height: int, width: int, windows: npt.NDArray[np.float64], flip: Any, out: Pixels) -> None:
-        """Fill `out` with the pictures of an image's windows; the image is decoded once for all of them.
+    def make_views(self, data: Bytes, height: int, width: int, windows: Windows, flip: Any, out: Pixels) -> None:
+        """Fill `out` with the views of an image; the image is decoded once for all of them.
 
         data: uint8 (bytes,), the stored image, any format that Pillow reads. height, width: its size, pixels. windows: (C, 4) of
         top, left, bottom, right, source pixels. flip: bool (C,), mirror left to right. out: uint8 (C, h, w, 3), C-contiguous.
         Raises CorruptImageError.
         """
-        while (lacking := _make(data, height, width, windows, flip, out, self._room, self._place)) > 0:
-            self._room = np.empty(2 * lacking, np.uint8)
+        while (lacking := _make_views(data, height, width, windows, flip, out, self._scratch, self._place)) > 0:
+            self._scratch = np.empty(2 * lacking, np.uint8)
         if lacking < 0:
             pixels = self._pixels(data, height, width, windows, out.shape[1:3])
             resample_windows(pixels, self._place, windows, flip, out)
 
-    def decoded(
-        self, data: Bytes, height: int, width: int, windows: npt.NDArray[np.float64], size: tuple[int, int]
-    ) -> tuple[Pixels, npt.NDArray[np.int64]]:
-        """The first half of `pictures` alone: what windows of `size` need of an image, uint8 (H, W, 3), in this decoder's memory,
-        and where that lies in it: top, left, height, width. Raises CorruptImageError.
+    def decode_region(self, data: Bytes, height: int, width: int, windows: Windows, size: tuple[int, int]) -> tuple[Pixels, Ints]:
+        """The first half of `make_views`: the pixels that windows of `size` need, uint8 (H, W, 3), in this decoder's memory, and
+        where they lie in the image: top, left, height, width. Raises CorruptImageError.
         """
-        while (lacking := _decode(data, height, width, windows, *size, self._room, self._place)) > 0:
-            self._room = np.empty(2 * lacking, np.uint8)
+        while (lacking := _decode(data, height, width, windows, *size, self._scratch, self._place)) > 0:
+            self._scratch = np.empty(2 * lacking, np.uint8)
         if lacking < 0:
             return self._pixels(data, height, width, windows, size), self._place
         rows, columns = self._place[2:].tolist()
-        return self._room[: 3 * rows * columns].reshape(rows, columns, 3), self._place
+        return self._scratch[: 3 * rows * columns].reshape(rows, columns, 3), self._place
 
     def _pixels(self, data: Bytes, height: int, width: int, windows: Any, size: tuple[int, int]) -> Pixels:
         """What the windows need of an image, by libjpeg-turbo or Pillow: uint8 (H, W, 3), at `_place`."""
@@ -66,8 +65,8 @@ class Decoder:
         length = cut_windows(data, height, width, windows, *size, piece, self._place)
         try:
             if length < 0 and simplejpeg.decode_jpeg_header(data)[2] == "CMYK":
-                raise ValueError("libjpeg-turbo's way from CMYK to RGB is not Pillow's")
-            pixels: Pixels = simplejpeg.decode_jpeg(piece[:length] if length > 0 else data, buffer=self._room_for_place())
+                raise ValueError("libjpeg-turbo converts CMYK to RGB otherwise than Pillow")
+            pixels: Pixels = simplejpeg.decode_jpeg(piece[:length] if length > 0 else data, buffer=self._scratch_for_place())
         except ValueError:  # CMYK, or no JPEG at all, or damaged
             pixels = decode_by_pillow(data)
             self._place[:] = 0, 0, height, width
@@ -77,11 +76,11 @@ class Decoder:
             )
         return pixels
 
-    def _room_for_place(self) -> Bytes:
+    def _scratch_for_place(self) -> Bytes:
         needed = 3 * int(self._place[2] * self._place[3])
-        if len(self._room) < needed:
-            self._room = np.empty(2 * needed, np.uint8)
-        return self._room
+        if len(self._scratch) < needed:
+            self._scratch = np.empty(2 * needed, np.uint8)
+        return self._scratch
 
 
 def decode_by_pillow(data: Bytes) -> Pixels:
@@ -104,39 +103,41 @@ def why_corrupt(data: Bytes) -> str | None:
 
 
 @jit
-def region_of(height: Any, width: Any, windows: Any, rows: Any, columns: Any) -> Any:
+def region_of(height: Int, width: Int, windows: Windows, rows: Int, columns: Int) -> Any:
     """What resampling all of an image's `windows` to (rows, columns) needs: top, left, bottom, right, whole pixels.
 
     As plan.regions has it: the filter reaches max(scale, 1) source pixels beyond a window, and one more for rounding.
     """
-    top, left, bottom, right = height, width, np.int64(0), np.int64(0)
+    bottom: Any = np.int64(0)
+    right: Any = np.int64(0)
+    top, left = height, width
     for i in range(len(windows)):
         y_margin = max((windows[i, 2] - windows[i, 0]) / rows, 1.0) + 1.0
         x_margin = max((windows[i, 3] - windows[i, 1]) / columns, 1.0) + 1.0
-        top, left = (
-            min(top, np.int64(max(windows[i, 0] - y_margin, 0.0))),
-            min(left, np.int64(max(windows[i, 1] - x_margin, 0.0))),
-        )
+        top = min(top, np.int64(max(windows[i, 0] - y_margin, 0.0)))
+        left = min(left, np.int64(max(windows[i, 1] - x_margin, 0.0)))
         bottom = max(bottom, min(np.int64(np.ceil(windows[i, 2] + y_margin)), height))
         right = max(right, min(np.int64(np.ceil(windows[i, 3] + x_margin)), width))
     return top, left, bottom, right
 
 
 @jit
-def cut_windows(data: Any, height: Any, width: Any, windows: Any, rows: Any, columns: Any, piece: Any, place: Any) -> Any:
+def cut_windows(
+    data: Bytes, height: Int, width: Int, windows: Windows, rows: Int, columns: Int, piece: Bytes, place: Ints
+) -> Any:
     """Cut what resampling all `windows` to (rows, columns) needs; returns the cut's bytes, or a negative number where the image
     does not open at the crop. place: gets top, left, height, width of the cut, or of the whole image.
     """
     top, left, bottom, right = region_of(height, width, windows, rows, columns)
-    length = _cut(data, top, left, bottom, right, piece, place)
+    length = cut_into(data, top, left, bottom, right, piece, place)
     if length < 0:
         place[0], place[1], place[2], place[3] = 0, 0, height, width
     return length
 
 
 @jit
-def resample_windows(pixels: Any, place: Any, windows: Any, flip: Any, out: Any) -> None:
-    """All of an image's pictures from the pixels that lie at `place` in it. out: uint8 (C, h, w, 3)."""
+def resample_windows(pixels: Pixels, place: Ints, windows: Windows, flip: npt.NDArray[np.bool_], out: Pixels) -> None:
+    """All views of an image, from the pixels that lie at `place` in it. out: uint8 (C, h, w, 3)."""
     top, left = float(place[0]), float(place[1])
     for i in range(len(windows)):
         resample(
@@ -145,19 +146,21 @@ def resample_windows(pixels: Any, place: Any, windows: Any, flip: Any, out: Any)
 
 
 @jit
-def _decode(data: Any, height: Any, width: Any, windows: Any, rows: Any, columns: Any, room: Any, place: Any) -> Any:
+def _decode(data: Bytes, height: Int, width: Int, windows: Windows, rows: Int, columns: Int, scratch: Any, place: Ints) -> Any:
     """Decode what resampling to (rows, columns) needs. Returns 0, a negative number where `decode` refuses, or the bytes that
-    `room` lacks."""
+    `scratch` must have."""
     top, left, bottom, right = region_of(height, width, windows, rows, columns)
-    return decode(data, top, left, bottom, right, room, place)
+    return decode(data, top, left, bottom, right, scratch, place)
 
 
 @jit
-def _make(data: Any, height: Any, width: Any, windows: Any, flip: Any, out: Any, room: Any, place: Any) -> Any:
+def _make_views(
+    data: Bytes, height: Int, width: Int, windows: Windows, flip: npt.NDArray[np.bool_], out: Pixels, scratch: Any, place: Ints
+) -> Any:
     """Decode and resample. Returns as `_decode` does."""
     _, rows, columns, _ = out.shape
-    status = _decode(data, height, width, windows, rows, columns, room, place)
+    status = _decode(data, height, width, windows, rows, columns, scratch, place)
     if status == 0:
-        pixels = room[: 3 * place[2] * place[3]].reshape(place[2], place[3], 3)
+        pixels = scratch[: 3 * place[2] * place[3]].reshape(place[2], place[3], 3)
         resample_windows(pixels, place, windows, flip, out)
     return status

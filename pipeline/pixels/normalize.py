@@ -116,7 +116,7 @@ def translate_tensor(pixels: torch.Tensor, shift: torch.Tensor) -> torch.Tensor:
 
     height, width = pixels.shape[1:3]
     views = torch.arange(len(pixels), device=pixels.device)[:, None, None]
-    rows = torch.arange(height, device=pixels.device) - shift[:, :1]  # (V, H): which row of its picture comes to each row
+    rows = torch.arange(height, device=pixels.device) - shift[:, :1]  # (V, H): the source row of each row
     columns = torch.arange(width, device=pixels.device) - shift[:, 1:]
     inside = ((rows >= 0) & (rows < height))[:, :, None] & ((columns >= 0) & (columns < width))[:, None, :]
     moved = pixels[views, rows.clamp(0, height - 1)[:, :, None], columns.clamp(0, width - 1)[:, None, :]]

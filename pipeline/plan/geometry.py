@@ -1,8 +1,8 @@
-"""Geometries: which windows of an image become pictures, and of what size.
+"""Geometries: which views are taken of an image, and of what size.
 
-A *view* is one picture of an image: a window of it, resampled to the output size with an antialiased bilinear filter whose
-support may lie outside the window but not outside the image (Pillow: `resize((w, h), BILINEAR, box=window)`), and mirrored or
-not. A crop that reaches into padding is the nearest one inside the image, moved by whole pixels, and black where it lacks some.
+A *view* is a window of an image, resampled to the output size and possibly mirrored. The filter is antialiased and bilinear; its
+support may lie outside the window but not outside the image (Pillow: `resize((w, h), BILINEAR, box=window)`). A crop that reaches
+into padding is the nearest crop inside the image, shifted by whole pixels and zero-padded.
 Each geometry is a pure function from (seed, epoch, sample, height, width) to its views.
 """
 
@@ -20,16 +20,16 @@ from ..errors import UserError
 from . import sampling
 from .sampling import Ints
 
-GEOMETRIES = ("jitter", "rrc", "pad")  # of training, by their option, see `choose_geometry`
+GEOMETRIES = ("jitter", "rrc", "pad")  # for training, see `choose_geometry`
 
 
 class Views(NamedTuple):
-    """V = N * crops views of N images, an image's views next to each other.
+    """V = N * crops views of N images; the views of an image are adjacent.
 
     windows: float64 (V, 4), top, left, bottom, right in source pixels, inside the image.
     flip: bool (V,), mirror left to right. alphas: float32 (V, 3), coefficients of the principal components of RGB.
-    shift: int64 (V, 2), down and right, whole pixels by which the resampled and mirrored pictures are moved, see
-    `augment.translate`; None where the geometry moves none.
+    shift: int64 (V, 2), whole pixels down and right by which the resampled and mirrored views are moved, see
+    `pixels.normalize.translate`; None if the geometry moves none.
     """
 
     windows: npt.NDArray[np.float64]
@@ -38,15 +38,15 @@ class Views(NamedTuple):
     shift: Ints | None = None
 
     @property
-    def columns(self) -> tuple[npt.NDArray[Any], ...]:
-        """Those of the arrays that there are, each with a row for each view."""
+    def arrays(self) -> tuple[npt.NDArray[Any], ...]:
+        """The arrays that are not None, each with one row per view."""
         return tuple(column for column in self if column is not None)
 
 
 class Geometry(ABC):
     """The interface. Heights and widths are int64 (N,), source pixels; `size` is the crop's side, pixels."""
 
-    random: ClassVar[bool] = False  # whether seed and epoch matter, and colour augmentation applies
+    random: ClassVar[bool] = False  # whether seed and epoch matter, and PCA lighting applies
 
     @property
     def crops(self) -> int:
@@ -58,21 +58,21 @@ class Geometry(ABC):
         """The views of N samples. ids: int64 (N,). alpha_std: standard deviation of alphas, which are 0 if nothing is random."""
 
     def shapes(self, heights: Ints, widths: Ints, size: int) -> Ints:
-        """Height and width of each image's pictures: int64 (N, 2)."""
+        """Height and width of each image's views: int64 (N, 2)."""
         return np.full((len(heights), 2), size, np.int64)
 
     @abstractmethod
     def check(self, size: int) -> None:
-        """Raise UserError if there is no such geometry of crops of `size`."""
+        """Raise UserError if the geometry is not possible for crops of `size`."""
 
     @abstractmethod
     def scaled(self, size: int, nominal: int) -> Self:
-        """What this geometry, meant for crops of `nominal`, is for crops of `size`: in the same proportion."""
+        """This geometry, meant for crops of `nominal`, in proportion for crops of `size`."""
 
 
 @dataclass(frozen=True)
 class ScaleJitter(Geometry):
-    """Short side uniform on the whole numbers low..high, a crop at a uniform place, mirrored half the time.
+    """Short side uniform on the integers low..high, a crop at a uniform position, mirrored half the time.
 
     He et al. 2015, "Deep residual learning for image recognition", section 3.4, after Simonyan and Zisserman 2015, section 3.1.
     """
@@ -95,10 +95,10 @@ class ScaleJitter(Geometry):
 
 @dataclass(frozen=True)
 class RandomResizedCrop(Geometry):
-    """A window of uniform area and log-uniform aspect ratio at a uniform place, mirrored half the time.
+    """A window of uniform area and log-uniform aspect ratio at a uniform position, mirrored half the time.
 
     Szegedy et al. 2015, "Going deeper with convolutions", section 6, in the form of torchvision.transforms.RandomResizedCrop.
-    area: range of the window's share of the image. aspect: range of its width over its height.
+    area: range of the window's fraction of the image. aspect: range of its width divided by its height.
     """
 
     area: tuple[float, float] = (0.08, 1.0)
@@ -121,11 +121,11 @@ class RandomResizedCrop(Geometry):
 
 @dataclass(frozen=True)
 class PaddedCrop(Geometry):
-    """Short side to the crop's side, `padding` black pixels around that, a crop at a uniform place, mirrored half the time.
+    """Short side resized to the crop's side, `padding` zeros on each side, a crop at a uniform position, mirrored half the time.
 
     The augmentation of CIFAR in He et al. 2015, section 4.2, after Lee et al. 2015, "Deeply-supervised nets", in the form of
-    torchvision.transforms.RandomCrop(size, padding) and RandomHorizontalFlip. Images of another size than the crop's, which
-    CIFAR has none of, are resized first.
+    torchvision.transforms.RandomCrop(size, padding) and RandomHorizontalFlip. Images whose size is not the crop's are resized
+    first; CIFAR has none.
     """
 
     padding: int = 4
@@ -136,7 +136,7 @@ class PaddedCrop(Geometry):
         out_heights, out_widths = sampling.resized(heights, widths, drawn.short)
         top, left = np.clip(drawn.top, 0, out_heights - size), np.clip(drawn.left, 0, out_widths - size)
         shift = np.stack([top - drawn.top, left - drawn.left], axis=1)
-        shift[drawn.flip, 1] *= -1  # pictures are mirrored before they are moved
+        shift[drawn.flip, 1] *= -1  # views are mirrored before they are shifted
         windows = sampling.windows(drawn._replace(top=top, left=left), heights, widths, size)
         return Views(windows, drawn.flip, drawn.alphas, shift)
 
@@ -150,7 +150,7 @@ class PaddedCrop(Geometry):
 
 @dataclass(frozen=True)
 class _Resized(Geometry):
-    """What geometries that resize the short side to `short` have in common."""
+    """Base of the geometries that resize the short side to `short`."""
 
     short: int = sampling.EVAL_SHORT
 
@@ -164,8 +164,9 @@ class _Resized(Geometry):
 
 @dataclass(frozen=True)
 class CentreCrop(_Resized):
-    """Short side to `short`, the central crop: single-crop testing, Krizhevsky et al. 2012 and everyone since; with its mirror
-    image if `mirrored`, for test-time flips.
+    """Short side resized to `short`, the central crop, and its mirror image if `mirrored` (test-time flips).
+
+    Single-crop testing as in Krizhevsky et al. 2012.
     """
 
     mirrored: bool = False
@@ -181,7 +182,7 @@ class CentreCrop(_Resized):
 
 @dataclass(frozen=True)
 class TenCrop(_Resized):
-    """Short side to `short`; the four corners' crops and the central one, and the mirror images of these five.
+    """Short side resized to `short`; the four corner crops and the central one, and the mirror images of these five.
 
     Krizhevsky et al. 2012, "ImageNet classification with deep convolutional neural networks", section 4.1; He et al. 2015,
     section 3.4. In torchvision.transforms.TenCrop's order: top left, top right, bottom left, bottom right, centre, then mirrored.
@@ -202,10 +203,10 @@ class TenCrop(_Resized):
 
 @dataclass(frozen=True)
 class WholeImage(_Resized):
-    """The whole image with its short side at `short`, for fully convolutional testing; with its mirror image if `mirrored`.
+    """The whole image with its short side resized to `short`, and its mirror image if `mirrored`: fully convolutional testing.
 
     Simonyan and Zisserman 2015, "Very deep convolutional networks for large-scale image recognition", section 3.2; He et al.
-    2015, section 3.4. Pictures differ in size: the sides are floor(side * short / min(height, width) + 1/2) pixels.
+    2015, section 3.4. Views differ in size: the sides are floor(side * short / min(height, width) + 1/2) pixels.
     """
 
     mirrored: bool = False
@@ -228,13 +229,15 @@ class WholeImage(_Resized):
 
 
 def choose_geometry(name: str, scale: Sequence[int] | None, size: int, area: Sequence[float] | None = None) -> Geometry:
-    """A training geometry by its option, one of GEOMETRIES: scale jitter, random resized crops, or crops of the image padded by 4
-    pixels, whatever the size. scale: the jitter's range of S, pixels; by default what 256..480 is for crops of 224. area: the
-    resized crops' range of shares of the image. Raises UserError for a range of another geometry.
+    """A training geometry by its name in GEOMETRIES: scale jitter, random resized crops, or crops of the image padded by 4
+    pixels.
+
+    scale: range of the short side for scale jitter, pixels; by default 256..480 for crops of 224, in proportion for others.
+    area: range of the fraction of the image for random resized crops. Raises UserError for a range of another geometry.
     """
-    for option, given, owner in (("--scale", scale, "jitter"), ("--area", area, "rrc")):
+    for field, given, owner in (("scale", scale, "jitter"), ("area", area, "rrc")):
         if given and name != owner:
-            raise UserError(f"{option} belongs to --geometry {owner}; leave it out")
+            raise UserError(f"`{field}` belongs to `geometry` {owner}", "leave it out")
     if name == "jitter":
         return ScaleJitter(*scale) if scale else ScaleJitter().scaled(size, sampling.CROP)
     if name == "rrc":
@@ -243,6 +246,6 @@ def choose_geometry(name: str, scale: Sequence[int] | None, size: int, area: Seq
 
 
 def _views(windows: npt.NDArray[np.float64], flip: npt.NDArray[np.bool_]) -> Views:
-    """Views without colour augmentation. windows: (N, crops, 4). flip: (crops,), the same for each image."""
+    """Views without lighting. windows: (N, crops, 4). flip: (crops,), the same for each image."""
     count, crops, _ = windows.shape
     return Views(windows.reshape(-1, 4), np.tile(flip, count), np.zeros((count * crops, 3), np.float32))

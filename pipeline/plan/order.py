@@ -1,12 +1,12 @@
-"""Orders: which sample stands at which place of an epoch. Each is a pure function of (seed, epoch, position).
+"""Orders: which sample comes at which position of an epoch. Each is a pure function of (seed, epoch, position).
 
 - `Sequential`: as stored.
-- `Full`: one permutation of all samples, `plan.order`. Every sample may come anywhere; a batch touches as many shards as it has
-  images. For shards on a local disk or in memory.
-- `Blocks`: shards in random order, K at a time read into one *block*, whose samples come in random order. Reading is local: at
-  most the current block and the next are needed. For shards behind a network. (FFCV's QUASI_RANDOM and webdataset's shuffle
-  buffer have the same aim; here the result can be computed for any position, hence resumed and shared among ranks.)
-- `ByShape`: another order's samples, those of equal output shape together, for whole images.
+- `Full`: one permutation of all samples, `sampling.order`. Every sample may come anywhere; a batch may touch as many shards as it
+  has images. For shards on a local disk or in memory.
+- `Blocks`: shards in random order, K consecutive ones form a *block*, and the samples of a block come in random order. Reading is
+  local: only the current block and the next are needed. For remote shards. (FFCV's QUASI_RANDOM and webdataset's shuffle buffer
+  have the same aim; here the sample at any position can be computed, so the order can be resumed and divided among ranks.)
+- `ByShape`: as stored, but samples of equal output shape together, for whole images.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class Order(ABC):
         """The samples at `positions`, int64 (N,) in [0, count), of an epoch: int64 (N,)."""
 
     def runs(self) -> Ints:
-        """Lengths of the runs that an epoch falls into, int64: no batch takes samples of two. By default it is one."""
+        """Lengths of the runs that an epoch consists of, int64. No batch has samples of two runs. By default there is one run."""
         return np.array([self.count])
 
 
@@ -44,7 +44,7 @@ class Sequential(Order):
 
 
 class Full(Order):
-    """A uniformly random permutation of all samples, each epoch another. O(1) memory, O(1) time a position."""
+    """A uniformly random permutation of all samples, another one each epoch. O(1) memory, O(1) time per position."""
 
     def __init__(self, count: int, seed: int) -> None:
         super().__init__(count)
@@ -55,8 +55,8 @@ class Full(Order):
 
 
 class _Epoch(NamedTuple):
-    """One epoch of `Blocks`, all int64. shards: (S,), in the epoch's order. starts: (S,), how many samples come before each of
-    them. bounds: (blocks + 1,), how many come before each block, and in all."""
+    """One epoch of `Blocks`, all int64. shards: (S,), in the epoch's order. starts: (S,), number of samples before each of them.
+    bounds: (blocks + 1,), number of samples before each block, and their total."""
 
     shards: Ints
     starts: Ints
@@ -64,9 +64,9 @@ class _Epoch(NamedTuple):
 
 
 class Blocks(Order):
-    """Shards in random order; each `per_block` of them in a row are a block, whose samples are permuted uniformly.
+    """Shards in random order; `per_block` consecutive shards form a block, and its samples are permuted uniformly.
 
-    Set-up is O(shards) in time and memory, once an epoch; a position then takes O(log shards).
+    Set-up is O(shards) in time and memory, once per epoch; a position then takes O(log shards).
 
     How well that shuffles, for ImageNet's 1,281,167 images in shards of 1,000 and batches of 256 (means of 10 epochs; measured by
     tests/pipeline/plan/test_order.py):
@@ -74,24 +74,24 @@ class Blocks(Order):
         per_block                                        1        8       32    Full
         shards that a batch's images come from        1.25     8.19     32.1     232
         images whose shard is in the batch again    1.0000   1.0000   0.9995  0.1807
-        |Spearman| of position and stored place     0.0238   0.0238   0.0235  0.0008
+        |Spearman| of position and stored position  0.0238   0.0238   0.0235  0.0008
 
-    The converter has shuffled the images before it made shards, so what shares a shard has nothing else in common: a block of
-    8 shards is a sample of the data set, and what it lacks of `Full` is that epoch after epoch the same images come close to
-    each other. (Spearman's correlation is that of a random order of shards: it goes with the root of their number.)
+    The converter shuffles the images before it makes shards, so images of a shard have nothing else in common: a block of 8
+    shards is a random sample of the data set. The difference to `Full` is that the same images come close to each other in every
+    epoch. (Spearman's correlation is that of a random order of shards; it falls with the square root of their number.)
     """
 
     def __init__(self, sizes: npt.ArrayLike, seed: int, per_block: int) -> None:
         """sizes: images in each shard, (S,); a shard's samples are stored together, shard after shard."""
         self._sizes = np.asarray(sizes, np.int64)
         super().__init__(int(self._sizes.sum()))
-        self._firsts = np.cumsum(self._sizes) - self._sizes  # stored samples before each shard
+        self._firsts = np.cumsum(self._sizes) - self._sizes  # number of stored samples before each shard
         self._seed, self._per_block = seed, per_block
         self.blocks = -(-len(self._sizes) // per_block)  # in an epoch
         self._epochs: dict[int, _Epoch] = {}
 
     def block(self, epoch: int, position: int) -> int:
-        """Which of an epoch's blocks a position belongs to."""
+        """The block of an epoch that a position belongs to."""
         return int(np.searchsorted(self._epoch(epoch).bounds, position, "right")) - 1
 
     def shards(self, epoch: int, block: int) -> list[int]:
@@ -103,16 +103,16 @@ class Blocks(Order):
     def samples(self, epoch: int, positions: Ints) -> Ints:
         shards, starts, bounds = self._epoch(epoch)
         blocks = np.searchsorted(bounds, positions, "right") - 1
-        places = np.empty(len(positions), np.int64)  # whose samples they would be if no block were permuted
+        unpermuted = np.empty(len(positions), np.int64)  # the position of the same sample if no block were permuted
         for block in np.unique(blocks).tolist():
             here = blocks == block
             low, high = bounds[block], bounds[block + 1]
             permuted = np.empty(np.count_nonzero(here), np.int64)
             keys = np.uint64(self._seed), np.uint64(epoch), block, random.BLOCK
             random.permute(*keys, positions[here] - low, high - low, permuted)
-            places[here] = low + permuted
-        turns = np.searchsorted(starts, places, "right") - 1
-        found: Ints = self._firsts[shards[turns]] + places - starts[turns]
+            unpermuted[here] = low + permuted
+        turns = np.searchsorted(starts, unpermuted, "right") - 1
+        found: Ints = self._firsts[shards[turns]] + unpermuted - starts[turns]
         return found
 
     def _epoch(self, epoch: int) -> _Epoch:
@@ -122,16 +122,16 @@ class Blocks(Order):
             random.permute(np.uint64(self._seed), np.uint64(epoch), 0, random.SHARDS, turns, len(turns), shards)
             ends = np.cumsum(self._sizes[shards])
             starts = ends - self._sizes[shards]
-            latest = list(self._epochs.items())[-1:]  # an epoch's end and the next one's beginning are asked for in turns
+            latest = list(self._epochs.items())[-1:]  # prefetching alternates between two epochs
             bounds = np.append(starts[:: self._per_block], self.count)
             self._epochs = dict([*latest, (epoch, _Epoch(shards, starts, bounds))])
         return self._epochs[epoch]
 
 
 class ByShape(Order):
-    """Samples as stored, but those of equal shape together, shapes ascending. O(N log N) set-up and O(N) memory.
+    """Samples as stored, but grouped by shape, in ascending order of shapes. O(N log N) set-up and O(N) memory.
 
-    shapes: int64 (N, 2), each sample's output height and width.
+    shapes: int64 (N, 2), output height and width of each sample.
     """
 
     def __init__(self, shapes: Ints) -> None:

@@ -1,8 +1,8 @@
-"""Random numbers by counter, compiled: Philox, and every kernel that draws with it. `sampling` says what the draws mean.
+"""Counter-based random numbers, compiled: Philox, and every kernel that draws with it. `sampling` says what the draws mean.
 
 Sources:
 - Philox4x32-10: Salmon, Moraes, Dror, Shaw, "Parallel random numbers: as easy as 1, 2, 3", SC 2011. Counter-based, so a
-  draw needs no predecessor. Our key is the seed, our counter (sample low, sample high, epoch, stream).
+  draw needs no predecessor. The key is the seed, the counter is (sample low, sample high, epoch, stream).
 - Permutations are Feistel networks with cycle walking: Black, Rogaway, "Ciphers with arbitrary finite domains", CT-RSA 2002.
 
 All words are 32-bit numbers held in uint64.
@@ -17,20 +17,20 @@ import numpy as np
 
 from ..jit import jit
 
-# Streams keep the uses of Philox apart; they are its counter's last word.
+# Streams separate the uses of Philox. The stream is the last word of the counter.
 ORDER = 0  # a permutation of a split's samples
 JITTER = 1
-COLOUR = 2
-FLIP = 3  # of random resized crops, whose attempts use up their own words
+LIGHTING = 2
+FLIP = 3  # of random resized crops; their attempts use all words of their own streams
 SHARDS = 4  # a permutation of a split's shards
-BLOCK = 5  # one of the samples of a block of shards; counter: (pair of keys, block, epoch, stream)
-ATTEMPT = 16  # and the nine after it: a random resized crop's attempts
-SUBSTITUTE = 32  # and the 31 after it: what takes a corrupt sample's place
+BLOCK = 5  # a permutation of the samples of a block of shards; counter: (pair of keys, block, epoch, stream)
+ATTEMPT = 16  # and the next 9: attempts of a random resized crop
+SUBSTITUTE = 32  # and the next 31: substitutes of a corrupt sample
 
-ATTEMPTS = 10  # of random resized crops, as torchvision has it
+ATTEMPTS = 10  # of random resized crops, as in torchvision
 
 # Measured with 120,000 keys on the permutations of 3, 4 and 5 samples: halves of 2 bits stay visibly biased even after 16
-# rounds, halves of 3 bits need 8 rounds, halves of 4 bits pass a chi-square test from 4 rounds on. We take 4 bits and 8.
+# rounds, halves of 3 bits need 8 rounds, halves of 4 bits pass a chi-square test from 4 rounds on. This uses 4 bits and 8 rounds.
 _ROUNDS = 8  # each keyed by 64 bits, two to a Philox block
 _MIN_HALF_BITS = 4
 
@@ -82,7 +82,7 @@ def _is_heads(word: Any) -> Any:
 
 @jit
 def _mix(x: Any) -> Any:
-    """SplitMix64's finaliser (Steele, Lea, Flood 2014): every input bit flips every output bit with probability near 1/2."""
+    """SplitMix64's finalizer (Steele, Lea, Flood 2014): every input bit flips every output bit with probability near 1/2."""
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return x ^ (x >> np.uint64(31))
@@ -117,10 +117,10 @@ def permute(seed: Any, epoch: Any, block: Any, stream: Any, positions: Any, n: A
 
 
 @jit
-def colour(seed: Any, epoch: Any, samples: Any, std: Any, alphas: Any) -> None:
-    """Normal numbers of deviation `std`, to alphas, float32 (N, 3): Box and Muller 1958."""
+def lighting(seed: Any, epoch: Any, samples: Any, std: Any, alphas: Any) -> None:
+    """Normal numbers of standard deviation `std`, to alphas, float32 (N, 3): Box and Muller 1958."""
     for i in range(len(samples)):
-        w0, w1, w2, w3 = _of_sample(seed, epoch, samples[i], COLOUR)
+        w0, w1, w2, w3 = _of_sample(seed, epoch, samples[i], LIGHTING)
         # Each radius's word is taken from (0, 1] so that its logarithm is finite.
         radius = math.sqrt(-2.0 * math.log((w0 + np.uint64(1)) * _TO_UNIT)) * std
         angle = 2.0 * math.pi * (w1 * _TO_UNIT)
@@ -135,7 +135,7 @@ def jitter(
     seed: Any, epoch: Any, samples: Any, heights: Any, widths: Any, low: Any, high: Any, crop: Any, padding: Any,
     short: Any, top: Any, left: Any, flip: Any,
 ) -> None:  # fmt: skip
-    """Scale jitter: short side, corner and flip, the first four of `plan.Draws`."""
+    """Scale jitter: short side, corner and flip, the first four fields of `sampling.Draws`."""
     for i in range(len(samples)):
         w0, w1, w2, w3 = _of_sample(seed, epoch, samples[i], JITTER)
         s = low + _below(w0, high - low + 1)

@@ -1,10 +1,10 @@
 """The plan: which sample comes when, and every random draw of its augmentation.
 
-An epoch is a pure function. `order` maps (seed, epoch, position) to a sample; `draw` maps (seed, epoch, sample, height,
-width) to the resized short side, the crop's corner, the flip and the three PCA coefficients. No generator state lives
-anywhere, so any engine, worker count, rank count or restart sees the same samples with the same draws.
+An epoch is a pure function. `order` maps (seed, epoch, position) to a sample; `draw` maps (seed, epoch, sample, height, width) to
+the resized short side, the crop's corner, the flip and the three PCA coefficients. There is no generator state, so any engine,
+worker count, rank count or restart sees the same samples with the same draws.
 
-`pipeline.plan.random` has the random numbers, `pipeline.plan.geometry` the other ways to place windows in an image.
+`plan.random` has the random numbers, `plan.geometry` the other ways to place windows in an image.
 
 Sources:
 - Scale jitter with S uniform in [256, 480]: He et al., "Deep residual learning for image recognition", section 3.4. PCA
@@ -23,19 +23,19 @@ from . import random
 Ints = npt.NDArray[np.int64]
 
 MAX_SAMPLES = 1 << 40
-SCALE = (256, 480)  # the short side's range, He et al. 2015, section 3.4
+SCALE = (256, 480)  # range of the short side, He et al. 2015, section 3.4
 CROP = 224
 EVAL_SHORT = 256  # the short side in evaluation
 ALPHA_STD = 0.1  # standard deviation of the PCA coefficients, Krizhevsky et al. 2012, section 4.1
 
-MAX_SUBSTITUTES = 32  # tried for a corrupt sample
+MAX_SUBSTITUTES = 32  # attempts for a corrupt sample
 
 
 class Draws(NamedTuple):
-    """What the plan drew for N samples.
+    """The draws of N samples.
 
     short: int64 (N,), pixels: the short side S after resizing.
-    top, left: int64 (N,), pixels: the crop's corner in the resized image, outside of it where that was padded.
+    top, left: int64 (N,), pixels: the crop's corner in the resized image; negative in padding.
     flip: bool (N,): mirror left to right.
     alphas: float32 (N, 3): coefficients of the three principal components of RGB.
     """
@@ -48,10 +48,10 @@ class Draws(NamedTuple):
 
 
 def order(seed: int, epoch: int, positions: npt.ArrayLike, n: int) -> Ints:
-    """The samples at `positions` of the epoch's order: a keyed permutation of [0, n), evaluated point by point.
+    """The samples at `positions` of the epoch's order, a keyed permutation of [0, n) that is evaluated point by point.
 
     seed: 0 <= seed < 2^64. epoch: 0 <= epoch < 2^32. positions: integers (N,) in [0, n). n: 1 <= n <= 2^40.
-    Returns int64 (N,). Memory is O(N) whatever n is; time is O(1) a position. Raises ValueError outside these ranges.
+    Returns int64 (N,). Memory is O(N), whatever n is; time is O(1) per position. Raises ValueError outside these ranges.
     """
     positions = np.ascontiguousarray(positions, np.int64)
     _check_key(seed, epoch)
@@ -78,11 +78,10 @@ def draw(
     """Every random draw of N samples in one epoch.
 
     samples: integers (N,) in [0, 2^40). heights, widths: integers (N,) > 0, the stored images' pixels.
-    scale: the inclusive range that the resized short side is uniform on, in pixels; its low end is at least `crop`.
-    crop: the square crop's side in pixels; its corner is uniform over all whole-pixel places in the resized image.
+    scale: inclusive range of the resized short side, which is uniform, in pixels; its low end is at least `crop`.
+    crop: side of the square crop in pixels; its corner is uniform over all integer positions in the resized image.
     alpha_std: standard deviation of the PCA coefficients. padding: 0 <= padding < crop, pixels added to the resized image at each
-    end of both axes for the crop to reach into; corners are still counted from the image's own. Raises ValueError outside these
-    ranges.
+    end of both axes; corners are counted from the image's own corner. Raises ValueError outside these ranges.
     """
     samples = _samples(samples)
     heights, widths = _sizes(heights, widths, len(samples))
@@ -103,7 +102,7 @@ def alphas(seed: int, epoch: int, samples: npt.ArrayLike, std: float = ALPHA_STD
     samples = _samples(samples)
     _check_key(seed, epoch)
     drawn = np.empty((len(samples), 3), np.float32)
-    random.colour(np.uint64(seed), np.uint64(epoch), samples, float(std), drawn)
+    random.lighting(np.uint64(seed), np.uint64(epoch), samples, float(std), drawn)
     return drawn
 
 
@@ -116,11 +115,11 @@ def resized_crops(
     area: tuple[float, float],
     aspect: tuple[float, float],
 ) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.bool_]]:
-    """torchvision's random resized crops of N samples in one epoch: windows float64 (N, 4) as `windows` has them, flip bool (N,).
+    """torchvision's random resized crops of N samples in one epoch: windows, float64 (N, 4) as in `windows`, and flip, bool (N,).
 
-    samples, heights, widths: as in `draw`. area: range of the window's share of the image, uniform, 0 < low <= high <= 1.
-    aspect: range of its width over its height, log-uniform, 0 < low <= high. Of ten attempts the first that fits is taken, else
-    the largest central window within the range of aspects.
+    samples, heights, widths: as in `draw`. area: range of the window's fraction of the image, uniform, 0 < low <= high <= 1.
+    aspect: range of its width divided by its height, log-uniform, 0 < low <= high. The first of ten attempts that fits is taken,
+    otherwise the largest central window within the range of aspects.
     """
     samples = _samples(samples)
     heights, widths = _sizes(heights, widths, len(samples))
@@ -128,15 +127,16 @@ def resized_crops(
     if not (0 < area[0] <= area[1] <= 1 and 0 < aspect[0] <= aspect[1]):
         raise ValueError(f"areas must lie in (0, 1], aspects above 0, lower ends first, not {area} and {aspect}")
     found, flip = np.empty((len(samples), 4), np.float64), np.empty(len(samples), np.bool_)
-    ranges = (float(end) for end in (*area, *aspect))
-    random.resized_crop(np.uint64(seed), np.uint64(epoch), samples, heights, widths, *ranges, found, flip)
+    keys = np.uint64(seed), np.uint64(epoch)
+    (low, high), (wide_low, wide_high) = map(float, area), map(float, aspect)
+    random.resized_crop(*keys, samples, heights, widths, low, high, wide_low, wide_high, found, flip)
     return found, flip
 
 
 def substitute(seed: int, epoch: int, sample: int, attempt: int, n: int) -> int:
-    """Which of the n samples takes a corrupt one's place in an epoch, if earlier attempts gave corrupt ones, too.
+    """Which of the n samples replaces a corrupt one in an epoch, after `attempt` substitutes that were corrupt, too.
 
-    attempt: 0 <= attempt < 32. n: 2 <= n <= 2^40. The answer is never `sample`, and uniform on the others.
+    attempt: 0 <= attempt < 32. n: 2 <= n <= 2^40. The result is uniform on all samples except `sample`.
     """
     _check_key(seed, epoch)
     if not (0 <= sample < n and 2 <= n <= MAX_SAMPLES and 0 <= attempt < MAX_SUBSTITUTES):
@@ -147,12 +147,12 @@ def substitute(seed: int, epoch: int, sample: int, attempt: int, n: int) -> int:
 
 
 def short_at(short: int, size: int, nominal: int = CROP) -> int:
-    """What the short side `short`, meant for crops of `nominal`, is for crops of `size`: in proportion, at least `size`."""
+    """The short side `short`, meant for crops of `nominal`, in proportion for crops of `size`; at least `size`."""
     return max(round(short * size / nominal), size)
 
 
 def centre(heights: npt.ArrayLike, widths: npt.ArrayLike, short: int, crop: int) -> Draws:
-    """The evaluation transform in the same terms: short side `short`, the central crop, no flip, no colour change."""
+    """The evaluation transform in the same terms: short side `short`, the central crop, no flip, no lighting."""
     heights, widths = _sizes(heights, widths)
     if not 1 <= crop <= short:
         raise ValueError(f"the short side ({short}) must be at least the crop ({crop})")
@@ -165,7 +165,7 @@ def centre(heights: npt.ArrayLike, widths: npt.ArrayLike, short: int, crop: int)
 
 
 def resized(heights: npt.ArrayLike, widths: npt.ArrayLike, short: npt.ArrayLike) -> tuple[Ints, Ints]:
-    """Heights and widths after resizing to the short side: floor(side * S / short + 1/2), in whole numbers throughout."""
+    """Heights and widths after resizing to the short side: floor(side * S / short + 1/2), in integer arithmetic."""
     heights, widths = _sizes(heights, widths)
     side = np.minimum(heights, widths)
     short = np.asarray(short, np.int64)
@@ -173,7 +173,7 @@ def resized(heights: npt.ArrayLike, widths: npt.ArrayLike, short: npt.ArrayLike)
 
 
 def windows(drawn: Draws, heights: npt.ArrayLike, widths: npt.ArrayLike, crop: int) -> npt.NDArray[np.float64]:
-    """Where each crop lies in its stored image: float64 (N, 4) of top, left, bottom, right in source pixels.
+    """Each crop's window in its stored image: float64 (N, 4) of top, left, bottom, right in source pixels.
 
     Resampling this window to crop x crop, with filter support outside it, is resizing the image and taking the crop.
     The scale is short / S on both axes; the rounded size is centred on the image (DALI's `resize_shorter` does the same);
@@ -194,7 +194,7 @@ def windows(drawn: Draws, heights: npt.ArrayLike, widths: npt.ArrayLike, crop: i
 def regions(windows: npt.NDArray[np.float64], heights: npt.ArrayLike, widths: npt.ArrayLike, size: int | tuple[int, int]) -> Ints:
     """The source pixels that resampling each window needs: int64 (N, 4) of top, left, bottom, right, inside the image.
 
-    size: of the output, pixels: height and width, or one number for both. Along each axis the triangle filter reaches one output
+    size: of the output, pixels: height and width, or one integer for both. Along each axis the triangle filter reaches one output
     pixel, which is max(scale, 1) source pixels; one more for rounding.
     """
     low, high = windows[:, :2], windows[:, 2:]
@@ -204,8 +204,8 @@ def regions(windows: npt.NDArray[np.float64], heights: npt.ArrayLike, widths: np
     return region.astype(np.int64)
 
 
-def share(start: int, stop: int, rank: int, world_size: int) -> tuple[int, int]:
-    """Rank `rank`'s part [low, high) of the global batch [start, stop): parts tile it in rank order, sizes differ by one."""
+def rank_range(start: int, stop: int, rank: int, world_size: int) -> tuple[int, int]:
+    """Range [low, high) of a rank in the global batch [start, stop). Ranges tile it in rank order; sizes differ by 0 or 1."""
     if not 0 <= rank < world_size:
         raise ValueError(f"rank must lie in [0, {world_size}), not {rank}")
     size = stop - start

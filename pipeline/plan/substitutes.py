@@ -1,4 +1,4 @@
-"""What takes the places of samples that cannot be decoded."""
+"""Substitutes for samples that cannot be decoded."""
 
 from __future__ import annotations
 
@@ -16,33 +16,34 @@ log = logging.getLogger("cropfeed")
 
 
 class Substitutes:
-    """The samples found that cannot be decoded, and, by `plan.substitute`, their substitutes. For any thread.
+    """The corrupt samples found so far, and their substitutes, which `sampling.substitute` names. Thread-safe.
 
-    `corrupt`: sample -> why it cannot be decoded. Whether it can is asked for each epoch by itself, because another epoch's crop
-    may miss the damage: a loader that knows the sample must not give other batches than one that was resumed and does not.
+    `corrupt`: sample -> why it cannot be decoded. Each epoch tests again whether a sample can be decoded, because the crop of
+    another epoch may miss the damage: a loader that knows the sample must give the same batches as a resumed one that does not.
     """
 
-    def __init__(self, seed: int, count: int, stops: bool, where: Callable[[int], str]) -> None:
-        """count: of samples. stops: whether a corrupt sample is an error. where: file and key of a sample, for messages."""
-        self._seed, self._count, self._stops, self._where = seed, count, stops, where
+    def __init__(self, seed: int, count: int, stop: bool, locate: Callable[[int], str]) -> None:
+        """count: of samples. stop: whether a corrupt sample is an error. locate: gives file and key of a sample, for messages."""
+        self._seed, self._count, self._stop, self._locate = seed, count, stop, locate
         self.corrupt: dict[int, str] = {}
         self._unreadable: set[tuple[int, int]] = set()  # (epoch, sample)
-        self._marking = threading.Lock()
+        self._lock = threading.Lock()
 
     def mark(self, epoch: int, sample: int, reason: str) -> None:
-        """A sample's views of an epoch cannot be decoded. Warns once of each sample; raises UserError if that is to stop."""
-        with self._marking:
+        """Note that a sample's views of an epoch cannot be decoded. Warns once per sample; raises UserError if `stop` is set."""
+        with self._lock:
             known = sample in self.corrupt
             self.corrupt[sample] = reason
             self._unreadable.add((epoch, sample))
-        if self._stops:
-            raise UserError(f"{self._where(sample)}: cannot be decoded ({reason}); make the shards again")
+        if self._stop:
+            raise UserError(f"{self._locate(sample)}: cannot be decoded ({reason})", "make the shards again")
         if not known:
-            log.warning("%s: cannot be decoded (%s); another sample takes its place", self._where(sample), reason)
+            log.warning("%s: cannot be decoded (%s); another sample replaces it", self._locate(sample), reason)
 
     def apply(self, epoch: int, ids: Ints) -> Ints:
-        """The samples, int64 (N,), with those that are known to be unreadable in this epoch replaced. Raises UserError where
-        substitutes are all unreadable, too.
+        """The samples, int64 (N,), with those replaced that are known to be unreadable in this epoch.
+
+        Raises UserError if no substitute of a sample can be decoded either.
         """
         if not self._unreadable:
             return ids
@@ -55,4 +56,4 @@ class Substitutes:
             other = sampling.substitute(self._seed, epoch, sample, attempt, self._count)
             if (epoch, other) not in self._unreadable:
                 return other
-        raise UserError(f"{self._where(sample)}: cannot be decoded, nor can what should replace it; make the shards again")
+        raise UserError(f"{self._locate(sample)}: neither it nor its substitutes can be decoded", "make the shards again")

@@ -1,14 +1,14 @@
-"""Whole files of a data set kept on a local disk, within a bound, shared by all processes of a host.
+"""Local copies of remote files, within a size limit, shared by all processes of a host.
 
-The cache's folder:
+The cache folder:
 
-    SHA256                  a whole file whose content was checked; its modification time says when it was last used
-    .SHA256.BYTES.partial   a running download, locked by its process; BYTES is what it will take in the end
+    SHA256                  a complete file with verified content; its modification time is that of its last use
+    .SHA256.BYTES.partial   a running download, locked by its process; BYTES is its final size
     .lock                   locked while files are counted, added or removed
 
-Named by their content, files of several data sets share a folder and never mix. Locks are flock's, which the kernel releases when
-a process dies: a partial that nobody has locked is left over from a killed process, and the next download removes it.
-An evicted file's disk space is free once nobody has it open: readers open it for one read at a time and map nothing.
+Files are named by their content, so several data sets can share a folder. Locks are flock's, which the kernel releases when a
+process dies: an unlocked partial file is left over from a killed process, and the next download removes it.
+The disk space of an evicted file is free once nobody has it open: readers open it for one read at a time and map nothing.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from ..errors import UserError
 from . import files
 
 GIGABYTE = 10**9
-FREE_SHARE = 0.8  # of what the disk has free, for the cache by default
+FREE_SHARE = 0.8  # of the free disk space is the default limit
 _FILE = re.compile(r"[0-9a-f]{64}")
 _PARTIAL = re.compile(r"\.([0-9a-f]{64})\.([0-9]+)\.partial")
 _TOUCH_S, _POLL_S, _RECOUNT_S = 1.0, 0.02, 1.0
@@ -49,7 +49,7 @@ class _File(NamedTuple):
 
 
 class _Contents(NamedTuple):
-    """files: whole ones. running: SHA-256 -> partial, of the downloads that go on. reserved: the bytes those will take."""
+    """files: complete ones. running: SHA-256 -> partial file of each running download. reserved: their final bytes."""
 
     files: list[_File]
     running: dict[str, Path]
@@ -58,38 +58,38 @@ class _Contents(NamedTuple):
 
 @dataclass(frozen=True)
 class ShardCache:
-    """A cache in `folder`, made as needed. limit: bytes that its files and running downloads never exceed together."""
+    """A cache in `folder`, created as needed. limit: bytes that files and running downloads together never exceed."""
 
     folder: Path
     limit: int
 
     def path(self, sha256: str) -> Path:
-        """Where a file is, if the cache holds it."""
+        """Path of a file, if the cache holds it."""
         return self.folder / sha256
 
     def check(self, url: str, bytes: int) -> None:
         """Raise UserError for a file larger than the cache."""
         if bytes > self.limit:
             raise UserError(
-                f"{url}: its {_gb(bytes)} do not fit into the cache {self.folder} of {_gb(self.limit)}; "
-                "raise --cache-gb (CROPFEED_CACHE_GB)"
+                f"{url}: its {_gb(bytes)} do not fit into the cache {self.folder} of {_gb(self.limit)}",
+                "raise `cache_gb` (CROPFEED_CACHE_GB)",
             )
 
     def fetch(self, url: str, bytes: int, sha256: str) -> Path:
-        """The local copy, downloaded if needed. Another process may evict it at any time: `open` and `pinned` are safe."""
+        """The local copy, downloaded if needed. Another process may evict it at any time; `open` and `open_pinned` are safe."""
         with self.open(url, bytes, sha256):
             return self.path(sha256)
 
     def open(self, url: str, bytes: int, sha256: str, stop: threading.Event | None = None) -> FileIO:
-        """The local copy, downloaded if needed, open for reading; it stays readable if it is evicted meanwhile.
+        """The local copy, downloaded if needed, open for reading. It stays readable even if it is evicted.
 
-        bytes, sha256: as the manifest says. Raises UserError if the file is not there or another one, or does not fit, and
+        bytes, sha256: from the manifest. Raises UserError if the file is missing, is another one, or does not fit, and
         StoppedError soon after another thread sets `stop`.
         """
         self.check(url, bytes)
         stop = stop or threading.Event()
         try:
-            while (found := self._held(bytes, sha256)) is None:
+            while (found := self._open_complete(bytes, sha256)) is None:
                 if stop.is_set():
                     raise StoppedError(url)
                 with self._reserved(url, bytes, sha256) as partial:
@@ -97,12 +97,12 @@ class ShardCache:
                         return self._download(url, bytes, sha256, *partial, stop)
         except OSError as error:
             raise UserError(
-                f"{self.folder}: the cache cannot be used ({error}); give another --cache (CROPFEED_CACHE) or less --cache-gb"
+                f"{self.folder}: the cache cannot be used ({error})", "give another `cache` (CROPFEED_CACHE) or less `cache_gb`"
             ) from error
         return found
 
-    def pinned(self, url: str, bytes: int, sha256: str) -> FileIO:
-        """As `open`, and the file is not evicted until what this returns is closed: for files that stay mapped."""
+    def open_pinned(self, url: str, bytes: int, sha256: str) -> FileIO:
+        """Like `open`, but the file is not evicted until the returned stream is closed: for files that stay mapped."""
         while True:
             stream = self.open(url, bytes, sha256)
             fcntl.flock(stream, fcntl.LOCK_SH)
@@ -110,8 +110,8 @@ class ShardCache:
                 return stream
             stream.close()  # evicted before it was locked
 
-    def _held(self, bytes: int, sha256: str) -> FileIO | None:
-        """The file if it is there in full length, marked as used."""
+    def _open_complete(self, bytes: int, sha256: str) -> FileIO | None:
+        """The file, marked as used, or None unless it is there at its full size."""
         try:
             stream = FileIO(self.path(sha256))
         except FileNotFoundError:
@@ -120,28 +120,28 @@ class ShardCache:
         if status.st_size != bytes:
             stream.close()
             return None
-        if abs(time.time() - status.st_mtime) > _TOUCH_S:  # not at every one of thousands of reads a second
+        if abs(time.time() - status.st_mtime) > _TOUCH_S:  # not at every read: there are thousands per second
             os.utime(stream.fileno())
         return stream
 
     @contextmanager
-    def _alone(self) -> Iterator[None]:
-        """No other process counts, adds or removes files meanwhile."""
+    def _locked_folder(self) -> Iterator[None]:
+        """Exclude other processes from counting, adding and removing files."""
         self.folder.mkdir(parents=True, exist_ok=True)
         with (self.folder / ".lock").open("a") as lock, _locked(lock):
             yield
 
     @contextmanager
     def _reserved(self, url: str, bytes: int, sha256: str) -> Iterator[tuple[Path, BinaryIO] | None]:
-        """An empty partial, locked, and room for what it shall hold. None after waiting for what stood in the way."""
-        with self._alone():
+        """An empty, locked partial file with its disk space reserved; None after waiting for a download that was in the way."""
+        with self._locked_folder():
             path = self.path(sha256)
             if path.exists() and path.stat().st_size != bytes:
                 path.unlink()  # damaged
             contents = self._contents()
             obstacle = contents.running.get(sha256)
             wanted = obstacle is None and not path.exists()
-            if wanted and not self._make_room(contents, url, bytes):
+            if wanted and not self._evict_for(contents, url, bytes):
                 wanted, obstacle = False, next(iter(contents.running.values()))
             if wanted:
                 partial = self.folder / f".{sha256}.{bytes}.partial"
@@ -157,11 +157,11 @@ class ShardCache:
             except BaseException:
                 partial.unlink(missing_ok=True)
                 raise
-            finally:  # closing is not enough where a child process was forked meanwhile
+            finally:  # closing is not enough if a child process was forked
                 fcntl.flock(stream, fcntl.LOCK_UN)
 
     def _contents(self) -> _Contents:
-        """What the folder holds, after partials that nobody has locked are removed. Only `_alone`."""
+        """The content of the folder, after removing unlocked partial files. Within `_locked_folder`."""
         contents = _Contents([], {}, 0)
         for entry in os.scandir(self.folder):
             path = Path(entry.path)
@@ -173,8 +173,10 @@ class ShardCache:
                 contents = contents._replace(reserved=contents.reserved + int(match[2]))
         return contents
 
-    def _make_room(self, contents: _Contents, url: str, bytes: int) -> bool:
-        """Remove the files used longest ago until `bytes` fit; False if that needs running downloads to end. Only `_alone`."""
+    def _evict_for(self, contents: _Contents, url: str, bytes: int) -> bool:
+        """Evict the least recently used files until `bytes` fit; False if running downloads must end first. Within
+        `_locked_folder`.
+        """
         surplus = sum(file.bytes for file in contents.files) + contents.reserved + bytes - self.limit
         for file in sorted(contents.files):
             if surplus <= 0:
@@ -184,51 +186,52 @@ class ShardCache:
         if surplus > 0 and not contents.running:
             raise UserError(
                 f"{url}: its {_gb(bytes)} do not fit into the cache {self.folder} of {_gb(self.limit)} beside the "
-                f"files in use, {_gb(surplus)} too much; raise --cache-gb (CROPFEED_CACHE_GB)"
+                f"files in use, {_gb(surplus)} too much",
+                "raise `cache_gb` (CROPFEED_CACHE_GB)",
             )
         return surplus <= 0
 
     def _download(self, url: str, bytes: int, sha256: str, partial: Path, stream: BinaryIO, stop: threading.Event) -> FileIO:
-        """Fill the partial, check it and give it its name; returns it open for reading."""
+        """Fill the partial file, verify it and rename it; returns it open for reading."""
         found = files.size(url)
         if found != bytes:
-            raise UserError(f"{url}: has {found} bytes, manifest.json says {bytes}; make the shards again")
-        for _ in range(2):  # a wrong checksum may be the transfer's fault, once
+            raise UserError(f"{url}: has {found} bytes, manifest.json says {bytes}", "make the shards again")
+        for _ in range(2):  # a wrong checksum may come from the transfer: try twice
             stream.seek(0)
             digest = hashlib.sha256()
-            for piece in files.pieces(url, bytes):
+            for chunk in files.read_chunks(url, bytes):
                 if stop.is_set():
                     raise StoppedError(url)
-                stream.write(piece)
-                digest.update(piece)
+                stream.write(chunk)
+                digest.update(chunk)
             if digest.hexdigest() == sha256:
                 break
         else:
-            raise UserError(f"{url}: its SHA-256 is not the one in manifest.json; make the shards again")
+            raise UserError(f"{url}: its SHA-256 is not the one in manifest.json", "make the shards again")
         stream.flush()
-        os.fsync(stream.fileno())  # a power cut must not leave a file of the right length and no content
-        with self._alone():
+        os.fsync(stream.fileno())  # a power failure must not leave a file of the right size without content
+        with self._locked_folder():
             os.replace(partial, self.path(sha256))
-            fcntl.flock(stream, fcntl.LOCK_UN)  # else it would seem to be in use
+            fcntl.flock(stream, fcntl.LOCK_UN)  # otherwise it would look pinned
             return FileIO(self.path(sha256))
 
 
 def choose_cache(folder: str | Path | None = None, gigabytes: float | None = None) -> ShardCache:
-    """The cache as given, else as in $CROPFEED_CACHE and $CROPFEED_CACHE_GB, else ~/.cache/cropfeed and 80 % of its free disk.
+    """The cache as given, else by $CROPFEED_CACHE and $CROPFEED_CACHE_GB, else ~/.cache/cropfeed and 80 % of its free disk space.
 
-    Gigabytes are 10^9 bytes. What the cache holds already counts as free.
+    Gigabytes are 10^9 bytes. Files that the cache already holds count as free.
     """
-    place = Path(folder or os.environ.get("CROPFEED_CACHE") or "~/.cache/cropfeed").expanduser().absolute()
-    wish = str(gigabytes) if gigabytes is not None else os.environ.get("CROPFEED_CACHE_GB", "")
-    if not wish:
-        return ShardCache(place, _default_limit(place))
+    path = Path(folder or os.environ.get("CROPFEED_CACHE") or "~/.cache/cropfeed").expanduser().absolute()
+    text = str(gigabytes) if gigabytes is not None else os.environ.get("CROPFEED_CACHE_GB", "")
+    if not text:
+        return ShardCache(path, _default_limit(path))
     try:
-        limit = float(wish) * GIGABYTE
+        limit = float(text) * GIGABYTE
     except ValueError:
         limit = math.nan
     if not 1 <= limit < math.inf:
-        raise UserError(f"--cache-gb (CROPFEED_CACHE_GB) is a positive number of gigabytes, not {wish}")
-    return ShardCache(place, int(limit))
+        raise UserError(f"`cache_gb` (CROPFEED_CACHE_GB) is a positive number of gigabytes, not {text}")
+    return ShardCache(path, int(limit))
 
 
 def _default_limit(folder: Path) -> int:
@@ -254,7 +257,7 @@ def _locked(stream: Any) -> Iterator[None]:
 
 
 def _remove_unlocked(path: Path) -> bool:
-    """Remove a file unless somebody has locked it: a download that goes on, or a pinned file."""
+    """Remove a file unless it is locked, as running downloads and pinned files are."""
     with path.open("rb") as stream:
         try:
             fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -265,7 +268,7 @@ def _remove_unlocked(path: Path) -> bool:
 
 
 def _wait_for(partial: Path | None) -> None:
-    """Until a download has ended, or a while: its process may have died, which counting again shows."""
+    """Wait until a download has ended, or a while: its process may have died, which the caller finds by counting again."""
     deadline = time.monotonic() + _RECOUNT_S
     while partial is not None and partial.exists() and time.monotonic() < deadline:
         time.sleep(_POLL_S)

@@ -1,6 +1,6 @@
-"""Files by local path or fsspec URL (s3://bucket/key and the like): ranges, listings, and writing that is whole or absent.
+"""Files by local path or fsspec URL (s3://bucket/key and the like): range reads, listings, atomic writes.
 
-Every function takes paths as strings. Errors of the storage (missing files, credentials, unknown protocols) are UserErrors.
+Every function takes paths as strings. Storage errors (missing files, credentials, unknown protocols) become UserErrors.
 """
 
 from __future__ import annotations
@@ -19,16 +19,17 @@ from typing import Any, NamedTuple
 import fsspec
 from fsspec.implementations.local import LocalFileSystem
 
-from ..errors import UserError
+from ..errors import UserError, install_command
 
-PARTIAL = ".partial"  # ends the names of files that are still being written; they begin with a dot
-_PIECE, _AT_ONCE = 8 << 20, 8  # bytes; requests: object stores give each one a share of what the network could carry
-# An object is there once its upload has ended, whole; other file systems show a file while it grows.
+PARTIAL = ".partial"  # suffix of files that are still being written; their names begin with a dot
+CHUNK = 8 << 20  # bytes
+_REQUESTS = 8  # at a time: object stores limit the throughput of each request
+# Object stores show an object only after its upload is complete; other file systems show a file while it grows.
 _OBJECT_STORES = {"s3", "s3a", "gs", "gcs", "az", "abfs", "abfss", "oci", "oss", "memory"}
 
 
 class Entry(NamedTuple):
-    """What a folder holds. name: without the folder. bytes: of a file."""
+    """A file or folder in a folder. name: without the folder. bytes: size of a file."""
 
     name: str
     is_folder: bool
@@ -36,7 +37,7 @@ class Entry(NamedTuple):
 
 
 def is_remote(path: str) -> bool:
-    """Whether `path` is a URL of something else than local files."""
+    """Whether `path` is a URL of anything but local files."""
     return "://" in path and not path.startswith(("file://", "local://"))
 
 
@@ -45,14 +46,14 @@ def join(folder: str, *names: str) -> str:
 
 
 def absolute(path: str) -> str:
-    """A local path made absolute, so that processes elsewhere understand it; a URL as it is, without a slash at its end."""
+    """A local path made absolute, so that it holds in other processes; a URL unchanged, but without a trailing slash."""
     return path.rstrip("/") if is_remote(path) else os.path.abspath(path.removeprefix("file://").removeprefix("local://"))
 
 
 def read(path: str, start: int = 0, count: int | None = None) -> bytes:
-    """`count` bytes from `start` on (all that follow, if None). Fewer only where the file ends before."""
+    """`count` bytes from `start` on (all, if None). Fewer only if the file ends before."""
     with _explained(path):
-        if not is_remote(path):  # without fsspec's 0.2 ms
+        if not is_remote(path):  # avoids the 0.2 ms that fsspec takes
             with open(absolute(path), "rb") as stream:
                 stream.seek(start)
                 return stream.read(-1 if count is None else count)
@@ -62,32 +63,32 @@ def read(path: str, start: int = 0, count: int | None = None) -> bytes:
 
 
 def size(path: str) -> int:
-    """A file's bytes, now."""
+    """The current size of a file, bytes."""
     with _explained(path):
         system, target = _system(path)
-        system.invalidate_cache()  # an earlier listing's answer may be out of date
+        system.invalidate_cache()  # an earlier listing may be out of date
         return int(system.info(target)["size"])
 
 
-def pieces(path: str, count: int) -> Iterator[bytes]:
-    """The first `count` bytes of a file, in order and in pieces, of which several are on their way at a time."""
+def read_chunks(path: str, count: int) -> Iterator[bytes]:
+    """The first `count` bytes of a file, in order and in chunks, several of which are requested at a time."""
     with _explained(path):
         system, target = _system(path)
-        for first in range(0, count, _PIECE * _AT_ONCE):
-            starts = list(range(first, min(first + _PIECE * _AT_ONCE, count), _PIECE))
-            ends = [min(start + _PIECE, count) for start in starts]
+        for first in range(0, count, CHUNK * _REQUESTS):
+            starts = list(range(first, min(first + CHUNK * _REQUESTS, count), CHUNK))
+            ends = [min(start + CHUNK, count) for start in starts]
             found = system.cat_ranges([target] * len(starts), starts, ends)
-            for start, end, piece in zip(starts, ends, found, strict=True):
-                if isinstance(piece, Exception):
-                    raise piece
-                if len(piece) != end - start:  # a web server that knows no ranges answers with the whole file
-                    raise OSError(f"asked for {end - start} bytes from {start} on, got {len(piece)}")
-                yield piece
+            for start, end, chunk in zip(starts, ends, found, strict=True):
+                if isinstance(chunk, Exception):
+                    raise chunk
+                if len(chunk) != end - start:  # a web server without range requests sends the whole file
+                    raise OSError(f"asked for {end - start} bytes from {start} on, got {len(chunk)}")
+                yield chunk
 
 
 @contextmanager
-def opened(path: str) -> Iterator[Any]:
-    """A seekable binary file, for reading headers here and there."""
+def open_binary(path: str) -> Iterator[Any]:
+    """A seekable binary file for reading."""
     with _explained(path):
         system, target = _system(path)
         with system.open(target, "rb") as stream:
@@ -106,8 +107,8 @@ def is_folder(path: str) -> bool:
         return bool(system.isdir(target))
 
 
-def listing(folder: str) -> list[Entry]:
-    """A folder's entries by name, hidden ones left out. An absent folder is an empty one."""
+def list_folder(folder: str) -> list[Entry]:
+    """The entries of a folder by name, without hidden ones. A missing folder has none."""
     with _explained(folder):
         system, target = _system(folder)
         system.invalidate_cache()
@@ -120,7 +121,7 @@ def listing(folder: str) -> list[Entry]:
 
 
 def remove(path: str) -> None:
-    """Remove a file, if it is there."""
+    """Remove a file, if it exists."""
     with _explained(path):
         system, target = _system(path)
         try:
@@ -131,9 +132,9 @@ def remove(path: str) -> None:
 
 @contextmanager
 def atomic_write(path: str) -> Iterator[Path]:
-    """A local file to write. When the block ends well its content is at `path`, whole; else nothing of it remains.
+    """Gives a local scratch file to write. It becomes `path` when the block ends, and is removed if the block raises.
 
-    Whoever reads `path` meanwhile sees what was there before, or nothing. Folders are made as needed.
+    Readers of `path` see the old file, or none, until the new one is complete. Folders are created as needed.
     """
     with _explained(path):
         system, target = _system(path)
@@ -157,7 +158,7 @@ def atomic_write(path: str) -> Iterator[Path]:
 
 
 def write(path: str, content: bytes) -> None:
-    """A whole file at once, or nothing."""
+    """Write a file atomically."""
     with atomic_write(path) as scratch:
         scratch.write_bytes(content)
 
@@ -181,7 +182,7 @@ def _explained(path: str) -> Iterator[None]:
     except FileNotFoundError as error:
         raise UserError(f"{path}: not found") from error
     except ImportError as error:  # fsspec's message names the package to install
-        raise UserError(f"{path}: {error}") from error
+        raise UserError(f"{path}: {error}", install_command("s3") if "s3" in str(error) else "") from error
     except Exception as error:
         raise UserError(f"{path}: cannot be reached ({type(error).__name__}: {error})") from error
 
@@ -189,14 +190,14 @@ def _explained(path: str) -> Iterator[None]:
 def sha256(path: str) -> str:
     """The SHA-256 of a file's content, in hex."""
     digest = hashlib.sha256()
-    with opened(path) as stream:
+    with open_binary(path) as stream:
         while block := stream.read(1 << 22):
             digest.update(block)
     return digest.hexdigest()
 
 
 def remove_folder(path: str) -> None:
-    """Remove a folder with all that is in it, if it is there."""
+    """Remove a folder with everything in it, if it exists."""
     with _explained(path):
         system, target = _system(path)
         with contextlib.suppress(FileNotFoundError):
@@ -204,9 +205,9 @@ def remove_folder(path: str) -> None:
 
 
 def remove_partials(folder: str, seconds: float) -> None:
-    """Remove what killed writers left in a local folder and those below it, if nobody wrote to it for so many seconds.
+    """Remove the partial files of killed writers in and below a local folder, if not written to for `seconds`.
 
-    Object stores keep nothing of a broken upload.
+    Object stores keep nothing of an aborted upload.
     """
     for path in [] if is_remote(folder) else Path(folder).rglob(f".*{PARTIAL}"):
         with contextlib.suppress(FileNotFoundError):

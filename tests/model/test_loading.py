@@ -25,7 +25,7 @@ DEPTHS = {"resnet18": (2, 2, 2, 2), "resnet50": (3, 4, 6, 3)}
 
 @cache
 def torchvision_state(arch: str, classes: int = 1000) -> Weights:
-    """Random weights by torchvision's names and shapes, running statistics included, such that logits keep a common size."""
+    """Random weights with torchvision's names and shapes, running statistics included, scaled to give logits of ordinary size."""
     generator = torch.Generator().manual_seed(len(arch) + classes)
     state: Weights = {}
     for name, shape in torchvision_shapes(DEPTHS[arch], arch == "resnet50").items():
@@ -44,7 +44,7 @@ def torchvision_state(arch: str, classes: int = 1000) -> Weights:
 
 
 def plain_forward(weights: Weights, x: torch.Tensor, depths: tuple[int, ...], bottleneck: bool) -> torch.Tensor:
-    """Logits by torch.nn.functional alone, from torchvision's keys. He et al. 2015, with the stride on the 3x3 convolutions."""
+    """Logits, by torch.nn.functional, from torchvision's keys. He et al. 2015, with the stride on the 3x3 convolutions."""
 
     def conv(x: torch.Tensor, name: str, stride: int = 1, padding: int = 0) -> torch.Tensor:
         return F.conv2d(x, weights[f"{name}.weight"], None, stride, padding)
@@ -72,18 +72,18 @@ def plain_forward(weights: Weights, x: torch.Tensor, depths: tuple[int, ...], bo
     return F.linear(x.mean((2, 3)), weights["fc.weight"], weights["fc.bias"])
 
 
-def assert_same_logits(net: torch.nn.Module, weights: Weights, arch: str) -> None:
+def assert_same_logits(model: torch.nn.Module, weights: Weights, arch: str) -> None:
     x = torch.randn(2, 3, 96, 80, generator=torch.Generator().manual_seed(5))
     with torch.inference_mode():
         expected = plain_forward(weights, x, DEPTHS[arch], arch == "resnet50")
-        found = net.eval()(x)
+        found = model.eval()(x)
     assert expected.std() > 0.1
-    assert (expected[0] - expected[1]).abs().max() > 0.01  # the pictures count
+    assert (expected[0] - expected[1]).abs().max() > 0.01  # they depend on the images
     assert (found - expected).abs().max() <= 1e-4 * expected.abs().max()
 
 
 def write_timm_folder(folder: Path, weights: Weights, **changes: Any) -> Path:
-    """A folder as timm.models.save_for_hf writes it; its entries changed at the top of config.json."""
+    """A folder as timm.models.save_for_hf writes it. changes: top-level entries of config.json."""
     folder.mkdir(parents=True)
     config = {
         "architecture": "resnet18",
@@ -110,14 +110,14 @@ def test_torchvision_files_give_the_logits_of_a_plain_forward_pass(arch: str, tm
     torch.save(weights, tmp_path / f"{arch}-0123abcd.pth")
     save_file(weights, tmp_path / f"{arch}.a1_in1k.safetensors")
     for name in (f"{arch}-0123abcd.pth", f"{arch}.a1_in1k.safetensors"):
-        net, recipe = load_model(weights_file(tmp_path / name), None, CLASSES)
-        assert_same_logits(net, weights, arch)
-        assert (recipe.arch, recipe.classes, recipe.image_size, recipe.eval_short) == (arch, CLASSES, 224, 256)
-        assert recipe.mean == pytest.approx([123.675, 116.28, 103.53])
-        assert recipe.std == pytest.approx([58.395, 57.12, 57.375])
+        model, config = load_model(weights_file(tmp_path / name), None, CLASSES)
+        assert_same_logits(model, weights, arch)
+        assert (config.arch, config.classes, config.image_size, config.eval_short) == (arch, CLASSES, 224, 256)
+        assert config.mean == pytest.approx([123.675, 116.28, 103.53])
+        assert config.std == pytest.approx([58.395, 57.12, 57.375])
 
 
-def test_checkpoints_of_every_habit(tmp_path: Path) -> None:
+def test_checkpoints_in_common_layouts(tmp_path: Path) -> None:
     weights = torchvision_state("resnet18", 7)
     old = {name: tensor for name, tensor in weights.items() if not name.endswith("num_batches_tracked")}
     compiled = {f"module._orig_mod.{name}": tensor for name, tensor in weights.items()}
@@ -132,20 +132,20 @@ def test_checkpoints_of_every_habit(tmp_path: Path) -> None:
     }
     for name, content in contents.items():
         torch.save(content, tmp_path / name)
-        net, _ = load_model(tmp_path / name, "resnet18", SEVEN)
-        assert_same_logits(net, weights, "resnet18")
+        model, _ = load_model(tmp_path / name, "resnet18", SEVEN)
+        assert_same_logits(model, weights, "resnet18")
     assert load_model(tmp_path / "old.pth", "resnet18", None)[0].state_dict()["bn1.num_batches_tracked"] == 0
     assert load_model(tmp_path / "compiled.pt", "resnet18", None)[0].state_dict()["bn1.num_batches_tracked"] == 1234
 
     half = {name: tensor.half() if "conv" in name else tensor for name, tensor in weights.items()}
     torch.save(half, tmp_path / "half.pth")
-    net, recipe = load_model(tmp_path / "half.pth", "resnet18", None)
-    assert recipe.classes == []
-    assert {tensor.dtype for tensor in net.state_dict().values()} == {torch.float32, torch.int64}
-    assert_same_logits(net, {name: tensor.float() for name, tensor in half.items()}, "resnet18")
+    model, config = load_model(tmp_path / "half.pth", "resnet18", None)
+    assert config.classes == []
+    assert {tensor.dtype for tensor in model.state_dict().values()} == {torch.float32, torch.int64}
+    assert_same_logits(model, {name: tensor.float() for name, tensor in half.items()}, "resnet18")
 
 
-def test_names_tell_the_net() -> None:
+def test_file_names_give_the_architecture() -> None:
     for name, arch in {
         "resnet50-0676ba61.pth": "resnet50",
         "resnet50.a1_in1k.safetensors": "resnet50",
@@ -156,7 +156,7 @@ def test_names_tell_the_net() -> None:
         "resnet50d_ra2.pth": None,
         "resnet501.pth": None,
         "wide_resnet50_2.pth": None,
-        "net.pth": None,
+        "model.pth": None,
     }.items():
         assert arch_of_name(name) == arch, name
 
@@ -164,12 +164,12 @@ def test_names_tell_the_net() -> None:
 def test_timm_folders(tmp_path: Path) -> None:
     weights = torchvision_state("resnet18", 7)
     folder = write_timm_folder(tmp_path / "new", weights)
-    net, recipe = load_model(folder, None, SEVEN)
-    assert_same_logits(net, weights, "resnet18")
-    assert (recipe.arch, recipe.classes, recipe.image_size, recipe.eval_short) == ("resnet18", SEVEN, 160, 168)  # 160 / 0.95
-    assert recipe.mean.tolist() == [127.5, 63.75, 31.875]
-    assert recipe.std.tolist() == [127.5, 127.5, 63.75]
-    assert recipe.mean.dtype == recipe.std.dtype == np.float32
+    model, config = load_model(folder, None, SEVEN)
+    assert_same_logits(model, weights, "resnet18")
+    assert (config.arch, config.classes, config.image_size, config.eval_short) == ("resnet18", SEVEN, 160, 168)  # 160 / 0.95
+    assert config.mean.tolist() == [127.5, 63.75, 31.875]
+    assert config.std.tolist() == [127.5, 127.5, 63.75]
+    assert config.mean.dtype == config.std.dtype == np.float32
 
     (folder / "model.safetensors").unlink()
     torch.save(weights, folder / "pytorch_model.bin")
@@ -180,12 +180,12 @@ def test_timm_folders(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="was trained on 7 classes"):
         load_model(named, None, SEVEN[::-1])
     flat = write_timm_folder(tmp_path / "old", weights, pretrained_cfg=None, input_size=[3, 224, 224], mean=[0, 0, 1])
-    recipe = load_model(flat, None, SEVEN)[1]
-    assert (recipe.image_size, recipe.eval_short, recipe.mean.tolist()) == (224, 256, [0, 0, 255])
+    config = load_model(flat, None, SEVEN)[1]
+    assert (config.image_size, config.eval_short, config.mean.tolist()) == (224, 256, [0, 0, 255])
 
     for changes, words in (
         ({"architecture": "resnet50"}, "holds no resnet50"),
-        ({"architecture": "resnet18d"}, "holds a resnet18d, which is not a net of the paper"),
+        ({"architecture": "resnet18d"}, "holds a resnet18d, which is not a model of the paper"),
         ({"model_args": {"output_stride": 8}}, "model_args"),
         ({"pretrained_cfg": {"input_size": 3}}, "config.json is damaged"),
         ({"label_names": ["a"]}, "names 1 classes and has 7 outputs"),
@@ -194,11 +194,11 @@ def test_timm_folders(tmp_path: Path) -> None:
         with pytest.raises(UserError, match=words) as caught:
             load_model(other, None, SEVEN)
         assert str(other) in str(caught.value)
-    with pytest.raises(UserError, match="holds a resnet18, not --arch resnet50"):
+    with pytest.raises(UserError, match="holds a resnet18, not `arch` resnet50"):
         load_model(tmp_path / "named", "resnet50", SEVEN)
 
 
-def test_the_hub_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_hub_repositories_load_from_the_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """From a cache in huggingface_hub's layout: models--USER--NAME/refs/REVISION names a folder in snapshots."""
     weights = torchvision_state("resnet18", 7)
     cache, sha = tmp_path / "models--timm--resnet18.a1_in1k", "0123456789" * 4
@@ -214,23 +214,23 @@ def test_the_hub_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
         Path("hf://timm/resnet18.a1_in1k"),
     ]
     for source in [*sources, f"hf://timm/resnet18.a1_in1k@{sha}"]:
-        net, recipe = load_model(source, None, SEVEN)
-        assert_same_logits(net, weights, "resnet18")
-        assert recipe.image_size == 160
+        model, config = load_model(source, None, SEVEN)
+        assert_same_logits(model, weights, "resnet18")
+        assert config.image_size == 160
     (cache / "snapshots" / sha / "model.safetensors").unlink()
     torch.save(weights, cache / "snapshots" / sha / "pytorch_model.bin")
     assert_same_logits(load_model(sources[0], None, None)[0], weights, "resnet18")
     for source, words in (
-        ("hf://timm/resnet18.a1_in1k@v3", "cannot be had"),
-        ("hf://timm/absent", "cannot be had"),
-        ("hf://timm", "is no repository"),
-        ("hf://timm/resnet18.a1_in1k/model.safetensors", "is no repository"),
+        ("hf://timm/resnet18.a1_in1k@v3", "cannot be downloaded"),
+        ("hf://timm/absent", "cannot be downloaded"),
+        ("hf://timm", "is not a repository"),
+        ("hf://timm/resnet18.a1_in1k/model.safetensors", "is not a repository"),
     ):
         with pytest.raises(UserError, match=rf"^{source}: {words}[^\n]*$"):
             weights_file(source)
 
 
-def test_what_does_not_fit_is_named(tmp_path: Path) -> None:
+def test_mismatches_are_named(tmp_path: Path) -> None:
     weights = torchvision_state("resnet18", 7)
     deep = {name.replace("conv1.", "conv1.0.") if name == "conv1.weight" else name: value for name, value in weights.items()}
     transformers = {f"resnet.embedder.embedder.{name}": tensor for name, tensor in weights.items()}
@@ -240,72 +240,72 @@ def test_what_does_not_fit_is_named(tmp_path: Path) -> None:
             "deep.pth",
             deep,
             "resnet18",
-            r"deep.pth: holds no resnet18 \(no conv1.weight, but conv1.0.weight\); it is not a net of",
+            r"deep.pth: holds no resnet18 \(no conv1.weight, but conv1.0.weight\); it is not a model of",
         ),
         ("hugging.pth", transformers, "resnet18", "transformers"),
         ("wide.pth", wide, "resnet18", r"\(layer1.0.conv2.weight is \(64, 128, 3, 3\), not \(64, 64, 3, 3\)\)"),
-        ("resnet34.pth", weights, None, r"holds no resnet34 \(no layer1.2.conv1.weight\); it fits --arch resnet18$"),
-        ("more.pth", weights | {"head.bias": torch.zeros(3)}, "resnet18", r"\(head.bias too many\)"),
+        ("resnet34.pth", weights, None, r"holds no resnet34 \(no layer1.2.conv1.weight\); it fits `arch` resnet18$"),
+        ("more.pth", weights | {"head.bias": torch.zeros(3)}, "resnet18", r"\(unexpected head.bias\)"),
         ("headless.pth", {k: v for k, v in weights.items() if "fc" not in k}, "resnet18", r"\(no fc.weight\)"),
-        ("net.pth", weights, None, "net.pth: does not say which net it holds; give --arch"),
-        ("net.pth", weights, "vgg", "unknown --arch 'vgg'; choose from plain18"),
+        ("model.pth", weights, None, "model.pth: does not say which model it holds; give `arch`"),
+        ("model.pth", weights, "vgg", "unknown `arch` 'vgg'; choose from plain18"),
     ):
         torch.save(content, tmp_path / name)
         with pytest.raises(UserError, match=words) as caught:
             load_model(tmp_path / name, arch, SEVEN)
         assert "\n" not in str(caught.value)
     with pytest.raises(UserError, match="was trained on 7 classes, the data has 6"):
-        load_model(tmp_path / "net.pth", "resnet18", SEVEN[:6])
+        load_model(tmp_path / "model.pth", "resnet18", SEVEN[:6])
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match="empty: no weights there"):
         weights_file(tmp_path / "empty")
 
 
-def test_our_files_know_their_net_and_classes(tmp_path: Path) -> None:
-    recipe = ModelConfig("resnet18", SEVEN, 112, 128, np.full((112, 112, 3), 7, np.float32), np.ones(3, np.float32))
+def test_cropfeeds_files_hold_architecture_and_classes(tmp_path: Path) -> None:
+    config = ModelConfig("resnet18", SEVEN, 112, 128, np.full((112, 112, 3), 7, np.float32), np.ones(3, np.float32))
     weights = torchvision_state("resnet18", 7)
     (tmp_path / "run" / "checkpoints" / "last").mkdir(parents=True)
-    save_weights(tmp_path / "run" / "checkpoints" / "last" / "model.safetensors", weights, recipe.header())
+    save_weights(tmp_path / "run" / "checkpoints" / "last" / "model.safetensors", weights, config.header())
     (tmp_path / "run" / "config.json").write_text('{"command": []}')
-    net, found = load_model(tmp_path / "run", None, SEVEN)
-    assert_same_logits(net, weights, "resnet18")
+    model, found = load_model(tmp_path / "run", None, SEVEN)
+    assert_same_logits(model, weights, "resnet18")
     assert found.image_size == 112
     assert found.mean.shape == (112, 112, 3)
     assert load_model(str(tmp_path / "run"), "resnet18", None)[1].classes == SEVEN
     for arch, classes in ((None, SEVEN[::-1]), ("resnet34", SEVEN), (None, SEVEN[:3])):
-        with pytest.raises(UserError, match=r"was trained on 7 classes|holds a resnet18, not --arch resnet34"):
+        with pytest.raises(UserError, match=r"was trained on 7 classes|holds a resnet18, not `arch` resnet34"):
             load_model(tmp_path / "run", arch, classes)
-    save_weights(tmp_path / "bad.safetensors", weights, recipe.header() | {"mean": "[]"})
-    with pytest.raises(UserError, match=r"bad.safetensors: damaged header"):
+    save_weights(tmp_path / "bad.safetensors", weights, config.header() | {"mean": "[]"})
+    with pytest.raises(UserError, match=r"bad.safetensors: the header is damaged"):
         load_model(tmp_path / "bad.safetensors", None, SEVEN)
 
 
-def test_fine_tuning_starts_from_a_file(tmp_path: Path) -> None:
+def test_initial_weights_for_fine_tuning(tmp_path: Path) -> None:
     weights = torchvision_state("resnet18", 7)
-    torch.save(weights, tmp_path / "net.pth")
-    net = ARCHS["resnet18"](num_classes=7)
-    assert "classifier included" in initial_weights(tmp_path / "net.pth", "resnet18", net, SEVEN)
-    assert_same_logits(net, weights, "resnet18")
+    torch.save(weights, tmp_path / "model.pth")
+    model = ARCHS["resnet18"](num_classes=7)
+    assert "classifier included" in initial_weights(tmp_path / "model.pth", "resnet18", model, SEVEN)
+    assert_same_logits(model, weights, "resnet18")
 
-    recipe = ModelConfig("resnet18", SEVEN, 112, 128, np.ones(3, np.float32), np.ones(3, np.float32))
-    save_weights(tmp_path / "ours.safetensors", weights, recipe.header())
+    config = ModelConfig("resnet18", SEVEN, 112, 128, np.ones(3, np.float32), np.ones(3, np.float32))
+    save_weights(tmp_path / "ours.safetensors", weights, config.header())
     torch.save({name: tensor for name, tensor in weights.items() if "fc" not in name}, tmp_path / "headless.pth")
     for name, classes, words in (
-        ("net.pth", SEVEN[:4], "classifier of 4 classes starts anew, as the file's is for 7 classes"),
-        ("ours.safetensors", SEVEN[::-1], "starts anew, as the file's is for 7 other classes"),
-        ("headless.pth", SEVEN, "starts anew, as the file has none"),
+        ("model.pth", SEVEN[:4], "classifier of 4 classes is new, as the file's is for 7 classes"),
+        ("ours.safetensors", SEVEN[::-1], "is new, as the file's is for 7 other classes"),
+        ("headless.pth", SEVEN, "is new, as the file has none"),
     ):
-        net = ARCHS["resnet18"](num_classes=len(classes))
-        own = {"fc.weight": net.fc.weight.detach().clone(), "fc.bias": net.fc.bias.detach().clone()}
-        assert words in initial_weights(tmp_path / name, "resnet18", net, classes)
-        assert_same_logits(net, weights | own, "resnet18")
-    net = ARCHS["resnet18"](num_classes=7)
-    assert "included" in initial_weights(tmp_path / "ours.safetensors", "resnet18", net, SEVEN)
+        model = ARCHS["resnet18"](num_classes=len(classes))
+        own = {"fc.weight": model.fc.weight.detach().clone(), "fc.bias": model.fc.bias.detach().clone()}
+        assert words in initial_weights(tmp_path / name, "resnet18", model, classes)
+        assert_same_logits(model, weights | own, "resnet18")
+    model = ARCHS["resnet18"](num_classes=7)
+    assert "included" in initial_weights(tmp_path / "ours.safetensors", "resnet18", model, SEVEN)
 
-    before = {name: tensor.clone() for name, tensor in net.state_dict().items()}
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     torch.save(torchvision_state("resnet50", 7), tmp_path / "other.pth")
-    with pytest.raises(UserError, match=r"other.pth: holds no resnet18 .*; it fits --arch resnet50 or resnet50_v1"):
-        initial_weights(tmp_path / "other.pth", "resnet18", net, SEVEN[:4])
-    with pytest.raises(UserError, match="holds a resnet18, not --arch resnet18_c"):
+    with pytest.raises(UserError, match=r"other.pth: holds no resnet18 .*; it fits `arch` resnet50 or resnet50_v1"):
+        initial_weights(tmp_path / "other.pth", "resnet18", model, SEVEN[:4])
+    with pytest.raises(UserError, match="holds a resnet18, not `arch` resnet18_c"):
         initial_weights(tmp_path / "ours.safetensors", "resnet18_c", ARCHS["resnet18_c"](num_classes=7), SEVEN)
-    assert all(torch.equal(tensor, before[name]) for name, tensor in net.state_dict().items())
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())

@@ -24,8 +24,8 @@ BLURRED = [arch for arch in ARCHS if arch.endswith("_blur")]
 KERNEL = np.outer([1, 2, 1], [1, 2, 1]) / 16
 
 
-def dropped(net: nn.Module, *inputs: torch.Tensor) -> torch.Tensor:
-    """Run the net: which images took the shortcut alone, bool (N, blocks), as each block's input and output show."""
+def dropped(model: nn.Module, *inputs: torch.Tensor) -> torch.Tensor:
+    """Run the model. Returns which images took only the shortcut, bool (N, blocks), from each block's input and output."""
     found = []
 
     def watch(block: nn.Module, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
@@ -33,11 +33,11 @@ def dropped(net: nn.Module, *inputs: torch.Tensor) -> torch.Tensor:
         shortcut = inputs[0] if block.downsample is None else block.downsample(inputs[0])
         found.append((output == shortcut.relu()).flatten(1).all(1))
 
-    for block in net.modules():
+    for block in model.modules():
         if isinstance(block, Block):
             block.register_forward_hook(watch)
     with torch.no_grad():
-        net(*inputs)
+        model(*inputs)
     return torch.stack(found, 1)
 
 
@@ -50,20 +50,20 @@ def test_later_blocks_are_dropped_more_often(arch: str) -> None:
     assert [1 - block.drop_path for block in blocks] == pytest.approx(survival)
 
 
-def test_blocks_are_dropped_by_image_as_often_as_they_should_be() -> None:
-    """Over a whole net: which images take the shortcut alone, block by block, and independently of each other."""
+def test_blocks_are_dropped_per_image_with_their_probability() -> None:
+    """In a whole model: which images take only the shortcut in each block, independently of the other blocks."""
     torch.manual_seed(0)
-    net = ARCHS["resnet20"](num_classes=3, drop_path=0.6).train()
-    blocks = [module for module in net.modules() if isinstance(module, BasicBlock)]
+    model = ARCHS["resnet20"](num_classes=3, drop_path=0.6).train()
+    blocks = [module for module in model.modules() if isinstance(module, BasicBlock)]
     count = 3000
-    shares = dropped(net, torch.randn(count, 3, 8, 8)).T.double()  # (blocks, images)
+    shares = dropped(model, torch.randn(count, 3, 8, 8)).T.double()  # (blocks, images)
     for share, block in zip(shares.mean(1).tolist(), blocks, strict=True):
         assert abs(share - block.drop_path) < 4.5 * (block.drop_path * (1 - block.drop_path) / count) ** 0.5
     assert shares.corrcoef().fill_diagonal_(0).abs().max() < 4.5 / count**0.5
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_what_is_kept_is_scaled_so_that_the_expectation_stays(dtype: torch.dtype) -> None:
+def test_kept_rows_are_scaled_to_keep_the_expectation(dtype: torch.dtype) -> None:
     torch.manual_seed(0)
     x = torch.ones(40_000, 2, 1, 1, dtype=dtype)
     found = drop_rows(x, 0.2)
@@ -77,35 +77,35 @@ def test_what_is_kept_is_scaled_so_that_the_expectation_stays(dtype: torch.dtype
 
 def test_the_same_seed_drops_the_same_and_gradients_flow() -> None:
     images = torch.randn(8, 3, 16, 16)
-    net = ARCHS["resnet20"](num_classes=3, drop_path=0.5)
+    model = ARCHS["resnet20"](num_classes=3, drop_path=0.5)
     outputs = []
     for seed in (1, 1, 2):
         torch.manual_seed(seed)
-        outputs.append(net(images))
+        outputs.append(model(images))
     assert torch.equal(outputs[0], outputs[1])
     assert not torch.equal(outputs[0], outputs[2])
     outputs[0].sum().backward()
-    assert all(parameter.grad is not None for parameter in net.parameters())
+    assert all(parameter.grad is not None for parameter in model.parameters())
 
 
 @pytest.mark.parametrize("arch", ["resnet20", "resnet50"])
-def test_levels_decide_what_is_dropped(arch: str) -> None:
-    """Each block is watched: an image takes the shortcut alone where its level is below the block's probability."""
+def test_uniforms_decide_what_is_dropped(arch: str) -> None:
+    """In each block an image takes only the shortcut if its uniform is below the block's probability."""
     torch.manual_seed(0)
-    net = ARCHS[arch](num_classes=3, drop_path=0.7).train()
-    uniforms = torch.rand(12, net.blocks)
-    blocks = [module for module in net.modules() if isinstance(module, Block)]
-    assert len(blocks) == net.blocks
+    model = ARCHS[arch](num_classes=3, drop_path=0.7).train()
+    uniforms = torch.rand(12, model.blocks)
+    blocks = [module for module in model.modules() if isinstance(module, Block)]
+    assert len(blocks) == model.blocks
     images = torch.randn(12, 3, 32, 32, generator=torch.Generator().manual_seed(1))
     before = torch.get_rng_state()
-    found = dropped(net, images, uniforms)
+    found = dropped(model, images, uniforms)
     assert torch.equal(torch.get_rng_state(), before)
     expected = uniforms < torch.tensor([block.drop_path for block in blocks])
     assert torch.equal(found, expected)
     assert 0 < int(expected.sum()) < expected.numel()
 
 
-def test_evaluation_drops_nothing_and_zero_draws_nothing() -> None:
+def test_evaluation_drops_nothing_and_zero_probability_draws_nothing() -> None:
     torch.manual_seed(0)
     plain = ARCHS["resnet20"](num_classes=3)
     torch.manual_seed(0)
@@ -121,7 +121,7 @@ def test_evaluation_drops_nothing_and_zero_draws_nothing() -> None:
 
 
 def test_stochastic_depth_compiles() -> None:
-    """Whole, without a break; a block compiled drops rows as one that is not."""
+    """Without a graph break; a compiled block drops rows as often as an eager one."""
     block = BasicBlock(4, 4, 1, option_b)
     block.drop_path = 0.5
     compiled = torch.compile(block, backend="aot_eager", fullgraph=True)
@@ -132,19 +132,19 @@ def test_stochastic_depth_compiles() -> None:
 
 
 @pytest.mark.parametrize(("arch", "drop_path"), [("plain18", 0.1), ("plain20", 0.1), ("resnet18", 1.0), ("resnet18", -0.1)])
-def test_stochastic_depth_that_cannot_be_is_refused(arch: str, drop_path: float) -> None:
-    with pytest.raises(ValueError, match=r"drop_path must lie in \[0, 1\), and be 0 in a plain net"):
+def test_impossible_stochastic_depth_is_refused(arch: str, drop_path: float) -> None:
+    with pytest.raises(ValueError, match=r"drop_path must lie in \[0, 1\), and be 0 in a plain network"):
         ARCHS[arch](drop_path=drop_path)
     ARCHS["plain18"](drop_path=0.0)
 
 
 @pytest.mark.parametrize("arch", BLURRED)
-def test_a_blurred_nets_weights_are_the_unblurred_ones(arch: str) -> None:
-    """Keys and shapes; and which convolutions are blurred: all strided ones but the picture's."""
+def test_a_blurred_models_weights_have_the_unblurred_keys_and_shapes(arch: str) -> None:
+    """And all strided convolutions are blurred except the first."""
     with torch.device("meta"):
         blurred, plain = ARCHS[arch](), ARCHS[arch.removesuffix("_blur")]()
-    ours, theirs = ({name: value.shape for name, value in net.state_dict().items()} for net in (blurred, plain))
-    assert list(ours.items()) == list(theirs.items())
+    shapes, expected = ({name: value.shape for name, value in model.state_dict().items()} for model in (blurred, plain))
+    assert list(shapes.items()) == list(expected.items())
     assert [name for name, _ in blurred.named_parameters()] == [name for name, _ in plain.named_parameters()]
     strided = [name for name, layer in plain.named_modules() if isinstance(layer, nn.Conv2d) and layer.stride[0] > 1]
     assert [name for name, layer in blurred.named_modules() if isinstance(layer, BlurredConv2d)] == strided[1:]
@@ -168,14 +168,14 @@ def test_a_blurred_convolution_is_scipys_blur_then_the_convolution(
 
 
 @pytest.mark.parametrize("block", [BasicBlock, Bottleneck])
-def test_a_blurred_net_computes_ffcvs(block: type[Block]) -> None:
-    """Against the unblurred net whose strided convolutions get blurred inputs by hooks, as ffcv-imagenet's BlurPoolConv2d."""
+def test_a_blurred_model_computes_the_same_as_ffcv_imagenets(block: type[Block]) -> None:
+    """Against an unblurred model with hooks that blur the inputs of strided convolutions, as ffcv-imagenet's BlurPoolConv2d."""
     arch = "resnet18" if block is BasicBlock else "resnet50"
     torch.manual_seed(3)
     plain = ARCHS[arch](num_classes=4).eval()
     torch.manual_seed(3)
-    net = ARCHS[f"{arch}_blur"](num_classes=4).eval()
-    assert all(torch.equal(plain.state_dict()[name], value) for name, value in net.state_dict().items())  # the same start
+    model = ARCHS[f"{arch}_blur"](num_classes=4).eval()
+    assert all(torch.equal(plain.state_dict()[name], value) for name, value in model.state_dict().items())
     kernel = torch.from_numpy(KERNEL).float()[None, None]
 
     def blurred(layer: nn.Module, inputs: tuple[torch.Tensor]) -> torch.Tensor:
@@ -187,41 +187,41 @@ def test_a_blurred_net_computes_ffcvs(block: type[Block]) -> None:
             layer.register_forward_pre_hook(blurred)
     images = torch.randn(2, 3, 64, 48)
     with torch.no_grad():
-        torch.testing.assert_close(net(images), plain(images), rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(model(images), plain(images), rtol=1e-4, atol=1e-5)
         before = plain(images)
     assert not torch.allclose(ARCHS[arch](num_classes=4).eval()(images), before, atol=1e-2)
 
 
-def test_files_without_blur_stay_what_they_are(tmp_path: Path) -> None:
-    """Both kinds have the same keys and shapes: it is the file's name or header that tells."""
+def test_file_names_decide_about_blur(tmp_path: Path) -> None:
+    """Both kinds have the same keys and shapes, so the file's name or header decides."""
     assert [arch_of_name(name) for name in ("resnet50-0676ba61.pth", "resnet50_blur.pth")] == ["resnet50", "resnet50_blur"]
-    net = ARCHS["resnet18"](num_classes=3).eval()
-    torch.save(net.state_dict(), tmp_path / "resnet18-1234abcd.pth")
-    loaded, recipe = load_model(tmp_path / "resnet18-1234abcd.pth", None, None)
+    model = ARCHS["resnet18"](num_classes=3).eval()
+    torch.save(model.state_dict(), tmp_path / "resnet18-1234abcd.pth")
+    loaded, config = load_model(tmp_path / "resnet18-1234abcd.pth", None, None)
     blurred, other = load_model(tmp_path / "resnet18-1234abcd.pth", "resnet18_blur", None)
-    assert (recipe.arch, other.arch) == ("resnet18", "resnet18_blur")
+    assert (config.arch, other.arch) == ("resnet18", "resnet18_blur")
     images = torch.randn(2, 3, 64, 64)
     with torch.no_grad():
-        assert torch.equal(loaded.eval()(images), net(images))
-        assert not torch.allclose(blurred.eval()(images), net(images), atol=1e-3)
+        assert torch.equal(loaded.eval()(images), model(images))
+        assert not torch.allclose(blurred.eval()(images), model(images), atol=1e-3)
 
 
-def test_a_blurred_nets_output_changes_less_when_the_picture_is_shifted() -> None:
-    """What Zhang 2019 has it for: features of the last stage, before and after a shift by one pixel."""
+def test_a_blurred_models_output_changes_less_when_the_image_is_shifted() -> None:
+    """The purpose of BlurPool in Zhang 2019: logits before and after a shift by one pixel."""
     torch.manual_seed(0)
-    noise = F.avg_pool2d(torch.randn(8, 3, 100, 100), 5, 1)  # as smooth as pictures are
+    noise = F.avg_pool2d(torch.randn(8, 3, 100, 100), 5, 1)  # as smooth as natural images
     changes = {}
     for arch in ("resnet18", "resnet18_blur"):
         torch.manual_seed(1)
-        net = ARCHS[arch](num_classes=10).train()  # BN of the batch: weights are random
+        model = ARCHS[arch](num_classes=10).train()  # batch statistics, as the weights are random
         with torch.no_grad():
-            logits = [net(noise[:, :, shift : shift + 64, shift : shift + 64]) for shift in (16, 17)]
+            logits = [model(noise[:, :, shift : shift + 64, shift : shift + 64]) for shift in (16, 17)]
         changes[arch] = float((logits[0] - logits[1]).norm() / logits[0].norm())
     assert changes["resnet18_blur"] < 0.9 * changes["resnet18"]
 
 
-def test_blurs_multiply_adds_are_counted() -> None:
-    """Nine for each place and channel that is blurred: before a 3x3 all of the input's, before a 1x1 the output's places."""
+def test_multiply_adds_of_blur_are_counted() -> None:
+    """Nine for each blurred pixel and channel: before a 3x3 convolution all input pixels, before a 1x1 the output's pixels."""
     hand = 0
     for channels, side in ((64, 56), (128, 28), (256, 14)):
         hand += 9 * channels * side**2 + 9 * channels * (side // 2) ** 2
@@ -229,10 +229,10 @@ def test_blurs_multiply_adds_are_counted() -> None:
     assert describe("resnet18_blur").parameters == describe("resnet18").parameters
 
 
-def test_a_blurred_net_goes_to_half_precision_channels_last_and_back() -> None:
-    net = ARCHS["resnet18_blur"](num_classes=2).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+def test_a_blurred_model_trains_in_bfloat16_and_channels_last() -> None:
+    model = ARCHS["resnet18_blur"](num_classes=2).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     images = torch.randn(2, 3, 32, 32).contiguous(memory_format=torch.channels_last)
     with torch.autocast("cpu", torch.bfloat16):
-        net(images).float().sum().backward()
-    assert all(parameter.grad is not None for parameter in net.parameters())
-    assert net.to(torch.bfloat16)(images.bfloat16()).dtype == torch.bfloat16
+        model(images).float().sum().backward()
+    assert all(parameter.grad is not None for parameter in model.parameters())
+    assert model.to(torch.bfloat16)(images.bfloat16()).dtype == torch.bfloat16

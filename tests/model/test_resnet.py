@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from model import ARCHS
-from model.describe import describe
+from model.describe import describe, table
 from model.resnet import BasicBlock, Block, ZeroPadding, option_b
 
 PARAMETERS = {
@@ -62,9 +62,9 @@ def torchvision_shapes(depths: tuple[int, ...], bottleneck: bool) -> dict[str, t
 @pytest.mark.parametrize("arch", PARAMETERS)
 def test_parameters_keys_and_shapes(arch: str) -> None:
     with torch.device("meta"):
-        net = ARCHS[arch]()
-    assert sum(parameter.numel() for parameter in net.parameters()) == PARAMETERS[arch]
-    found = {name: tuple(tensor.shape) for name, tensor in net.state_dict().items()}
+        model = ARCHS[arch]()
+    assert sum(parameter.numel() for parameter in model.parameters()) == PARAMETERS[arch]
+    found = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     assert found == torchvision_shapes(DEPTHS[arch], bottleneck=int(arch[6:]) >= 50)
 
 
@@ -72,24 +72,24 @@ def test_parameters_keys_and_shapes(arch: str) -> None:
 def test_logits_are_torchvisions(arch: str) -> None:
     models = pytest.importorskip("torchvision.models")
     torch.manual_seed(0)
-    ours, theirs = ARCHS[arch]().eval(), getattr(models, arch)().eval()
-    theirs.load_state_dict(ours.state_dict())
+    model, reference = ARCHS[arch]().eval(), getattr(models, arch)().eval()
+    reference.load_state_dict(model.state_dict())
     images = torch.randn(2, 3, 96, 64)
-    assert torch.allclose(ours(images), theirs(images), atol=1e-5)
+    assert torch.allclose(model(images), reference(images), atol=1e-5)
 
 
 @pytest.mark.parametrize("arch", ["resnet18", "resnet50"])
 def test_stages_have_table_1s_output_sizes(arch: str) -> None:
-    net = ARCHS[arch](num_classes=7).eval()
+    model = ARCHS[arch](num_classes=7).eval()
     sizes: dict[str, tuple[int, ...]] = {}
     for name in ("conv1", "layer1", "layer2", "layer3", "layer4"):
-        getattr(net, name).register_forward_hook(lambda _m, _i, out, name=name: sizes.__setitem__(name, tuple(out.shape[2:])))
-    assert net(torch.zeros(1, 3, 224, 224)).shape == (1, 7)
+        getattr(model, name).register_forward_hook(lambda _m, _i, out, name=name: sizes.__setitem__(name, tuple(out.shape[2:])))
+    assert model(torch.zeros(1, 3, 224, 224)).shape == (1, 7)
     assert sizes == {"conv1": (112, 112), "layer1": (56, 56), "layer2": (28, 28), "layer3": (14, 14), "layer4": (7, 7)}
 
 
 @pytest.mark.parametrize("arch", ["plain18", "resnet18", "resnet34_a", "resnet34_c", "resnet50", "resnet50_v1", "resnet56"])
-def test_weights_are_drawn_as_he_et_al_have_it(arch: str) -> None:
+def test_initial_weights_follow_he_et_al(arch: str) -> None:
     torch.manual_seed(0)
     for name, module in ARCHS[arch]().named_modules():
         if isinstance(module, nn.Conv2d):
@@ -111,7 +111,7 @@ def test_an_identity_shortcut_adds_its_input() -> None:
     assert torch.equal(block(x), x.relu())
 
 
-# What the paper says: Table 1's last row, and section 4.1's 3.6 for the plain net. resnet50 has 3.8 with the stride on the 1x1.
+# The paper's figures: Table 1's last row, and section 4.1's 3.6 for the plain network. 3.8 is with the stride on the 1x1.
 @pytest.mark.parametrize(
     ("arch", "paper"),
     [
@@ -120,43 +120,48 @@ def test_an_identity_shortcut_adds_its_input() -> None:
     ],
 )  # fmt: skip
 def test_multiply_adds_are_the_papers(arch: str, paper: float) -> None:
-    """To the paper's one decimal, which it has cut for ResNet-50 (3.86) where it has rounded for the others."""
+    """To the paper's one decimal, which is truncated for ResNet-50 (3.86) and rounded for the others."""
     assert abs(describe(arch).multiply_adds / 1e9 - paper) < 0.065
 
 
 @pytest.mark.parametrize(
     ("layers", "millions"), [(20, "0.27"), (32, "0.46"), (44, "0.66"), (56, "0.85"), (110, "1.7"), (1202, "19.4")]
 )
-def test_parameters_of_cifars_nets_are_table_6s(layers: int, millions: str) -> None:
+def test_parameters_of_cifars_models_are_table_6s(layers: int, millions: str) -> None:
     with torch.device("meta"):
-        net = ARCHS[f"resnet{layers}"]()
+        model = ARCHS[f"resnet{layers}"]()
     decimals = len(millions.split(".")[1])
-    assert f"{sum(parameter.numel() for parameter in net.parameters()) / 1e6:.{decimals}f}" == millions
-    convolutions = [module for module in net.modules() if isinstance(module, nn.Conv2d)]
+    assert f"{sum(parameter.numel() for parameter in model.parameters()) / 1e6:.{decimals}f}" == millions
+    convolutions = [module for module in model.modules() if isinstance(module, nn.Conv2d)]
     assert len(convolutions) + 1 == layers  # and the classifier
-    assert net.fc.out_features == 10
+    assert model.fc.out_features == 10
 
 
-def test_multiply_adds_of_a_net_are_those_of_its_shapes() -> None:
-    """ResNet-20's by hand: kernel area x channels in x channels out x places, from section 4.2's table."""
+def test_multiply_adds_of_a_model_follow_from_its_shapes() -> None:
+    """ResNet-20's by hand: kernel area x channels in x channels out x pixels, from section 4.2's table."""
     hand = 9 * 3 * 16 * 32**2 + 6 * 9 * 16 * 16 * 32**2
     hand += 9 * 16 * 32 * 16**2 + 5 * 9 * 32 * 32 * 16**2
     hand += 9 * 32 * 64 * 8**2 + 5 * 9 * 64 * 64 * 8**2 + 64 * 10
-    found = describe("resnet20")
-    assert found.multiply_adds == hand == sum(stage.multiply_adds for stage in found.stages)
-    assert found.parameters == sum(stage.parameters for stage in found.stages)
+    assert describe("resnet20").multiply_adds == hand
     assert describe("resnet20", 64).multiply_adds == 4 * (hand - 640) + 640
+
+
+def test_the_table_lists_all_models() -> None:
+    lines = table([describe(arch) for arch in ARCHS]).splitlines()[1:]
+    assert [line.split()[0] for line in lines] == list(ARCHS)
+    row = next(line for line in lines if line.startswith("resnet152_v1"))
+    assert row.split() == ["resnet152_v1", "224x224", "60.19", "M", "11.282", "10^9"]
 
 
 @pytest.mark.parametrize(
     "arch", ["plain18", "resnet18", "resnet18_a", "resnet18_c", "resnet50", "resnet50_c", "resnet50_v1", "resnet20", "plain56"]
 )
-def test_every_kind_of_net_takes_gradients_to_all_its_parameters(arch: str) -> None:
-    net = ARCHS[arch](num_classes=3)
-    logits = net(torch.randn(2, 3, 32, 32))
+def test_gradients_reach_all_parameters_of_every_kind_of_model(arch: str) -> None:
+    model = ARCHS[arch](num_classes=3)
+    logits = model(torch.randn(2, 3, 32, 32))
     assert logits.shape == (2, 3)
     F.cross_entropy(logits, torch.tensor([0, 2])).backward()
-    assert all(parameter.grad is not None for parameter in net.parameters())
+    assert all(parameter.grad is not None for parameter in model.parameters())
 
 
 @pytest.mark.parametrize(
@@ -171,14 +176,14 @@ def test_every_kind_of_net_takes_gradients_to_all_its_parameters(arch: str) -> N
         ("resnet110", 0),
     ],
 )
-def test_shortcuts_hold_the_parameters_of_their_option(arch: str, projections: int) -> None:
+def test_shortcuts_have_the_parameters_of_their_option(arch: str, projections: int) -> None:
     names = [name for name, _ in ARCHS[arch]().named_parameters() if "downsample" in name]
     assert len([name for name in names if name.endswith("downsample.0.weight")]) == projections
     assert len(names) == 3 * projections  # the convolution, and BN's scale and shift
 
 
-def test_twins_differ_in_their_shortcuts_alone() -> None:
-    """Plain and residual nets of option A have the same parameters (section 4.1), and the same start at the same seed."""
+def test_plain_and_residual_models_differ_only_in_their_shortcuts() -> None:
+    """Plain and residual models of option A have the same parameters (section 4.1) and, at the same seed, the same weights."""
     torch.manual_seed(3)
     plain = ARCHS["plain34"](num_classes=2).state_dict()
     torch.manual_seed(3)
@@ -199,27 +204,27 @@ def test_zero_padding_is_the_subsampled_input_and_zeros() -> None:
 
 
 @pytest.mark.parametrize(("arch", "strides"), [("resnet50", (1, 2, 1)), ("resnet50_v1", (2, 1, 1)), ("resnet101_v1", (2, 1, 1))])
-def test_the_bottlenecks_stride_is_where_it_should_be(arch: str, strides: tuple[int, ...]) -> None:
+def test_the_position_of_the_bottlenecks_stride(arch: str, strides: tuple[int, ...]) -> None:
     with torch.device("meta"):
-        net = ARCHS[arch]()
+        model = ARCHS[arch]()
     for name in ("layer2", "layer3", "layer4"):
-        first = getattr(net, name)[0]
+        first = getattr(model, name)[0]
         assert tuple(getattr(first, f"conv{index}").stride[0] for index in (1, 2, 3)) == strides
         assert first.downsample[0].stride == (2, 2)
 
 
 @pytest.mark.parametrize("arch", ["plain20", "resnet20"])
-def test_cifars_nets_compute_section_4_2(arch: str) -> None:
-    """Against the section's net written in plain functions."""
+def test_cifars_models_compute_section_4_2(arch: str) -> None:
+    """Against the section's model, written with torch.nn.functional."""
     torch.manual_seed(0)
-    net = ARCHS[arch]().eval()
-    for module in net.modules():
+    model = ARCHS[arch]().eval()
+    for module in model.modules():
         if isinstance(module, nn.BatchNorm2d):
             assert module.running_mean is not None
             assert module.running_var is not None
             nn.init.uniform_(module.running_mean, -1, 1)
             nn.init.uniform_(module.running_var, 0.5, 2)
-    weights = net.state_dict()
+    weights = model.state_dict()
 
     def conv_bn(x: torch.Tensor, conv: str, norm: str, stride: int) -> torch.Tensor:
         x = F.conv2d(x, weights[f"{conv}.weight"], stride=stride, padding=1)
@@ -237,5 +242,5 @@ def test_cifars_nets_compute_section_4_2(arch: str) -> None:
                 out = out + (torch.cat([x[:, :, ::2, ::2], torch.zeros_like(x[:, :, ::2, ::2])], 1) if stride == 2 else x)
             x = out.relu()
     expected = F.linear(x.mean((2, 3)), weights["fc.weight"], weights["fc.bias"])
-    assert torch.allclose(net(images), expected, atol=1e-4, rtol=1e-4)
-    assert sum(isinstance(module, Block) for module in net.modules()) == 9
+    assert torch.allclose(model(images), expected, atol=1e-4, rtol=1e-4)
+    assert sum(isinstance(module, Block) for module in model.modules()) == 9

@@ -11,7 +11,7 @@ from model import ARCHS
 from model.weights import ModelConfig, load_weights, save_weights
 from pipeline.errors import UserError
 
-RECIPE = ModelConfig(
+CONFIG = ModelConfig(
     "resnet18",
     ["a", "b"],
     112,
@@ -21,22 +21,22 @@ RECIPE = ModelConfig(
 )
 
 
-def test_weights_and_recipe_come_back(tmp_path: Path) -> None:
-    net = ARCHS["resnet18"](num_classes=2).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    save_weights(tmp_path / "net.safetensors", net.state_dict(), RECIPE.header())
-    weights, header = load_weights(tmp_path / "net.safetensors")
-    assert weights.keys() == net.state_dict().keys()
-    assert all(torch.equal(weights[name], tensor) for name, tensor in net.state_dict().items())
-    recipe = ModelConfig.from_header(header)
-    assert recipe is not None
-    assert (recipe.arch, recipe.classes, recipe.image_size, recipe.eval_short) == ("resnet18", ["a", "b"], 112, 128)
-    assert np.array_equal(recipe.mean, RECIPE.mean)
-    assert np.array_equal(recipe.std, RECIPE.std)
-    assert [path.name for path in tmp_path.iterdir()] == ["net.safetensors"]
-    assert load_file(tmp_path / "net.safetensors").keys() == net.state_dict().keys()  # no keys but the net's
+def test_weights_and_config_round_trip(tmp_path: Path) -> None:
+    model = ARCHS["resnet18"](num_classes=2).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    save_weights(tmp_path / "model.safetensors", model.state_dict(), CONFIG.header())
+    weights, header = load_weights(tmp_path / "model.safetensors")
+    assert weights.keys() == model.state_dict().keys()
+    assert all(torch.equal(weights[name], tensor) for name, tensor in model.state_dict().items())
+    config = ModelConfig.from_header(header)
+    assert config is not None
+    assert (config.arch, config.classes, config.image_size, config.eval_short) == ("resnet18", ["a", "b"], 112, 128)
+    assert np.array_equal(config.mean, CONFIG.mean)
+    assert np.array_equal(config.std, CONFIG.std)
+    assert [path.name for path in tmp_path.iterdir()] == ["model.safetensors"]
+    assert load_file(tmp_path / "model.safetensors").keys() == model.state_dict().keys()  # no other keys
 
 
-def test_pth_files_of_every_habit_load(tmp_path: Path) -> None:
+def test_pth_files_in_common_layouts_load(tmp_path: Path) -> None:
     state = ARCHS["resnet18"](num_classes=2).state_dict()
     wrapped = {f"module.{name}": tensor for name, tensor in state.items()}
     for index, content in enumerate((state, {"state_dict": wrapped, "epoch": 3}, {"model": state})):
@@ -49,9 +49,9 @@ def test_pth_files_of_every_habit_load(tmp_path: Path) -> None:
 
 def test_half_precision_becomes_float32(tmp_path: Path) -> None:
     state = {"a.weight": torch.tensor([0.1, 3e-6], dtype=torch.bfloat16), "a.count": torch.tensor(7)}
-    torch.save({"state_dict": {f"_orig_mod.module.{name}": tensor for name, tensor in state.items()}}, tmp_path / "net.pt")
-    save_file(state, tmp_path / "net.safetensors")
-    for name in ("net.pt", "net.safetensors"):
+    torch.save({"state_dict": {f"_orig_mod.module.{name}": tensor for name, tensor in state.items()}}, tmp_path / "model.pt")
+    save_file(state, tmp_path / "model.safetensors")
+    for name in ("model.pt", "model.safetensors"):
         weights, _ = load_weights(tmp_path / name)
         assert {name: tensor.dtype for name, tensor in weights.items()} == {"a.weight": torch.float32, "a.count": torch.int64}
         assert weights["a.weight"].tolist() == state["a.weight"].tolist()
@@ -60,9 +60,9 @@ def test_half_precision_becomes_float32(tmp_path: Path) -> None:
 def test_a_checkpoint_that_holds_itself_is_refused(tmp_path: Path) -> None:
     content: dict[str, object] = {}
     content["model"] = content
-    torch.save(content, tmp_path / "net.pth")
-    with pytest.raises(UserError, match=r"net\.pth: holds no state dict"):
-        load_weights(tmp_path / "net.pth")
+    torch.save(content, tmp_path / "model.pth")
+    with pytest.raises(UserError, match=r"model\.pth: holds no state dict"):
+        load_weights(tmp_path / "model.pth")
 
 
 class Harmful:
@@ -82,5 +82,5 @@ def test_unreadable_files_are_one_line_errors(tmp_path: Path) -> None:
             load_weights(tmp_path / name)
     assert not Path("/tmp/cropfeed-was-here").exists()
     assert ModelConfig.from_header({}) is None
-    with pytest.raises(UserError, match="damaged header"):
-        ModelConfig.from_header(RECIPE.header() | {"mean": '[[3], "AAAA"]'})
+    with pytest.raises(UserError, match="the header is damaged"):
+        ModelConfig.from_header(CONFIG.header() | {"mean": '[[3], "AAAA"]'})

@@ -1,4 +1,4 @@
-"""tools/doctor.py: this machine, machines planted below a folder, and faults planted in packages and limits."""
+"""The doctor: on this machine, on fake machines below a folder, and with faults planted in packages and limits."""
 
 from __future__ import annotations
 
@@ -14,11 +14,12 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import fsspec
 import pytest
 
 from pipeline import doctor
 from pipeline.doctor import gpu, machine, packages
-from pipeline.doctor.lines import Asked, Line
+from pipeline.doctor.lines import DoctorOptions, Line
 from tests.helpers import ROOT, assert_refused, clean_environment, run_script
 
 SHOWN = re.compile(r"^(ok|warning|failed) +(\S+(?: \S+)*?)  +(\S.*)\n(?: +-> (\S.*)\n)?", re.MULTILINE)
@@ -26,7 +27,7 @@ INSTALL = "pip install --constraint constraints.txt"
 
 
 def shown(stdout: str) -> dict[str, list[Line]]:
-    """What was printed, by name, as `expect` takes it. Nothing else may be there but the sum, which must be right."""
+    """The printed lines by name, for `expect`. Nothing else may be printed but the summary, which must be right."""
     matches, total = list(SHOWN.finditer(stdout)), stdout.splitlines()[-1]
     assert "".join(match[0] for match in matches) + total + "\n" == stdout
     statuses: list[Any] = [match[1] for match in matches]
@@ -36,17 +37,17 @@ def shown(stdout: str) -> dict[str, list[Line]]:
     return {line.name: [line] for line in lines}
 
 
-def plant(root: Path, **files: str) -> Asked:
-    """A machine below `root`. files: path, with __ for /, and content."""
+def plant(root: Path, **files: str) -> DoctorOptions:
+    """A fake machine below `root`. files: path, with __ for /, and content."""
     for name, content in files.items():
         path = root / name.replace("__", "/")
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(content)
-    return Asked(root=root)
+    return DoctorOptions(root=root)
 
 
 def expect(lines: list[Line], status: str, found: str = "", remedy: str = "") -> None:
-    """A single line of this status that holds these words; it has a remedy exactly if something is wrong."""
+    """Assert a single line of this status with these words; it must have a remedy exactly if something is wrong."""
     assert len(lines) == 1, lines
     line = lines[0]
     assert line.status == status, line
@@ -55,7 +56,7 @@ def expect(lines: list[Line], status: str, found: str = "", remedy: str = "") ->
     assert bool(line.remedy) == (status != "ok"), line
 
 
-def test_here_with_data(small_shards: Path, tmp_path: Path) -> None:
+def test_this_machine_with_data(small_shards: Path, tmp_path: Path) -> None:
     result = run_script("tools/doctor.py", small_shards, "--json", tmp_path / "lines.json")
     assert result.returncode == 0, result.stdout + result.stderr
     assert result.stderr == ""
@@ -71,7 +72,7 @@ def test_here_with_data(small_shards: Path, tmp_path: Path) -> None:
 
 
 def test_planted_faults_in_one_run(tmp_path: Path) -> None:
-    """A broken torch, no FFCV nor what compiles it, SIMD off, few open files, no data: each has its line and its remedy."""
+    """A broken torch, no FFCV and no compiler, SIMD off, few open files, no data: each has a line with a remedy."""
     (tmp_path / "torch.py").write_text("raise OSError('libcudart.so.13: cannot open shared object file')")
     (tmp_path / "ffcv.py").write_text("raise ModuleNotFoundError(\"No module named 'ffcv'\")")
     limited = (
@@ -86,16 +87,16 @@ def test_planted_faults_in_one_run(tmp_path: Path) -> None:
     assert result.returncode == 1, result.stdout + result.stderr
     lines = shown(result.stdout)
     expect(lines["torch"], "failed", "OSError: libcudart.so.13: cannot open", f"pip uninstall -y torch && {INSTALL} torch")
-    wanted = "g++ pkg-config libopencv-dev libturbojpeg0-dev && pip install ffcv pillow"
+    wanted = f"g++ pkg-config libopencv-dev libturbojpeg0-dev && {INSTALL} -e '.[ffcv]'"
     expect(lines["ffcv"], "warning", "No module named 'ffcv'", f"apt-get install --no-install-recommends {wanted}")
     expect(lines["libjpeg-turbo"], "warning", "SIMD is off: JSIMD_FORCENONE=1 is set", "unset JSIMD_FORCENONE")
     hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     expect(lines["open files"], "warning", "1024, each shard", f"ulimit -n {min(65536, hard)}")
-    remedy = f"make shards first: python tools/make_shards.py SRC --out {tmp_path}/nowhere"
+    remedy = f"make shards first: cropfeed shards SRC --out {tmp_path}/nowhere"
     expect(lines["data"], "failed", f"{tmp_path}/nowhere: no such folder", remedy)
 
 
-def test_where_nothing_is_installed(small_shards: Path, tmp_path: Path) -> None:
+def test_without_any_package(small_shards: Path, tmp_path: Path) -> None:
     venv.create(tmp_path / "bare", symlinks=True)
     result = subprocess.run(
         [tmp_path / "bare" / "bin" / "python", ROOT / "tools" / "doctor.py", small_shards],
@@ -105,10 +106,10 @@ def test_where_nothing_is_installed(small_shards: Path, tmp_path: Path) -> None:
     lines = shown(result.stdout)
     for name in ("torch", "numba", "libjpeg-turbo", "data"):
         expect(lines[name], "failed", "No module named")
-    expect(lines["torch"], "failed", "ModuleNotFoundError: No module named 'torch'", f"{INSTALL} -e .")
+    expect(lines["torch"], "failed", "ModuleNotFoundError: No module named 'torch'", f"{INSTALL} -e '.'")
 
 
-OK, WARNING, FAILED = Line("ok", "a", "fine"), Line("warning", "b", "slow", "hurry"), Line("failed", "c", "broken", "mend it")
+OK, WARNING, FAILED = Line("ok", "a", "fine"), Line("warning", "b", "slow", "hurry"), Line("failed", "c", "broken", "fix it")
 
 
 def test_exit_codes_and_colours() -> None:
@@ -126,8 +127,8 @@ def test_usage_errors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         doctor.main()
 
 
-def test_a_check_that_breaks_is_a_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    def breaks(_: Asked) -> list[Line]:
+def test_a_check_that_raises_becomes_a_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def breaks(_: DoctorOptions) -> list[Line]:
         raise ZeroDivisionError("two\nlines")
 
     monkeypatch.setattr(doctor, "CHECKS", {"numa": breaks, "one": lambda _: [OK]})
@@ -135,30 +136,30 @@ def test_a_check_that_breaks_is_a_line(monkeypatch: pytest.MonkeyPatch, capsys: 
     with pytest.raises(SystemExit, match="1"):
         doctor.main()
     printed = shown(capsys.readouterr().out)
-    expect(printed["numa"], "warning", "this check broke: ZeroDivisionError: two lines", "by hand")
+    expect(printed["numa"], "warning", "this check failed to run: ZeroDivisionError: two lines", "by hand")
     expect(printed["a"], "ok", "fine")
 
 
 def test_python(monkeypatch: pytest.MonkeyPatch) -> None:
     for found, status in (((3, 10, 9), "failed"), ((3, 11, 0), "ok"), ((3, 13, 5), "ok"), ((3, 14, 0), "warning")):
         monkeypatch.setattr(sys, "version_info", found)
-        expect(packages.check_python(Asked()), status)
+        expect(packages.check_python(DoctorOptions()), status)
 
 
 def test_torch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with_gpu, without = plant(tmp_path / "gpu", dev__nvidia0=""), Asked(root=tmp_path / "cpu")
-    anew = f"pip uninstall -y torch && {INSTALL} torch"
+    with_gpu, without = plant(tmp_path / "gpu", dev__nvidia0=""), DoctorOptions(root=tmp_path / "cpu")
+    reinstall = f"pip uninstall -y torch && {INSTALL} torch"
     seen: list[str] = ["H100"] * 2
-    for asked, version, cuda, names, status, found, remedy in (
+    for options, version, cuda, names, status, found, remedy in (
         (without, "2.13.0+cu130", "13.0", [], "ok", "no GPU here", ""),
-        (with_gpu, "2.13.0+cpu", None, [], "failed", "CPU build", anew),
+        (with_gpu, "2.13.0+cpu", None, [], "failed", "CPU build", reinstall),
         (with_gpu, "2.13.0+cu130", "13.0", [], "failed", "says CUDA itself", "driver 580 or later"),
         (with_gpu, "2.11.0+cu130", "13.0", seen, "ok", "2 x H100", ""),
-        (with_gpu, "2.9.1+cu130", "13.0", seen, "failed", "older than 2.11", anew),
+        (with_gpu, "2.9.1+cu130", "13.0", seen, "failed", "older than 2.11", reinstall),
     ):
         answer = {"version": version, "cuda": cuda, "names": names, "why": "says CUDA itself"}
         monkeypatch.setattr(gpu, "probe", lambda _, answer=answer: (answer, ""))
-        expect(gpu.check_torch(asked), status, found, remedy)
+        expect(gpu.check_torch(options), status, found, remedy)
 
 
 CLOSED = "NVRM version: NVIDIA UNIX x86_64 Kernel Module  {}  Tue Jan  7 2025\nGCC version:  gcc version 12.3.0 (Ubuntu)\n"
@@ -177,8 +178,8 @@ def test_driver_against_dali(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     ):
         monkeypatch.setattr(gpu, "driver_cuda", lambda cuda=cuda_of_libcuda: cuda)
         monkeypatch.setattr(gpu, "dali_build", lambda dali=dali: dali)
-        asked = plant(tmp_path, dev__nvidia0="", proc__driver__nvidia__version=text.format(driver))
-        expect(gpu.check_driver(asked), status, driver, remedy)
+        options = plant(tmp_path, dev__nvidia0="", proc__driver__nvidia__version=text.format(driver))
+        expect(gpu.check_driver(options), status, driver, remedy)
 
 
 def test_driver_by_nvml_or_without_devices(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -186,16 +187,16 @@ def test_driver_by_nvml_or_without_devices(tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.setitem(sys.modules, "pynvml", fake)
     monkeypatch.setattr(gpu, "driver_cuda", lambda: 0)
     monkeypatch.setattr(gpu, "dali_build", lambda: DALI_13)
-    with_gpu, without = plant(tmp_path / "gpu", dev__nvidia0=""), Asked(root=tmp_path / "cpu")
+    with_gpu, without = plant(tmp_path / "gpu", dev__nvidia0=""), DoctorOptions(root=tmp_path / "cpu")
     expect(gpu.check_driver(with_gpu), "failed", "470.1.2 ")
     expect(gpu.check_driver(without), "warning", "470.1.2, but no GPU", "--gpus all")
     monkeypatch.setitem(sys.modules, "pynvml", None)  # importing it fails
     expect(gpu.check_driver(without), "ok")
-    expect(gpu.check_driver(with_gpu), "warning", "cannot be had")
+    expect(gpu.check_driver(with_gpu), "warning", "cannot be read")
 
 
 def test_dali_missing_or_broken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with_gpu, without = plant(tmp_path / "gpu", dev__nvidia0=""), Asked(root=tmp_path / "cpu")
+    with_gpu, without = plant(tmp_path / "gpu", dev__nvidia0=""), DoctorOptions(root=tmp_path / "cpu")
     package = tmp_path / "nvidia" / "dali.py"
     package.parent.mkdir()
     package.with_name("__init__.py").write_text("")
@@ -203,10 +204,10 @@ def test_dali_missing_or_broken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(gpu, "dali_build", lambda: DALI_13)
     package.write_text("raise ModuleNotFoundError(\"No module named 'nvidia.dali'\")")
     expect(gpu.check_dali(without), "ok", "not installed")
-    expect(gpu.check_dali(with_gpu), "warning", "not installed", "pip install -e '.[dali]'")
+    expect(gpu.check_dali(with_gpu), "warning", "not installed", f"{INSTALL} -e '.[gpu]'")
     package.write_text("import os; os.abort()")
     expect(gpu.check_dali(without), "warning")
-    remedy = "pip uninstall -y nvidia-dali-cuda130 && pip install -e '.[dali]'"
+    remedy = f"pip uninstall -y nvidia-dali-cuda130 && {INSTALL} -e '.[gpu]'"
     expect(gpu.check_dali(with_gpu), "failed", "crashed with SIGABRT", remedy)
     package.write_text("import sys; print('noise'); print('noise', file=sys.stderr)")
     expect(gpu.check_dali(with_gpu), "ok", "nvidia-dali-cuda130 2.4.0")
@@ -223,7 +224,7 @@ int nvjpegGetHardwareDecoderInfo(void *handle, unsigned *engines, unsigned *core
 
 @pytest.mark.skipif(shutil.which("cc") is None, reason="needs a C compiler")
 def test_nvjpeg_engine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    asked = plant(tmp_path, dev__nvidia0="", **{"engine.c": ENGINE})
+    options = plant(tmp_path, dev__nvidia0="", **{"engine.c": ENGINE})
     library = tmp_path / "nvidia" / "cu99" / "lib" / "libnvjpeg.so.13"
     library.parent.mkdir(parents=True)
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
@@ -232,11 +233,11 @@ def test_nvjpeg_engine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for create, engines, status, found in cases:
         defined = [f"-DCREATE={create}", f"-DENGINES={engines}"]
         subprocess.run(["cc", *defined, "-shared", "-fPIC", "-o", library, tmp_path / "engine.c"], check=True)
-        expect(gpu.check_nvjpeg(asked), status, found)
+        expect(gpu.check_nvjpeg(options), status, found)
 
 
-def test_ffcv_that_no_longer_fits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its build is for another libopencv, and of what compiles it anew, libopencv-dev is missing."""
+def test_ffcv_built_for_another_opencv(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """FFCV was built for another libopencv, and libopencv-dev, which compiling it needs, is missing."""
     (tmp_path / "ffcv.py").write_text("raise ImportError('libopencv_core.so.406: cannot open shared object file')")
     for name, script in (("g++", "exit 0"), ("pkg-config", '[ "$2" = libturbojpeg ]')):
         (tmp_path / name).write_text(f"#!/bin/sh\n{script}\n")
@@ -245,7 +246,7 @@ def test_ffcv_that_no_longer_fits(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setenv("PATH", str(tmp_path))
     apt = "apt-get install --no-install-recommends libopencv-dev"
     remedy = f"{apt} && pip install --force-reinstall --no-deps --no-cache-dir ffcv"
-    expect(packages.check_ffcv(Asked()), "warning", "libopencv_core.so.406", remedy)
+    expect(packages.check_ffcv(DoctorOptions()), "warning", "libopencv_core.so.406", remedy)
 
 
 def test_simd(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -253,15 +254,15 @@ def test_simd(monkeypatch: pytest.MonkeyPatch) -> None:
     for plain, status in ((3e-3, "ok"), (1.1e-3, "warning")):
         answers = iter([(1e-3, ""), (plain, "")])
         monkeypatch.setattr(packages, "probe", lambda _, answers=answers, **environment: next(answers))
-        expect(packages.check_jpeg(Asked()), status, f"decodes {plain * 1e3:.2g} times as fast as without SIMD")
+        expect(packages.check_jpeg(DoctorOptions()), status, f"decodes {plain * 1e3:.2g} times as fast as without SIMD")
 
 
 def test_numba_without_a_cache_folder_or_broken(monkeypatch: pytest.MonkeyPatch) -> None:
-    error = "RuntimeError: cannot cache function 'permute': no locator available for file '/opt/pipeline/draws.py'"
+    error = "RuntimeError: cannot cache function 'permute': no locator available for file '/opt/pipeline/random.py'"
     monkeypatch.setattr(packages, "probe", lambda _: (None, error))
-    expect(packages.check_numba(Asked()), "failed", error, "export NUMBA_CACHE_DIR=$HOME/.cache/numba")
+    expect(packages.check_numba(DoctorOptions()), "failed", error, "export NUMBA_CACHE_DIR=$HOME/.cache/numba")
     monkeypatch.setattr(packages, "probe", lambda _: (None, "crashed with SIGILL"))
-    expect(packages.check_numba(Asked()), "failed", "crashed with SIGILL", "numba llvmlite numpy")
+    expect(packages.check_numba(DoctorOptions()), "failed", "crashed with SIGILL", "numba llvmlite numpy")
 
 
 def test_processors(tmp_path: Path) -> None:
@@ -288,19 +289,19 @@ def test_cores(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     )):  # fmt: skip
         expect(machine.check_cores(plant(tmp_path / str(index), proc__self__cgroup=group, **files)), status, found, remedy)
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: {5})
-    expect(machine.check_cores(Asked(root=tmp_path)), "warning", "1 of 64", "taskset -pc 0-63 $$")
+    expect(machine.check_cores(DoctorOptions(root=tmp_path)), "warning", "1 of 64", "taskset -pc 0-63 $$")
 
 
 def test_numa(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     device = "sys__bus__pci__devices__0000:41:00.0__"
     card = {f"{device}vendor": "0x10de\n", f"{device}class": "0x030200\n", f"{device}numa_node": "1\n"}
     nodes = {f"sys__devices__system__node__node{node}__cpulist": cores for node, cores in enumerate(("0-3,8\n", "4-7\n"))}
-    asked = plant(tmp_path, **card, **nodes)
+    options = plant(tmp_path, **card, **nodes)
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 8})
-    expect(machine.check_numa(asked), "warning", remedy="numactl --cpunodebind=1 --membind=1 before the command")
+    expect(machine.check_numa(options), "warning", remedy="numactl --cpunodebind=1 --membind=1 before the command")
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 7})
-    expect(machine.check_numa(asked), "ok", "2 nodes, the affinity has cores of 0, 1; GPUs at 1")
-    expect(machine.check_numa(Asked(root=tmp_path / "none")), "ok", "1 node")
+    expect(machine.check_numa(options), "ok", "2 nodes, the affinity has cores of 0, 1; GPUs at 1")
+    expect(machine.check_numa(DoctorOptions(root=tmp_path / "none")), "ok", "1 node")
 
 
 def fake_disk(monkeypatch: pytest.MonkeyPatch, free: int) -> None:
@@ -310,23 +311,23 @@ def fake_disk(monkeypatch: pytest.MonkeyPatch, free: int) -> None:
 
 def test_shm(monkeypatch: pytest.MonkeyPatch) -> None:
     fake_disk(monkeypatch, 64 << 20)
-    expect(machine.check_shm(Asked()), "warning", "0.062 GiB", "--shm-size")
+    expect(machine.check_shm(DoctorOptions()), "warning", "0.062 GiB", "--shm-size")
     fake_disk(monkeypatch, 1 << 30)
-    expect(machine.check_shm(Asked()), "ok")
+    expect(machine.check_shm(DoctorOptions()), "ok")
 
 
 def test_limits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     limits = {resource.RLIMIT_NOFILE: (1024, 2048), resource.RLIMIT_MEMLOCK: (8 << 20, 8 << 20)}
     monkeypatch.setattr(resource, "getrlimit", limits.__getitem__)
-    expect(machine.check_open_files(Asked()), "warning", "1024", "--ulimit nofile=65536")
+    expect(machine.check_open_files(DoctorOptions()), "warning", "1024", "--ulimit nofile=65536")
     limits[resource.RLIMIT_NOFILE] = (4096, 4096)
-    expect(machine.check_open_files(Asked()), "ok")
-    assert machine.check_memlock(Asked(root=tmp_path)) == []
+    expect(machine.check_open_files(DoctorOptions()), "ok")
+    assert machine.check_memlock(DoctorOptions(root=tmp_path)) == []
     expect(machine.check_memlock(plant(tmp_path, dev__nvidia0="")), "ok", "8192 KiB")
-    asked = plant(tmp_path, sys__class__infiniband__mlx5_0="")
-    expect(machine.check_memlock(asked), "warning", "8192 KiB", "ulimit -l unlimited")
+    options = plant(tmp_path, sys__class__infiniband__mlx5_0="")
+    expect(machine.check_memlock(options), "warning", "8192 KiB", "ulimit -l unlimited")
     limits[resource.RLIMIT_MEMLOCK] = (resource.RLIM_INFINITY, resource.RLIM_INFINITY)
-    expect(machine.check_memlock(asked), "ok")
+    expect(machine.check_memlock(options), "ok")
 
 
 def meminfo(kilobytes: int) -> str:
@@ -334,7 +335,7 @@ def meminfo(kilobytes: int) -> str:
 
 
 def test_memory_of_machine_and_control_groups(tmp_path: Path) -> None:
-    """A group's limit, less what its processes use, but for the page cache: 6 - 5 + 1 GB; and no limit in the group above."""
+    """The group's limit minus the use of its processes, plus the page cache: 6 - 5 + 1 GB. The parent group has no limit."""
     info, new, old = meminfo(8_000_000), "sys__fs__cgroup__", "sys__fs__cgroup__memory__memory"
     expect(machine.check_ram(plant(tmp_path, proc__meminfo=info)), "ok", "8.19 GB available")
     limit, used, cached = "6000000000\n", "5000000000\n", "active_file 400000000\n{}inactive_file 600000000\n"
@@ -347,20 +348,20 @@ def test_memory_of_machine_and_control_groups(tmp_path: Path) -> None:
         f"{old}.stat": f"active_file 0\ninactive_file 7\ntotal_{cached.format('total_')}",
     }  # fmt: skip
     for name, files in (("2", version_2), ("1", version_1)):
-        asked = plant(tmp_path / name, proc__meminfo=info, **files)
-        expect(machine.check_ram(asked), "warning", "2 GB available is little for training")
+        options = plant(tmp_path / name, proc__meminfo=info, **files)
+        expect(machine.check_ram(options), "warning", "2 GB available is little for training")
 
 
 def check_data(name: str, data: Path | str, **options: Any) -> list[Line]:
     """The lines of that name."""
-    return [line for line in doctor.check_data(Asked(data=str(data), **options)) if line.name == name]
+    return [line for line in doctor.check_data(DoctorOptions(data=str(data), **options)) if line.name == name]
 
 
 def test_data_larger_than_memory(small_shards: Path, tmp_path: Path) -> None:
     size = sum(path.stat().st_size for path in small_shards.glob("*/*.tar"))
     for kilobytes, status in ((size // 1024 + 1, "ok"), (size // 1024 - 1, "warning")):
         root = plant(tmp_path, proc__meminfo=meminfo(kilobytes)).root
-        remedy = "" if status == "ok" else "train.py --order blocks; or half the bytes: python tools/make_shards.py"
+        remedy = "" if status == "ok" else "--order blocks; or shards of profile compact"
         expect(check_data("page cache", small_shards, root=root), status, remedy=remedy)
 
 
@@ -385,37 +386,47 @@ def test_damaged_data(small_shards: Path, tmp_path: Path) -> None:
     expect(check_data("data", data), "failed", "manifest.json", "make the shards again")
 
 
-def test_data_out_of_reach(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unreachable_data(monkeypatch: pytest.MonkeyPatch) -> None:
     expect(check_data("data", "nosuch://bucket/shards"), "failed", "nosuch")
-    monkeypatch.setitem(sys.modules, "s3fs", None)  # importing it fails
-    expect(check_data("data", "s3://bucket/shards-without-s3fs"), "failed", remedy="pip install -e '.[s3]'")
+
+    def without_s3fs(path: str) -> None:
+        raise ImportError("Install s3fs to access S3")  # fsspec's message
+
+    monkeypatch.setattr(fsspec.core, "url_to_fs", without_s3fs)
+    expect(check_data("data", "s3://bucket/shards-without-s3fs"), "failed", remedy=f"{INSTALL} -e '.[s3]'")
 
 
-def test_room_on_disks(small_shards: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_free_space_on_disks(small_shards: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     fake_disk(monkeypatch, 3 * 10**8)
-    expect(machine.check_disk(Asked()), "warning", "0.3 GB free for runs")
+    expect(machine.check_disk(DoctorOptions()), "warning", "0.3 GB free for runs")
     expect(check_data("data disk", small_shards), "warning", f"0.3 GB free on the disk of {small_shards}")
     fake_disk(monkeypatch, 3 * 10**9)
-    expect(machine.check_disk(Asked()), "ok")
+    expect(machine.check_disk(DoctorOptions()), "ok")
     expect(check_data("data disk", small_shards), "ok")
 
 
-def test_room_for_the_cache(small_shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Data larger than the disk, than the bound, than nothing, and shards larger than the bound."""
+def test_size_of_the_cache(
+    small_shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Data larger than the disk, than the limit, than neither, and shards larger than the limit."""
     sizes = [path.stat().st_size for path in small_shards.glob("*/*.tar")]
     total, cache = sum(sizes), tmp_path / "cache"
 
-    def check(bound: int, free: int) -> list[Line]:
+    def check(limit: int, free: int) -> list[Line]:
+        """As on the command line, which names flags."""
         fake_disk(monkeypatch, free)
-        return check_data("cache", small_shards, cache=cache, cache_gb=bound / 1e9)
+        monkeypatch.setattr(doctor, "CHECKS", {"page cache": doctor.check_data})
+        with pytest.raises(SystemExit):
+            doctor.main([str(small_shards), "--cache", str(cache), "--cache-gb", str(limit / 1e9)])
+        return shown(capsys.readouterr().out)["cache"]
 
     expect(check(2 * total, 10 * total), "ok")
     expect(check(2 * total, total // 2), "failed", remedy=f"--cache-gb {0.8 * (total // 2) / 1e9:.3g}, or --cache FOLDER")
     expect(check(max(sizes), 10 * total), "warning", remedy="raise --cache-gb")
-    expect(check(max(sizes), max(sizes) + 1), "warning")  # the bound fits the disk, if all the data do not
+    expect(check(max(sizes), max(sizes) + 1), "warning")  # the limit fits the disk, even if the data does not
     expect(check(max(sizes) // 2, 10 * total), "failed", "do not fit", "raise --cache-gb (CROPFEED_CACHE_GB)")
     cache.mkdir()
-    (cache / "held").write_bytes(bytes(total))  # what is cached already needs no room again
+    (cache / "held").write_bytes(bytes(total))  # cached files need no more space
     expect(check(2 * total, total // 2), "ok")
     monkeypatch.setattr(os, "access", lambda *_: False)
     expect(check(2 * total, 10 * total), "failed", f"{cache} cannot be written", "give another --cache")

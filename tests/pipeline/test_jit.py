@@ -74,3 +74,28 @@ def test_what_was_compiled_is_kept_until_a_source_changes(package: Path) -> None
     (package / "low.py").write_text(LOW.replace("STEP", "2"))
     assert run(package) == [30, [2, 2, 2], 0, 0]
     assert (package / "high.py").stat().st_mtime_ns == before
+
+
+def test_a_class_that_another_version_cached_may_be_gone(package: Path) -> None:
+    low = "from typing import NamedTuple\nclass Old(NamedTuple):\n    step: int\n" + LOW.replace("+ STEP", "+ Old(1).step")
+    high = HIGH.replace("low(x)", "low(x) * Old(1).step").replace("import low", "import Old, low")
+    keeps = "\n@jit\ndef named(old):\n    return old.step\n"
+    (package / "low.py").write_text(low)
+    (package / "high.py").write_text(high + keeps + "named(Old(1))\n")
+    assert run(package) == [20, [1, 1, 1], 0, 0]
+    for name in ("low.py", "high.py"):
+        path = package / name
+        path.write_text(path.read_text().replace("Old", "New"))
+    assert run(package) == [20, [1, 1, 1], 0, 0]
+
+
+def test_two_names_of_one_package_do_not_share_what_they_cached(package: Path) -> None:
+    """As `pipeline` and an editable install's `cropfeed` do."""
+    assert run(package) == [20, [1, 1, 1], 0, 0]
+    (package.parent / "alias").symlink_to(package)
+    for path in package.glob("*.py"):
+        path.write_text(path.read_text().replace("from pipeline.", "from ."))
+    cached = set(package.glob("__pycache__/*.nbi"))
+    code = RUN.replace("from pipeline.", "from alias.")
+    subprocess.run([sys.executable, "-c", code], cwd=package.parent, env=clean_environment(), check=True, capture_output=True)
+    assert {path.name.split(".")[0] for path in set(package.glob("__pycache__/*.nbi")) - cached} == {"alias"}

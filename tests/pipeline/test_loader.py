@@ -1,8 +1,9 @@
-"""What all engines have from `Loader`, shown by one that makes no pictures. The contract suite runs the real ones."""
+"""What all engines inherit from `Loader`, with an engine that decodes nothing. The contract suite runs the real engines."""
 
 from __future__ import annotations
 
 import json
+import logging
 import sys
 import threading
 from collections import Counter
@@ -25,16 +26,16 @@ from pipeline.store.shards import SAMPLE, Manifest
 
 
 class Blank(Loader):
-    """Black pictures at once, but for samples in `bad`, which cannot be decoded."""
+    """Black views. Samples in `bad` cannot be decoded."""
 
     engine = "blank"
     bad: frozenset[int] = frozenset()
 
-    def _make(self, batch_range: BatchRange) -> Batch:
+    def _make_batch(self, batch_range: BatchRange) -> Batch:
         plan = self.plan(batch_range)
-        for place in range(len(plan.ids)):
-            while int(plan.ids[place]) in self.bad:
-                self.replace(plan, place, "it is bad")
+        for index in range(len(plan.ids)):
+            while int(plan.ids[index]) in self.bad:
+                self.replace(plan, index, "it is bad")
         return self.finish(torch.zeros(len(plan.views.flip), *plan.size, 3, dtype=torch.uint8), plan)
 
 
@@ -62,7 +63,7 @@ def test_every_sample_comes_once(small_shards: Path, world_size: int, batch_size
 
 @pytest.mark.parametrize("world_size", [1, 2, 3, 4, 8])
 @pytest.mark.parametrize("batch_size", [1, 4, 60])
-def test_whole_images_come_once_and_never_in_one_batch_with_others(small_shards: Path, world_size: int, batch_size: int) -> None:
+def test_whole_images_come_once_in_batches_of_one_size(small_shards: Path, world_size: int, batch_size: int) -> None:
     spec = spec_for(small_shards, batch_size=batch_size, world_size=world_size).evaluation("train", geometry=WholeImage(20))
     seen: Counter[int] = Counter()
     for rank in range(world_size):
@@ -79,7 +80,7 @@ def test_whole_images_come_once_and_never_in_one_batch_with_others(small_shards:
 
 
 @pytest.mark.parametrize("order", ["full", "blocks"])
-def test_any_place_can_be_resumed_with_other_ranks_and_batch_sizes(small_shards: Path, order: str) -> None:
+def test_any_position_can_be_resumed_with_other_ranks_and_batch_sizes(small_shards: Path, order: str) -> None:
     spec = spec_for(small_shards, order=order, block_shards=2)
     expected = ids(Blank(replace(spec, training=False)))
     for consumed in range(0, 57, 7):
@@ -89,16 +90,16 @@ def test_any_place_can_be_resumed_with_other_ranks_and_batch_sizes(small_shards:
                 loader = Blank(replace(spec, world_size=world_size, rank=rank, batch_size=batch_size))
                 loader.load_state_dict(loader.state_dict() | {"consumed": consumed})
                 batches.append([batch.ids.tolist() for batch in loader])
-            found = [sample for step in zip(*batches, strict=True) for batch_range in step for sample in batch_range]
+            found = [sample for step in zip(*batches, strict=True) for batch in step for sample in batch]
             whole = (60 // batch_size * batch_size - consumed) // batch_size * batch_size
             assert found == expected[consumed : consumed + whole]
 
 
-def test_upcoming_parts_go_on_through_epochs(small_shards: Path) -> None:
+def test_upcoming_ranges_continue_across_epochs(small_shards: Path) -> None:
     loader = Blank(spec_for(small_shards, world_size=2, rank=1))
-    parts = list(loader.batch_ranges(0, 0))
-    found = list(islice(loader.upcoming(parts[5]), 4))
-    assert found == [parts[5], parts[6], *islice(loader.batch_ranges(1, 0), 2)]
+    ranges = list(loader.batch_ranges(0, 0))
+    found = list(islice(loader.upcoming(ranges[5]), 4))
+    assert found == [ranges[5], ranges[6], *islice(loader.batch_ranges(1, 0), 2)]
 
 
 # --- Specs
@@ -141,10 +142,10 @@ def test_an_unknown_engine_is_refused(small_shards: Path) -> None:
         ("cpu", True, True, "cpu", "stay on the CPU"),
         ("cuda", True, True, "dali", "decodes on the GPU"),
         ("cuda:1", False, True, "cpu", "DALI, which would decode on the GPU, is not installed"),
-        ("cuda", True, False, "ffcv", "FFCV files only"),
+        ("cuda", True, False, "ffcv", "only FFCV files"),
     ],
 )
-def test_auto_takes_the_best_engine_and_says_why(
+def test_auto_chooses_the_fastest_engine_and_says_why(
     small_shards: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -160,21 +161,23 @@ def test_auto_takes_the_best_engine_and_says_why(
     (tmp_path / "manifest.json").write_text(json.dumps(manifest))
     if not dali:
         monkeypatch.setitem(sys.modules, "nvidia.dali", None)
-    name, why = choose_engine(spec_for(tmp_path, device=device))
+    name, reason = choose_engine(spec_for(tmp_path, device=device))
     assert name == engine
-    assert words in why
+    assert words in reason
 
 
-def test_the_loader_tells_its_engine(small_shards: Path) -> None:
+def test_the_engine_and_the_reason_are_logged(small_shards: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, "cropfeed")
     loader = open_loader(spec_for(small_shards, engine="auto"))
-    assert (loader.engine, loader.why) == ("cpu", "batches stay on the CPU, where it is the fastest")
+    assert caplog.messages == [f"{small_shards}, train: engine cpu, batches stay on the CPU, where it is the fastest"]
+    assert (loader.engine, loader.engine_reason) == ("cpu", "batches stay on the CPU, where it is the fastest")
 
 
 # --- Corrupt samples
 
 
-def test_the_result_does_not_depend_on_what_is_known(small_shards: Path) -> None:
-    """Corrupt samples met on the way, known from an epoch before, or met after resuming: the same batches."""
+def test_batches_do_not_depend_on_which_corrupt_samples_are_known(small_shards: Path) -> None:
+    """Corrupt samples found in this epoch, known from an earlier one, or found after resuming: the same batches."""
     bad = frozenset(range(0, 60, 3))
     loaders = [Blank(spec_for(small_shards)) for _ in range(2)]
     for loader in loaders:
@@ -203,8 +206,8 @@ def test_a_replacement_has_its_own_draws(small_shards: Path, geometry: Geometry)
     record = loader.shards.samples[other]
     assert (after.heights[3], after.widths[3]) == (record["height"], record["width"])
     its = geometry.views(0, 0, np.array([other]), after.heights[3:4], after.widths[3:4], 4, sampling.ALPHA_STD)
-    planned_anew = loader.plan(batch_range).views
-    columns = zip(after.views.columns, its.columns, before.views.columns, planned_anew.columns, strict=True)
+    replanned = loader.plan(batch_range).views
+    columns = zip(after.views.arrays, its.arrays, before.views.arrays, replanned.arrays, strict=True)
     for number, (column, own, old, planned) in enumerate(columns):
         assert np.array_equal(column[3], own[0])
         assert np.array_equal(np.delete(column, 3, 0), np.delete(old, 3, 0))
@@ -212,16 +215,16 @@ def test_a_replacement_has_its_own_draws(small_shards: Path, geometry: Geometry)
         assert number == 1 or not np.array_equal(column, old)  # flips may be the same
 
 
-def test_threads_may_replace_at_once(small_shards: Path) -> None:
+def test_threads_may_replace_at_the_same_time(small_shards: Path) -> None:
     loader = Blank(spec_for(small_shards, batch_size=60))
     loader.bad = frozenset(range(50))
     plan = loader.plan(next(loader.batch_ranges(0, 0)))
 
-    def mend(place: int) -> None:
-        while int(plan.ids[place]) in loader.bad:
-            loader.replace(plan, place, "it is bad")
+    def replace_bad(index: int) -> None:
+        while int(plan.ids[index]) in loader.bad:
+            loader.replace(plan, index, "it is bad")
 
-    threads = [threading.Thread(target=mend, args=(place,)) for place in range(60)]
+    threads = [threading.Thread(target=replace_bad, args=(index,)) for index in range(60)]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -234,7 +237,7 @@ def test_threads_may_replace_at_once(small_shards: Path) -> None:
 
 
 class BillionSamples:
-    """What `Loader` asks of a ShardSet and of its samples, each of which exists only when it is looked at."""
+    """What `Loader` uses of a ShardSet and of its samples, which are created on access."""
 
     count, nbytes = 10**9 + 1, 0
     sizes = [10_000] * 100_000 + [1]
@@ -246,7 +249,7 @@ class BillionSamples:
         return self.count
 
     def __getitem__(self, ids: Any) -> Any:
-        assert len(ids) <= 256, "more were asked for than a batch has"
+        assert len(ids) <= 256, "more samples were read than a batch has"
         return np.array([(0, 0, 0, 375, 500, 0, 0)] * len(ids), SAMPLE)
 
     def check_cache(self) -> None: ...
@@ -256,7 +259,7 @@ class BillionSamples:
 
 
 @pytest.mark.parametrize("order", ["full", "blocks", "sequential"])
-def test_start_up_and_planning_do_not_grow_with_the_samples(
+def test_start_up_and_planning_do_not_grow_with_the_number_of_samples(
     small_shards: Path, monkeypatch: pytest.MonkeyPatch, order: str
 ) -> None:
     shards = BillionSamples(Manifest(small_shards))
@@ -269,7 +272,7 @@ def test_start_up_and_planning_do_not_grow_with_the_samples(
 
 def test_blocks_need_shards(small_shards: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     shards = BillionSamples(Manifest(small_shards))
-    shards.sizes = []  # as where the data set holds FFCV files only
+    shards.sizes = []  # as in a data set with only FFCV files
     monkeypatch.setattr(Loader, "_open_shards", lambda self: shards)
     with pytest.raises(UserError, match="no shards to make blocks of"):
         Blank(spec_for(small_shards, order="blocks"))

@@ -29,10 +29,10 @@ def run(small_shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def plain_predictions(run: Path, folder: Path) -> tuple[np.ndarray, np.ndarray]:
-    """Ranked classes (N, 3) and labels (N,) of the validation images, by Pillow and torch alone."""
-    net = ARCHS["resnet18"](num_classes=3)
-    net.load_state_dict(load_file(run / "model.safetensors"))
-    net.eval()
+    """Ranked classes (N, 3) and labels (N,) of the validation images, with Pillow and torch."""
+    model = ARCHS["resnet18"](num_classes=3)
+    model.load_state_dict(load_file(run / "model.safetensors"))
+    model.eval()
     mean = np.mean(
         [np.asarray(centre(path, 256, 224)).mean(axis=(0, 1)) for path in sorted((folder / "train").glob("*/*"))], axis=0
     )
@@ -42,7 +42,7 @@ def plain_predictions(run: Path, folder: Path) -> tuple[np.ndarray, np.ndarray]:
             images.append(np.asarray(centre(path, 64, 56), np.float32) - mean)
             labels.append(label)
     with torch.inference_mode():
-        logits = net(torch.from_numpy(np.stack(images)).float().permute(0, 3, 1, 2))
+        logits = model(torch.from_numpy(np.stack(images)).float().permute(0, 3, 1, 2))
     return logits.argsort(dim=1, descending=True).numpy(), np.array(labels)
 
 
@@ -54,18 +54,17 @@ def centre(path: Path, short: int, crop: int) -> Image.Image:
     return image.resize((width, height), Image.Resampling.BILINEAR).crop((left, top, left + crop, top + crop))
 
 
-def test_figures_are_those_of_a_plain_evaluation(image_folder: Path, small_shards: Path, run: Path, tmp_path: Path) -> None:
+def test_figures_equal_a_plain_evaluation(image_folder: Path, small_shards: Path, run: Path, tmp_path: Path) -> None:
     result = run_forked(
         "tools/evaluate.py", run, "--data", small_shards, "--json", tmp_path / "figures.json",
         "--per-class", tmp_path / "classes.csv", "--confusion", tmp_path / "confusion.csv", "--batch-size", 5,
-        "--results", tmp_path / "rows.csv",
     )  # fmt: skip
     assert result.returncode == 0, result.stderr
     ranked, labels = plain_predictions(run, image_folder)
     figures = json.loads((tmp_path / "figures.json").read_text())
     assert figures["images"] == 21
     assert figures["top5"] == 1.0  # three classes
-    assert abs(figures["top1"] - (ranked[:, 0] == labels).mean()) < 1.5 / 21  # resampling may tip one image
+    assert abs(figures["top1"] - (ranked[:, 0] == labels).mean()) < 1.5 / 21  # resampling may change one prediction
     confusion = np.array([row[1:] for row in list(csv.reader((tmp_path / "confusion.csv").open()))[1:]], int)
     assert confusion.sum(axis=1).tolist() == [7, 7, 7]
     assert np.trace(confusion) == round(figures["top1"] * 21)
@@ -76,11 +75,9 @@ def test_figures_are_those_of_a_plain_evaluation(image_folder: Path, small_shard
     assert [row["class"] for row in rows] == ["n00000000", "n00000001", "n00000002"]
     assert [float(row["top1"]) for row in rows] == pytest.approx((np.diag(confusion) / 7).tolist())
     assert f"top-1 {figures['top1']:.2%}" in result.stdout
-    recorded = {row["metric"]: float(row["value"]) for row in csv.DictReader((tmp_path / "rows.csv").open())}
-    assert recorded == pytest.approx({name: figures[name] for name in ("top1", "top5")}, rel=1e-5)
 
 
-def test_it_agrees_with_training_and_reads_checkpoints(small_shards: Path, run: Path, tmp_path: Path) -> None:
+def test_figures_agree_with_training_and_checkpoints_are_read(small_shards: Path, run: Path, tmp_path: Path) -> None:
     with (run / "metrics.csv").open() as stream:
         logged = [row["val_top1"] for row in csv.DictReader(stream) if row["val_top1"]][-1]
     (run / "model.safetensors").rename(tmp_path / "moved.safetensors")
@@ -94,9 +91,9 @@ def test_it_agrees_with_training_and_reads_checkpoints(small_shards: Path, run: 
 
 def test_torchvision_style_weights(small_shards: Path, run: Path, tmp_path: Path) -> None:
     weights, _ = load_weights(run / "model.safetensors")
-    torch.save(weights, tmp_path / "net.pth")
+    torch.save(weights, tmp_path / "model.pth")
     result = run_forked(
-        "tools/evaluate.py", tmp_path / "net.pth", "--data", small_shards, "--arch", "resnet18", "--json", tmp_path / "f.json"
+        "tools/evaluate.py", tmp_path / "model.pth", "--data", small_shards, "--arch", "resnet18", "--json", tmp_path / "f.json"
     )
     assert result.returncode == 0, result.stderr
     assert json.loads((tmp_path / "f.json").read_text())["images"] == 21
@@ -104,9 +101,9 @@ def test_torchvision_style_weights(small_shards: Path, run: Path, tmp_path: Path
     torch.save(thousand, tmp_path / "thousand.pth")
     (tmp_path / "junk.pth").write_text("junk")
     for path, options, words in (
-        ("net.pth", (), "give --arch"),
-        ("net.pth", ("--arch", "resnet34"), "holds no resnet34"),
-        ("net.pth", ("--arch", "vgg"), "unknown --arch"),
+        ("model.pth", (), "give --arch"),
+        ("model.pth", ("--arch", "resnet34"), "holds no resnet34"),
+        ("model.pth", ("--arch", "vgg"), "unknown --arch"),
         ("thousand.pth", ("--arch", "resnet18"), "was trained on 1000 classes, the data has 3"),
         ("junk.pth", ("--arch", "resnet18"), "junk.pth"),
         ("nowhere", (), "no weights there"),
@@ -114,16 +111,9 @@ def test_torchvision_style_weights(small_shards: Path, run: Path, tmp_path: Path
         assert_refused(run_forked("tools/evaluate.py", tmp_path / path, "--data", small_shards, *options), words)
 
 
-def test_pictures_and_records_of_a_run(small_shards: Path, run: Path, tmp_path: Path) -> None:
-    result = run_forked("tools/plot_run.py", run, "--data", small_shards)
-    assert result.returncode == 0, result.stderr
-    for name in ("curves.png", "batch.png"):
-        pixels = np.asarray(Image.open(run / name).convert("RGB"))
-        assert min(pixels.shape[:2]) > 300
-        assert len(np.unique(pixels.reshape(-1, 3), axis=0)) > 20
+def test_records_of_a_run(run: Path, tmp_path: Path) -> None:
     assert run_forked("tools/bench/record_run.py", run, "--results", tmp_path / "rows.csv").returncode == 0
     rows = {row["metric"]: row for row in csv.DictReader((tmp_path / "rows.csv").open())}
     assert 0 <= float(rows["val_top1"]["value"]) <= 1
     assert "resnet18 at 56" in rows["minutes"]["spec"]
-    assert_refused(run_forked("tools/plot_run.py", tmp_path, "--data", small_shards), "no finished run")
     assert_refused(run_forked("tools/bench/record_run.py", tmp_path), "no finished run")

@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from model import ARCHS
-from model.exporting import ExportedModel, check_packages, write_onnx, write_program
+from model.exporting import ExportedModel, check_packages, export_onnx, export_program
 from model.loading import load_model
 from model.weights import ModelConfig, save_weights
 from pipeline.errors import UserError
@@ -29,18 +29,18 @@ CLASSES = ["n01", "n02", "n03"]
 SHA = "0123456789" * 4
 
 
-def net_of(arch: str) -> torch.nn.Module:
-    """A net in evaluation mode whose running statistics and classifier's bias are not those of a new one."""
+def model_of(arch: str) -> torch.nn.Module:
+    """A model in evaluation mode, with running statistics and a classifier's bias unlike a new model's."""
     torch.manual_seed(1)
-    net = ARCHS[arch](num_classes=len(CLASSES)).eval()
-    for name, tensor in net.state_dict().items():
+    model = ARCHS[arch](num_classes=len(CLASSES)).eval()
+    for name, tensor in model.state_dict().items():
         if name.endswith("running_mean"):
             tensor.normal_(0, 0.1)
         elif name.endswith("running_var"):
             tensor.uniform_(0.5, 1.5)
         elif name == "fc.bias":
             tensor.normal_()
-    return net
+    return model
 
 
 def model_config_of(arch: str, size: int, mean: Any) -> ModelConfig:
@@ -60,11 +60,11 @@ def pixels(count: int, height: int, width: int) -> torch.Tensor:
     return torch.randint(0, 256, (count, 3, height, width), dtype=torch.uint8, generator=torch.Generator().manual_seed(9))
 
 
-def plain_logits(net: torch.nn.Module, recipe: ModelConfig, images: torch.Tensor) -> torch.Tensor:
-    """Of uint8 pictures (N, 3, H, W), normalized by NumPy."""
-    floats = (images.numpy().transpose(0, 2, 3, 1).astype(np.float64) - recipe.mean) / recipe.std
+def plain_logits(model: torch.nn.Module, config: ModelConfig, images: torch.Tensor) -> torch.Tensor:
+    """The logits of uint8 images (N, 3, H, W), normalized by NumPy."""
+    floats = (images.numpy().transpose(0, 2, 3, 1).astype(np.float64) - config.mean) / config.std
     with torch.inference_mode():
-        return net(torch.from_numpy(floats.transpose(0, 3, 1, 2)).float())
+        return model(torch.from_numpy(floats.transpose(0, 3, 1, 2)).float())
 
 
 def assert_close(found: torch.Tensor, expected: torch.Tensor) -> None:
@@ -80,16 +80,16 @@ def export(source: Path, out: Path, *options: Any, **environment: Any) -> Path:
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Files of ours: a resnet18 with a mean per channel, a resnet20 with a mean image."""
+    """Cropfeed's files: a resnet18 with a mean per channel, a resnet20 with a mean image."""
     folder = tmp_path_factory.mktemp("saved")
-    for recipe in (channels(), mean_image()):
-        save_weights(folder / f"{recipe.arch}.safetensors", net_of(recipe.arch).state_dict(), recipe.header())
+    for config in (channels(), mean_image()):
+        save_weights(folder / f"{config.arch}.safetensors", model_of(config.arch).state_dict(), config.header())
     return {path.stem: path for path in folder.iterdir()}
 
 
 @pytest.fixture(scope="module")
 def exported(saved: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Each of them in all formats, by the tool; the first with figures."""
+    """Each of them exported in all formats; the first with figures."""
     folder = tmp_path_factory.mktemp("exported")
     figures = {"top1": 0.7654, "top5": 0.9321, "images": 50, "schemes": {}}
     figures["schemes"] = {"centre": {"top1": 0.7654, "top5": 0.9321}, "ten-crop": {"top1": 0.7777, "top5": 0.9444}}
@@ -103,49 +103,49 @@ def exported(saved: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -
     return {arch: folder / arch for arch in saved}
 
 
-@pytest.mark.parametrize("recipe", [channels(), mean_image()], ids=lambda recipe: recipe.arch)
-def test_graphs_take_plain_pixels(recipe: ModelConfig, exported: dict[str, Path]) -> None:
-    folder, net = exported[recipe.arch], net_of(recipe.arch)
+@pytest.mark.parametrize("config", [channels(), mean_image()], ids=lambda config: config.arch)
+def test_graphs_take_raw_pixels(config: ModelConfig, exported: dict[str, Path]) -> None:
+    folder, model = exported[config.arch], model_of(config.arch)
     session = onnxruntime.InferenceSession(folder / "model.onnx", providers=["CPUExecutionProvider"])
     extra = {"recipe.json": ""}
     program = torch.export.load(folder / "model.pt2", extra_files=extra).module()
-    size = recipe.image_size
-    shapes = [(1, size, size), (5, size, size)] + ([(2, 64, 97), (1, 224, 160)] if recipe.mean.ndim == 1 else [])
+    size = config.image_size
+    shapes = [(1, size, size), (5, size, size)] + ([(2, 64, 97), (1, 224, 160)] if config.mean.ndim == 1 else [])
     for shape in shapes:
         images = pixels(*shape)
-        expected = plain_logits(net, recipe, images)
+        expected = plain_logits(model, config, images)
         assert_close(torch.from_numpy(session.run(["logits"], {"images": images.numpy()})[0]), expected)
         with torch.inference_mode():
             assert_close(program(images), expected)
-    sides = [size, size] if recipe.mean.ndim == 3 else ["height", "width"]
+    sides = [size, size] if config.mean.ndim == 3 else ["height", "width"]
     assert session.get_inputs()[0].shape == ["batch", 3, *sides]
-    facts = {"arch": recipe.arch, "classes": json.dumps(CLASSES), "image_size": str(size), "eval_short": str(recipe.eval_short)}
+    facts = {"arch": config.arch, "classes": json.dumps(CLASSES), "image_size": str(size), "eval_short": str(config.eval_short)}
     assert session.get_modelmeta().custom_metadata_map == facts
     assert json.loads(extra["recipe.json"]) == facts
 
 
 @pytest.mark.parametrize(("arch", "size"), [("resnet18_a", 32), ("resnet20", 32)])
-def test_graphs_of_other_nets_and_of_small_pictures(arch: str, size: int, tmp_path: Path) -> None:
-    """At 32 pixels a resnet18's last feature map is a single pixel, which torch.export holds against other sizes."""
-    net, recipe = ARCHS[arch](num_classes=3), channels(arch, size)
-    assert write_onnx(net, recipe, tmp_path / "model.onnx") < 0.1
-    assert write_program(net, recipe, tmp_path / "model.pt2") < 0.1
+def test_graphs_of_other_models_and_of_small_images(arch: str, size: int, tmp_path: Path) -> None:
+    """At 32 pixels a resnet18's last feature map is a single pixel, for which torch.export allows no other sizes."""
+    model, config = ARCHS[arch](num_classes=3), channels(arch, size)
+    assert export_onnx(model, config, tmp_path / "model.onnx") < 0.1
+    assert export_program(model, config, tmp_path / "model.pt2") < 0.1
     session = onnxruntime.InferenceSession(tmp_path / "model.onnx", providers=["CPUExecutionProvider"])
     images = pixels(2, 96, 40)
-    assert_close(torch.from_numpy(session.run(None, {"images": images.numpy()})[0]), plain_logits(net.eval(), recipe, images))
+    assert_close(torch.from_numpy(session.run(None, {"images": images.numpy()})[0]), plain_logits(model.eval(), config, images))
 
 
 def test_a_graph_that_differs_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    recipe, net = channels("resnet20", 32), net_of("resnet20")
+    config, model = channels("resnet20", 32), model_of("resnet20")
     original = torch.export.export
 
-    def broken(served: ExportedModel, *args: Any, **options: Any) -> Any:
-        other = ExportedModel(ARCHS["resnet20"](num_classes=3), recipe)
+    def broken(exported: ExportedModel, *args: Any, **options: Any) -> Any:
+        other = ExportedModel(ARCHS["resnet20"](num_classes=3), config)
         return original(other, *args, **options)
 
     monkeypatch.setattr(torch.export, "export", broken)
     with pytest.raises(UserError, match="program gives other logits than torch, by up to"):
-        write_program(net, recipe, tmp_path / "model.pt2")  # type: ignore[arg-type]
+        export_program(model, config, tmp_path / "model.pt2")  # type: ignore[arg-type]
 
 
 def test_safetensors_card_and_config(exported: dict[str, Path]) -> None:
@@ -154,16 +154,16 @@ def test_safetensors_card_and_config(exported: dict[str, Path]) -> None:
         "README.md", "config.json", "model.safetensors", "model.onnx", "model.pt2",
     }  # fmt: skip
     assert [path.name for path in folder.parent.iterdir() if path.name.startswith(".")] == []
-    net, recipe = load_model(folder, None, CLASSES)
-    assert (recipe.image_size, recipe.eval_short, recipe.mean.tolist()) == (112, 143, [120, 110, 100])
-    state = net_of("resnet18").state_dict()
-    assert all(torch.equal(tensor, state[name]) for name, tensor in net.state_dict().items())
+    model, config = load_model(folder, None, CLASSES)
+    assert (config.image_size, config.eval_short, config.mean.tolist()) == (112, 143, [120, 110, 100])
+    state = model_of("resnet18").state_dict()
+    assert all(torch.equal(tensor, state[name]) for name, tensor in model.state_dict().items())
     card = (folder / "README.md").read_text()
     for words in (
         "license: cc0-1.0", "- me/shapes", "value: 0.7654", "value: 0.9444", "name: top-5, ten-crop", "- timm",
         "| centre | 76.54% | 93.21% |", "of 50 validation images", "short side is 143 pixels", "central 112 x 112",
         "subtract the mean (120, 110, 100), divide by (60, 55, 50)", "11,178,051 parameters, 3 classes",
-        "timm.create_model", "from torchvision.models import resnet18", "uint8 (N, 3, H, W)",
+        "timm.create_model", "from torchvision.models import resnet18", "uint8 (N, 3, H, W)", "from cropfeed import CentreCrop",
     ):  # fmt: skip
         assert words in card, words
 
@@ -174,31 +174,31 @@ def test_safetensors_card_and_config(exported: dict[str, Path]) -> None:
     assert "license" not in card
     assert np.array_equal(np.load(small / "mean.npy"), mean_image().mean)
     assert np.array_equal(load_model(small, None, CLASSES)[1].mean, mean_image().mean)
-    config = json.loads((small / "config.json").read_text())
-    assert config["pretrained_cfg"]["mean"] == pytest.approx((mean_image().mean.mean(axis=(0, 1)) / 255).tolist())
+    content = json.loads((small / "config.json").read_text())
+    assert content["pretrained_cfg"]["mean"] == pytest.approx((mean_image().mean.mean(axis=(0, 1)) / 255).tolist())
 
 
 def test_the_config_says_what_the_header_says(exported: dict[str, Path], tmp_path: Path) -> None:
-    """Read as timm's folder, without our header, the recipe is the same."""
+    """Read as a timm folder, without Cropfeed's header, the config is the same."""
     folder = exported["resnet18"]
     (tmp_path / "config.json").write_bytes((folder / "config.json").read_bytes())
     save_file(load_file(folder / "model.safetensors"), tmp_path / "model.safetensors")
-    recipe, expected = load_model(tmp_path, None, None)[1], channels()
-    assert (recipe.arch, recipe.classes, recipe.image_size) == ("resnet18", CLASSES, 112)
-    assert recipe.eval_short == expected.eval_short == 143
-    assert recipe.mean == pytest.approx(expected.mean)
-    assert recipe.std == pytest.approx(expected.std)
+    config, expected = load_model(tmp_path, None, None)[1], channels()
+    assert (config.arch, config.classes, config.image_size) == ("resnet18", CLASSES, 112)
+    assert config.eval_short == expected.eval_short == 143
+    assert config.mean == pytest.approx(expected.mean)
+    assert config.std == pytest.approx(expected.std)
 
 
 def test_torchvision_files_are_exported_without_names(tmp_path: Path) -> None:
-    torch.save(net_of("resnet18").state_dict(), tmp_path / "resnet18-0123abcd.pth")
+    torch.save(model_of("resnet18").state_dict(), tmp_path / "resnet18-0123abcd.pth")
     folder = export(tmp_path / "resnet18-0123abcd.pth", tmp_path / "deep" / "out")
     assert {path.name for path in folder.iterdir()} == {"README.md", "config.json", "model.safetensors"}
     assert "label_names" not in json.loads((folder / "config.json").read_text())
     assert load_model(folder, None, ["x", "y", "z"])[1].classes == ["x", "y", "z"]
 
 
-def test_what_is_wrong_is_refused_and_leaves_nothing(saved: dict[str, Path], tmp_path: Path) -> None:
+def test_bad_arguments_are_refused_and_leave_nothing(saved: dict[str, Path], tmp_path: Path) -> None:
     (tmp_path / "there").mkdir()
     (tmp_path / "file").write_text("{}")
     (tmp_path / "several.json").write_text('{"top1": 1, "top5": 1, "images": 1, "members": []}')
@@ -211,8 +211,8 @@ def test_what_is_wrong_is_refused_and_leaves_nothing(saved: dict[str, Path], tmp
         ((source, *out, "--arch", "resnet18"), "holds a resnet20, not --arch resnet18"),
         ((source, *out, "--results", tmp_path / "file"), "file: holds no top1"),
         ((source, *out, "--results", tmp_path / "several.json"), "figures of an ensemble"),
-        ((source, *out, "--push", "me/net"), "no token"),
-        ((source, *out, "--push", "net"), "give user/name"),
+        ((source, *out, "--push", "me/model"), "no token"),
+        ((source, *out, "--push", "model"), "give user/name"),
         ((source, *out, "--push", "me/a--b"), "give user/name"),
         ((source, "--out", tmp_path / "file" / "out"), "cannot be written"),
     ):
@@ -241,8 +241,8 @@ def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 class Hub(BaseHTTPRequestHandler):
-    """The few answers of the Hugging Face Hub that creating, filling and downloading one repository takes. All files are small
-    enough to be part of the commit, it says."""
+    """The answers of the Hugging Face Hub that are needed to create, fill and download one repository. It accepts all files as
+    part of the commit."""
 
     files: dict[str, bytes]
     created: list[dict[str, Any]]
@@ -264,26 +264,26 @@ class Hub(BaseHTTPRequestHandler):
             self.answer({"error": "Invalid credentials"}, 401)
         elif path == "/api/repos/create":
             self.created.append(json.loads(body))
-            self.answer({"url": f"http://{self.headers['Host']}/me/net"}, 200 if len(self.created) == 1 else 409)
-        elif path == "/api/models/me/net/preupload/main":
+            self.answer({"url": f"http://{self.headers['Host']}/me/model"}, 200 if len(self.created) == 1 else 409)
+        elif path == "/api/models/me/model/preupload/main":
             files = [{"path": file["path"], "uploadMode": "regular", "shouldIgnore": False} for file in json.loads(body)["files"]]
             self.answer({"files": files})
-        elif path == "/api/models/me/net/commit/main":
+        elif path == "/api/models/me/model/commit/main":
             for line in map(json.loads, body.splitlines()):
                 if line["key"] == "file":
                     self.files[line["value"]["path"]] = base64.b64decode(line["value"]["content"])
-            self.answer({"commitUrl": f"http://{self.headers['Host']}/me/net/commit/{SHA}", "commitOid": SHA})
+            self.answer({"commitUrl": f"http://{self.headers['Host']}/me/model/commit/{SHA}", "commitOid": SHA})
         else:  # validate-yaml
             self.answer({"errors": [], "warnings": []})
 
     def do_GET(self) -> None:
         path = self.path.partition("?")[0]
-        name = path.removeprefix(f"/me/net/resolve/{SHA}/")
-        if path.startswith("/api/models/me/net/tree"):
+        name = path.removeprefix(f"/me/model/resolve/{SHA}/")
+        if path.startswith("/api/models/me/model/tree"):
             oids = {name: hashlib.sha1(content).hexdigest() for name, content in self.files.items()}
             self.answer([{"type": "file", "path": name, "size": len(self.files[name]), "oid": oid} for name, oid in oids.items()])
-        elif path.startswith("/api/models/me/net"):
-            self.answer({"id": "me/net", "sha": SHA, "siblings": [{"rfilename": name} for name in self.files]})
+        elif path.startswith("/api/models/me/model"):
+            self.answer({"id": "me/model", "sha": SHA, "siblings": [{"rfilename": name} for name in self.files]})
         elif name in self.files:
             self.answer(self.files[name], ETag=f'"{hashlib.sha1(self.files[name]).hexdigest()}"', X_Repo_Commit=SHA)
         else:
@@ -297,7 +297,7 @@ class Hub(BaseHTTPRequestHandler):
 
 @pytest.fixture
 def hub() -> Iterator[tuple[str, type[Hub]]]:
-    """A hub's address, and what it was given."""
+    """The address of a hub, and what it received."""
     kind = type("OneHub", (Hub,), {"files": {}, "created": []})
     server = ThreadingHTTPServer(("127.0.0.1", 0), kind)
     threading.Thread(target=server.serve_forever, daemon=True).start()
@@ -308,14 +308,14 @@ def hub() -> Iterator[tuple[str, type[Hub]]]:
 LOAD = """
 import sys, torch
 sys.path.insert(0, sys.argv[1])
-from model.loading import load_net
-net, recipe = load_net("hf://me/net", None, ["n01", "n02", "n03"])
-torch.save((net.state_dict(), torch.from_numpy(recipe.mean)), sys.argv[2])
+from model.loading import load_model
+model, config = load_model("hf://me/model", None, ["n01", "n02", "n03"])
+torch.save((model.state_dict(), torch.from_numpy(config.mean)), sys.argv[2])
 """
 
 
 def test_pushed_and_loaded_back(saved: dict[str, Path], hub: tuple[str, type[Hub]], tmp_path: Path) -> None:
-    """With the real huggingface_hub and no hub but ours: push, download, and load once more without any."""
+    """With the real huggingface_hub and a local hub: push, download, and load once more offline."""
     address, given = hub
     there: dict[str, Any] = {
         "HF_ENDPOINT": address,
@@ -323,15 +323,15 @@ def test_pushed_and_loaded_back(saved: dict[str, Path], hub: tuple[str, type[Hub
         "HF_HOME": str(tmp_path / "home"),
         "NO_PROXY": "127.0.0.1",
     }
-    folder = export(saved["resnet20"], tmp_path / "out", "--push", "me/net", "--private", **there)
+    folder = export(saved["resnet20"], tmp_path / "out", "--push", "me/model", "--private", **there)
     assert given.files == {path.name: path.read_bytes() for path in folder.iterdir()}
-    assert (given.created[0]["name"], given.created[0]["organization"]) == ("net", "me")
+    assert (given.created[0]["name"], given.created[0]["organization"]) == ("model", "me")
     assert given.created[0].get("visibility", "private" if given.created[0].get("private") else None) == "private"
-    assert b'load_net("hf://me/net", None, None)' in given.files["README.md"]
-    export(saved["resnet20"], tmp_path / "again", "--push", "me/net", **there)  # the repository exists
+    assert b'load_model("hf://me/model", None, None)' in given.files["README.md"]
+    export(saved["resnet20"], tmp_path / "again", "--push", "me/model", **there)  # the repository exists
 
     (tmp_path / "load.py").write_text(LOAD)
-    state = net_of("resnet20").state_dict()
+    state = model_of("resnet20").state_dict()
     for more in (there, there | {"HF_HUB_OFFLINE": "1", "HF_ENDPOINT": "http://127.0.0.1:1"}):
         result = run_forked(tmp_path / "load.py", Path(__file__).parents[2], tmp_path / "state.pt", **more)
         assert result.returncode == 0, result.stderr
@@ -343,8 +343,8 @@ def test_pushed_and_loaded_back(saved: dict[str, Path], hub: tuple[str, type[Hub
     names = {path.name for path in (tmp_path / "home").rglob("snapshots/*/*")}
     assert names == {"config.json", "model.safetensors"}  # nothing else was downloaded
 
-    options = ("tools/export.py", saved["resnet20"], "--out", tmp_path / "third", "--push", "me/net")
+    options = ("tools/export.py", saved["resnet20"], "--out", tmp_path / "third", "--push", "me/model")
     there["HF_TOKEN"] = "wrong"
     result = run_forked(*options, **there)
-    assert_refused(result, "--push me/net: failed", "401", "third is complete, try again: hf upload me/net")
+    assert_refused(result, "--push me/model: failed", "401", "third is complete, try again: hf upload me/model")
     assert (tmp_path / "third" / "model.safetensors").is_file()

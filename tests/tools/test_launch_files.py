@@ -1,4 +1,4 @@
-"""The files in tools/launch: read by accelerate's own parser; the Slurm script run with Slurm's commands replaced."""
+"""The files in tools/launch, with accelerate's own parser, and the Slurm script with fake Slurm commands."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 
 from tests.helpers import ROOT
-from training.options import parse_arguments
+from training.command_line import parse_arguments
 
 FOLDER = ROOT / "tools" / "launch"
 
@@ -22,7 +22,7 @@ FOLDER = ROOT / "tools" / "launch"
     ("name", "machines", "processes", "several"),
     [("one_gpu", 1, 1, False), ("eight_gpus", 1, 8, True), ("two_hosts", 2, 16, True)],
 )
-def test_accelerate_reads_its_files(name: str, machines: int, processes: int, several: bool) -> None:
+def test_accelerate_reads_the_config_files(name: str, machines: int, processes: int, several: bool) -> None:
     """As `accelerate launch --config_file` does."""
     file = str(FOLDER / f"{name}.yaml")
     words = (
@@ -38,7 +38,7 @@ def test_accelerate_reads_its_files(name: str, machines: int, processes: int, se
     assert load_config_from_file(file).mixed_precision == "bf16"
 
 
-# srun notes its words and waits for SIGTERM, if it is asked to, as a training would.
+# srun records its arguments. If the file `long` exists, it waits for SIGTERM, like a training run.
 COMMANDS = {
     "scontrol": 'if [ "$1" = show ]; then printf "n1\\nn2\\n"; else echo "$@" > {folder}/requeued; fi',
     "srun": 'printf "%s\\n" "$@" > {folder}/words; if [ -e {folder}/long ]; then trap "echo > {folder}/saved; exit 143" TERM; '
@@ -60,17 +60,17 @@ def environment(tmp_path: Path) -> dict[str, str]:
 def test_the_slurm_script_starts_torchrun_on_each_node(environment: dict[str, str], tmp_path: Path) -> None:
     words = ("--recipe", "strong", "--data", "a b")
     result = subprocess.run([FOLDER / "slurm.sh", *words], env=environment, check=False, timeout=20)
-    assert result.returncode == 3  # srun's
+    assert result.returncode == 3  # from srun
     assert not (tmp_path / "requeued").exists()
     started = (tmp_path / "words").read_text().splitlines()
     at = started.index("train.py")
-    args = parse_arguments(None, started[at + 1 :])  # train.py takes them
+    args = parse_arguments(None, started[at + 1 :])  # train.py accepts them
     assert (args.data, args.resume, args.amp, args.recipe) == ("a b", "auto", "bf16", "strong")
     for option, value in (("--nnodes", "2"), ("--nproc-per-node", "8"), ("--rdzv-endpoint", "n1:29500"), ("--rdzv-id", "77")):
         assert started[started.index(option) + 1] == value
 
 
-def test_at_the_time_limit_the_job_saves_and_is_queued_again(environment: dict[str, str], tmp_path: Path) -> None:
+def test_the_job_saves_and_is_requeued_at_the_time_limit(environment: dict[str, str], tmp_path: Path) -> None:
     (tmp_path / "long").touch()
     process = subprocess.Popen([FOLDER / "slurm.sh", "--data", "x"], env=environment)
     deadline = time.monotonic() + 20

@@ -18,7 +18,7 @@ def demo_images(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def mean_colours(folder: Path) -> tuple[np.ndarray, np.ndarray]:
-    """Mean RGB, a constant and their squares (N, 10) and labels (N,)."""
+    """A constant and the mean RGB in 0..1, float64 (N, 4), and labels (N,)."""
     rows, labels = [], []
     for label, name in enumerate(sorted(path.name for path in folder.iterdir())):
         for path in sorted((folder / name).iterdir()):
@@ -29,7 +29,7 @@ def mean_colours(folder: Path) -> tuple[np.ndarray, np.ndarray]:
 
 
 def test_a_linear_model_on_mean_colour_cannot_tell_the_classes(demo_images: Path) -> None:
-    """Least squares on one-hot labels: no better than chance (1 in 8) by more than chance allows."""
+    """Least squares on one-hot labels is not significantly better than chance (1 in 8)."""
     features, labels = mean_colours(demo_images / "train")
     weights = np.linalg.lstsq(features, np.eye(8)[labels], rcond=None)[0]
     features, labels = mean_colours(demo_images / "val")
@@ -37,7 +37,7 @@ def test_a_linear_model_on_mean_colour_cannot_tell_the_classes(demo_images: Path
     assert accuracy < 1 / 8 + 4 * np.sqrt(1 / 8 * 7 / 8 / len(labels))
 
 
-def test_images_are_mixed_as_imagenets_are(demo_images: Path) -> None:
+def test_images_are_mixed_like_imagenets(demo_images: Path) -> None:
     images = [Image.open(path) for path in demo_images.rglob("*.JPEG")]
     assert len(images) == 8 * 90
     grey = sum(image.mode == "L" for image in images)

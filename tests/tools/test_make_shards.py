@@ -30,7 +30,7 @@ def digests(folder: Path) -> dict[str, str]:
 
 
 def make(src: Path | str, out: Path | str, *options: object) -> subprocess.CompletedProcess[str]:
-    """In one process, unless the options say otherwise."""
+    """Run the script, with one worker by default."""
     return run_script("tools/make_shards.py", src, "--out", out, "--shard-size", 16, "--workers", 1, *options)
 
 
@@ -58,7 +58,7 @@ def test_any_number_of_workers_gives_the_same_bytes(image_folder: Path, lossless
 
 
 @pytest.mark.parametrize("profile", ["lossless", "compact", "original"])
-def test_profiles_store_what_they_say(image_folder: Path, tmp_path: Path, profile: str) -> None:
+def test_profiles(image_folder: Path, tmp_path: Path, profile: str) -> None:
     assert make(image_folder, tmp_path / "out", "--profile", profile).returncode == 0
     stored = ShardSet(tmp_path / "out", "train")
     sources = {f"{path.parent.name}/{path.stem}": path.read_bytes() for path in image_folder.glob("train/*/*")}
@@ -90,7 +90,7 @@ def test_class_folders_alone_are_a_training_split(image_folder: Path, tmp_path: 
     assert len(ShardSet(tmp_path / "out", "train")) == 21
 
 
-def test_awkward_names_get_keys_of_their_own(tmp_path: Path) -> None:
+def test_awkward_names_get_unique_keys(tmp_path: Path) -> None:
     folder = tmp_path / "src" / "a class"
     folder.mkdir(parents=True)
     for index, name in enumerate(("a.b.jpg", "a_b.jpg", "a b.jpeg", "x" * 150 + ".JPEG", ".hidden")):
@@ -140,7 +140,7 @@ def test_bad_arguments_are_refused(image_folder: Path, lossless: Path, tmp_path:
     script = "tools/make_shards.py"
     for arguments, words in (
         ((tmp_path / "nowhere", "--out", tmp_path / "out"), "no such folder"),
-        ((image_folder, "--out", tmp_path / "full"), "no conversion of ours"),
+        ((image_folder, "--out", tmp_path / "full"), "is not a conversion"),
         ((image_folder, "--out", lossless), "another shard_size"),
         ((image_folder, "--out", lossless, "--shard-size", 16, "--profile", "compact", "--seed", 3), "another profile, seed"),
         ((image_folder / "val", "--out", lossless, "--shard-size", 16), "another source"),
@@ -155,7 +155,7 @@ def test_bad_arguments_are_refused(image_folder: Path, lossless: Path, tmp_path:
 
 
 def odd_folder(root: Path) -> Path:
-    """What ImageNet holds beside good JPEGs, under the names it has there."""
+    """Anything but good JPEGs in ImageNet, under its names there."""
     files = {
         "train/n02105855/n02105855_2933.JPEG": saved("PNG"),
         "train/n02105855/n02105855_1.JPEG": jpeg(picture(50, 60, 1)),
@@ -186,7 +186,7 @@ def saved(kind: str, mode: str = "RGB", orientation: int | None = None, **option
     return stream.getvalue()
 
 
-def test_the_report_shows_what_imagenet_holds(tmp_path: Path) -> None:
+def test_the_report_shows_the_oddities_of_imagenet(tmp_path: Path) -> None:
     result = make(odd_folder(tmp_path / "src"), tmp_path / "out")
     assert result.returncode == 0, result.stderr
     report = json.loads((tmp_path / "out" / "report.json").read_text())
@@ -276,7 +276,7 @@ def finished(out: Path) -> int:
 
 
 def stop(process: subprocess.Popen[str], how: signal.Signals, reached: Callable[[], bool]) -> int:
-    """Send a signal once `reached`, or let it end by itself; its exit code."""
+    """Send a signal once `reached`, unless the process ends before. Returns its exit code."""
     while process.poll() is None and not reached():
         time.sleep(0.01)
     process.send_signal(how)
@@ -284,8 +284,8 @@ def stop(process: subprocess.Popen[str], how: signal.Signals, reached: Callable[
     return process.returncode
 
 
-def test_stopped_anywhere_it_goes_on(image_folder: Path, lossless: Path, tmp_path: Path) -> None:
-    """Ctrl-C, then SIGKILL again and again: the last run ends with the very bytes of an undisturbed one."""
+def test_a_run_stopped_anywhere_can_be_resumed(image_folder: Path, lossless: Path, tmp_path: Path) -> None:
+    """After Ctrl-C and repeated SIGKILLs, the last run gives the bytes of an uninterrupted one."""
     out, rng = tmp_path / "out", np.random.default_rng(0)
     assert stop(start(image_folder, out), signal.SIGINT, lambda: finished(out) >= 1) == 130
     for shards in (1, 2, 3, 5, 6):  # once so many are finished, a random moment later
@@ -310,7 +310,7 @@ def test_stopped_anywhere_it_goes_on(image_folder: Path, lossless: Path, tmp_pat
     assert digests(out) == digests(lossless)
 
 
-def test_a_finished_shard_is_kept_if_whole_and_made_again_if_not(image_folder: Path, lossless: Path, tmp_path: Path) -> None:
+def test_a_finished_shard_is_kept_if_intact_and_made_again_if_not(image_folder: Path, lossless: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     assert make(image_folder, out, "--shards", "0-4").returncode == 0
     kept, damaged = out / "train" / "000000.tar", out / "train" / "000001.tar"
@@ -342,7 +342,7 @@ def test_verify_names_shard_and_sample_of_any_flipped_bit(lossless: Path, tmp_pa
         result = without_progress(run_script("tools/make_shards.py", "--verify", out))
         assert_refused(result, "1 damaged", str(out))
         owner = next((i for i, end in enumerate(bounds) if place < -(-end // 512) * 512), None)
-        expected = "behind its last sample" if owner is None else f"sample {stored.key(16 + owner)} is damaged"
+        expected = "after its last sample" if owner is None else f"sample {stored.key(16 + owner)} is damaged"
         assert f"{tar}: " in result.stdout
         assert expected in result.stdout, (place, result.stdout)
     tar.write_bytes(whole[: bounds[13]])
@@ -351,9 +351,7 @@ def test_verify_names_shard_and_sample_of_any_flipped_bit(lossless: Path, tmp_pa
     assert result.stdout.count("is damaged or cut off") in (2, 3)  # two whole samples, and the padding of one
 
 
-def test_verify_looks_at_every_other_file_too_and_a_rerun_mends_shards(
-    image_folder: Path, lossless: Path, tmp_path: Path
-) -> None:
+def test_verify_checks_every_other_file_and_a_rerun_repairs_shards(image_folder: Path, lossless: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     shutil.copytree(lossless, out)
     (out / "val" / "000001.tar").unlink()
@@ -375,7 +373,7 @@ def test_verify_looks_at_every_other_file_too_and_a_rerun_mends_shards(
         assert words in result.stdout + result.stderr
 
 
-def test_a_killed_worker_ends_the_run_with_advice(tmp_path: Path) -> None:
+def test_a_killed_worker_ends_the_run_with_a_remedy(tmp_path: Path) -> None:
     import psutil
 
     folder = tmp_path / "src" / "n0"
@@ -395,7 +393,7 @@ def test_a_killed_worker_ends_the_run_with_advice(tmp_path: Path) -> None:
     assert not psutil.pid_exists(worker.pid) or psutil.Process(worker.pid).status() == psutil.STATUS_ZOMBIE
 
 
-def test_help_is_a_page_to_act_on() -> None:
+def test_help_has_runnable_examples() -> None:
     result = run_script("tools/make_shards.py", "--help")
     assert result.returncode == 0
     for words in (

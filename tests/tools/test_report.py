@@ -1,4 +1,4 @@
-"""The page of runs: figures, curves and mistakes against the files, Pillow, plain torch and NumPy; and that it is sound HTML."""
+"""The report on runs: figures, curves and worst images, against Pillow, plain torch and NumPy; and that the HTML is valid."""
 
 from __future__ import annotations
 
@@ -23,14 +23,15 @@ from matplotlib.colors import to_hex
 from PIL import Image
 
 from model import ARCHS, ResNet
-from model.testing import Score
+from model.testing import Accuracy
 from model.weights import ModelConfig, save_weights
 from pipeline.errors import UserError
 from pipeline.store.shards import Manifest
 from tests.helpers import run_forked
 from tools import report
 from tools.reporting import curves, page, runs, worst
-from tools.reporting.worst import Findings, Mistake
+from tools.reporting.evaluation import EvaluateOptions
+from tools.reporting.worst import RunEvaluation, WorstImage
 from training.metrics import COLUMNS
 
 pytestmark = pytest.mark.usefixtures("one_core")
@@ -41,16 +42,16 @@ SHORT, SIZE = 40, 32
 STD = 30.0
 
 
-class Sound(HTMLParser):
-    """Reads a page; fails where tags do not match or anything outside the page is asked for."""
+class Page(HTMLParser):
+    """Parses a page; fails for mismatched tags and for references to anything outside the page."""
 
     def __init__(self) -> None:
         super().__init__(convert_charrefs=True)
         self.open: list[str] = []
         self.tags: Counter[str] = Counter()
         self.ids: list[str] = []
-        self.wanted: set[str] = set()  # ids that something refers to
-        self.pictures: list[tuple[str, bytes]] = []  # alt, content
+        self.referenced: set[str] = set()  # ids in links and url()
+        self.images: list[tuple[str, bytes]] = []  # alt, content
         self.text = ""
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
@@ -63,18 +64,18 @@ class Sound(HTMLParser):
             if name == "src":
                 kind, _, content = text.partition(";base64,")
                 assert kind == "data:image/jpeg"
-                self.pictures.append((str(dict(attrs)["alt"]), base64.b64decode(content, validate=True)))
+                self.images.append((str(dict(attrs)["alt"]), base64.b64decode(content, validate=True)))
                 continue
             if name == "href":
                 assert text.startswith("#")
-                self.wanted.add(text[1:])
+                self.referenced.add(text[1:])
             if name == "id":
                 self.ids.append(text)
             if name not in ("alt", "aria-label"):
                 assert "http" not in text
                 for target in re.findall(r"url\((.*?)\)", text):
                     assert target.startswith("#")
-                    self.wanted.add(target[1:])
+                    self.referenced.add(target[1:])
         if tag not in VOID:
             self.open.append(tag)
 
@@ -94,16 +95,16 @@ class Sound(HTMLParser):
             self.text += data + " "
 
 
-def read(content: str) -> Sound:
+def read(content: str) -> Page:
     assert content.startswith("<!DOCTYPE html>")
-    sound = Sound()
-    sound.feed(content)
-    sound.close()
-    assert not sound.open
-    assert len(sound.ids) == len(set(sound.ids))
-    assert sound.wanted <= set(sound.ids)
-    sound.text = " ".join(sound.text.split())
-    return sound
+    parsed = Page()
+    parsed.feed(content)
+    parsed.close()
+    assert not parsed.open
+    assert len(parsed.ids) == len(set(parsed.ids))
+    assert parsed.referenced <= set(parsed.ids)
+    parsed.text = " ".join(parsed.text.split())
+    return parsed
 
 
 def row(step: int, seconds: float, **figures: float) -> dict[str, Any]:
@@ -139,21 +140,21 @@ def make_run(folder: Path, rows: Any = ROWS, arguments: dict[str, Any] | None = 
 
 
 def make_weights(path: Path, classes: list[str], seed: int = 0) -> ResNet:
-    """A net of random weights whose classifier is strong enough to tell images apart."""
+    """Save a model of random weights with a classifier whose predictions differ between images."""
     torch.manual_seed(seed)
-    net = ARCHS["resnet20"](num_classes=len(classes))
+    model = ARCHS["resnet20"](num_classes=len(classes))
     with torch.no_grad():
-        net.fc.weight.normal_(0, 1)
-        net.fc.bias.zero_()
+        model.fc.weight.normal_(0, 1)
+        model.fc.bias.zero_()
     path.parent.mkdir(parents=True, exist_ok=True)
-    recipe = ModelConfig("resnet20", classes, SIZE, SHORT, np.full(3, 120, np.float32), np.full(3, STD, np.float32))
-    save_weights(path, net.state_dict(), recipe.header())
-    return net.eval()
+    config = ModelConfig("resnet20", classes, SIZE, SHORT, np.full(3, 120, np.float32), np.full(3, STD, np.float32))
+    save_weights(path, model.state_dict(), config.header())
+    return model.eval()
 
 
 @pytest.fixture
-def make_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Sound]:
-    def make(*words: Any) -> Sound:
+def make_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Page]:
+    def make(*words: Any) -> Page:
         out = tmp_path / "out" / "report.html"
         monkeypatch.setattr(sys, "argv", ["report.py", *map(str, words), "--out", str(out)])
         report.main()
@@ -164,7 +165,7 @@ def make_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., 
 
 
 def crop(path: Path) -> np.ndarray:
-    """uint8 (SIZE, SIZE, 3): the image at short side SHORT, its centre; by Pillow."""
+    """uint8 (SIZE, SIZE, 3): the central crop of the image resized to short side SHORT, by Pillow."""
     image = Image.open(path).convert("RGB")
     scale = SHORT / min(image.size)
     width, height = (math.floor(side * scale + 0.5) for side in image.size)
@@ -173,10 +174,12 @@ def crop(path: Path) -> np.ndarray:
     return np.asarray(resized.crop((left, top, left + SIZE, top + SIZE)))
 
 
-def plain_evaluation(net: ResNet, folder: Path, classes: list[str], flip: bool) -> dict[str, tuple[int, np.ndarray, np.ndarray]]:
-    """By key: label, probabilities (classes,) and crop of every validation image, by Pillow and torch alone.
+def plain_evaluation(
+    model: ResNet, folder: Path, classes: list[str], flip: bool
+) -> dict[str, tuple[int, np.ndarray, np.ndarray]]:
+    """By key: label, probabilities (classes,) and crop of every validation image, with Pillow and torch.
 
-    flip: average with the mirror image's.
+    flip: average with those of the mirror image.
     """
     found = {}
     for label, name in enumerate(classes):
@@ -185,122 +188,119 @@ def plain_evaluation(net: ResNet, folder: Path, classes: list[str], flip: bool) 
             images = torch.from_numpy((pixels.astype(np.float32) - 120) / STD).permute(2, 0, 1)[None]
             with torch.inference_mode():
                 both = torch.cat([images, images.flip(3)]) if flip else images
-                found[f"{name}/{path.stem}"] = label, net(both).softmax(1).mean(0).numpy(), pixels
+                found[f"{name}/{path.stem}"] = label, model(both).softmax(1).mean(0).numpy(), pixels
     return found
 
 
-def test_mistakes_equal_a_plain_evaluation(
-    small_shards: Path, image_folder: Path, tmp_path: Path, make_page: Callable[..., Sound]
+def test_worst_images_equal_a_plain_evaluation(
+    small_shards: Path, image_folder: Path, tmp_path: Path, make_page: Callable[..., Page]
 ) -> None:
     classes = Manifest(small_shards).classes
-    nets = {}
+    models = {}
     for seed, name in enumerate("ab"):
         folder = make_run(tmp_path / name, arguments={"flip_test": name == "b"})
-        nets[name] = make_weights(folder / "model.safetensors", classes, seed)
-    args = report.parser().parse_args(["a", "--data", str(small_shards), "--worst", "5", "--batch-size", "8", "--device", "cpu"])
-    found = worst.evaluate_runs(runs.read_runs([tmp_path / "a", tmp_path / "b"]), args)
-    for name, net in nets.items():
-        plain, ours = plain_evaluation(net, image_folder, classes, name == "b"), found[name]
-        assert isinstance(ours, Findings)
+        models[name] = make_weights(folder / "model.safetensors", classes, seed)
+    options = EvaluateOptions(data=str(small_shards), batch_size=8, device="cpu")
+    found = worst.evaluate_runs(runs.read_runs([tmp_path / "a", tmp_path / "b"]), options, worst=5)
+    for name, model in models.items():
+        plain, result = plain_evaluation(model, image_folder, classes, name == "b"), found[name]
+        assert isinstance(result, RunEvaluation)
         truth = {key: probabilities[label] for key, (label, probabilities, _) in plain.items()}
         lowest = sorted(truth.values())[:5]
-        assert max(truth.values()) > lowest[-1] + 0.2  # those shown stand out
-        assert [one.probability for one in ours.worst] == pytest.approx(lowest, abs=0.03)
-        assert len({one.id for one in ours.worst}) == 5
-        for one in ours.worst:
+        assert max(truth.values()) > lowest[-1] + 0.2  # the worst ones differ from the best
+        assert [one.label_probability for one in result.worst] == pytest.approx(lowest, abs=0.03)
+        assert len({one.id for one in result.worst}) == 5
+        for one in result.worst:
             label, probabilities, pixels = plain[one.key]
             assert one.label == label
-            assert one.probability == pytest.approx(truth[one.key], abs=0.03)
-            assert one.predicted == pytest.approx(probabilities[one.prediction], abs=0.03)
-            assert one.predicted == pytest.approx(probabilities.max(), abs=0.03)
+            assert one.label_probability == pytest.approx(truth[one.key], abs=0.03)
+            assert one.prediction_probability == pytest.approx(probabilities[one.prediction], abs=0.03)
+            assert one.prediction_probability == pytest.approx(probabilities.max(), abs=0.03)
             assert np.abs(one.pixels.astype(int) - pixels).mean() < 2
         certain = [(label, p) for label, p, _ in plain.values() if np.diff(np.sort(p))[-1] > 0.06]
         matrix = np.zeros((3, 3), int)
         for label, probabilities in certain:
             matrix[label, probabilities.argmax()] += 1
-        difference = ours.score.confusion.numpy() - matrix
+        difference = result.accuracy.confusion.numpy() - matrix
         assert (difference >= 0).all()
         assert difference.sum() == len(plain) - len(certain)
         assert len(certain) > 0.7 * len(plain)
-        assert ours.score.confusion.sum(dim=1).tolist() == [7, 7, 7]
+        assert result.accuracy.confusion.sum(dim=1).tolist() == [7, 7, 7]
 
-    sound = make_page(tmp_path / "a", tmp_path / "b", "--data", small_shards, "--worst", 5)
+    parsed = make_page(tmp_path / "a", tmp_path / "b", "--data", small_shards, "--worst", 5)
     shown = found["a"]
-    assert isinstance(shown, Findings)
-    assert [alt for alt, _ in sound.pictures[:5]] == [one.key for one in shown.worst]
-    for (_, content), one in zip(sound.pictures, shown.worst, strict=False):
+    assert isinstance(shown, RunEvaluation)
+    assert [alt for alt, _ in parsed.images[:5]] == [one.key for one in shown.worst]
+    for (_, content), one in zip(parsed.images, shown.worst, strict=False):
         image = Image.open(io.BytesIO(content))
         assert image.format == "JPEG"
         assert np.abs(np.asarray(image).astype(int) - one.pixels).mean() < 8
-        assert f"{one.id}: {one.key}" in sound.text
-    assert len(sound.pictures) == 10
-    assert f"top-1 {100 * shown.score.top1_rate:.2f} %" in sound.text
-    for name, counts in zip(classes, shown.score.confusion.tolist(), strict=True):
-        assert f"{name} {' '.join(str(count) for count in counts if count)} " in sound.text
+        assert f"{one.id}: {one.key}" in parsed.text
+    assert len(parsed.images) == 10
+    assert f"top-1 {100 * shown.accuracy.top1_rate:.2f} %" in parsed.text
+    for name, counts in zip(classes, shown.accuracy.confusion.tolist(), strict=True):
+        assert f"{name} {' '.join(str(count) for count in counts if count)} " in parsed.text
 
 
-def test_weights_are_the_finished_ones_or_the_best_there_are(small_shards: Path, tmp_path: Path) -> None:
+def test_weights_are_the_final_ones_or_those_of_the_best_checkpoint(small_shards: Path, tmp_path: Path) -> None:
     classes, folder = Manifest(small_shards).classes, make_run(tmp_path / "a", arguments={"data": str(small_shards)})
-    args = report.parser().parse_args(["a", "--device", "cpu"])
 
-    def tested() -> Any:
-        return worst.evaluate_runs(runs.read_runs([folder]), args)["a"]
+    def evaluated() -> Any:
+        return worst.evaluate_runs(runs.read_runs([folder]), EvaluateOptions(device="cpu"), worst=16)["a"]
 
-    assert "no weights yet" in tested()
+    assert "no weights yet" in evaluated()
     for name in ("checkpoints/last", "checkpoints/best", "."):
         make_weights(folder / name / "model.safetensors", classes)
-        assert tested().weights == str(Path(name) / "model.safetensors")
-    net = make_weights(folder / "model.safetensors", classes)
-    state = net.state_dict()
+        assert evaluated().weights == str(Path(name) / "model.safetensors")
+    model = make_weights(folder / "model.safetensors", classes)
+    state = model.state_dict()
     state["fc.bias"][0] = math.nan
-    recipe = ModelConfig("resnet20", classes, SIZE, SHORT, np.full(3, 120, np.float32), np.ones(3, np.float32))
-    save_weights(folder / "model.safetensors", state, recipe.header())
-    assert "diverged" in tested()
+    config = ModelConfig("resnet20", classes, SIZE, SHORT, np.full(3, 120, np.float32), np.ones(3, np.float32))
+    save_weights(folder / "model.safetensors", state, config.header())
+    assert "diverged" in evaluated()
     make_weights(folder / "model.safetensors", ["x", "y", "z"])
-    assert "(or others)" in tested()
+    assert "(or others)" in evaluated()
 
 
-def test_a_run_that_cannot_be_tested_does_not_keep_the_others(small_shards: Path, tmp_path: Path) -> None:
+def test_other_runs_are_evaluated_if_one_cannot_be(small_shards: Path, tmp_path: Path) -> None:
     classes = Manifest(small_shards).classes
     for name, data in (("a", tmp_path / "none"), ("b", small_shards), ("c", None)):
         folder = make_run(tmp_path / name, arguments={"data": data and str(data)})
         make_weights(folder / "model.safetensors", classes)
-    args = report.parser().parse_args(["a", "--worst", "1", "--device", "cpu"])
-    found = worst.evaluate_runs(runs.read_runs([tmp_path / name for name in "abc"]), args)
-    assert isinstance(found["b"], Findings)
+    found = worst.evaluate_runs(runs.read_runs([tmp_path / name for name in "abc"]), EvaluateOptions(device="cpu"), worst=1)
+    assert isinstance(found["b"], RunEvaluation)
     assert "no such folder" in str(found["a"])
     assert "--data" in str(found["c"])
     text = read(
         page.html(runs.read_runs([tmp_path / "a", tmp_path / "c"]), [], {"a": HOSTILE, "c": found["c"]}, "val", "today")
     ).text
-    assert f"Not tested: {HOSTILE}" in text
-    args.device = "cuda:9"
+    assert f"Not evaluated: {HOSTILE}" in text
     with pytest.raises(UserError, match="no such CUDA GPU"):
-        worst.evaluate_runs(runs.read_runs([tmp_path / "b"]), args)
+        worst.evaluate_runs(runs.read_runs([tmp_path / "b"]), EvaluateOptions(device="cuda:9"), worst=1)
 
 
-def test_table_and_milestones(tmp_path: Path, make_page: Callable[..., Sound]) -> None:
+def test_table_and_milestones(tmp_path: Path, make_page: Callable[..., Page]) -> None:
     more: dict[str, Any] = {"precision": "bf16", "commit": "0123456789abcdef", "hardware": {"cores": 2}, "versions": "torch 9"}
     make_run(tmp_path / "a", **more)
     make_run(tmp_path / "b", ROWS[:3], {"epochs": 9, "start_size": 24})
     make_run(tmp_path / "bare", [])
     (tmp_path / "bare" / "config.json").write_text("{}")
-    sound = make_page(tmp_path / "a", tmp_path / "b", tmp_path / "bare", "--no-evaluate")
+    parsed = make_page(tmp_path / "a", tmp_path / "b", tmp_path / "bare", "--no-evaluate")
     logs = [one for one in ROWS if "lr" in one]
     times = [1 / one["images_per_s"] for one in logs]
     waiting = sum(time * one["wait_share"] for time, one in zip(times, logs, strict=True)) / sum(times)
     speed = median(one["images_per_s"] for one in logs)
     first = f"a resnet20 3 32 24 64.00 % 71.00 % (2) 93.00 % 3.00 {speed:.0f} {100 * waiting:.0f} % bf16 2 cpu 0123456789ab"
-    assert first in sound.text
-    assert "b resnet20 1 of 9 24 → 32 24 52.00 % 52.00 % (1) 90.00 % 1.60" in sound.text
-    assert "bare " + " ".join("–" * 14) in sound.text
-    assert "hardware: cores 2" in sound.text
-    assert "versions: torch 9" in sound.text
+    assert first in parsed.text
+    assert "b resnet20 1 of 9 24 → 32 24 52.00 % 52.00 % (1) 90.00 % 1.60" in parsed.text
+    assert "bare " + " ".join("–" * 14) in parsed.text
+    assert "hardware: cores 2" in parsed.text
+    assert "versions: torch 9" in parsed.text
     # 0.52 after 96 s, 0.71 after 150 s
     heads, a, b = "run 55 % 60 % 65 % 70 %", "a 2.50 (2) 2.50 (2) 2.50 (2) 2.50 (2)", "b – – – –"
-    assert f"{heads} {a} {b}" in sound.text
-    assert "what it confuses" not in sound.text
-    assert not sound.pictures
+    assert f"{heads} {a} {b}" in parsed.text
+    assert "what it confuses" not in parsed.text
+    assert not parsed.images
 
 
 def test_curves_are_the_rows(tmp_path: Path) -> None:
@@ -317,7 +317,7 @@ def test_curves_are_the_rows(tmp_path: Path) -> None:
         for line, count in zip(drawn[column, "epoch"].lines, (6, 3), strict=True):
             expected = [(one["epoch"], factor * one[column]) for one in ROWS[:count] if column in one]
             np.testing.assert_allclose(np.array(line.get_data()).T, expected)
-    assert drawn["wait_share", "epoch"].get_ylim()[1] < 10  # for the rows after the first, whose 40 % are the loader's start
+    assert drawn["wait_share", "epoch"].get_ylim()[1] < 10  # without the first row, whose 40 % include the loader's start
 
 
 def test_a_run_has_one_colour_everywhere(tmp_path: Path) -> None:
@@ -327,7 +327,7 @@ def test_a_run_has_one_colour_everywhere(tmp_path: Path) -> None:
         for place in range(6):
             strokes = svg.count(f"stroke: var(--run-{place})")
             assert strokes >= (2 if place < 2 else 1), chart
-        assert not re.search("#[0-9a-f]{6}", svg)  # nothing that a dark page would not change
+        assert not re.search("#[0-9a-f]{6}", svg)  # all colours are variables
     content = page.html(ours, charts, {}, "val", "today")
     read(content)
     for place in range(8):
@@ -340,7 +340,7 @@ def test_a_run_has_one_colour_everywhere(tmp_path: Path) -> None:
     assert "-" not in dashes[6:]
 
 
-def test_same_schedules_are_all_to_be_seen(tmp_path: Path) -> None:
+def test_equal_schedules_are_all_visible(tmp_path: Path) -> None:
     others = [one | {"lr": 0.3} if "lr" in one else one for one in ROWS]
     made = [make_run(tmp_path / "a"), make_run(tmp_path / "b", others), make_run(tmp_path / "c", ROWS[:2])]
     a, b, c = runs.read_runs(made)
@@ -352,9 +352,9 @@ def test_long_curves_are_thinned_without_bias() -> None:
     rng = np.random.default_rng(0)
     x, speed = np.arange(1.0, 1001.0), rng.uniform(50, 500, 1000)
     thin_x, thin_speed = curves.thinned(x, speed, 1 / speed)
-    assert 100 < len(thin_x) <= curves.MOST
+    assert 100 < len(thin_x) <= curves.MAX_POINTS
     assert (np.diff(thin_x) > 0).all()
-    size = math.ceil(1000 / curves.MOST)
+    size = math.ceil(1000 / curves.MAX_POINTS)
     for place in (0, 5, len(thin_x) - 1):
         part = speed[place * size : (place + 1) * size]
         assert thin_speed[place] == pytest.approx(len(part) / (1 / part).sum())  # images over seconds
@@ -366,46 +366,48 @@ def test_long_curves_are_thinned_without_bias() -> None:
 def test_many_classes_are_shown_as_pairs(tmp_path: Path) -> None:
     classes = [f"c{number:02}" for number in range(25)]
     confusion = np.random.default_rng(0).permutation(625).reshape(25, 25)
-    score = Score(torch.from_numpy(confusion), torch.from_numpy(confusion.diagonal().copy()))
+    accuracy = Accuracy(torch.from_numpy(confusion), torch.from_numpy(confusion.diagonal().copy()))
     run = runs.read_run(make_run(tmp_path / "a"), "a")
-    sound = read(page.html([run], [], {"a": Findings("model.safetensors", "x", "centre", classes, score, [])}, "val", "today"))
+    parsed = read(
+        page.html([run], [], {"a": RunEvaluation("model.safetensors", "x", "centre", classes, accuracy, [])}, "val", "today")
+    )
     wrong = sorted(((confusion[i, j], i, j) for i in range(25) for j in range(25) if i != j), reverse=True)
     expected = [f"{classes[i]} {classes[j]} {n} {page.share(n / confusion[i].sum())}" for n, i, j in wrong[: page.PAIRS]]
-    assert " ".join(expected) in sound.text
-    assert f"{classes[wrong[page.PAIRS][1]]} {classes[wrong[page.PAIRS][2]]} {wrong[page.PAIRS][0]} " not in sound.text
-    right = Score(torch.eye(25, dtype=torch.int64), torch.ones(25, dtype=torch.int64))
-    assert "every image is classified right" in "".join(page.pairs(right, classes))
+    assert " ".join(expected) in parsed.text
+    assert f"{classes[wrong[page.PAIRS][1]]} {classes[wrong[page.PAIRS][2]]} {wrong[page.PAIRS][0]} " not in parsed.text
+    correct = Accuracy(torch.eye(25, dtype=torch.int64), torch.ones(25, dtype=torch.int64))
+    assert "every image is classified correctly" in "".join(page.pairs(correct, classes))
 
 
-def test_whatever_comes_from_outside_is_escaped(tmp_path: Path) -> None:
+def test_text_from_outside_is_escaped(tmp_path: Path) -> None:
     folder = make_run(
         tmp_path / HOSTILE.replace("/", ""), arguments={"arch": HOSTILE}, commit=HOSTILE, versions=HOSTILE, engine=HOSTILE
     )
     (run,) = runs.read_runs([folder])
-    score = Score(torch.tensor([[1, 2], [3, 4]]), torch.tensor([3, 7]))
-    mistake = Mistake(7, HOSTILE, 0, 1, 0.00001, 0.9, np.zeros((4, 4, 3), np.uint8))
-    found = Findings("model.safetensors", HOSTILE, "centre", [HOSTILE, "b"], score, [mistake])
+    accuracy = Accuracy(torch.tensor([[1, 2], [3, 4]]), torch.tensor([3, 7]))
+    worst_image = WorstImage(7, HOSTILE, 0, 1, 0.00001, 0.9, np.zeros((4, 4, 3), np.uint8))
+    found = RunEvaluation("model.safetensors", HOSTILE, "centre", [HOSTILE, "b"], accuracy, [worst_image])
     content = page.html([run], curves.draw([run]), {run.name: found}, HOSTILE, "today")
-    sound = read(content)
-    assert sound.tags["script"] == 0
-    assert sound.tags["td"] > 10
+    parsed = read(content)
+    assert parsed.tags["script"] == 0
+    assert parsed.tags["td"] > 10
     assert "<script>" not in content
     for text in (HOSTILE, f"7: {HOSTILE}", f"versions: {HOSTILE}", run.name):
-        assert text in sound.text
-    assert sound.pictures[0][0] == HOSTILE
-    assert "< 0.01 %" in sound.text.replace("\N{NO-BREAK SPACE}", " ")
+        assert text in parsed.text
+    assert parsed.images[0][0] == HOSTILE
+    assert "< 0.01 %" in parsed.text.replace("\N{NO-BREAK SPACE}", " ")
 
 
-def test_runs_still_going(tmp_path: Path, make_page: Callable[..., Sound]) -> None:
+def test_runs_still_training(tmp_path: Path, make_page: Callable[..., Page]) -> None:
     begun = make_run(tmp_path / "begun", [])
     assert "No run has logged any figures yet" in make_page(begun, "--no-evaluate").text
     early = make_run(tmp_path / "early", ROWS[:2])
     with (early / "metrics.csv").open("a") as stream:
         stream.write("20,2.0,13")  # being written
-    sound = make_page(begun, early, "--no-evaluate")
-    assert "early resnet20 1 of 3 32 24 – – – 1.50" in sound.text
-    assert "Top-1, % (pale: training), against minutes" in sound.text  # of training alone
-    assert "Minutes (epochs) to a top-1 of" not in sound.text
+    parsed = make_page(begun, early, "--no-evaluate")
+    assert "early resnet20 1 of 3 32 24 – – – 1.50" in parsed.text
+    assert "Top-1, % (pale: training), against minutes" in parsed.text  # of training alone
+    assert "Minutes (epochs) to a top-1 of" not in parsed.text
 
 
 def test_runs_are_named_apart(tmp_path: Path) -> None:
@@ -414,7 +416,7 @@ def test_runs_are_named_apart(tmp_path: Path) -> None:
     assert [run.name for run in runs.read_runs([*places, tmp_path / "latest"])] == ["x/seed0", "y/seed0", "z"]
 
 
-def test_bad_input_is_refused(tmp_path: Path, make_page: Callable[..., Sound]) -> None:
+def test_bad_input_is_refused(tmp_path: Path, make_page: Callable[..., Page]) -> None:
     good = make_run(tmp_path / "good")
     make_page(good, "--no-evaluate")
     before = (tmp_path / "out" / "report.html").read_bytes()

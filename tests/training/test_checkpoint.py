@@ -38,7 +38,7 @@ def test_last_and_best_are_kept_and_the_rest_removed(tmp_path: Path) -> None:
     assert (tmp_path / "last" / "model.safetensors").read_text() == "weights 40"
 
 
-def test_saving_a_step_again_replaces_it(tmp_path: Path) -> None:
+def test_saving_a_step_again_replaces_its_checkpoint(tmp_path: Path) -> None:
     save(tmp_path, 10, best=True)
     save(tmp_path, 10, best=True)
     assert len(list(tmp_path.iterdir())) == 3
@@ -58,7 +58,7 @@ for step in range(1, 100000):
 """
 
 
-def test_killed_anywhere_the_last_checkpoint_is_whole(tmp_path: Path) -> None:
+def test_the_last_checkpoint_is_complete_whenever_the_process_is_killed(tmp_path: Path) -> None:
     reached = 0
     script, folder = tmp_path / "saver.py", tmp_path / "checkpoints"
     script.write_text(SAVER)
@@ -84,7 +84,7 @@ def test_metrics_after_the_resumed_step_are_dropped(tmp_path: Path) -> None:
     for step in (10, 20, 30):
         file.write({"step": step, "train_loss": step / 10})
     with path.open("a") as stream:
-        stream.write("40,1.0,2")  # a kill in the middle of a line
+        stream.write("40,1.0,2")  # killed while writing a row
     MetricsFile(path, 20).write({"step": 30, "val_top1": 0.5})
     rows = read_metrics(path)
     assert [row["step"] for row in rows] == ["10", "20", "30"]

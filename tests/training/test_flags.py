@@ -1,5 +1,5 @@
-"""Every option of train.py does what its help says: in short runs against the same steps written out in plain torch, and in the
-loaders and rates that it asks for.
+"""Every option of train.py does what its help says. Short runs are compared with the same steps in plain torch; other options are
+checked in the loaders and schedules that they lead to.
 """
 
 from __future__ import annotations
@@ -25,10 +25,11 @@ from pipeline.loader import Loader
 from pipeline.plan.geometry import CentreCrop, PaddedCrop, RandomResizedCrop, ScaleJitter
 from tests.helpers import run_forked, without_progress
 from training import trackers
+from training.command_line import parse_arguments, parser
 from training.loaders import model_config_of, open_loaders
 from training.metrics import read_metrics
-from training.mixing import Mixing, apply
-from training.options import make_schedule, parse_arguments, parser
+from training.mixing import Mixing, mix_images
+from training.options import TrainOptions, make_schedule
 
 pytestmark = pytest.mark.usefixtures("one_core")
 
@@ -36,16 +37,16 @@ BATCH, LR = 20, 0.02
 BASIC = ("--arch", "resnet20", "--batch-size", BATCH, "--image-size", 32, "--lr", LR, "--threads", 1, "--log-every", 1,
          "--alpha-std", 0, "--milestones", 0.99)  # fmt: skip
 
-shown: set[str] = set()
+covered: set[str] = set()
 
 Test = Callable[..., None]
 
 
-def shows(*options: str) -> Callable[[Test], Test]:
-    """Marks a test as the one that shows what these options do; `test_every_option_is_shown` counts them."""
+def covers(*options: str) -> Callable[[Test], Test]:
+    """Marks a test as covering these options; `test_every_option_is_covered` checks that none is missing."""
 
     def mark(test: Test) -> Test:
-        shown.update(options)
+        covered.update(options)
         return test
 
     return mark
@@ -53,10 +54,10 @@ def shows(*options: str) -> Callable[[Test], Test]:
 
 @dataclass
 class Outcome:
-    """What a run left and said."""
+    """The folder and the output of a run."""
 
     folder: Path
-    said: str
+    printed: str
 
     @property
     def config(self) -> dict[str, Any]:
@@ -71,15 +72,15 @@ class Outcome:
         return load_file(self.folder / "model.safetensors")
 
     @property
-    def recipe(self) -> ModelConfig:
-        recipe = ModelConfig.from_header(load_weights(self.folder / "model.safetensors")[1])
-        assert recipe is not None
-        return recipe
+    def model_config(self) -> ModelConfig:
+        config = ModelConfig.from_header(load_weights(self.folder / "model.safetensors")[1])
+        assert config is not None
+        return config
 
 
 @pytest.fixture
 def run(small_shards: Path, tmp_path: Path) -> Callable[..., Outcome]:
-    """Two steps, unless told otherwise, with more options."""
+    """Trains with BASIC and more options, for two steps by default."""
 
     def start(*options: Any, **environment: str) -> Outcome:
         length = () if "--epochs" in options or "--iterations" in options else ("--iterations", 2)
@@ -93,12 +94,12 @@ def run(small_shards: Path, tmp_path: Path) -> Callable[..., Outcome]:
     return start
 
 
-def parsed(data: Path, *options: Any) -> Any:
+def parsed(data: Path, *options: Any) -> TrainOptions:
     return parse_arguments(None, [str(word) for word in ("--data", data, *BASIC, *options)])
 
 
 def opened(data: Path, *options: Any) -> tuple[Loader, Loader]:
-    """The loaders of training and validation."""
+    """The training and the validation loader."""
     alone = SimpleNamespace(num_processes=1, process_index=0, mixed_precision="no", device="cpu")
     train, val = open_loaders(parsed(data, *options), alone)
     assert val is not None
@@ -106,13 +107,13 @@ def opened(data: Path, *options: Any) -> tuple[Loader, Loader]:
 
 
 class Reference:
-    """The steps of a run in plain torch: He et al. 2015, section 3.4, and its deviations. Weights after `steps`."""
+    """The first steps of a run in plain torch, as in He et al. 2015, section 3.4, and with the deviations that options make."""
 
     def __init__(self, data: Path, steps: int = 2, arch: str = "resnet20", seed: int = 0) -> None:
         loader = opened(data, "--seed", seed)[0]
         self.batches = [(batch.images.clone(), batch.labels.clone()) for _, batch in zip(range(steps), loader, strict=False)]
         torch.manual_seed(seed)
-        self.net = ARCHS[arch](num_classes=3).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.model = ARCHS[arch](num_classes=3).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.losses: list[float] = []
 
     def weights(
@@ -126,14 +127,15 @@ class Reference:
         smoothing: float = 0.0,
         ema: float | None = None,
     ) -> dict[str, torch.Tensor]:
-        names = dict(self.net.named_parameters())
+        """The weights after all steps."""
+        names = dict(self.model.named_parameters())
         velocity = {name: torch.zeros_like(value) for name, value in names.items()}
-        average = {name: value.clone() for name, value in self.net.state_dict().items()}
+        average = {name: value.clone() for name, value in self.model.state_dict().items()}
         for step, (images, labels) in enumerate(self.batches):
-            self.net.zero_grad()
+            self.model.zero_grad()
             losses = []
             for part, targets in zip(images.chunk(parts), labels.chunk(parts), strict=True):
-                logs = self.net(part).log_softmax(dim=1)
+                logs = self.model(part).log_softmax(dim=1)
                 own = -logs.gather(1, targets[:, None]).mean()
                 loss = (1 - smoothing) * own - smoothing * logs.mean()
                 (loss / parts).backward()
@@ -148,19 +150,19 @@ class Reference:
                     value -= lr * velocity[name]
             if ema is not None:
                 share = min(ema, (1 + step) / (10 + step))
-                for name, value in self.net.state_dict().items():
+                for name, value in self.model.state_dict().items():
                     average[name] = share * average[name] + (1 - share) * value if value.is_floating_point() else value.clone()
-        return average if ema is not None else self.net.state_dict()
+        return average if ema is not None else self.model.state_dict()
 
 
-def assert_equal(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> None:
-    assert ours.keys() == theirs.keys()
-    for name, value in theirs.items():
-        torch.testing.assert_close(ours[name], value, rtol=2e-3, atol=2e-5, msg=name)
+def assert_equal(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        torch.testing.assert_close(found[name], value, rtol=2e-3, atol=2e-5, msg=name)
 
 
-@shows("--data", "--output", "--lr", "--iterations", "-b", "--batch-size", "--arch", "--image-size", "--log-every")
-def test_two_steps_are_those_of_plain_torch(run: Callable[..., Outcome], small_shards: Path) -> None:
+@covers("--data", "--output", "--lr", "--iterations", "-b", "--batch-size", "--arch", "--image-size", "--log-every")
+def test_two_steps_equal_plain_torch(run: Callable[..., Outcome], small_shards: Path) -> None:
     outcome = run()
     reference = Reference(small_shards)
     assert_equal(outcome.weights, reference.weights())
@@ -184,8 +186,8 @@ def test_two_steps_are_those_of_plain_torch(run: Callable[..., Outcome], small_s
     ],
     ids=str,
 )
-@shows("--momentum", "--weight-decay", "--no-norm-decay", "--accumulate", "--label-smoothing", "--ema", "--scale-lr")
-def test_two_steps_with_an_option_are_those_of_plain_torch(
+@covers("--momentum", "--weight-decay", "--no-norm-decay", "--accumulate", "--label-smoothing", "--ema", "--scale-lr")
+def test_two_steps_with_an_option_equal_plain_torch(
     run: Callable[..., Outcome], small_shards: Path, options: tuple[Any, ...], deviation: dict[str, Any]
 ) -> None:
     reference = Reference(small_shards)
@@ -198,29 +200,31 @@ def test_two_steps_with_an_option_are_those_of_plain_torch(
             assert_equal(outcome.weights, plain)
 
 
-@shows("--seed")
-def test_another_seed_is_another_net_and_order(run: Callable[..., Outcome], small_shards: Path) -> None:
+@covers("--seed")
+def test_the_seed_decides_initial_weights_and_order(run: Callable[..., Outcome], small_shards: Path) -> None:
     assert_equal(run("--seed", 7).weights, Reference(small_shards, seed=7).weights())
 
 
 @pytest.mark.parametrize("option", ["--mixup", "--cutmix"])
-@shows("--mixup", "--cutmix")
-def test_mixed_images_are_learnt_as_mixed(run: Callable[..., Outcome], small_shards: Path, option: str) -> None:
-    """Loss of the first step: each image's log-probabilities of both labels in their shares (what is mixed: test_mixing.py)."""
+@covers("--mixup", "--cutmix")
+def test_mixed_images_are_trained_on_mixed_labels(run: Callable[..., Outcome], small_shards: Path, option: str) -> None:
+    """The loss of the first step weights the log-probabilities of both labels by their shares. The mixing: test_mixing.py."""
     loss = run(option, 1.0, "--iterations", 1).column("train_loss")[0]
     reference = Reference(small_shards, steps=1)
     images, labels = reference.batches[0]
     kind = {option.removeprefix("--"): 1.0}
     mixing = Mixing(kind.get("mixup", 0.0), kind.get("cutmix", 0.0), 0, BATCH)
-    mixed, share = apply(images, mixing.draw(0, 0, BATCH, (32, 32)))
-    logs = reference.net(mixed).log_softmax(dim=1)
+    mixed, share = mix_images(images, mixing.draw(0, 0, BATCH, (32, 32)))
+    logs = reference.model(mixed).log_softmax(dim=1)
     expected = [-(share[i] * logs[i, labels[i]] + (1 - share[i]) * logs[i, labels[i ^ 1]]).item() for i in range(BATCH)]
     assert loss == pytest.approx(sum(expected) / BATCH, rel=1e-3)
     assert not torch.equal(mixed, images)
 
 
-@shows("--drop-path")
-def test_stochastic_depth_drops_the_same_after_a_restart(run: Callable[..., Outcome], small_shards: Path, tmp_path: Path) -> None:
+@covers("--drop-path")
+def test_stochastic_depth_drops_the_same_blocks_after_a_restart(
+    run: Callable[..., Outcome], small_shards: Path, tmp_path: Path
+) -> None:
     plain, dropped, again = run(), run("--drop-path", 0.5), run("--drop-path", 0.5, "--iterations", 1)
     assert plain.column("train_loss")[0] != dropped.column("train_loss")[0]
     result = run_forked("train.py", "--data", small_shards, "--output", again.folder, *BASIC, "--drop-path", 0.5,
@@ -229,18 +233,18 @@ def test_stochastic_depth_drops_the_same_after_a_restart(run: Callable[..., Outc
     assert again.column("train_loss") == dropped.column("train_loss")
 
 
-@shows("--optimizer")
-def test_lars_moves_each_layer_by_its_trust(run: Callable[..., Outcome], small_shards: Path) -> None:
-    """In the first step by lr * 0.001 of its norm, where weight decay hardly counts (You et al. 2017, equation 6)."""
+@covers("--optimizer")
+def test_lars_moves_each_layer_by_the_trust_coefficient(run: Callable[..., Outcome], small_shards: Path) -> None:
+    """In the first step by lr * 0.001 * its norm, as weight decay is negligible (You et al. 2017, equation 6)."""
     after = run("--optimizer", "lars", "--iterations", 1).weights
-    before = Reference(small_shards, steps=1).net.state_dict()
+    before = Reference(small_shards, steps=1).model.state_dict()
     for name in ("conv1.weight", "layer2.0.conv1.weight", "fc.weight"):
         moved = (after[name] - before[name]).norm() / before[name].norm()
         assert float(moved) == pytest.approx(LR * 0.001, rel=0.01), name
 
 
-@shows("--amp", "--mixed-precision")
-def test_autocast_is_near_to_float32(run: Callable[..., Outcome], small_shards: Path) -> None:
+@covers("--amp", "--mixed-precision")
+def test_autocast_is_close_to_float32(run: Callable[..., Outcome], small_shards: Path) -> None:
     outcome = run("--amp")
     reference = Reference(small_shards)
     reference.weights()
@@ -250,50 +254,49 @@ def test_autocast_is_near_to_float32(run: Callable[..., Outcome], small_shards: 
     assert parsed(small_shards, "--mixed-precision", "fp16").amp == "fp16"
 
 
-@shows("--compile")
-def test_compilation_that_fails_is_told_of_and_changes_nothing(
+@covers("--compile")
+def test_failing_compilation_is_reported_and_changes_nothing(
     run: Callable[..., Outcome], small_shards: Path, tmp_path: Path
 ) -> None:
-    """Here without a C++ compiler; a net that compiles: test_compiling.py."""
+    """Here there is no C++ compiler. Successful compilation: test_compiling.py."""
     outcome = run("--compile", PATH="/nowhere", TORCHINDUCTOR_CACHE_DIR=str(tmp_path / "cache"))
-    assert re.search(r"torch.compile does not work here \(.+\); training goes on without it", outcome.said)
+    assert re.search(r"torch.compile does not work here \(.+\); training in eager mode", outcome.printed)
     assert_equal(outcome.weights, Reference(small_shards).weights())
 
 
-@shows("--model", "--blurpool")
-def test_nets_by_their_other_names(run: Callable[..., Outcome]) -> None:
-    assert run("--model", "resnet18", "--blurpool", "--iterations", 1).recipe.arch == "resnet18_blur"
+@covers("--model", "--blurpool")
+def test_models_by_their_other_names(run: Callable[..., Outcome]) -> None:
+    assert run("--model", "resnet18", "--blurpool", "--iterations", 1).model_config.arch == "resnet18_blur"
 
 
-@shows("--weights")
+@covers("--weights")
 def test_weights_to_start_from(run: Callable[..., Outcome], small_shards: Path) -> None:
     first = run()
     second = run("--weights", first.folder, "--lr", 1e-12)
-    assert "starting from its resnet20, classifier included" in second.said
-    learnt = {name for name in first.weights if name.endswith(("weight", "bias"))}
-    assert_equal({name: second.weights[name] for name in learnt}, {name: first.weights[name] for name in learnt})
+    assert "starting from its resnet20, classifier included" in second.printed
+    trained = {name for name in first.weights if name.endswith(("weight", "bias"))}
+    assert_equal({name: second.weights[name] for name in trained}, {name: first.weights[name] for name in trained})
 
 
 def rates(*options: Any) -> list[float]:
-    """Of the steps of a run of ten steps an epoch, at 0.1, with an error that stays as it is from step to step."""
-    args = parse_arguments(None, ["--data", "x", *map(str, options)])
-    schedule = make_schedule(args, 10)
+    """The learning rate of each step at ten steps per epoch and a base rate of 0.1, if the validation error never changes."""
+    schedule = make_schedule(parse_arguments(None, ["--data", "x", *map(str, options)]), 10)
     return [round(schedule.rate(step, (0.5,) * step), 6) for step in range(schedule.steps)]
 
 
-@shows("--epochs", "--schedule", "--milestones", "--patience", "--warmup", "--warmup-lr")
+@covers("--epochs", "--schedule", "--milestones", "--patience", "--warmup", "--warmup-lr")
 def test_rates() -> None:
     assert rates("--epochs", 1, "--milestones", 0.2, 0.7) == [0.1] * 2 + [0.01] * 5 + [0.001] * 3
     assert rates("--epochs", 1, "--schedule", "linear") == [round(0.1 * (1 - (i + 0.5) / 10), 6) for i in range(10)]
     assert rates("--epochs", 1, "--schedule", "plateau", "--patience", 3)[:6] == [0.1] * 5 + [0.01]
-    warm = ("--iterations", 10, "--warmup", 2, "--milestones", 8)
-    assert rates(*warm) == [0.025, 0.075] + [0.1] * 6 + [0.01] * 2
-    assert rates(*warm, "--warmup-lr", 0.3)[:3] == [0.3, 0.3, 0.1]
+    warmup = ("--iterations", 10, "--warmup", 2, "--milestones", 8)
+    assert rates(*warmup) == [0.025, 0.075] + [0.1] * 6 + [0.01] * 2
+    assert rates(*warmup, "--warmup-lr", 0.3)[:3] == [0.3, 0.3, 0.1]
 
 
-@shows("--geometry", "--scale", "--area", "--alpha-std", "--mean", "--order", "--block-shards", "--corrupt")
-def test_what_the_net_sees(small_shards: Path) -> None:
-    """Each gives another first batch than without it, and is what the loader was told."""
+@covers("--geometry", "--scale", "--area", "--alpha-std", "--mean", "--order", "--block-shards", "--corrupt")
+def test_what_the_model_sees(small_shards: Path) -> None:
+    """Each option changes the first batch and arrives in the loader's spec."""
     plain = next(iter(opened(small_shards)[0])).images.clone()
 
     def batch(*options: Any) -> tuple[torch.Tensor, Any]:
@@ -315,25 +318,25 @@ def test_what_the_net_sees(small_shards: Path) -> None:
     assert batch("--corrupt", "stop")[1].corrupt == "stop"
 
 
-@shows("--engine", "-j", "--threads", "--workers", "--prefetch")
-def test_how_the_data_are_fed(run: Callable[..., Outcome], small_shards: Path) -> None:
-    """No option of speed changes a batch."""
+@covers("--engine", "-j", "--threads", "--workers", "--prefetch")
+def test_how_data_are_loaded(run: Callable[..., Outcome], small_shards: Path) -> None:
+    """Options that affect only throughput change no batch."""
     outcome = run("--engine", "dali", "-j", 2, "--prefetch", 3)
     assert outcome.config["engine"] == "dali"
-    assert "2 threads, 3 batches ahead" in outcome.said
-    assert outcome.column("train_loss") == pytest.approx(run().column("train_loss"), rel=0.02)  # another decoder's pixels
+    assert "2 threads, 3 batches ahead" in outcome.printed
+    assert outcome.column("train_loss") == pytest.approx(run().column("train_loss"), rel=0.02)  # pixels of another decoder
     assert parsed(small_shards, "--workers", 5).threads == 5
 
 
-@shows("--cache", "--cache-gb")
+@covers("--cache", "--cache-gb")
 def test_the_cache_of_remote_shards(small_shards: Path, tmp_path: Path) -> None:
     spec = opened(small_shards, "--cache", tmp_path / "cache", "--cache-gb", 0.5)[0].spec
-    assert (spec.cache, spec.cache_gb) == (tmp_path / "cache", 0.5)  # which tests/pipeline/store/test_remote.py fills
+    assert (spec.cache, spec.cache_gb) == (tmp_path / "cache", 0.5)  # filled in tests/pipeline/store/test_remote.py
 
 
-@shows("--start-size", "--ramp")
+@covers("--start-size", "--ramp")
 def test_progressive_resizing(small_shards: Path) -> None:
-    """A pure function of the epoch; the last epochs' size is tested."""
+    """The size is a pure function of the epoch. Validation uses the last epochs' size."""
     train, val = opened(small_shards, "--epochs", 5, "--start-size", 16, "--image-size", 48, "--ramp", 1, 3)
     sides = []
     for _ in range(5):
@@ -343,27 +346,26 @@ def test_progressive_resizing(small_shards: Path) -> None:
     train.seek(2, 0)
     assert next(iter(train)).images.shape[2] == 32
     assert opened(small_shards, "--epochs", 11, "--start-size", 16, "--ramp", 0.25, 0.5)[0].spec.sizes == ((0, 16), (5, 32))
-    with pytest.raises(UserError, match="the last epoch must have --image-size 32"):
+    with pytest.raises(UserError, match="the last epoch must have `image_size` 32"):
         opened(small_shards, "--epochs", 3, "--start-size", 16, "--ramp", 1, 3)
 
 
-@shows("--eval-size", "--flip-test")
+@covers("--eval-size", "--flip-test")
 def test_what_validation_sees(run: Callable[..., Outcome], small_shards: Path) -> None:
-    args = parsed(small_shards, "--eval-size", 64, "--flip-test")
     train, val = opened(small_shards, "--eval-size", 64, "--flip-test")
     assert val.spec.geometry == CentreCrop(74, mirrored=True)  # 37 at 32
-    recipe = model_config_of(args, train)
-    assert (recipe.image_size, recipe.eval_short, recipe.mean.shape) == (64, 74, (64, 64, 3))
+    config = model_config_of(parsed(small_shards, "--eval-size", 64, "--flip-test"), train)
+    assert (config.image_size, config.eval_short, config.mean.shape) == (64, 74, (64, 64, 3))
     both = next(iter(val))
     alone = next(iter(opened(small_shards, "--eval-size", 64)[1]))
     assert torch.equal(both.images[::2], alone.images)
-    mean = torch.from_numpy(recipe.mean).permute(2, 0, 1)  # of places, and so not mirrored with the picture
+    mean = torch.from_numpy(config.mean).permute(2, 0, 1)  # a mean per pixel position, which is not mirrored with the image
     assert torch.allclose(both.images[1::2], (alone.images + mean).flip(3) - mean, atol=1e-3)
     outcome = run("--eval-size", 64, "--flip-test")
     assert len(outcome.column("val_top1")) == 1
 
 
-@shows("--eval-every", "--checkpoint-every", "--trackers")
+@covers("--eval-every", "--checkpoint-every", "--trackers")
 def test_what_is_written_and_when(run: Callable[..., Outcome]) -> None:
     outcome = run("--epochs", 3, "--eval-every", 2, "--checkpoint-every", 2, "--log-every", 2, "--trackers", "none")
     rows = read_metrics(outcome.folder / "metrics.csv")
@@ -374,35 +376,35 @@ def test_what_is_written_and_when(run: Callable[..., Outcome]) -> None:
     assert list((stopped.folder / "tensorboard").glob("*tfevents*"))
 
 
-def test_a_tracker_by_name_gets_options_and_figures(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    told: list[Any] = []
+def test_a_tracker_gets_options_and_metrics(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    calls: list[Any] = []
 
-    class Told(GeneralTracker):
+    class Recorder(GeneralTracker):
         name = "wandb"
         requires_logging_directory = False
 
         def __init__(self, project: str, **more: Any) -> None:
             super().__init__()
-            told.append((project, more))
+            calls.append((project, more))
 
         @property
         def tracker(self) -> Any:
             return None
 
         def start(self) -> None:
-            told.append("started")
+            calls.append("started")
 
         def store_init_configuration(self, values: dict[str, Any]) -> None:
-            told.append(values)
+            calls.append(values)
 
         def log(self, values: dict[str, Any], step: int | None = None, **_: Any) -> None:
-            told.append((values, step))
+            calls.append((values, step))
 
-    with pytest.raises(UserError, match="--trackers wandb: is not installed; pip install wandb"):
+    with pytest.raises(UserError, match="`trackers` wandb: is not installed; pip install wandb"):
         trackers.check_trackers(["wandb"])
-    with pytest.raises(UserError, match=r"unknown tracker 'weights' in --trackers; choose from .*wandb"):
+    with pytest.raises(UserError, match=r"unknown tracker 'weights' in `trackers`; choose from .*wandb"):
         trackers.check_trackers(["weights"])
-    monkeypatch.setitem(LOGGER_TYPE_TO_CLASS, "wandb", Told)
+    monkeypatch.setitem(LOGGER_TYPE_TO_CLASS, "wandb", Recorder)
     monkeypatch.setattr(trackers, "get_available_trackers", lambda: ["tensorboard", "wandb"])
     trackers.check_trackers(["tensorboard", "wandb", "none"])
     accelerator = Accelerator(cpu=True)
@@ -411,46 +413,52 @@ def test_a_tracker_by_name_gets_options_and_figures(monkeypatch: pytest.MonkeyPa
     trackers.start_trackers(accelerator, {"lr": 0.1, "scale": [1, 2]}, folder, "abc", 0)
     accelerator.log({"loss": 1.5}, step=3)
     given = {"name": "first", "dir": str(folder), "id": "abc", "resume": "allow"}
-    assert told == [("cropfeed", given), "started", {"lr": 0.1, "scale": "[1, 2]"}, ({"loss": 1.5}, 3)]
+    assert calls == [("cropfeed", given), "started", {"lr": 0.1, "scale": "[1, 2]"}, ({"loss": 1.5}, 3)]
     assert list((tmp_path / "tensorboard").glob("*tfevents*"))
 
 
-@shows("--resume")
+@covers("--resume")
 def test_resume_needs_a_checkpoint_unless_it_is_auto(run: Callable[..., Outcome], small_shards: Path, tmp_path: Path) -> None:
-    """What comes after a resume: tests/test_train_stops.py."""
+    """What a resumed run does: tests/test_train_stops.py."""
     folder = tmp_path / "new"
     words = ("train.py", "--data", small_shards, "--output", folder, *BASIC, "--iterations", 2, "--resume")
     assert "no checkpoint to resume from" in run_forked(*words).stderr
     assert run_forked(*words, "auto").returncode == 0
     before = (folder / "metrics.csv").read_text()
     run_id = json.loads((folder / "config.json").read_text())["id"]
-    assert run_forked(*words, "auto").returncode == 0  # has ended already
+    assert run_forked(*words, "auto").returncode == 0  # the run has already ended
     assert (folder / "metrics.csv").read_text() == before
     config = json.loads((folder / "config.json").read_text())
     assert [start["step"] for start in config["starts"]] == [0, 2]
     assert config["id"] == run_id
 
 
-@shows("--recipe", "--list")
-def test_options_from_a_file_and_the_nets(capsys: pytest.CaptureFixture[str]) -> None:
-    args = parse_arguments(None, ["--data", "x", "--recipe", "strong", "--lr", "0.7"])
-    assert (args.arch, args.compile, args.amp, args.epochs, args.lr) == ("resnet50_blur", "default", "bf16", 88, 0.7)
+@covers("--recipe", "--list")
+def test_options_from_a_recipe_and_the_list_of_models(capsys: pytest.CaptureFixture[str]) -> None:
+    options = parse_arguments(None, ["--data", "x", "--recipe", "strong", "--lr", "0.7"])
+    assert (options.arch, options.compile, options.amp, options.epochs, options.lr) == (
+        "resnet50_blur",
+        "default",
+        "bf16",
+        88,
+        0.7,
+    )
     with pytest.raises(SystemExit):
         parser().parse_args(["--list"])
     assert "resnet18_blur" in capsys.readouterr().out
 
 
-def test_every_option_is_shown() -> None:
+def test_every_option_is_covered() -> None:
     options = {option for action in parser()._actions for option in action.option_strings} - {"-h", "--help"}
-    assert shown == options
+    assert covered == options
 
 
 def test_help_is_grouped_and_short(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    """A screen or two: fewer than a hundred lines, in groups."""
+    """At most two screens: fewer than a hundred lines, in groups."""
     monkeypatch.setenv("COLUMNS", "132")
     with pytest.raises(SystemExit):
         parser("Train.").parse_args(["--help"])
     text = capsys.readouterr().out
     assert len(text.splitlines()) < 100
-    for group in ("net:", "optimization", "pictures:", "regularization", "data feed:", "records:"):
+    for group in ("model:", "optimization", "images:", "regularization", "data loading:", "validation, checkpoints and logging:"):
         assert f"\n{group}" in text

@@ -9,14 +9,14 @@ import pytest
 
 from tests.helpers import ROOT
 
-# A launcher, by its words, that starts a process and ends when that is ready; the process waits for SIGTERM and notes it.
+# A launcher with the given command line. It starts a process and exits once that is ready. The process records a SIGTERM.
 LAUNCHER = """
 import os, signal, sys, time
 sys.path.insert(0, {root!r})
-from training.launch import end_with_launcher
+from training.launch import terminate_with_launcher
 if os.fork() == 0:
-    signal.signal(signal.SIGTERM, lambda *_: (open({told!r}, "w").close(), os._exit(0)))
-    end_with_launcher()
+    signal.signal(signal.SIGTERM, lambda *_: (open({signalled!r}, "w").close(), os._exit(0)))
+    terminate_with_launcher()
     open({ready!r}, "w").close()
     time.sleep(60)
 while not os.path.exists({ready!r}):
@@ -26,14 +26,14 @@ os._exit(0)
 
 
 @pytest.mark.parametrize(("words", "ends"), [(("accelerate", "launch", "train.py"), True), (("bash",), False)])
-def test_a_process_ends_with_accelerates_launcher_and_outlives_a_shell(
+def test_a_process_terminates_with_accelerates_launcher_but_outlives_a_shell(
     words: tuple[str, ...], ends: bool, tmp_path: Path
 ) -> None:
-    """`nohup python train.py &` must go on; under the launcher nobody else would end it."""
-    told, ready = tmp_path / "told", tmp_path / "ready"
-    code = LAUNCHER.format(root=str(ROOT), told=str(told), ready=str(ready))
+    """`nohup python train.py &` must keep running. Under the launcher nothing else would terminate the process."""
+    signalled, ready = tmp_path / "signalled", tmp_path / "ready"
+    code = LAUNCHER.format(root=str(ROOT), signalled=str(signalled), ready=str(ready))
     subprocess.run([sys.executable, "-c", code, *words], check=True, timeout=60)
     deadline = time.monotonic() + (20 if ends else 0.3)
-    while not told.exists() and time.monotonic() < deadline:
+    while not signalled.exists() and time.monotonic() < deadline:
         time.sleep(0.02)
-    assert told.exists() == ends
+    assert signalled.exists() == ends

@@ -1,4 +1,4 @@
-"""The training step on a GPU never waits for it; what it computes: test_flags.py."""
+"""The training step never synchronizes with the GPU. What it computes is tested in test_flags.py."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ import pytest
 import torch
 from accelerate import Accelerator
 
+from training.command_line import parse_arguments
 from training.learner import Learner
 from training.loaders import open_loaders
-from training.metrics import NonFinite
-from training.options import parse_arguments
+from training.metrics import NonFiniteLoss
 from training.uniforms import Stream, uniforms
 
 OPTIONS = (
@@ -23,7 +23,7 @@ OPTIONS = (
 
 @pytest.fixture
 def strict() -> Iterator[None]:
-    """Waiting for the GPU is an error."""
+    """Resets torch's sync debug mode, in which synchronizing with the GPU is an error, after the test."""
     yield
     torch.cuda.set_sync_debug_mode("default")
 
@@ -31,32 +31,32 @@ def strict() -> Iterator[None]:
 @pytest.mark.gpu
 @pytest.mark.usefixtures("strict")
 @pytest.mark.parametrize("optimizer", ["sgd", "lars"])
-def test_no_step_waits_for_the_gpu(optimizer: str, small_shards: Path) -> None:
-    args = parse_arguments(None, ["--data", str(small_shards), "--optimizer", optimizer, *OPTIONS])
+def test_no_step_synchronizes_with_the_gpu(optimizer: str, small_shards: Path) -> None:
+    options = parse_arguments(None, ["--data", str(small_shards), "--optimizer", optimizer, *OPTIONS])
     accelerator = Accelerator(mixed_precision="bf16", gradient_accumulation_steps=2)
-    loader = open_loaders(args, accelerator)[0]
-    learner = Learner(args, accelerator, loader)
-    learner.start(loader, None)
-    lost = NonFinite(accelerator.device)
-    batches = list(loader)  # the loader may wait, in a thread of its own
+    loader = open_loaders(options, accelerator)[0]
+    learner = Learner(options, accelerator, loader)
+    learner.prepare(loader, None)
+    non_finite = NonFiniteLoss(accelerator.device)
+    batches = list(loader)  # the loader may synchronize, in its own thread
     for step, batch in enumerate(batches):
-        if step == 1:  # the first sets things up
+        if step == 1:  # the first step initializes
             torch.cuda.set_sync_debug_mode("error")
         loss, _ = learner.step(batch, 0, 16 * step, 0.1)
-        lost.add(step, loss)
+        non_finite.add(step, loss)
     torch.cuda.set_sync_debug_mode("default")
-    assert lost.read(accelerator.gather) is None
+    assert non_finite.read(accelerator.gather) is None
 
 
-def test_each_process_and_part_drops_blocks_by_the_images_positions(small_shards: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_each_rank_and_part_drops_blocks_by_the_images_positions(small_shards: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     words = ["--data", str(small_shards), "--arch", "resnet18", "--image-size", "32", "--batch-size", "16"]
-    args = parse_arguments(None, [*words, "--accumulate", "2", "--drop-path", "0.5", "--seed", "6"])
+    options = parse_arguments(None, [*words, "--accumulate", "2", "--drop-path", "0.5", "--seed", "6"])
     accelerator = Accelerator(cpu=True, gradient_accumulation_steps=2)
-    loader = open_loaders(args, accelerator)[0]
-    learner = Learner(args, accelerator, loader)
-    learner.start(loader, None)
+    loader = open_loaders(options, accelerator)[0]
+    learner = Learner(options, accelerator, loader)
+    learner.prepare(loader, None)
     seen: list[torch.Tensor] = []
-    learner.net.register_forward_pre_hook(lambda net, inputs: seen.append(inputs[1]))
+    learner.model.register_forward_pre_hook(lambda model, inputs: seen.append(inputs[1]))
     batch = next(iter(loader))
     monkeypatch.setattr(Accelerator, "num_processes", 2)
     for rank in range(2):
@@ -68,12 +68,12 @@ def test_each_process_and_part_drops_blocks_by_the_images_positions(small_shards
     torch.testing.assert_close(torch.cat(seen), torch.from_numpy(expected).float(), rtol=0, atol=0)
 
 
-def test_a_lost_loss_is_found_where_it_was_first() -> None:
-    lost = NonFinite(torch.device("cpu"))
+def test_the_first_non_finite_loss_is_found() -> None:
+    non_finite = NonFiniteLoss(torch.device("cpu"))
     for step, loss in enumerate((1.0, 2.0)):
-        lost.add(step, torch.tensor(loss))
-    assert lost.read(lambda tensor: tensor) is None
+        non_finite.add(step, torch.tensor(loss))
+    assert non_finite.read(lambda tensor: tensor) is None
     for step, loss in enumerate((float("nan"), 1.0, float("inf")), 7):
-        lost.add(step, torch.tensor(loss))
-    assert lost.read(lambda tensor: tensor) == 7
-    assert lost.read(lambda tensor: torch.stack([tensor, torch.tensor(3)])) == 3  # another process's
+        non_finite.add(step, torch.tensor(loss))
+    assert non_finite.read(lambda tensor: tensor) == 7
+    assert non_finite.read(lambda tensor: torch.stack([tensor, torch.tensor(3)])) == 3  # found by another rank

@@ -1,4 +1,4 @@
-"""A run's figures, by a clock that the tests move."""
+"""Metrics of a run, measured with a fake clock."""
 
 from __future__ import annotations
 
@@ -24,25 +24,25 @@ def fake(monkeypatch: pytest.MonkeyPatch) -> FakeTime:
 
 
 def alone(values: torch.Tensor) -> torch.Tensor:
-    """What gathering is for one process."""
+    """`gather` for a single process."""
     return values
 
 
 def batches(fake: FakeTime, waits: list[float]) -> Iterator[int]:
-    """A batch after each wait."""
+    """Yields a batch after each wait."""
     for number, wait in enumerate(waits):
         fake.sleep(wait)
         yield number
 
 
 def run(meter: Meter, fake: FakeTime, waits: list[float], losses: list[float], step: float) -> None:
-    """An epoch of steps that take so long each."""
+    """Runs an epoch. step: the seconds that each training step takes."""
     for number in meter.timed(batches(fake, waits)):
         fake.sleep(step)
         meter.add(torch.tensor(losses[number]), torch.tensor(losses[number] / 8))
 
 
-def test_loss_speed_and_waiting(fake: FakeTime) -> None:
+def test_loss_throughput_and_data_wait(fake: FakeTime) -> None:
     meter = Meter(CPU)
     run(meter, fake, [0.5, 0.0, 0.1], [3.0, 2.0, 1.0], step=0.2)
     found = meter.read(8, alone)
@@ -54,8 +54,8 @@ def test_loss_speed_and_waiting(fake: FakeTime) -> None:
     }
 
 
-def test_reading_starts_anew(fake: FakeTime) -> None:
-    """Also in the midst of an epoch, and what is done before the first step counts as elapsed, not as waiting."""
+def test_read_resets_the_meter(fake: FakeTime) -> None:
+    """Also within an epoch. Time before the first step counts as elapsed, but not as data wait."""
     meter = Meter(CPU)
     for number in meter.timed(batches(fake, [0.5, 0.1, 0.3])):
         fake.sleep(0.5)
@@ -74,14 +74,14 @@ def test_reading_starts_anew(fake: FakeTime) -> None:
     assert found["wait_share"] == pytest.approx(0.5)
 
 
-def test_a_run_that_never_waits(fake: FakeTime) -> None:
+def test_without_data_wait_the_share_is_zero(fake: FakeTime) -> None:
     meter = Meter(CPU)
     run(meter, fake, [0.0] * 4, [1.0] * 4, step=0.25)
     assert meter.read(8, alone)["wait_share"] == 0
 
 
-def test_the_end_of_an_epoch_counts_as_waiting(fake: FakeTime) -> None:
-    """A loader that takes its time to say that no batch is left lets the device wait as well."""
+def test_the_end_of_an_epoch_counts_as_data_wait(fake: FakeTime) -> None:
+    """The device also waits for a loader that is slow to raise StopIteration."""
 
     def slow_end() -> Iterator[int]:
         yield 0
@@ -94,13 +94,13 @@ def test_the_end_of_an_epoch_counts_as_waiting(fake: FakeTime) -> None:
     assert meter.read(8, alone)["wait_share"] == pytest.approx(0.5)
 
 
-def test_the_same_batches_come_out(fake: FakeTime) -> None:
+def test_timed_yields_the_same_batches(fake: FakeTime) -> None:
     meter = Meter(CPU)
     assert list(meter.timed([0, "", False, 4])) == [0, "", False, 4]
 
 
-def test_over_processes_the_longest_wait_and_the_mean_loss_and_top1(fake: FakeTime) -> None:
-    """Two processes, one after the other: the second gathers what the first sent."""
+def test_over_ranks_the_wait_share_is_the_maximum_and_loss_and_top1_are_means(fake: FakeTime) -> None:
+    """Two ranks run one after the other: the second gathers what the first has sent."""
     sent: list[torch.Tensor] = []
 
     def send(values: torch.Tensor) -> torch.Tensor:
@@ -112,10 +112,10 @@ def test_over_processes_the_longest_wait_and_the_mean_loss_and_top1(fake: FakeTi
 
     waits = ([0.3, 0.3], [0.1, 0.1])
     for first, second in (waits, waits[::-1]):
-        for process, gather in ((first, send), (second, receive)):
+        for rank_waits, gather in ((first, send), (second, receive)):
             meter = Meter(CPU)
-            loss = 10 * process[0]  # 3 and 1
-            run(meter, fake, process, [loss, loss], step=0.5 - process[0])
+            loss = 10 * rank_waits[0]  # 3 and 1
+            run(meter, fake, rank_waits, [loss, loss], step=0.5 - rank_waits[0])
             found = meter.read(16, gather)
         assert found == {
             "train_loss": pytest.approx(2.0),
@@ -134,13 +134,13 @@ def test_the_clock_of_the_cpu() -> None:
     assert 0.02 <= clock.seconds(first, last) <= time.perf_counter() - began
 
 
-def test_rows_behind_a_resumed_step_are_dropped(tmp_path: Path) -> None:
+def test_rows_after_the_resumed_step_are_dropped(tmp_path: Path) -> None:
     path = tmp_path / "metrics.csv"
     file = MetricsFile(path, 0)
     for step in (1, 2, 3):
         file.write({"step": step, "train_loss": step / 2})
     with path.open("a") as stream:
-        stream.write("4,0.1")  # cut short by a kill
+        stream.write("4,0.1")  # truncated by a kill
     assert [row["train_loss"] for row in read_metrics(path)] == ["0.5", "1.0", "1.5"]
     MetricsFile(path, 2).write({"step": 3, "wait_share": 0.25})
     assert [(row["step"], row["train_loss"], row["wait_share"]) for row in read_metrics(path)] == [
@@ -150,7 +150,7 @@ def test_rows_behind_a_resumed_step_are_dropped(tmp_path: Path) -> None:
 
 
 def busy(device: torch.device) -> Callable[[], None]:
-    """Something that queues at least half a second of work on a GPU and returns at once."""
+    """A function that queues at least half a second of work on a GPU and returns immediately."""
     matrix = torch.randn(4096, 4096, device=device)
     out = torch.empty_like(matrix)
 
@@ -158,7 +158,7 @@ def busy(device: torch.device) -> Callable[[], None]:
         for _ in range(count):
             torch.mm(matrix, matrix, out=out)
 
-    work(3)  # libraries are loaded
+    work(3)  # loads libraries
     torch.cuda.synchronize(device)
     began = time.perf_counter()
     work(20)
@@ -169,7 +169,7 @@ def busy(device: torch.device) -> Callable[[], None]:
 
 @pytest.mark.gpu
 def test_a_busy_gpu_does_not_wait() -> None:
-    """The host waits 0.1 s for each batch. Only the first finds the GPU idle: behind it lies more work than the host waits."""
+    """The host waits 0.1 s for each batch. Only the first wait counts: after it, the GPU has more queued work than that."""
     device = torch.device("cuda")
     work = busy(device)
     clock = Clock(device)
@@ -178,11 +178,11 @@ def test_a_busy_gpu_does_not_wait() -> None:
     time.sleep(0.1)
     assert 0.09 < clock.seconds(idle, clock.now()) < 0.3
     work()
-    asked = clock.now()
+    requested = clock.now()
     time.sleep(0.1)
     got = clock.now()
-    assert not got.query()  # the GPU is still at work
-    assert clock.seconds(asked, got) < 0.05
+    assert not got.query()  # the GPU is still busy
+    assert clock.seconds(requested, got) < 0.05
 
     def slow() -> Iterator[None]:
         for _ in range(3):
@@ -199,4 +199,4 @@ def test_a_busy_gpu_does_not_wait() -> None:
     elapsed = time.perf_counter() - began
     assert elapsed > 1.2
     assert found["train_loss"] == 1
-    assert 0.08 < found["wait_share"] * elapsed < 0.2  # not the host's 0.3
+    assert 0.08 < found["wait_share"] * elapsed < 0.2  # the host waited 0.3 s

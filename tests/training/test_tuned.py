@@ -1,4 +1,4 @@
-"""Tuned settings are found again where they hold, and nowhere else; nothing that can go wrong with their file stops a run."""
+"""Tuned settings are found again where they are valid, and nowhere else. A broken file never stops a run."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from training.tuned import load, save, with_tuned
 
 
 def write_manifest(root: Path, samples: str) -> LoaderSpec:
-    """As much of a data set as tuning asks for. samples: their checksum."""
+    """A manifest with all that tuning reads. samples: their checksum."""
     split = {"images": 8, "shards": [{}], "samples_sha256": samples}
     content = {"format": "cropfeed-shards", "version": 2, "profile": "x", "classes": [], "statistics": {}}
     root.mkdir(parents=True)
@@ -27,9 +27,9 @@ def write_manifest(root: Path, samples: str) -> LoaderSpec:
 
 @pytest.fixture
 def file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Where settings are kept; not there yet. This process has four cores."""
+    """The path of the settings file, which does not exist yet. This process has four cores."""
     monkeypatch.setenv("CROPFEED_TUNED", str(tmp_path / "a" / "b" / "tuned.json"))
-    monkeypatch.setattr(tuned, "core_share", lambda: 4)
+    monkeypatch.setattr(tuned, "cores_per_process", lambda: 4)
     return tmp_path / "a" / "b" / "tuned.json"
 
 
@@ -38,7 +38,7 @@ def spec(tmp_path: Path) -> LoaderSpec:
     return write_manifest(tmp_path / "data", "abc")
 
 
-def test_what_is_kept_is_found(file: Path, spec: LoaderSpec) -> None:
+def test_saved_settings_are_found(file: Path, spec: LoaderSpec) -> None:
     assert load(spec) is None
     assert save(spec, 3, 5, 1234.56) == file
     assert load(spec) == (3, 5)
@@ -50,7 +50,7 @@ def test_what_is_kept_is_found(file: Path, spec: LoaderSpec) -> None:
     assert [path.name for path in file.parent.iterdir()] == ["tuned.json"]
 
 
-def test_the_file_is_the_users(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_default_file_is_in_the_users_config_folder(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("CROPFEED_TUNED", raising=False)
     monkeypatch.setenv("XDG_CONFIG_HOME", "/some/config")
     assert tuned.file() == Path("/some/config/cropfeed/tuned.json")
@@ -59,17 +59,19 @@ def test_the_file_is_the_users(monkeypatch: pytest.MonkeyPatch) -> None:
     assert tuned.file() == Path("/home/me/.config/cropfeed/tuned.json")
 
 
-def test_elsewhere_it_is_not_found(file: Path, spec: LoaderSpec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_settings_are_not_found_for_other_data_engines_devices_or_machines(
+    file: Path, spec: LoaderSpec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     save(spec, 3, 5, 1.0)
     other = write_manifest(tmp_path / "other", "xyz")
     same = write_manifest(tmp_path / "copy", "abc")
     assert load(other) is None
-    assert load(same) == (3, 5)  # the same data in another place
-    assert load(replace(spec, engine="cpu")) == (3, 5)  # what "auto" is here
+    assert load(same) == (3, 5)  # the same data in another folder
+    assert load(replace(spec, engine="cpu")) == (3, 5)  # which "auto" chooses here
     assert load(replace(spec, engine="ffcv")) is None
     save(replace(spec, engine="ffcv"), 1, 1, 1.0)
-    assert load(spec) == (3, 5)  # which stays beside it
-    for module, name, value in ((tuned, "core_share", lambda: 2), (tuned.platform, "node", lambda: "another-machine")):
+    assert load(spec) == (3, 5)  # which is still there
+    for module, name, value in ((tuned, "cores_per_process", lambda: 2), (tuned.platform, "node", lambda: "another-machine")):
         with monkeypatch.context() as patch:
             patch.setattr(module, name, value)
             assert load(spec) is None
@@ -83,7 +85,7 @@ def test_elsewhere_it_is_not_found(file: Path, spec: LoaderSpec, tmp_path: Path,
 
 
 @pytest.mark.parametrize("content", [b"", b"{", b"[1, 2]", b"null", b"\xff\xfe\x00", b'"text"', b'{"a": '])
-def test_a_broken_file_is_as_good_as_none(file: Path, spec: LoaderSpec, content: bytes) -> None:
+def test_a_broken_file_is_ignored(file: Path, spec: LoaderSpec, content: bytes) -> None:
     file.parent.mkdir(parents=True)
     file.write_bytes(content)
     assert load(spec) is None
@@ -97,7 +99,7 @@ def test_a_broken_file_is_as_good_as_none(file: Path, spec: LoaderSpec, content:
               '{"threads": 0, "prefetch": 5}', '{"threads": 3, "prefetch": -1}', '{"threads": Infinity, "prefetch": 5}',
               '{"threads": NaN, "prefetch": 5}', '{"threads": null, "prefetch": 5}'],
 )  # fmt: skip
-def test_a_broken_entry_is_as_good_as_none(file: Path, spec: LoaderSpec, entry: str) -> None:
+def test_a_broken_entry_is_ignored(file: Path, spec: LoaderSpec, entry: str) -> None:
     save(spec, 3, 5, 1.0)
     (key,) = json.loads(file.read_text())
     file.write_text(f'{{{json.dumps(key)}: {entry}, "another": {{"threads": 1}}}}')
@@ -108,7 +110,7 @@ def test_a_broken_entry_is_as_good_as_none(file: Path, spec: LoaderSpec, entry: 
 
 
 def test_a_file_that_cannot_be_written(file: Path, spec: LoaderSpec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "a").write_text("no folder")
+    (tmp_path / "a").write_text("not a folder")
     with pytest.raises(UserError, match=r"a/b/tuned\.json: cannot be written \(.+\); name another file in CROPFEED_TUNED"):
         save(spec, 3, 5, 1.0)
     assert load(spec) is None
@@ -118,11 +120,11 @@ def test_a_file_that_cannot_be_written(file: Path, spec: LoaderSpec, tmp_path: P
     with pytest.raises(UserError, match=r"folder/tuned\.json: cannot be written"):
         save(spec, 3, 5, 1.0)
     assert load(spec) is None
-    assert [path.name for path in folder.iterdir()] == ["tuned.json"]  # nothing half-written is left
+    assert [path.name for path in folder.iterdir()] == ["tuned.json"]  # no partial file is left
 
 
-def test_what_is_asked_for_comes_first(file: Path, spec: LoaderSpec) -> None:
-    """Then what was tuned; then the share of the cores, and the spec's own depth."""
+def test_explicit_settings_take_precedence(file: Path, spec: LoaderSpec) -> None:
+    """Then the tuned ones, then this process's share of the cores and the spec's own prefetch depth."""
 
     def chosen(threads: int | None, prefetch: int | None) -> tuple[int, int]:
         found = with_tuned(replace(spec, prefetch=6, threads=9), threads, prefetch)
@@ -145,8 +147,8 @@ def keep_saving(spec: LoaderSpec) -> None:
     os._exit(0)
 
 
-def test_processes_that_write_at_once_leave_no_halves(file: Path, spec: LoaderSpec) -> None:
-    """A reader meanwhile finds whole entries only, whoever wrote last."""
+def test_concurrent_writers_leave_no_partial_file(file: Path, spec: LoaderSpec) -> None:
+    """A concurrent reader only finds complete entries."""
     save(spec, 1, 1, 1.0)
     context = multiprocessing.get_context("fork")
     engines = ("cpu", "ffcv")

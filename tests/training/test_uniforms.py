@@ -10,7 +10,7 @@ from training.uniforms import Stream, uniforms
 
 
 @pytest.mark.parametrize("count", [1, 4, 8, 50])
-def test_a_positions_numbers_are_the_same_whatever_range_is_asked_for(count: int) -> None:
+def test_numbers_depend_on_the_position_and_not_on_the_range(count: int) -> None:
     whole = uniforms(3, Stream.DROP, 7, 0, 1000, count)
     assert whole.shape == (1000, count)
     for low, high in [*pairwise([0, 1, 33, 500, 1000]), (6, 6)]:
@@ -18,7 +18,7 @@ def test_a_positions_numbers_are_the_same_whatever_range_is_asked_for(count: int
 
 
 def test_numbers_are_uniform_and_independent() -> None:
-    """Of neighbouring positions, of one position's numbers, and of other seeds, epochs and uses."""
+    """Between neighbouring positions, between the numbers of one position, and between seeds, epochs and streams."""
     count = 40_000
     drawn = uniforms(0, Stream.DROP, 0, 0, count, 6)
     assert kstest(drawn.ravel(), "uniform").pvalue > 1e-3

@@ -1,9 +1,9 @@
 """The converter against FFCV's and WebDataset's writers: python tools/bench/bench_convert.py IMAGES
 
-IMAGES is a folder of JPEGs, searched whole. On one core, in one run, in alternating repeats, on the same files from a warm page
-cache: our shard task with each profile (statistics over 100,000 of ImageNet's 1,281,167 training images, so over that share of
-these; and once over all of them), FFCV's own DatasetWriter (jpg, longest side 500, quality 90, one worker), and a plain
-webdataset.ShardWriter, which copies bytes and decodes nothing. Rows go to tools/bench/results/convert.csv.
+IMAGES is a folder of JPEGs with all its subfolders. Measures on one core, in alternating repeats, on the same files in a warm
+page cache: our shard task with each profile, FFCV's own DatasetWriter (jpg, longest side 500, quality 90, one worker), and a
+plain webdataset.ShardWriter, which copies bytes without decoding. The shard task computes the statistics over the share of images
+that it would take on ImageNet, 100,000 of 1,281,167, and once over all images. Rows go to tools/bench/results/convert.csv.
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ import time
 from collections.abc import Callable
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any
 
 import _path  # noqa: F401
 from PIL import Image
@@ -32,10 +31,11 @@ from tools.bench.recording import Figure, record
 
 REPEATS = 5
 IMAGENET = 1_281_167  # training images
+FFCV = "ffcv DatasetWriter, jpg, 500 px, q90"
 
 
 class Images:
-    """What FFCV's writer is handed: as ffcv-imagenet's ImageFolder gives it."""
+    """The data set for FFCV's writer, with samples like those of ffcv-imagenet's ImageFolder."""
 
     def __init__(self, files: list[str]) -> None:
         self.files = files
@@ -47,22 +47,26 @@ class Images:
         return Image.open(self.files[index]).convert("RGB"), 0
 
 
-def ours(files: list[str], out: Path, profile: str, counted: int) -> Callable[[], float]:
-    """Seconds of one shard task; afterwards `out` holds its record."""
-    sources = [Source(file, 0, None, f"{i:06d}", 0, file, 0) for i, file in enumerate(files)]
-    number = iter(range(1_000_000))
+class ShardTasks:
+    """Our shard task. counted: images in the statistics."""
 
-    def seconds() -> float:
-        task = ShardTask(str(out), "train", next(number), sources, profile, 4, False, counted)
+    def __init__(self, files: list[str], out: Path, profile: str, counted: int) -> None:
+        self._sources = [Source(file, 0, None, f"{i:06d}", 0, file, 0) for i, file in enumerate(files)]
+        self._out, self._profile, self._counted = out, profile, counted
+        self._runs = 0
+        self.bytes_ratio = 0.0  # stored bytes over the images', in the last run
+
+    def __call__(self) -> float:
+        """Seconds of one run, which makes a new shard."""
+        task = ShardTask(str(self._out), "train", self._runs, self._sources, self._profile, 4, False, self._counted)
+        self._runs += 1
         began = time.perf_counter()
         run(task, lambda: None)
         took = time.perf_counter() - began
         found = read_record(task)
         assert found is not None
-        seconds.ratio = found.stored_bytes / found.read_bytes  # type: ignore[attr-defined]
+        self.bytes_ratio = found.stored_bytes / found.read_bytes
         return took
-
-    return seconds
 
 
 def _write_beton(files: list[str], out: Path, answer: Connection) -> None:
@@ -76,7 +80,7 @@ def _write_beton(files: list[str], out: Path, answer: Connection) -> None:
 
 
 def ffcv(files: list[str], out: Path) -> Callable[[], float]:
-    """In a process of its own that is killed afterwards: FFCV's writer may hang when its process ends."""
+    """Seconds of FFCV's writer, in its own process, which is killed afterwards because it may hang at its end."""
 
     def seconds() -> float:
         receiver, sender = multiprocessing.Pipe(duplex=False)
@@ -116,32 +120,32 @@ def main() -> None:
         raise UserError(f"{args.images}: holds no JPEGs")
     os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
     share = round(len(files) * statistics.IMAGES / IMAGENET)
-    with tempfile.TemporaryDirectory(prefix="cropfeed-") as name:
-        out = Path(name)
-        rivals: dict[str, Callable[[], float]] = {
-            **{f"cropfeed {profile}": ours(files, out / profile, profile, share) for profile in PROFILES},
-            "cropfeed lossless, all in the statistics": ours(files, out / "all", "lossless", len(files)),
-            "ffcv DatasetWriter, jpg, 500 px, q90": ffcv(files, out),
+    with tempfile.TemporaryDirectory(prefix="cropfeed-") as folder:
+        out = Path(folder)
+        writers: dict[str, Callable[[], float]] = {
+            **{f"cropfeed {profile}": ShardTasks(files, out / profile, profile, share) for profile in PROFILES},
+            "cropfeed lossless, all in the statistics": ShardTasks(files, out / "all", "lossless", len(files)),
+            FFCV: ffcv(files, out),
             "webdataset ShardWriter, bytes as they are": shard_writer(files, out),
         }
-        times: dict[str, list[float]] = {rival: [] for rival in rivals}
+        times: dict[str, list[float]] = {name: [] for name in writers}
         for repeat in tqdm(range(REPEATS + 1), unit=" repeats"):
-            for rival, seconds in rivals.items():
-                took = seconds()
+            for name, write in writers.items():
+                took = write()
                 if repeat:  # the first compiles and warms up
-                    times[rival].append(took)
-    report(args.results, args.images.name, len(files), rivals, times)
+                    times[name].append(took)
+    report(args.results, f"{args.images.name}, {len(files)} images, one core", len(files), writers, times)
 
 
-def report(file: Path, name: str, count: int, rivals: dict[str, Any], times: dict[str, list[float]]) -> None:
-    spec = f"{name}, {count} images, one core"
-    theirs = times["ffcv DatasetWriter, jpg, 500 px, q90"]
-    for rival, seconds in times.items():
-        record(file, "convert", Figure("images_per_s", [count / s for s in seconds]), engine=rival, spec=spec, cache="warm")
-        if hasattr(rivals[rival], "ratio"):
-            record(file, "convert", Figure("bytes_ratio", [rivals[rival].ratio]), engine=rival, spec=spec, cache="warm")
-            against = Figure("times_ffcv_writer", [b / a for a, b in zip(seconds, theirs, strict=True)])
-            record(file, "convert", against, engine=rival, spec=spec, cache="warm")
+def report(file: Path, spec: str, count: int, writers: dict[str, Callable[[], float]], times: dict[str, list[float]]) -> None:
+    """Record images/s of each writer and, for ours, the stored bytes and the speed over FFCV's. count: of images."""
+    for name, seconds in times.items():
+        figures = [Figure("images_per_s", [count / s for s in seconds])]
+        writer = writers[name]
+        if isinstance(writer, ShardTasks):
+            speedups = [ffcv_seconds / s for s, ffcv_seconds in zip(seconds, times[FFCV], strict=True)]
+            figures += [Figure("bytes_ratio", [writer.bytes_ratio]), Figure("times_ffcv_writer", speedups)]
+        record(file, "convert", *figures, engine=name, spec=spec, cache="warm")
 
 
 if __name__ == "__main__":

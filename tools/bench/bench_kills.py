@@ -1,10 +1,10 @@
 """Is a conversion safe to kill anywhere? python tools/bench/bench_kills.py IMAGES --kills 100
 
-Converts IMAGES (whatever make_shards.py takes) once undisturbed, then again with its whole process group killed by SIGKILL so
-many times: each after a random number of further shards (none: while it starts) and a random moment more, so that the kills
-spread over the whole conversion; the last ones fall while the data set is completed. After each kill, all that a reader could see
-must be finished files, equal to the undisturbed run's; in the end all must be there.
-A row goes to tools/bench/results/kills.csv.
+Converts IMAGES (whatever make_shards.py takes) once undisturbed, then again while its whole process group is killed by SIGKILL
+--kills times. Each kill comes after a random number of further shards (none: during start-up) and a random delay, so that the
+kills are spread over the whole conversion; the last ones come while the data set is being completed. After each kill, every file
+that a reader could see must be finished and equal to the undisturbed run's. In the end, all files must be there.
+Rows go to tools/bench/results/kills.csv.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ from pipeline.errors import UserError
 from tools import ROOT
 from tools.bench.recording import Figure, record
 
-STARTING, WORKING = 1.5, 0.02  # seconds: the longest random moment where no shard is waited for, and after the last of them
+STARTING, WORKING = 1.5, 0.02  # seconds: longest random delay of a kill during start-up, and after a shard
 
 
 def digests(folder: Path) -> dict[str, str]:
-    """What a reader sees: name -> SHA-256 of every file, hidden ones and the converter's own records left out."""
+    """What a reader sees: the SHA-256 of every file by its name, without hidden files and the converter's own records."""
     return {
         str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
         for path in folder.rglob("*")
@@ -46,11 +46,12 @@ def start(images: Path, out: Path, shard_size: int) -> subprocess.Popen[bytes]:
 
 
 def finished(out: Path) -> int:
+    """The number of finished shards."""
     return len(list(out.glob("conversion/*.npz")))
 
 
 def kill_at(process: subprocess.Popen[bytes], out: Path, shards: int, wait: float) -> bool:
-    """Kill once so many shards are finished and `wait` seconds are over; False if the conversion ended before."""
+    """Kill when `shards` shards are finished and `wait` seconds have passed; False if the conversion ended before."""
     while finished(out) < shards and process.poll() is None:
         time.sleep(0.005)
     deadline = time.monotonic() + wait
@@ -67,22 +68,22 @@ def check(out: Path, expected: dict[str, str]) -> None:
     """Raise UserError if a reader of `out` could see anything but finished files."""
     for name, digest in digests(out).items():
         if expected.get(name) != digest:
-            raise UserError(f"{out / name}: visible after a kill, and not what an undisturbed run leaves")
+            raise UserError(f"{out / name}: visible after a kill, but different from an undisturbed run's")
 
 
 def main() -> None:
     parser = Parser(__doc__)
-    parser.add_argument("images", type=Path, metavar="IMAGES")
-    parser.add_argument("--kills", type=positive, default=100)
-    parser.add_argument("--shard-size", type=positive, default=1, help="images in a shard (default: 1)")
-    parser.add_argument("--seed", type=int, default=0, help="of the random moments")
+    parser.add_argument("images", type=Path, metavar="IMAGES", help="what make_shards.py is to convert")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the random delays")
     parser.add_argument("--results", type=Path, default=ROOT / "tools" / "bench" / "results" / "kills.csv")
+    parser.add_argument("--kills", type=positive, default=100, help="number of kills (default: 100)")
+    parser.add_argument("--shard-size", type=positive, default=1, help="images in a shard (default: 1)")
     args = parser.parse_args()
     rng = np.random.default_rng(args.seed)
     with tempfile.TemporaryDirectory(prefix="cropfeed-") as name:
         expected_in, out = Path(name) / "expected", Path(name) / "out"
         if start(args.images, expected_in, args.shard_size).wait():
-            raise UserError(f"{args.images}: cannot be converted; run make_shards.py on it to see why")
+            raise UserError(f"{args.images}: cannot be converted", "run make_shards.py on it to see why")
         expected = digests(expected_in)
         shards = sum(name.endswith(".tar") for name in expected)
         gains: list[int] = []  # shards finished before each kill
@@ -98,13 +99,14 @@ def main() -> None:
             bar.update()
         bar.close()
         if start(args.images, out, args.shard_size).wait() or digests(out) != expected:
-            raise UserError("the conversion after the kills is not the undisturbed one")
+            raise UserError("the conversion after the kills differs from the undisturbed one")
     spec = f"{args.images.name}, {shards} shards of {args.shard_size}, {os.cpu_count()} workers"
-    record(
-        args.results, "SIGKILLs survived, all files equal", Figure("kills", [len(gains)]), engine="local", spec=spec, cache="warm"
-    )
-    worked = sum(gain > 0 for gain in gains)
-    record(args.results, "of these, after further shards", Figure("kills", [worked]), engine="local", spec=spec, cache="warm")
+    after_shards = sum(gain > 0 for gain in gains)
+    for benchmark, kills in (
+        ("SIGKILLs survived, all files equal", len(gains)),
+        ("of these, after further shards", after_shards),
+    ):
+        record(args.results, benchmark, Figure("kills", [kills]), engine="local", spec=spec, cache="warm")
 
 
 if __name__ == "__main__":

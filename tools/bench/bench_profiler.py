@@ -1,9 +1,9 @@
-"""Is the profiler right? Faults planted in it, and its predictions and choices against what is then measured.
+"""Is the profiler right? It is run with planted faults, and its predictions and choices are compared with measurements.
 
     python tools/bench/bench_profiler.py DATA
 
-    faults    each fault of FAULTS is planted, the remedy tried (--apply): is the cause named, and the gain as predicted?
-    tuning    --tune, then every setting of its grid in turns: how near is the chosen one to the best?
+    faults    plants each fault in FAULTS and tries the remedy (--apply): is the cause named, and the gain as predicted?
+    tuning    --tune, then every setting of its grid in turns: how close is the chosen setting to the best?
 
 Rows go to tools/bench/results/profile.csv. Exit code 1 if a cause is not named, or a figure misses its goal.
 """
@@ -26,19 +26,19 @@ from pipeline.errors import UserError
 from pipeline.spec import LoaderSpec
 from tools import ROOT
 from tools.bench.recording import Figure, record
-from tools.profiler.loaders import grid, measure_feeds
+from tools.profiler.loaders import grid, measure_loaders
 from tools.profiler.profile import PREFETCHES
 from training.launch import cores_per_process
 
-PREDICTED = 0.2  # goal: predicted gain over measured gain, at most so far from 1
-TUNED = 0.95  # goal: speed of the setting chosen over the best one's
+PREDICTED = 0.2  # goal: largest distance of predicted over measured gain from 1
+TUNED = 0.95  # goal: throughput of the chosen setting over that of the best
 MINUTE = 60.0
 REPEATS = 5
 
 
 @dataclass(frozen=True)
 class Fault:
-    """options: of profile_pipeline.py. limit, stage, remedies: what the verdict must say; one of the remedies."""
+    """options: of profile_pipeline.py. limit, stage: what the verdict must name, with one of the remedies."""
 
     name: str
     options: tuple[str, ...]
@@ -57,7 +57,7 @@ FAULTS = (
 
 
 def profile(data: str, *options: str) -> Any:
-    """The JSON of a run of the profiler."""
+    """Run the profiler; returns its JSON."""
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "profile.json"
         script = str(ROOT / "tools" / "profile_pipeline.py")
@@ -69,6 +69,7 @@ def profile(data: str, *options: str) -> Any:
 
 
 def check_fault(fault: Fault, data: str, results: Path) -> bool:
+    """Plant a fault and record the predicted and the measured gain. Returns whether cause and prediction are right."""
     found = profile(data, *fault.options, "--apply")
     verdict, applied = found["verdict"], found["applied"]
     named = (verdict["limit"], verdict["stage"]) == (fault.limit, fault.stage) and verdict["remedy"] in fault.remedies
@@ -77,27 +78,29 @@ def check_fault(fault: Fault, data: str, results: Path) -> bool:
         print(f"{fault.name}: FAILED, its remedy was not tried: {applied['error']}")
         return False
     ratio = verdict["predicted_gain"] / applied["measured_gain"]
-    of = {"engine": found["engine"], "spec": f"{fault.name}; {verdict['change']}", "cache": found["data"]["cache"]}
-    record(results, "planted fault", Figure("predicted_gain", [verdict["predicted_gain"]]), **of)
-    record(results, "planted fault", Figure("measured_gain", applied["gains"]), **of)
-    record(results, "planted fault", Figure("predicted_over_measured", [ratio]), **of)
+    spec = f"{fault.name}; {verdict['change']}"
+    predicted, measured = Figure("predicted_gain", [verdict["predicted_gain"]]), Figure("measured_gain", applied["gains"])
+    figures = predicted, measured, Figure("predicted_over_measured", [ratio])
+    record(results, "planted fault", *figures, engine=found["engine"], spec=spec, cache=found["data"]["cache"])
     good = named and abs(ratio - 1) <= PREDICTED
     print(f"{fault.name}: {'ok' if good else 'FAILED'}: {verdict['limit']}, {verdict['stage']}, {verdict['remedy']}; {ratio:.2f}")
     return good
 
 
 def check_tuning(data: str, results: Path) -> bool:
+    """Record the chosen setting's throughput over the best one's. Returns whether the goals are reached."""
     tuned = profile(data, "--tune", "--repeats", "2", "--seconds", "0.1")["tuned"]
     spec = LoaderSpec(data, batch_size=64, engine="cpu")
     threads = sorted({1, cores_per_process(), tuned["threads"]})
-    feeds = measure_feeds(grid(spec, [spec.engine], threads, PREFETCHES), False, 2 * REPEATS, 1.0, "every setting")
-    # The best of the first repeats, compared in the others: the fastest of several alike is so by chance, too.
-    best = max(feeds, key=lambda feed: median(feed.speeds[:REPEATS]))
-    chosen = next(feed for feed in feeds if (feed.spec.threads, feed.spec.prefetch) == (tuned["threads"], tuned["prefetch"]))
-    of = {"engine": "cpu", "spec": f"{tuned['threads']} threads, prefetch {tuned['prefetch']}", "cache": "warm"}
+    loaders = measure_loaders(grid(spec, [spec.engine], threads, PREFETCHES), False, 2 * REPEATS, 1.0, "every setting")
+    # Chosen by the first half of the repeats and compared in the other half: among equal settings, chance decides.
+    best = max(loaders, key=lambda loader: median(loader.speeds[:REPEATS]))
+    setting = (tuned["threads"], tuned["prefetch"])
+    chosen = next(loader for loader in loaders if (loader.spec.threads, loader.spec.prefetch) == setting)
     ratios = chosen.ratios(best)[REPEATS:]
-    record(results, "tuning", Figure("chosen_over_best", ratios), **of)
-    record(results, "tuning", Figure("seconds", [tuned["seconds"]]), **of)
+    figures = Figure("chosen_over_best", ratios), Figure("seconds", [tuned["seconds"]])
+    described = f"{tuned['threads']} threads, prefetch {tuned['prefetch']}"
+    record(results, "tuning", *figures, engine="cpu", spec=described, cache="warm")
     good = median(ratios) >= TUNED and tuned["seconds"] < MINUTE
     print(f"tuning: {'ok' if good else 'FAILED'}: {median(ratios):.3f} of the best, in {tuned['seconds']:.0f} s")
     return good
@@ -107,7 +110,7 @@ def main() -> None:
     parser = Parser(__doc__)
     parser.add_argument("data", metavar="DATA", help="folder of shards")
     parser.add_argument("--results", type=Path, default=ROOT / "tools" / "bench" / "results" / "profile.csv")
-    parser.add_argument("--only", choices=("faults", "tuning"))
+    parser.add_argument("--only", choices=("faults", "tuning"), help="do only this part")
     args = parser.parse_args()
     good = []
     if args.only != "tuning":

@@ -1,16 +1,16 @@
 """Region-addressable JPEG on one core: python tools/bench/bench_region.py ORIGINAL LOSSLESS COMPACT
 
-Three folders of shards of the same images, made by make_shards.py with the three profiles. Measures, on training images, with the
-plan's draws of a crop of 224 at S in 256..480:
+The arguments are three folders of shards of the same images, made by make_shards.py with the three profiles. Measures, on
+training images, with the plan's draws of a crop of 224 at S in 256..480:
 
-- decoding the whole image, the region by libjpeg-turbo's own partial decoding, and the region by cutting first. All three by the
-  same libjpeg-turbo with its exact settings (jpeg_decode.c, compiled here), in turns image by image, each image's best of
-  three passes, so that a busy machine harms none more; ratios are taken inside each repeat. Before, it is checked that all three
-  give the same pixels;
-- cutting alone, and writing the format (images/s); the folders' bytes.
+- decoding the whole image, the region by libjpeg-turbo's own partial decoding, and the region by cutting first. All three use the
+  same libjpeg-turbo with its exact settings (jpeg_decode.c, compiled here). They take turns image by image, and each image's best
+  of three passes counts, so that a busy machine slows down all of them alike. Ratios are taken within each repeat. Before the
+  measurement, all three are checked to give the same pixels;
+- cutting alone, and writing the format (images/s); the size of each folder's images.
 
-The files that can be cut have restart markers, which switch libjpeg-turbo's fast Huffman decoding off: the rows "against
-original" compare with the files as they come. Rows go to tools/bench/results/region.csv.
+The files that can be cut have restart markers, which disable libjpeg-turbo's fast Huffman decoding: the rows "against original"
+compare with the files as they come. Rows go to tools/bench/results/region.csv.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ from tqdm import tqdm
 
 from pipeline.cli import Parser, positive, run_cli
 from pipeline.errors import UserError
+from pipeline.jit import Int
 from pipeline.jpeg.region import Bytes, RegionError, cut
 from pipeline.jpeg.transcode import transcode
 from pipeline.plan import sampling
@@ -38,31 +39,31 @@ from tools import ROOT
 from tools.bench.recording import Figure, record
 
 REPEATS = 5
-PASSES = 3  # over the images in a repeat; the least of an image's times counts
+PASSES = 3  # over the images in a repeat; the shortest time of each image counts
 CHECKED = 50  # images whose pixels are compared before anything is timed
 Regions = npt.NDArray[np.int64]
 INSTALL = "apt-get install gcc libjpeg62-turbo-dev"
 
 
 class Decoder:
-    """libjpeg-turbo, compiled from jpeg_decode.c. One output, kept from call to call: the next call overwrites it."""
+    """libjpeg-turbo, compiled from jpeg_decode.c. Each call overwrites the output of the one before."""
 
-    def __init__(self, room: int) -> None:
-        """room: bytes of the largest picture's RGB."""
+    def __init__(self, size: int) -> None:
+        """size: bytes of the largest image's RGB."""
         self._library = _compile(Path(__file__).with_name("jpeg_decode.c"))
         self.version = "libjpeg-turbo " + self._library.version().decode()
-        self._out = np.zeros(room, np.uint8)
+        self._out = np.zeros(size, np.uint8)
         self._place = np.zeros(4, np.int64)
-        self._output = self._out.ctypes.data, room, self._place.ctypes.data
+        self._output = self._out.ctypes.data, size, self._place.ctypes.data
 
     def __call__(self, jpeg: Bytes, region: Regions | None = None) -> None:
-        """Decode all of `jpeg`, or by partial decoding a region: int64 (4,), top, left, bottom, right."""
+        """Decode all of `jpeg` or, by partial decoding, a region: int64 (4,), top, left, bottom, right."""
         at = None if region is None else region.ctypes.data
         if self._library.decode(jpeg.ctypes.data, len(jpeg), at, *self._output):
             raise UserError(f"libjpeg-turbo: {self._library.why().decode()}")
 
-    def inside(self, region: Regions, top: int = 0, left: int = 0) -> Bytes:
-        """The region's pixels of the last output, uint8 (H, W, 3). top, left: where in the image what was decoded begins."""
+    def inside(self, region: Regions, top: Int = 0, left: Int = 0) -> Bytes:
+        """The region's pixels in the last output, uint8 (H, W, 3). top, left: of the decoded JPEG in the image."""
         y, x, height, width = (int(value) for value in self._place)
         pixels = self._out[: height * width * 3].reshape(height, width, 3)
         y, x = y + top, x + left
@@ -76,10 +77,10 @@ def _compile(source: Path) -> ctypes.CDLL:
         try:
             result = subprocess.run(["cc", *flags, source, "-o", built, "-ljpeg"], capture_output=True, text=True, check=False)
         except FileNotFoundError as error:
-            raise UserError(f"no C compiler (cc), which this benchmark needs; {INSTALL}") from error
+            raise UserError("no C compiler (cc), which this benchmark needs", INSTALL) from error
         if result.returncode:
             reason = next((line for line in result.stderr.splitlines() if "error" in line), "no reason given")
-            raise UserError(f"{source.name} does not compile ({reason}); {INSTALL}")
+            raise UserError(f"{source.name} does not compile ({reason})", INSTALL)
         library = ctypes.CDLL(str(built))
     library.version.restype = library.why.restype = ctypes.c_char_p
     pointer, size = ctypes.c_void_p, ctypes.c_size_t
@@ -88,7 +89,7 @@ def _compile(source: Path) -> ctypes.CDLL:
 
 
 class Folder(NamedTuple):
-    """The images of one folder that are measured, in memory."""
+    """The measured images of one folder, in memory."""
 
     name: str
     jpegs: list[Bytes]
@@ -96,18 +97,18 @@ class Folder(NamedTuple):
     ids: list[int]
 
     def regions(self, epoch: int) -> Regions:
-        """What an engine needs of each image, whole pixels, int64 (N, 4)."""
+        """The region that an engine decodes of each image, whole pixels, int64 (N, 4)."""
         heights, widths = self.records["height"].astype(np.int64), self.records["width"].astype(np.int64)
         windows = sampling.windows(sampling.draw(0, epoch, self.ids, heights, widths), heights, widths, sampling.CROP)
         return sampling.regions(windows, heights, widths, sampling.CROP)
 
 
 def read_folders(paths: list[Path], count: int) -> list[Folder]:
-    """Evenly spaced images of the original, lossless and compact folders: those whose originals are baseline."""
+    """Evenly spaced images of the original, lossless and compact folders, without those whose original is not baseline."""
     stored = [ShardSet(path, "train") for path in paths]
     for path, other in zip(paths, stored, strict=True):
         if len(other) != len(stored[0]) or not np.array_equal(other.samples["label"], stored[0].samples["label"]):
-            raise UserError(f"{path}: holds other images than {paths[0]}; make both from the same source")
+            raise UserError(f"{path}: holds other images than {paths[0]}", "make both from the same source")
     ids = []
     for index in np.unique(np.linspace(0, len(stored[0]) - 1, count).astype(int)).tolist():
         try:
@@ -116,7 +117,7 @@ def read_folders(paths: list[Path], count: int) -> list[Folder]:
         except RegionError:
             continue
     if not ids:
-        raise UserError(f"{paths[0]}: no baseline JPEG among the images; give shards of ordinary JPEGs")
+        raise UserError(f"{paths[0]}: no baseline JPEG among the images", "give shards of ordinary JPEGs")
     return [
         Folder(path.resolve().name, [one.read(index).copy() for index in ids], one.samples[ids], ids)
         for path, one in zip(paths, stored, strict=True)
@@ -124,7 +125,7 @@ def read_folders(paths: list[Path], count: int) -> list[Folder]:
 
 
 def check(folder: Folder, decode: Decoder, cuts: bool) -> None:
-    """All ways give the same pixels in the region."""
+    """Check that all methods give the same pixels in the region."""
     for index, (jpeg, region) in enumerate(zip(folder.jpegs[:CHECKED], folder.regions(0), strict=False)):
         decode(jpeg)
         whole = decode.inside(region)
@@ -134,7 +135,7 @@ def check(folder: Folder, decode: Decoder, cuts: bool) -> None:
             try:
                 piece = cut(jpeg, *region.tolist())
             except RegionError as error:
-                raise UserError(f"{folder.name}: image {folder.ids[index]}: {error}; make the shards again") from error
+                raise UserError(f"{folder.name}: image {folder.ids[index]}: {error}", "make the shards again") from error
             decode(piece.jpeg)
             found.append(decode.inside(region, piece.top, piece.left))
             decode_inside_cut(decode, jpeg, region)
@@ -156,34 +157,36 @@ def decode_cut(decode: Decoder, jpeg: Bytes, region: Regions) -> None:
 
 
 def decode_inside_cut(decode: Decoder, jpeg: Bytes, region: Regions) -> None:
-    """Cut, then decode partially: the cut's tiles reach beyond the region."""
+    """Cut, then decode partially: the tiles of the cut extend beyond the region."""
     piece = cut(jpeg, *region.tolist())
-    decode(piece.jpeg, region - (piece.top, piece.left, piece.top, piece.left))
+    decode(piece.jpeg, region - np.array((piece.top, piece.left, piece.top, piece.left)))
 
 
-WAYS = {"whole": decode_whole, "partial": decode_partially, "cut": decode_cut, "cut, partial": decode_inside_cut}
+METHODS = {"whole": decode_whole, "partial": decode_partially, "cut": decode_cut, "cut, partial": decode_inside_cut}
 
 
 def time_decoding(folders: list[Folder], decode: Decoder, epoch: int) -> dict[tuple[str, str], float]:
-    """Seconds of all images, (profile, way) -> seconds. Each image goes all ways before the next one, the first way changing."""
-    ways = []
+    """Seconds for all images by (profile, method). Each image is decoded by all methods before the next image; the first method
+    changes from image to image."""
+    jobs = []
     for profile, folder in zip(("original", "lossless", "compact"), folders, strict=True):
         regions = folder.regions(epoch)
-        ways += [((profile, way), WAYS[way], folder.jpegs, regions) for way in list(WAYS)[: 2 if profile == "original" else 4]]
-    spent = np.full((len(ways), len(folders[0].jpegs)), np.inf)
-    for again in range(PASSES):
+        names = list(METHODS)[: 2 if profile == "original" else 4]
+        jobs += [((profile, name), METHODS[name], folder.jpegs, regions) for name in names]
+    spent = np.full((len(jobs), len(folders[0].jpegs)), np.inf)
+    for number in range(PASSES):
         for image in range(spent.shape[1]):
-            for number in range(len(ways)):
-                way = (number + image + again) % len(ways)
-                _, work, jpegs, regions = ways[way]
+            for turn in range(len(jobs)):
+                job = (turn + image + number) % len(jobs)
+                _, method, jpegs, regions = jobs[job]
                 began = time.perf_counter()
-                work(decode, jpegs[image], regions[image])
-                spent[way, image] = min(spent[way, image], time.perf_counter() - began)
-    return {key: float(times.sum()) for (key, *_), times in zip(ways, spent, strict=True)}
+                method(decode, jpegs[image], regions[image])
+                spent[job, image] = min(spent[job, image], time.perf_counter() - began)
+    return {key: float(times.sum()) for (key, *_), times in zip(jobs, spent, strict=True)}
 
 
 def time_cutting(folder: Folder, epoch: int) -> float:
-    """Median seconds of a cut."""
+    """Median seconds per cut."""
     spent = []
     for jpeg, window in zip(folder.jpegs, folder.regions(epoch).tolist(), strict=True):
         began = time.perf_counter()
@@ -193,7 +196,7 @@ def time_cutting(folder: Folder, epoch: int) -> float:
 
 
 def time_transcoding(folder: Folder) -> float:
-    """Images a second."""
+    """Images per second."""
     originals = [jpeg.tobytes() for jpeg in folder.jpegs]
     began = time.perf_counter()
     for original in originals:
@@ -202,7 +205,7 @@ def time_transcoding(folder: Folder) -> float:
 
 
 def figures(folders: list[Folder], decode: Decoder) -> list[tuple[str, str, Figure]]:
-    """(profile, benchmark, figure) of everything."""
+    """All figures, as (profile, benchmark, figure)."""
     count = len(folders[0].jpegs)
     named = dict(zip(("original", "lossless", "compact"), folders, strict=True))
     time_decoding(folders, decode, 0)  # warm-up
@@ -215,18 +218,18 @@ def figures(folders: list[Folder], decode: Decoder) -> list[tuple[str, str, Figu
         transcoding.append(time_transcoding(folders[0]))
 
     found = [("original", "transcode", Figure("images_per_s", transcoding))]
-    for profile, way in repeats[0]:
-        milliseconds = [spent[profile, way] / count * 1e3 for spent in repeats]
-        found.append((profile, f"decode {way}", Figure("ms_per_image", milliseconds)))
+    for profile, method in repeats[0]:
+        milliseconds = [spent[profile, method] / count * 1e3 for spent in repeats]
+        found.append((profile, f"decode {method}", Figure("ms_per_image", milliseconds)))
     size = {profile: sum(map(len, folder.jpegs)) for profile, folder in named.items()}
     for profile, values in cutting.items():
         found.append((profile, "cut alone", Figure("us_per_image_median", values)))
         found.append((profile, "bytes against original", Figure("ratio", [size[profile] / size["original"]])))
         for source in (profile, "original"):
-            for way in ("whole", "partial"):
-                for ours in ("cut", "cut, partial"):
-                    speedup = [spent[source, way] / spent[profile, ours] for spent in repeats]
-                    found.append((profile, f"decode {ours} against {way} of {source}", Figure("speedup", speedup)))
+            for method in ("whole", "partial"):
+                for by_cut in ("cut", "cut, partial"):
+                    speedup = [spent[source, method] / spent[profile, by_cut] for spent in repeats]
+                    found.append((profile, f"decode {by_cut} against {method} of {source}", Figure("speedup", speedup)))
     return found
 
 
@@ -234,7 +237,7 @@ def main() -> None:
     parser = Parser(__doc__)
     for name in ("original", "lossless", "compact"):
         parser.add_argument(name, type=Path, metavar=name.upper(), help=f"folder of shards of profile {name}")
-    parser.add_argument("--images", type=positive, default=1000, help="at most so many, evenly spaced (default: %(default)s)")
+    parser.add_argument("--images", type=positive, default=1000, help="images to measure, at most (default: %(default)s)")
     parser.add_argument("--results", type=Path, default=ROOT / "tools" / "bench" / "results" / "region.csv")
     args = parser.parse_args()
     os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})

@@ -1,9 +1,9 @@
 """Start-up, memory and planning against the number of samples: python tools/bench/bench_scale.py SHARDS
 
-Makes data sets of 10^4, 1,281,167 and 10^9 samples that exist on paper alone, from the statistics in SHARDS' manifest: a
-manifest, and a sparse samples.npy whose records are all zeros. For each, in a process of its own: opening a loader, planning
-batches at random places of random epochs (order, draws, windows; sizes are made up), loading a saved place near an epoch's end,
-and what memory all of that took. No image is read. Rows go to tools/bench/results/scale.csv.
+Makes data sets of 10^4, 1,281,167 and 10^9 samples without images, from the statistics in SHARDS' manifest: each is a manifest
+and a sparse samples.npy with records of zeros. For each, in its own process, measures opening a loader, resuming at a saved
+position near an epoch's end, planning batches at random positions of random epochs (order, draws, windows, with invented image
+sizes), and the memory that these take. No image is read. Rows go to tools/bench/results/scale.csv.
 """
 
 from __future__ import annotations
@@ -30,16 +30,16 @@ from tools import ROOT
 from tools.bench.recording import Figure, record
 
 COUNTS = (10_000, 1_281_167, 1_000_000_000)
-SHARDS = 10_000  # at most: the manifest has a line a shard, and start-up grows with these
+SHARDS = 10_000  # at most: the manifest has a line per shard, and start-up time grows with their number
 REPEATS, BATCHES, BATCH = 5, 50, 256
 
 
 class Planner(Loader):
-    """Plans, and makes nothing."""
+    """A loader that plans batches without images."""
 
     engine = "none"
 
-    def _make(self, part: BatchRange) -> Batch:
+    def _make_batch(self, part: BatchRange) -> Batch:
         work = self.plan(part)
         return Batch(torch.empty(0), torch.empty(0), work.ids)
 
@@ -47,7 +47,7 @@ class Planner(Loader):
         return 300 + ids % 200, 400 + ids % 300
 
 
-def write_paper_data(source: Manifest, folder: Path, count: int) -> None:
+def write_data(source: Manifest, folder: Path, count: int) -> None:
     """A data set of `count` samples without a single image."""
     size = max(1000, -(-count // SHARDS))
     shards = [
@@ -69,10 +69,9 @@ def write_paper_data(source: Manifest, folder: Path, count: int) -> None:
 
 
 def measure(folder: Path) -> dict[str, float]:
-    """Of one data set, in this process."""
+    """The figures of one data set, measured in this process."""
     spec = LoaderSpec(folder, batch_size=BATCH, normalization="channel")
-    warm = Planner(spec)
-    next(iter(warm))  # compiles
+    next(iter(Planner(spec)))  # compiles
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     began = time.perf_counter()
     loader = Planner(spec)
@@ -81,10 +80,10 @@ def measure(folder: Path) -> dict[str, float]:
     loader.load_state_dict(loader.state_dict() | {"epoch": 77, "consumed": loader.total - BATCH})
     next(iter(loader))
     resumed = time.perf_counter() - began
-    places = random.Random(0)
+    positions = random.Random(0)
     began = time.perf_counter()
     for _ in range(BATCHES):
-        loader.seek(places.randrange(1000), places.randrange(loader.total // BATCH) * BATCH)
+        loader.seek(positions.randrange(1000), positions.randrange(loader.total // BATCH) * BATCH)
         next(iter(loader))
     planned = (time.perf_counter() - began) / (BATCHES * BATCH)
     grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
@@ -109,16 +108,14 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         for count in COUNTS:
             data = Path(folder) / str(count)
-            write_paper_data(source, data, count)
+            write_data(source, data, count)
             command = [sys.executable, __file__, str(data), "--measure"]
             runs = [
                 json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout) for _ in range(REPEATS)
             ]
-            for metric in runs[0]:
-                figure = Figure(metric, [run[metric] for run in runs])
-                record(
-                    args.results, "scale", figure, engine="any", spec=f"{count} samples, order full, batch {BATCH}", cache="warm"
-                )
+            figures = [Figure(metric, [run[metric] for run in runs]) for metric in runs[0]]
+            spec = f"{count} samples, order full, batch {BATCH}"
+            record(args.results, "scale", *figures, engine="any", spec=spec, cache="warm")
 
 
 if __name__ == "__main__":

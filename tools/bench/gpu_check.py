@@ -1,34 +1,34 @@
 """Every check and benchmark that needs a GPU: python tools/bench/gpu_check.py
 
-Most important first, each printing its rows as it ends and appending them to results/gpu.csv; under 8 minutes in all on
-one data-centre GPU. Exit code 1 if a check failed. It draws its own images, or takes real ones (--source). Needs what train.py
-needs, and DALI.
-`--device cpu` with small sizes runs the same code without a GPU, to see that it is whole; its figures mean nothing.
+The most important parts come first. Each prints its rows when it ends, and appends them to results/gpu.csv. All parts take less
+than 8 minutes on one data-centre GPU. The exit code is 1 if a check failed. The images are drawn, or real ones (--source). Needs
+what train.py needs, and DALI. `--device cpu` with small sizes tests the code itself without a GPU; its figures mean nothing.
 
 - pixels: the GPU graph against the Pillow reference (mean difference <= 1, 99.9th percentile <= 4, of 255).
-- train: images/s of a bf16 training step of each --arch from shards, against the same step on one synthetic batch, alternating
-  (goal: 0.98 of it, waiting under 1 %); peak memory; the step's share of the matrix units' peak, on a card where that is known.
-- steps: the first --arch's train step, compiled and not, against torchvision's and timm's, where these are installed (goal: 1.1
-  times theirs).
-- feed: images/s of every engine alone, into GPU memory, for original, lossless and compact shards, several shares of the
-  hardware JPEG decoder, cut against whole streams; and the stock DALI pipeline, in turns. Goals: twice stock DALI, and three
-  times what the training eats.
-- profile: the profiler's verdict on the same, with the GPU's own clock and NVML; the doctor's lines come first of all.
-- nets: logits against torchvision's ResNets, where it is installed.
-- imagenette, where --imagenette names its shards: minutes of ResNet-18 to 90 % top-1 at 128 and at 160 pixels.
+- train: images/s of a bf16 training step of each --arch from shards, and of the same step on one synthetic batch, in turns (goal:
+  0.98 of it, with a data wait under 1 %); peak memory; the step's share of the tensor cores' peak, on a card whose peak is known.
+- steps: the first --arch's train step, compiled and eager, against those of torchvision and timm, if these are installed (goal:
+  1.1 times their throughput).
+- loader: images/s of every engine alone, into GPU memory, for original, lossless and compact shards, for several shares of the
+  hardware JPEG decoder, and for cut and whole streams; in turns with the stock DALI pipeline. Goals: twice stock DALI, and three
+  times the demand of training.
+- profile: the profiler's verdict on the same, with the GPU's own clock and NVML. The doctor's report comes before all parts.
+- models: logits against those of torchvision's ResNets, if it is installed.
+- imagenette, if --imagenette gives its shards: minutes of ResNet-18 to 90 % top-1 at 128 and at 160 pixels. Its figures go to
+  gpu_accuracy.csv and gpu_accuracy_runs.csv, beside gpu.csv.
 """
 
 from __future__ import annotations
 
-import argparse
 import io
 import os
 import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
+from typing import Any
 
 import _path  # noqa: F401
 import numpy as np
@@ -47,18 +47,47 @@ from pipeline.plan import sampling
 from pipeline.plan.geometry import PaddedCrop, ScaleJitter
 from pipeline.spec import LoaderSpec
 from tools import ROOT
-from tools.bench.gpu_feed import measure_feeds
-from tools.bench.gpu_train import measure_net, measure_steps
+from tools.bench.gpu_loader import measure_loaders
+from tools.bench.gpu_train import measure_steps, measure_train
 from tools.bench.recording import Figure, record
 from tools.make_demo_data import make_demo_data
-from tools.profiler import profile as profiler
+from tools.profiler.options import ProfileOptions
+from tools.profiler.profile import profile
 from tools.profiler.table import table
 from training.launch import cores_per_process
 
 MEAN_LIMIT, PERCENTILE_LIMIT = 1.0, 4.0  # of 255; JPEG decoders differ in their inverse DCT
 REPEATS = 5
-PARTS = ("pixels", "train", "steps", "feed", "profile", "nets", "imagenette")  # most important first
-TORCHVISIONS = ("resnet18", "resnet34", "resnet50", "resnet101", "resnet152")
+PARTS = ("pixels", "train", "steps", "loader", "profile", "models", "imagenette")  # most important first
+TORCHVISION_ARCHS = ("resnet18", "resnet34", "resnet50", "resnet101", "resnet152")
+RESULTS = ROOT / "tools" / "bench" / "results" / "gpu.csv"
+
+
+@dataclass(frozen=True)
+class GpuCheckOptions:
+    """What to check. images: per class, of 8 classes, if `source` is None; source: folder of class folders of JPEGs. imagenette:
+    folder of Imagenette's shards. seconds: of each repeat. Raises UserError for a device that gives no GPU rows."""
+
+    device: str = "cuda"
+    arch: tuple[str, ...] = ("resnet50", "resnet18", "resnet152")
+    parts: tuple[str, ...] = PARTS
+    batch_size: int = 256
+    image_size: int = 224
+    source: Path | None = None
+    imagenette: Path | None = None
+    images: int = 250
+    seconds: float = 2.0
+    results: Path = RESULTS
+
+    def __post_init__(self) -> None:
+        if self.device.startswith("cuda") and not torch.cuda.is_available():
+            raise UserError("torch sees no CUDA GPU", "run this on a machine that has one")
+        if self.device == "cpu" and self.results == RESULTS:
+            raise UserError("`device` cpu measures no GPU", "give another `results` file")
+
+    @property
+    def images_in_words(self) -> str:
+        return self.source.name if self.source else "drawn images"
 
 
 @dataclass(frozen=True)
@@ -70,87 +99,85 @@ class Difference:
 
     @property
     def percentile(self) -> float:
-        """The 99.9th."""
+        """The 99.9th percentile."""
         return float(np.percentile(self.pixels, 99.9))
 
 
 def pixel_differences(loader: Loader) -> list[Difference]:
-    """The differences of each view of each sample in the rest of an epoch. For loaders of one process."""
+    """The differences of each view of each sample in the rest of an epoch. For loaders with one rank."""
     found = []
-    parts = loader.batch_ranges(loader.epoch, loader.consumed)
-    for part, batch in zip(parts, loader, strict=True):
-        work = loader.plan(part)
-        normalization = loader.normalization_at(work.size)
-        images = batch.images.float().permute(0, 2, 3, 1).cpu().numpy()
-        for place, picture in enumerate(images):
-            sample = int(batch.ids[place // loader.crops])
-            image = Image.open(io.BytesIO(loader.shards.read(sample).tobytes()))
-            window, flip, alphas = (column[place] for column in work.views[:3])
-            shift = work.views.shift[place] if work.views.shift is not None else (0, 0)
-            expected = apply(image, window, bool(flip), alphas, work.size, loader.basis, normalization, shift)
-            found.append(Difference(sample, np.abs(picture - expected)))
+    ranges = loader.batch_ranges(loader.epoch, loader.consumed)
+    for batch_range, batch in zip(ranges, loader, strict=True):
+        plan = loader.plan(batch_range)
+        normalization = loader.normalization_at(plan.size)
+        views = batch.images.float().permute(0, 2, 3, 1).cpu().numpy()
+        for index, pixels in enumerate(views):
+            sample = int(batch.ids[index // loader.crops])
+            image = Image.open(io.BytesIO(loader.read(sample).tobytes()))
+            window, flip, alphas = (array[index] for array in plan.views[:3])
+            shift = plan.views.shift[index] if plan.views.shift is not None else (0, 0)
+            expected = apply(image, window, bool(flip), alphas, plan.size, loader.lighting_basis, normalization, shift)
+            found.append(Difference(sample, np.abs(pixels - expected)))
     return found
 
 
 def check_pixels(spec: LoaderSpec, results: Path, images: str) -> bool:
-    """The graph on the device against Pillow, in training and in evaluation, as float32. True if within the limits."""
+    """The graph on the device against Pillow, in training and in evaluation, as float32. Returns whether the differences are
+    within the limits. images: what they are."""
     good = True
     spec = replace(spec, dtype=torch.float32, batch_size=min(64, spec.batch_size))
     padded = replace(spec, geometry=PaddedCrop(spec.final_size // 8))
-    for name, chosen in (
-        ("pixels, training", spec),
-        ("pixels, evaluation", spec.evaluation("train")),
-        ("pixels, padded crops", padded),
-    ):
+    checked = {"training": spec, "evaluation": spec.evaluation("train"), "padded crops": padded}
+    for name, chosen in checked.items():
         loader = open_loader(chosen)
         found = pixel_differences(loader)
         loader.close()
         means = [float(difference.pixels.mean()) for difference in found]
         percentiles = [difference.percentile for difference in found]
-        for figure in (Figure("mean_difference", means), Figure("percentile_99.9_difference", percentiles)):
-            record(results, name, figure, engine="dali", spec=describe(chosen, images), cache="warm")
+        figures = Figure("mean_difference", means), Figure("percentile_99.9_difference", percentiles)
+        record(results, f"pixels, {name}", *figures, engine="dali", spec=describe(chosen, images), cache="warm")
         good &= max(means) <= MEAN_LIMIT and max(percentiles) <= PERCENTILE_LIMIT
     print(f"pixels: {'ok' if good else 'FAILED'}", flush=True)
     return good
 
 
 @torch.inference_mode()
-def check_nets(device: str, results: Path) -> bool:
-    """Our nets against torchvision's, with the same weights, in float32: the greatest difference of a logit. True if small."""
+def check_models(device: str, results: Path) -> bool:
+    """Logits of our models against torchvision's with the same weights, in float32. Returns whether the greatest difference is
+    small."""
     try:
         from torchvision import models
     except ImportError:
-        print("nets: torchvision is not installed, nothing to compare with", flush=True)
+        print("models: torchvision is not installed, nothing to compare with", flush=True)
         return True
     good = True
     images = torch.randn(4, 3, 96, 64, device=device)
-    for arch in TORCHVISIONS:
+    for arch in TORCHVISION_ARCHS:
         torch.manual_seed(0)
-        ours, theirs = ARCHS[arch]().eval(), getattr(models, arch)().eval()
-        theirs.load_state_dict(ours.state_dict())
-        expected = theirs.to(device)(images)
-        difference = float((ours.to(device)(images) - expected).abs().max() / expected.abs().max())
+        model, reference = ARCHS[arch]().eval(), getattr(models, arch)().eval()
+        reference.load_state_dict(model.state_dict())
+        expected = reference.to(device)(images)
+        difference = float((model.to(device)(images) - expected).abs().max() / expected.abs().max())
         figure = Figure("relative_difference_of_logits", [difference])
         record(results, f"nets, {arch}", figure, engine="torch", spec=f"torchvision's, float32, {device}", cache="warm")
         good &= difference < 1e-3  # convolutions in TF32 or in another order
-    print(f"nets: {'ok' if good else 'FAILED'}", flush=True)
+    print(f"models: {'ok' if good else 'FAILED'}", flush=True)
     return good
 
 
 def describe(spec: LoaderSpec, images: str) -> str:
-    """images: what they are."""
+    """A row's spec. images: what they are."""
     dtype = str(spec.dtype).removeprefix("torch.")
     crop = f"{spec.geometry} to {spec.image_size}"
     return f"{images}, {crop}, batch {spec.batch_size}, {dtype}, {spec.device}, {spec.threads} threads"
 
 
 def check_profiler(spec: LoaderSpec, arch: str, seconds: float) -> bool:
-    """The profiler against the same net on the device: its verdict, for people. True if its figures have the documented form."""
-    options = profiler.Options(
-        name=str(spec.data), spec=spec, arch=arch, precision="bf16", demand=None, cache="warm", engines=("dali", "cpu"),
-        repeats=REPEATS, seconds=seconds / 2, apply=False, tune=False, gpus=None, hosts=None, planted=None,
-    )  # fmt: skip
-    found = profiler.profile(options)
+    """Print the profiler's verdict on training a model on the device. Returns whether the profile has a demand and a verdict."""
+    options = ProfileOptions(
+        spec, arch=arch, precision="bf16", cache_state="warm", engines=("dali", "cpu"), repeats=REPEATS, seconds=seconds / 2
+    )
+    found = profile(options)
     print(table(found), flush=True)
     return bool(found["demand"] and found["verdict"]["limit"] in ("input", "compute", "balanced"))
 
@@ -161,83 +188,84 @@ def make_data(folder: Path, source: Path | None, per_class: int, profiles: Seque
         source = folder / "images"
         make_demo_data(source, per_class, 8, 0, os.cpu_count() or 1)
     shards = {}
-    for profile in profiles:
-        shards[profile] = folder / profile
-        make_shards(ConvertOptions(str(source), str(shards[profile]), profile, shard_size=250))
+    for name in profiles:
+        shards[name] = folder / name
+        make_shards(ConvertOptions(str(source), str(shards[name]), name, shard_size=250))
     return shards
 
 
-def check_parts(args: argparse.Namespace, data: dict[str, Path], spec: LoaderSpec) -> bool:
-    """Do the --parts; False if a check failed. data: see `make_data`."""
-    results, seconds, first = args.results, args.seconds, args.arch[0]
-    images = args.source.name if args.source else "drawn images"
+def check_parts(options: GpuCheckOptions, data: dict[str, Path], spec: LoaderSpec) -> bool:
+    """Do the parts; returns whether all checks passed. data: see `make_data`."""
+    results, seconds, first, images = options.results, options.seconds, options.arch[0], options.images_in_words
     described = describe(spec, images)
     good = True
-    for part in sorted(args.parts, key=PARTS.index):
+    for part in sorted(options.parts, key=PARTS.index):
         if part == "pixels":
             good &= check_pixels(spec, results, images)
         elif part == "train":
-            for arch in args.arch:
-                measure_net(replace(spec, engine="dali"), arch, results, seconds, REPEATS, described)
+            for arch in options.arch:
+                measure_train(replace(spec, engine="dali"), arch, results, seconds, REPEATS, described)
         elif part == "steps":
             measure_steps(spec, first, results, seconds, REPEATS, described)
-        elif part == "feed":
-            measure_feeds(data, spec, results, seconds / 2, REPEATS, images)
+        elif part == "loader":
+            measure_loaders(data, spec, results, seconds / 2, REPEATS, images)
         elif part == "profile":
             good &= check_profiler(spec, first, seconds)
-        elif part == "nets":
-            good &= check_nets(args.device, results)
-        elif args.imagenette:
+        elif part == "models":
+            good &= check_models(options.device, results)
+        elif options.imagenette:
             for size in (128, 160):
-                good &= train_imagenette(args.imagenette, size, results)
+                good &= train_imagenette(options.imagenette, size, results)
     return good
 
 
 def train_imagenette(shards: Path, size: int, results: Path) -> bool:
-    """Time to 90 % by recipe imagenette, longer and larger; False if it could not be trained."""
+    """Time to 90 % with recipe imagenette, but for more epochs and at `size` pixels. Returns whether the training succeeded."""
+    accuracy = results.with_name(f"{results.stem}_accuracy.csv")
     with tempfile.TemporaryDirectory() as work:
-        options = ["--arch", "resnet18", "--image-size", size, "--start-size", size - 32, "--eval-size", size, "--epochs", 40]
+        training = ["--arch", "resnet18", "--image-size", size, "--start-size", size - 32, "--eval-size", size, "--epochs", 40]
         command = [
             sys.executable, Path(__file__).with_name("bench_accuracy.py"), "--shards", shards, "--images", shards, "--work", work,
-            "--contenders", "cropfeed", "--seeds", 0, "--levels", 80, 85, 90, "--results", results, "--", *options,
+            "--contenders", "cropfeed", "--seeds", 0, "--levels", 80, 85, 90, "--results", accuracy, "--", *training,
         ]  # fmt: skip
         return subprocess.run([str(word) for word in command], check=False).returncode == 0
 
 
-def main() -> None:
+def parse() -> GpuCheckOptions:
     parser = Parser(__doc__)
-    parser.add_argument("--device", default="cuda")
-    parser.add_argument("--arch", nargs="+", default=["resnet50", "resnet18", "resnet152"], choices=ARCHS, metavar="NET",
-                        help="default: resnet50 resnet18 resnet152")  # fmt: skip
-    parser.add_argument("--parts", nargs="+", default=PARTS, choices=PARTS, help="default: all, in this order")
-    parser.add_argument("--batch-size", type=positive, default=256)
-    parser.add_argument("--image-size", type=positive, default=224)
+    parser.add_argument("--device", help="torch device (default: cuda)")
+    parser.add_argument("--arch", nargs="+", choices=ARCHS, metavar="ARCH", help="models (default: resnet50 resnet18 resnet152)")
+    parser.add_argument("--parts", nargs="+", choices=PARTS, help="default: all, in this order")
+    parser.add_argument("--batch-size", type=positive, help="default: 256")
+    parser.add_argument("--image-size", type=positive, help="side of the crop, pixels (default: 224)")
     parser.add_argument("--source", type=Path, help="folder of class folders of JPEGs, instead of drawn images")
     parser.add_argument("--imagenette", type=Path, help="folder of Imagenette's shards, for the last part")
-    parser.add_argument("--images", type=positive, default=250, help="per class, of 8 (default: 250)")
-    parser.add_argument("--seconds", type=float, default=2, help="per repeat (default: 2)")
-    parser.add_argument("--results", type=Path, default=ROOT / "tools" / "bench" / "results" / "gpu.csv")
-    args = parser.parse_args()
-    if args.device.startswith("cuda") and not torch.cuda.is_available():
-        raise UserError("torch sees no CUDA GPU; run this on a machine that has one")
-    if args.device == "cpu" and args.results == parser.get_default("results"):
-        raise UserError("--device cpu measures no GPU; give another --results file")
+    parser.add_argument("--images", type=positive, help="number of images to draw for each of 8 classes (default: 250)")
+    parser.add_argument("--seconds", type=float, help="duration of each repeat (default: 2)")
+    parser.add_argument("--results", type=Path, help="file to append rows to (default: tools/bench/results/gpu.csv)")
+    parser.set_defaults(**{field.name: field.default for field in fields(GpuCheckOptions)})
+    args = vars(parser.parse_args())
+    values: dict[str, Any] = {name: tuple(value) if isinstance(value, list) else value for name, value in args.items()}
+    return GpuCheckOptions(**values)
+
+
+def main() -> None:
+    options = parse()
     torch.backends.cudnn.benchmark = True  # as train.py and the reference scripts have it
     subprocess.run([sys.executable, str(ROOT / "tools" / "doctor.py")], check=False)
     with tempfile.TemporaryDirectory() as folder:
-        profiles = ("lossless", "original", "compact") if "feed" in args.parts else ("lossless",)
-        data = make_data(Path(folder), args.source, args.images, profiles)
-        size = args.image_size
+        profiles = ("lossless", "original", "compact") if "loader" in options.parts else ("lossless",)
+        data = make_data(Path(folder), options.source, options.images, profiles)
         spec = LoaderSpec(
             data["lossless"],
-            batch_size=args.batch_size,
-            image_size=size,
-            geometry=ScaleJitter().scaled(size, sampling.CROP),
+            batch_size=options.batch_size,
+            image_size=options.image_size,
+            geometry=ScaleJitter().scaled(options.image_size, sampling.CROP),
             dtype=torch.bfloat16,
-            device=args.device,
+            device=options.device,
             threads=cores_per_process(),
         )
-        good = check_parts(args, data, spec)
+        good = check_parts(options, data, spec)
     sys.exit(0 if good else 1)
 
 

@@ -1,9 +1,9 @@
-"""For gpu_check.py: the train step on the device, our nets from shards, and ResNets as others train them.
+"""For gpu_check.py: train steps on the device, of our models from shards, and of ResNets as the reference scripts train them.
 
-Theirs are the plain steps of the reference scripts, on one synthetic batch as ours. torchvision's
-references/classification/train.py: SGD with momentum, contiguous layout, loss and accuracies read back after every step. timm's
-train.py: Nesterov momentum, no weight decay of vectors, the loss read back; contiguous, or with its --channels-last. Both in bf16
-autocast, without the loss scaling that their fp16 would need.
+All steps are compared on one synthetic batch. torchvision's references/classification/train.py: SGD with momentum, contiguous
+layout, loss and accuracies read back after every step. timm's train.py: Nesterov momentum, no weight decay of vectors, the loss
+read back; contiguous layout, or channels-last as with its option. Both use bf16 autocast, without the loss scaling that their
+fp16 would need.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from model.describe import describe as describe_net
+from model.describe import describe as describe_model
 from pipeline.loader import Batch
 from pipeline.spec import LoaderSpec
 from tools.bench.recording import Figure, record
@@ -31,27 +31,27 @@ from training.optimizers import parameter_groups
 
 CLASSES = 1000
 RATIO_GOAL, WAIT_GOAL, STEP_GOAL = 0.98, 0.01, 1.1
-# Dense bf16 of the matrix units, operations/s, from NVIDIA's data sheets (which give it with sparsity, twice as much).
+# Peak operations/s of the tensor cores in dense bf16, from NVIDIA's data sheets (which give it with sparsity: twice as much).
 PEAKS = {"NVIDIA H100 80GB HBM3": 989e12, "NVIDIA H200": 989e12}
 OURS, COMPILED = "ours", "ours, compiled"
 
 
 def share_of_peak(arch: str, size: int, images_per_s: float, card: str) -> float | None:
-    """What a training speed takes of a card's matrix units; None for a card whose peak is not known.
+    """Share of the tensor cores' peak that training at a given throughput uses; None for a card whose peak is not known.
 
-    Backward counts twice forward, and a multiply-add two operations. card: as torch names it.
+    The backward pass counts twice the forward pass, and a multiply-add two operations. card: its name in torch.
     """
     if card not in PEAKS:
         return None
-    return 3 * 2 * describe_net(arch, size).multiply_adds * images_per_s / PEAKS[card]
+    return 3 * 2 * describe_model(arch, size).multiply_adds * images_per_s / PEAKS[card]
 
 
 def card_of(device: str) -> str | None:
     return torch.cuda.get_device_name(torch.device(device)) if device.startswith("cuda") else None
 
 
-def begin_memory(device: str) -> None:
-    """From here on, the peak counts anew. What earlier nets left is given back."""
+def reset_peak_memory(device: str) -> None:
+    """Free the memory of earlier models, and start counting the peak again."""
     gc.collect()
     if device.startswith("cuda"):
         torch.cuda.empty_cache()
@@ -59,51 +59,51 @@ def begin_memory(device: str) -> None:
 
 
 def peak_memory(device: str) -> dict[str, list[float]]:
-    """GiB that torch's tensors took at most; nothing without a GPU. (DALI's own buffers are not among them.)"""
+    """Peak memory of torch's tensors in GiB, without DALI's own buffers; empty without a GPU."""
     return {"peak_memory_gib": [torch.cuda.max_memory_allocated(device) / 2**30]} if device.startswith("cuda") else {}
 
 
-def measure_net(spec: LoaderSpec, arch: str, results: Path, seconds: float, repeats: int, described: str) -> list[float]:
-    """Images/s of training from shards over training on one batch that stays on the device; returns the ratios.
+def measure_train(spec: LoaderSpec, arch: str, results: Path, seconds: float, repeats: int, described: str) -> list[float]:
+    """Record images/s of training from shards, and of training on one batch that stays on the device. Returns the ratios.
 
-    described: the rows' spec.
+    seconds: of each repeat. described: the rows' spec.
     """
-    begin_memory(spec.device)
+    reset_peak_memory(spec.device)
     consumer = Model(arch, "bf16", spec, CLASSES)
     (found,) = measure_training([(spec, consumer)], False, repeats, seconds, f"train {arch}")
     from_shards = [window.images_per_s for window in found.windows]
-    ratios = [ours / ideal for ours, ideal in zip(from_shards, found.alone, strict=True)]
+    ratios = [rate / ideal for rate, ideal in zip(from_shards, found.alone, strict=True)]
     waits = [window.wait_share for window in found.windows]
     figures = {"images_per_s_synthetic": found.alone, "images_per_s_shards": from_shards, "ratio": ratios, "wait_share": waits}
     figures |= peak_memory(spec.device)
     card = card_of(spec.device)
     if card in PEAKS:
         figures["share_of_peak"] = [share_of_peak(arch, spec.final_size, speed, card) or 0.0 for speed in found.alone]
-    for metric, values in figures.items():
-        record(results, f"train {arch} bf16", Figure(metric, values), engine=spec.engine, spec=described, cache="warm")
+    rows = [Figure(metric, values) for metric, values in figures.items()]
+    record(results, f"train {arch} bf16", *rows, engine=spec.engine, spec=described, cache="warm")
     ratio, wait = float(np.median(ratios)), float(np.median(waits))
     reached = "reached" if ratio >= RATIO_GOAL and wait < WAIT_GOAL else "NOT REACHED"
     print(
-        f"train {arch}: {ratio:.3f} of synthetic ({RATIO_GOAL}), waiting {wait:.2%} ({WAIT_GOAL:.0%}): goals {reached}",
+        f"train {arch}: {ratio:.3f} of synthetic ({RATIO_GOAL}), data wait {wait:.2%} ({WAIT_GOAL:.0%}): goals {reached}",
         flush=True,
     )
     return ratios
 
 
 class PlainStep:
-    """The step of a reference script. images: they come as float32."""
+    """The train step of a reference script, on float32 images."""
 
-    def __init__(self, net: nn.Module, device: str, layout: torch.memory_format, script: str) -> None:
+    def __init__(self, model: nn.Module, device: str, layout: torch.memory_format, script: str) -> None:
         """script: "torchvision" or "timm"."""
-        self._net = net.to(device, memory_format=layout).train()  # type: ignore[call-overload]
+        self._model = model.to(device, memory_format=layout).train()  # type: ignore[call-overload]
         self._kind, self._script = torch.device(device).type, script
         timm = script == "timm"
-        groups = parameter_groups(net, WEIGHT_DECAY, norm_and_bias=not timm)
+        groups = parameter_groups(model, WEIGHT_DECAY, norm_and_bias=not timm)
         self._optimizer = torch.optim.SGD(groups, 1e-3, MOMENTUM, nesterov=timm)
 
     def step(self, batch: Batch) -> None:
         with torch.autocast(self._kind, torch.bfloat16):
-            output = self._net(batch.images)
+            output = self._model(batch.images)
             loss = F.cross_entropy(output, batch.labels)
         self._optimizer.zero_grad()
         loss.backward()
@@ -116,29 +116,29 @@ class PlainStep:
 
 
 def contenders(arch: str, spec: LoaderSpec) -> Iterator[tuple[str, Any, torch.dtype, torch.memory_format]]:
-    """Name, consumer, and the images that it takes. Those that are not installed, or do not work, say so and are left out."""
-    ours = torch.channels_last
-    yield OURS, Model(arch, "bf16", spec, CLASSES), torch.bfloat16, ours
+    """Name, consumer, and dtype and layout of its images. Prints which ones are left out: those not installed, or failing."""
+    channels_last = torch.channels_last
+    yield OURS, Model(arch, "bf16", spec, CLASSES), torch.bfloat16, channels_last
     model = Model(arch, "bf16", spec, CLASSES)
-    why = model.compile("default", synthetic(spec, torch.bfloat16, ours).images)
-    if why is None:
-        yield COMPILED, model, torch.bfloat16, ours
+    failure = model.compile("default", synthetic(spec, torch.bfloat16, channels_last).images)
+    if failure is None:
+        yield COMPILED, model, torch.bfloat16, channels_last
     else:
-        print(f"train step: {why}", flush=True)
+        print(f"train step: {failure}", flush=True)
     for package, make in (("torchvision", "torchvision.models"), ("timm", "timm")):
         try:
             module = importlib.import_module(make)
         except ImportError:
             print(f"train step: {package} is not installed, nothing to compare with", flush=True)
             continue
-        layouts = {"": torch.contiguous_format} | ({", channels-last": torch.channels_last} if package == "timm" else {})
+        layouts = {"": torch.contiguous_format} | ({", channels-last": channels_last} if package == "timm" else {})
         for suffix, layout in layouts.items():
-            net = module.create_model(arch, num_classes=CLASSES) if package == "timm" else getattr(module, arch)()
-            yield package + suffix, PlainStep(net, spec.device, layout, package), torch.float32, layout
+            other = module.create_model(arch, num_classes=CLASSES) if package == "timm" else getattr(module, arch)()
+            yield package + suffix, PlainStep(other, spec.device, layout, package), torch.float32, layout
 
 
 def synthetic(spec: LoaderSpec, dtype: torch.dtype, layout: torch.memory_format) -> Batch:
-    """A batch that stays on the device."""
+    """A random batch on the device."""
     size, count = spec.final_size, spec.batch_size
     torch.manual_seed(0)
     images = torch.randn(count, 3, size, size).to(spec.device, dtype, memory_format=layout)
@@ -148,22 +148,23 @@ def synthetic(spec: LoaderSpec, dtype: torch.dtype, layout: torch.memory_format)
 def measure_steps(
     spec: LoaderSpec, arch: str, results: Path, seconds: float, repeats: int, described: str
 ) -> dict[str, list[float]]:
-    """Images/s of everybody's train step on one batch, in turns; ours over each of theirs. Returns the speeds."""
-    begin_memory(spec.device)
+    """Record images/s of each contender's train step on one batch, in turns, and our throughput over theirs. Returns images/s by
+    name and repeat. described: the rows' spec."""
+    reset_peak_memory(spec.device)
     spec = replace(spec, dtype=torch.bfloat16)
-    ways: dict[str, tuple[Any, Batch]] = {}
+    steps: dict[str, tuple[Any, Batch]] = {}
     for name, consumer, dtype, layout in contenders(arch, spec):
         batch = synthetic(spec, dtype, layout)
         for _ in range(3):  # the first steps allocate and choose algorithms
             consumer.step(batch)
         synchronise(spec.device)
-        ways[name] = consumer, batch
-    speeds: dict[str, list[float]] = {name: [] for name in ways}
+        steps[name] = consumer, batch
+    speeds: dict[str, list[float]] = {name: [] for name in steps}
 
     def turn(name: str) -> None:
-        speeds[name].append(run_alone(*ways[name], spec.device, seconds))
+        speeds[name].append(run_alone(*steps[name], spec.device, seconds))
 
-    in_turns(list(ways), repeats, turn)
+    in_turns(list(steps), repeats, turn)
     best = max((name for name in (OURS, COMPILED) if name in speeds), key=lambda name: np.median(speeds[name]))
     for name, values in speeds.items():
         figures = {"images_per_s": values}
@@ -177,6 +178,6 @@ def measure_steps(
             print(f"train step: {best} is {ratio:.2f} x {name} (goal {STEP_GOAL}): {reached}", flush=True)
         elif name == COMPILED:
             figures["ratio_to_ours"] = [fast / eager for fast, eager in zip(values, speeds[OURS], strict=True)]
-        for metric, found in figures.items():
-            record(results, f"train step, {arch} bf16", Figure(metric, found), engine=name, spec=described, cache="warm")
+        rows = [Figure(metric, found) for metric, found in figures.items()]
+        record(results, f"train step, {arch} bf16", *rows, engine=name, spec=described, cache="warm")
     return speeds

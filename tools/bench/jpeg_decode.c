@@ -1,5 +1,5 @@
 /* JPEG to RGB by libjpeg-turbo for bench_region.py: a whole image, or a region by libjpeg-turbo's own partial decoding.
- * One decoder, kept from call to call; not for threads. Exact settings: slow integer DCT, interpolated chroma. */
+ * One decoder, reused by all calls; not thread-safe. Exact settings: slow integer DCT, interpolated chroma. */
 #include <setjmp.h>
 #include <stddef.h>
 #include <stdio.h>
@@ -16,15 +16,15 @@ static void fail(j_common_ptr any) {
     longjmp(failed, 1);
 }
 
-static void be_quiet(j_common_ptr any) { (void)any; } /* warnings are not printed */
+static void ignore(j_common_ptr any) { (void)any; } /* prints no warnings */
 
 #define TEXT(name) #name
 #define VALUE_TEXT(name) TEXT(name)
 const char *version(void) { return VALUE_TEXT(LIBJPEG_TURBO_VERSION); }
 const char *why(void) { return reason; }
 
-/* Widen columns [*left, *right) by what must be decoded to get them right: chroma interpolation of 2:1 looks at the neighbouring
- * pixel's sample. Rows need no such margin, jpeg_skip_scanlines keeps the context rows itself. */
+/* Widen columns [*left, *right) by the margin that exact pixels need: chroma interpolation of 2:1 uses the neighbouring pixel's
+ * sample. Rows need no margin: jpeg_skip_scanlines keeps the context rows itself. */
 static void widen(JDIMENSION *left, JDIMENSION *right) {
     if (decoder.max_h_samp_factor > 1) {
         *left -= *left > 0;
@@ -33,13 +33,13 @@ static void widen(JDIMENSION *left, JDIMENSION *right) {
 }
 
 /* region: top, left, bottom, right in pixels, or NULL for the whole image; it must lie within the image.
- * out: gets rows of RGB without gaps. place: gets top, left, height, width of what was decoded, at least the region.
- * Returns 0, or -1 where libjpeg-turbo gives up or `room` bytes of `out` are too few; `why` says why. */
-int decode(const unsigned char *data, size_t bytes, const long *region, unsigned char *out, size_t room, long *place) {
+ * out: receives rows of RGB without gaps. place: receives top, left, height, width of the decoded part, which contains the
+ * region. Returns 0, or -1 if libjpeg-turbo fails or the `size` bytes of `out` are too few; `why` returns the reason. */
+int decode(const unsigned char *data, size_t bytes, const long *region, unsigned char *out, size_t size, long *place) {
     if (!ready) {
         decoder.err = jpeg_std_error(&errors);
         errors.error_exit = fail;
-        errors.output_message = be_quiet;
+        errors.output_message = ignore;
     }
     if (setjmp(failed)) {
         if (ready) jpeg_abort_decompress(&decoder);
@@ -64,9 +64,9 @@ int decode(const unsigned char *data, size_t bytes, const long *region, unsigned
     }
     size_t stride = 3 * (size_t)width;
     place[0] = top, place[1] = left, place[2] = bottom - top, place[3] = width;
-    if (stride * place[2] > room) {
+    if (stride * place[2] > size) {
         jpeg_abort_decompress(&decoder);
-        snprintf(reason, sizeof reason, "the picture is larger than the output");
+        snprintf(reason, sizeof reason, "the image is larger than the output");
         return -1;
     }
     while (decoder.output_scanline < bottom) {
@@ -76,7 +76,7 @@ int decode(const unsigned char *data, size_t bytes, const long *region, unsigned
         for (JDIMENSION i = 0; i < count; i++) rows[i] = out + (decoder.output_scanline - top + i) * stride;
         jpeg_read_scanlines(&decoder, rows, count);
     }
-    if (region) jpeg_abort_decompress(&decoder); /* the rows below are not wanted */
+    if (region) jpeg_abort_decompress(&decoder); /* the rows below are not needed */
     else jpeg_finish_decompress(&decoder);
     return 0;
 }

@@ -1,14 +1,21 @@
-"""Record what a finished run reached: python tools/bench/record_run.py runs/latest
+"""Record what a finished run reached, or an evaluation.
 
-Appends rows to tools/bench/results/training.csv: last validation accuracy, minutes (validation and checkpoints included, start-up
-not), first and last training loss, share of the time spent waiting for data, all from RUN/metrics.csv and RUN/config.json.
+    python tools/bench/record_run.py runs/latest
+    python tools/bench/record_run.py --evaluation figures.json
+
+A run's rows go to tools/bench/results/training.csv: last validation accuracy, minutes (validation and checkpoints included,
+start-up not), first and last training loss, and the mean share of the time spent waiting for data, all from RUN/metrics.csv and
+RUN/config.json. An evaluation's rows go to tools/bench/results/testing.csv: top-1 and top-5 of each testing scheme, for each
+model and their ensemble, from the file that tools/evaluate.py --json has written.
 """
 
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from statistics import mean
+from typing import Any
 
 import _path  # noqa: F401
 
@@ -18,19 +25,22 @@ from tools import ROOT
 from tools.bench.recording import Figure, record
 from training.metrics import read_metrics
 
-WORDS = {"rrc": "random resized crops", "pad": "crops of the padded image"}  # geometries without a scale
+RESULTS = ROOT / "tools" / "bench" / "results"
+WITHOUT_SCALE = {"rrc": "random resized crops", "pad": "crops of the padded image"}  # geometries
 
 
-def main() -> None:
-    parser = Parser(__doc__)
-    parser.add_argument("run", type=Path, metavar="RUN")
-    parser.add_argument("--results", type=Path, default=ROOT / "tools" / "bench" / "results" / "training.csv")
-    args = parser.parse_args()
-    if not (args.run / "model.safetensors").is_file():
-        raise UserError(f"{args.run}: no finished run there; give the --output of a train.py that has ended")
-    config = json.loads((args.run / "config.json").read_text())
-    options = config["arguments"]
-    rows = read_metrics(args.run / "metrics.csv")
+def record_training(run: Path, results: Path) -> None:
+    if not (run / "model.safetensors").is_file():
+        raise UserError(f"{run}: no finished run there", "give the --output of a train.py that has ended")
+    config = json.loads((run / "config.json").read_text())
+    figures = [Figure(metric, [value]) for metric, value in training_figures(run / "metrics.csv").items()]
+    spec = describe(config["arguments"], config["precision"])
+    record(results, "training", *figures, engine=config["engine"], spec=spec, cache="warm", command=shorten(config["command"]))
+
+
+def training_figures(metrics: Path) -> dict[str, float]:
+    """The figures of a run by metric; train_... are means over the log intervals."""
+    rows = read_metrics(metrics)
     train = [row for row in rows if row["train_loss"]]
     val = [row for row in rows if row["val_top1"]]
     figures = {"minutes": float(rows[-1]["seconds"]) / 60}
@@ -40,16 +50,52 @@ def main() -> None:
         figures["images_per_s"] = mean(float(row["images_per_s"]) for row in train)
     if val:
         figures |= {"val_top1": float(val[-1]["val_top1"]), "val_top5": float(val[-1]["val_top5"])}
-    geometry = "S {}..{}".format(*options["scale"]) if options["scale"] else WORDS[options["geometry"]]
+    return figures
+
+
+def describe(options: dict[str, Any], precision: str) -> str:
+    """A row's spec. options: the arguments in config.json."""
+    geometry = "S {}..{}".format(*options["scale"]) if options["scale"] else WITHOUT_SCALE[options["geometry"]]
     sizes = f"{options['start_size']} to {options['image_size']}" if options["start_size"] else options["image_size"]
-    net = f"{options['arch']} at {sizes}, {geometry}"
     length = f"{options['iterations']} iterations" if options["iterations"] else f"{options['epochs']} epochs"
-    spec = f"{Path(options['data']).name}, {net}, {length}, precision {config['precision']}"
-    command = " ".join(Path(part).name if i == 0 else part for i, part in enumerate(config["command"]))
-    for metric, value in figures.items():
-        record(
-            args.results, "training", Figure(metric, [value]), engine=config["engine"], spec=spec, cache="warm", command=command
-        )
+    model = f"{options['arch']} at {sizes}, {geometry}"
+    return f"{Path(options['data']).name}, {model}, {length}, precision {precision}"
+
+
+def record_evaluation(file: Path, results: Path) -> None:
+    """Record the top-1 and top-5 rates of an evaluation: an ensemble's members first."""
+    try:
+        found = json.loads(file.read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(f"{file}: cannot be read as JSON ({error})") from error
+    if missing := {"name", "schemes", "data", "split", "precision", "command"} - set(found):
+        raise UserError(f"{file}: lacks {', '.join(sorted(missing))}", "give what this version's tools/evaluate.py --json wrote")
+    where = f"{found['data'] or 'saved predictions'}, {found['split']}, precision {found['precision']}"
+    command = " ".join(["python", *found["command"]])
+    for evaluated in (*found.get("members", ()), found):
+        for scheme, rates in evaluated["schemes"].items():
+            figures = [Figure(metric, [rates[metric]]) for metric in ("top1", "top5")]
+            spec = f"{evaluated['name']}, {where}"
+            record(results, scheme, *figures, engine="evaluate.py", spec=spec, cache="warm", command=command)
+
+
+def shorten(command: Sequence[str]) -> str:
+    """The command line with the script's name for its path."""
+    return " ".join([Path(command[0]).name, *command[1:]])
+
+
+def main() -> None:
+    parser = Parser(__doc__)
+    parser.add_argument("run", type=Path, nargs="?", metavar="RUN", help="folder of a finished run of train.py")
+    parser.add_argument("--evaluation", type=Path, metavar="FILE", help="what tools/evaluate.py --json wrote, instead of RUN")
+    parser.add_argument("--results", type=Path, help="file to append rows to (default: in tools/bench/results/)")
+    args = parser.parse_args()
+    if (args.run is None) == (args.evaluation is None):
+        raise UserError("give either RUN or --evaluation", "see --help")
+    if args.run:
+        record_training(args.run, args.results or RESULTS / "training.csv")
+    else:
+        record_evaluation(args.evaluation, args.results or RESULTS / "testing.csv")
 
 
 if __name__ == "__main__":

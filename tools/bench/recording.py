@@ -1,39 +1,55 @@
-"""Rows of tools/bench/results/*.csv: every figure with what it takes to believe it. README tables come from these rows alone."""
+"""Rows of tools/bench/results/*.csv: each figure with what it takes to believe it. README tables come from these rows alone."""
 
 from __future__ import annotations
 
 import csv
 import sys
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from statistics import median
 
-import _path  # noqa: F401
-
 from training.provenance import commit, hardware, versions
 
-COLUMNS = (
-    "date", "commit", "command", "hardware", "versions", "benchmark", "engine", "spec", "cache", "metric", "value", "low", "high",
-    "repeats",
-)  # fmt: skip
+ORIGIN = ("date", "commit", "command", "hardware", "versions", "benchmark", "engine", "spec", "cache")
+VALUES = ("metric", "value", "low", "high", "repeats")
+COLUMNS = (*ORIGIN, *VALUES)
 
 
 @dataclass(frozen=True)
 class Figure:
-    """One measured quantity: its median, lowest and highest over the repeats."""
+    """One measured quantity: a value for each repeat."""
 
     metric: str
-    values: list[float]
+    values: Sequence[float]
 
     def __str__(self) -> str:
         middle, low, high = (f"{value:.4g}" for value in (median(self.values), min(self.values), max(self.values)))
         return f"{self.metric} {middle} [{low} to {high}] over {len(self.values)} runs"
 
+    def row(self) -> dict[str, str]:
+        """VALUES: the median, lowest and highest over the repeats."""
+        value, low, high = (f"{value:.6g}" for value in (median(self.values), min(self.values), max(self.values)))
+        return {"metric": self.metric, "value": value, "low": low, "high": high, "repeats": str(len(self.values))}
 
-def record(file: Path, benchmark: str, figure: Figure, *, engine: str, spec: str, cache: str, command: str | None = None) -> None:
-    """Append a row to `file` and print it. cache: state of the page cache; command: what was run, if not this process."""
-    row = {
+
+def record(
+    file: Path,
+    benchmark: str,
+    *figures: Figure,
+    engine: str,
+    spec: str,
+    cache: str,
+    command: str | None = None,
+    runs: Path | None = None,
+) -> None:
+    """Append a row for each figure to `file`, and print it.
+
+    cache: state of the page cache. command: what was run, if not this process. runs: a second file, which gets one row with the
+    columns `id` and ORIGIN; rows of `file` then have the columns `run`, this id, and VALUES. Without it they have COLUMNS.
+    """
+    origin = {
         "date": datetime.now(UTC).strftime("%Y-%m-%d"),
         "commit": commit(),
         "command": command or " ".join(["python", *sys.argv]),
@@ -43,17 +59,29 @@ def record(file: Path, benchmark: str, figure: Figure, *, engine: str, spec: str
         "engine": engine,
         "spec": spec,
         "cache": cache,
-        "metric": figure.metric,
-        "value": f"{median(figure.values):.6g}",
-        "low": f"{min(figure.values):.6g}",
-        "high": f"{max(figure.values):.6g}",
-        "repeats": len(figure.values),
     }
+    if runs is not None:
+        number = _rows(runs) + 1
+        _append(runs, [{"id": str(number), **origin}])
+        origin = {"run": str(number)}
+    _append(file, [{**origin, **figure.row()} for figure in figures])
+    for figure in figures:
+        print(f"{benchmark} ({engine}; {spec}): {figure}", flush=True)
+
+
+def _rows(file: Path) -> int:
+    if not file.exists():
+        return 0
+    with file.open(newline="") as stream:
+        return sum(1 for _ in csv.DictReader(stream))
+
+
+def _append(file: Path, rows: Sequence[Mapping[str, str]]) -> None:
+    """rows: at least one; all have the same columns."""
     new = not file.exists()
     file.parent.mkdir(parents=True, exist_ok=True)
     with file.open("a", newline="") as stream:
-        writer = csv.DictWriter(stream, COLUMNS)
+        writer = csv.DictWriter(stream, list(rows[0]))
         if new:
             writer.writeheader()
-        writer.writerow(row)
-    print(f"{benchmark} ({engine}; {spec}): {figure}", flush=True)
+        writer.writerows(rows)

@@ -1,4 +1,4 @@
-"""Planning ahead, on paper: what a cluster of hosts like this machine needs to feed its GPUs, and where it breaks first."""
+"""--gpus, --hosts: what a cluster of hosts like this machine needs to keep its GPUs busy, and its first bottleneck."""
 
 from __future__ import annotations
 
@@ -7,48 +7,50 @@ from typing import Any
 
 from tools.profiler.figures import amount, count, speed
 
-GRADIENT_BYTES = 4  # of a parameter's gradient, float32
+GRADIENT_BYTES = 4  # per parameter, float32
 
 
 @dataclass(frozen=True)
 class Host:
-    """What was measured here. per_core: images a second that one core makes of stored images, all stages of the CPU engine.
+    """What was measured on this machine. per_core: images per second of one core, for all stages of the CPU engine.
 
-    image_bytes: read from the storage for an image. data_bytes: of all shards. memory: bytes that the page cache may take.
-    storage: bytes a second, the read ceiling. copy: bytes a second to a GPU, None if not measured. picture_bytes: of an image on
-    its way to a GPU.
+    stored_bytes: bytes read from the storage per image. data_bytes: size of all shards. memory: bytes free for the page cache.
+    storage: maximum read speed, bytes per second. copy: bytes per second to a GPU, None if not measured.
+    pixel_bytes: bytes copied to a GPU per image.
     """
 
     cores: int
     per_core: float
-    image_bytes: float
+    stored_bytes: float
     data_bytes: int
     memory: int
     storage: float
     copy: float | None
-    picture_bytes: int
+    pixel_bytes: int
 
 
 def plan_ahead(host: Host, gpus: int, hosts: int, demand: float, parameters: int | None, batch_size: int) -> dict[str, Any]:
-    """In the schema's form. gpus: of a host. demand: images a second and GPU. parameters: of the net, for the gradients' traffic,
-    if known. batch_size: global.
+    """The plan, in the schema's form. gpus: per host. demand: images per second per GPU. parameters: of the model, if known, for
+    the traffic of gradients. batch_size: global.
 
-    Every host reads shards for itself, in random order: each needs its share of the images from wherever the shards lie.
+    Each host reads its share of the images itself, in random order.
     """
-    each = gpus * demand
+    each = gpus * demand  # images per second per host
     fits = host.data_bytes < host.memory
-    when = "in the first epoch; then they lie in memory" if fits else "always: they exceed the memory"
-    reading = each * host.image_bytes
+    when = "in the first epoch; later epochs read from memory" if fits else "in every epoch: the shards exceed the memory"
+    reading = each * host.stored_bytes
     needs = [
         need(
-            "cores", "cores", each / host.per_core, host.cores, f"at {speed(host.per_core)} images/s a core, decoding on the CPU"
+            "cores",
+            "cores",
+            each / host.per_core,
+            host.cores,
+            f"{speed(host.per_core)} images/s per core, decoding on the CPU",
         ),
         need("storage", "bytes/s", reading, host.storage, when),
-        need("network, data", "Gbit/s", reading * 8 / 1e9, None, f"if the shards lie on another machine; {when}"),
-        need(
-            "memory", "bytes", host.data_bytes, host.memory, "for the page cache to hold all shards, so that they are read once"
-        ),
-        need("copies to GPUs", "bytes/s", each * host.picture_bytes, host.copy and host.copy * gpus, "as pixels; less from DALI"),
+        need("network, data", "Gbit/s", reading * 8 / 1e9, None, f"if the shards are on another machine; {when}"),
+        need("memory", "bytes", host.data_bytes, host.memory, "to keep all shards in the page cache, so that they are read once"),
+        need("copies to GPUs", "bytes/s", each * host.pixel_bytes, host.copy and host.copy * gpus, "of pixels; less with DALI"),
     ]
     if parameters and hosts > 1:
         steps = hosts * each / batch_size
@@ -81,12 +83,12 @@ def in_words(gpus: int, hosts: int, demand: float, needs: list[dict[str, Any]], 
         amount(by_name[name]["needed"], by_name[name]["unit"]) for name in ("cores", "storage", "network, data")
     )
     text = (
-        f"{count(hosts, 'host')} with {count(gpus, 'GPU')} each, at {speed(demand)} images/s a GPU, eat "
-        f"{speed(hosts * gpus * demand)} images/s, {speed(gpus * demand)} a host. "
-        f"Each host needs {cores} for decoding and {storage} of storage (as network: {network}). "
+        f"{count(hosts, 'host')} with {count(gpus, 'GPU')} each, at {speed(demand)} images/s per GPU, need "
+        f"{speed(hosts * gpus * demand)} images/s, {speed(gpus * demand)} per host. "
+        f"Each host needs {cores} for decoding and {storage} from the storage ({network} over a network). "
     )
     if first is None:
-        return text + "A host like this machine meets all that was measured here."
+        return text + "A host like this machine meets every need that was measured."
     broken = by_name[first]
     here, needed = amount(broken["here"], broken["unit"]), amount(broken["needed"], broken["unit"])
-    return text + f"With hosts like this machine it breaks first at {first}: {here} here, {needed} needed."
+    return text + f"With hosts like this machine, the first bottleneck is {first}: {here} here, {needed} needed."

@@ -1,7 +1,7 @@
-"""A profile's pictures: `draw` gives {"stages", "threads", "timeline"} -> PNG bytes; without demand there is no timeline.
+"""A profile's charts: `draw` returns {"stages", "threads", "timeline"} -> PNG bytes; without a demand there is no timeline.
 
-Blue is work, red is what holds it up, grey is what is not used, in all of them; the report's tag has the same colours. Figures
-are made without pyplot: nothing global changes, and nothing needs closing.
+In all charts, as in the report's header, work is blue, the bottleneck is red, and unused stages are grey. Figures are made
+without pyplot, so there is no global state and nothing to close.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ from tools.profiler.figures import at_threads, count, loader_milliseconds, milli
 
 Profile = dict[str, Any]
 INK, GREY, PALE = "#1f2933", "#6b7680", "#d5dade"
-WORK, HELD_UP = "#2f6690", "#c0392b"
+WORK, LIMIT = "#2f6690", "#c0392b"
 SHADES = (WORK, "#4a7da6")
-OTHERS = ("#b7791f", "#3b8070", "#7a5195", "#8c564b", "#5f6b75")  # engines other than the one configured
-WIDTH, DPI = 6.25, 224  # inches: narrow, so that the letters can be read where a phone shrinks it
-LOG_FROM = 6  # speeds further apart than this factor get a logarithmic axis
+OTHERS = ("#b7791f", "#3b8070", "#7a5195", "#8c564b", "#5f6b75")  # engines other than the configured one
+WIDTH, DPI = 6.25, 224  # inches and dots per inch: narrow, so that text is legible on a phone
+LOG_FROM = 6  # the axis is logarithmic if the ratio of speeds exceeds this
 STEPS_A_ROW, ROWS = 50, 6  # of the timeline
 STYLE: Any = {
     "font.family": "DejaVu Sans",
@@ -47,7 +47,7 @@ def draw(profile: Profile) -> dict[str, bytes]:
 
 
 def figures(profile: Profile) -> dict[str, Figure]:
-    """The same before they become pixels."""
+    """The same as matplotlib figures."""
     with rc_context(STYLE):
         made = {"stages": stages(profile), "threads": threads(profile)}
         if profile["demand"] and profile["demand"]["steps"]:
@@ -63,7 +63,7 @@ def png(figure: Figure) -> bytes:
 
 
 def blank(height: float, title: str, subtitle: str, left: float, right: float) -> tuple[Figure, Axes]:
-    """A figure of so many inches with its title above one empty pair of axes; left, right: their margins in inches."""
+    """A figure with a title above one empty pair of axes. height: inches. left, right: margins of the axes, inches."""
     figure = Figure(figsize=(WIDTH, height))
     figure.text(0.15 / WIDTH, 1 - 0.14 / height, title, size=11, weight="bold", va="top")
     figure.text(0.15 / WIDTH, 1 - 0.42 / height, subtitle, size=8.5, color=GREY, va="top")
@@ -74,29 +74,29 @@ def blank(height: float, title: str, subtitle: str, left: float, right: float) -
 
 
 def stages(profile: Profile) -> Figure:
-    """Waterfall: what each stage takes of a thread's time, one after another on an image's way, and the whole loader."""
+    """A waterfall of the stages' times per image and thread, in processing order, and the whole loader's."""
     whole, limit = loader_milliseconds(profile), profile["verdict"]["stage"]
     bars = [(stage, at_threads(stage, profile["spec"]["threads"])) for stage in profile["stages"]]
     known = [(stage["name"], stage["used"], at["ms_per_image"]) for stage, at in bars if at]
-    way = sum(took for _, used, took in known if used)
-    right = 1.22 * max(way, whole if math.isfinite(whole) else 0.0, 1e-6)
+    total = sum(took for _, used, took in known if used)
+    right = 1.22 * max(total, whole if math.isfinite(whole) else 0.0, 1e-6)
     some_unused = not all(used for _, used, _ in known)
     subtitle = f"Milliseconds of one thread per image, at {count(profile['spec']['threads'], 'thread')}."
-    subtitle += " Hatched: not done as a stage of its own here." if some_unused else ""
+    subtitle += " Hatched: not used." if some_unused else ""
     figure, axes = blank(1.5 + 0.3 * (len(known) + 1), stages_title(profile, known, whole), subtitle, 1.25, 0.35)
     reached = 0.0
     for place, (name, used, took) in enumerate(known):
-        bar(axes, place, reached, took, right, HELD_UP if name == limit else WORK, used)
+        bar(axes, place, reached, took, right, LIMIT if name == limit else WORK, used)
         if used:
             axes.plot([reached + took] * 2, [place + 0.32, place + 1.0], color=PALE, lw=0.8, zorder=0)
             reached += took
     last = len(known) + 0.25
     if math.isfinite(whole):
-        bar(axes, last, 0.0, whole, right, HELD_UP if limit == "engine" else INK, True)
+        bar(axes, last, 0.0, whole, right, LIMIT if limit == "engine" else INK, True)
     axes.set(xlim=(0, right), ylim=(last + 0.6, -0.6))
     axes.set_yticks([*range(len(known)), last], [*(name for name, _, _ in known), "whole loader"])
     for label, (name, used, _) in zip(axes.get_yticklabels(), [*known, ("engine", True, whole)], strict=True):
-        label.set(color=HELD_UP if name == limit else INK if used else GREY, weight="bold" if name == limit else "normal")
+        label.set(color=LIMIT if name == limit else INK if used else GREY, weight="bold" if name == limit else "normal")
     axes.xaxis.set_major_locator(MaxNLocator(6))
     plain_numbers(axes.xaxis)
     axes.set_xlabel("ms")
@@ -109,15 +109,15 @@ def stages_title(profile: Profile, known: list[tuple[str, bool, float]], whole: 
     limit = profile["verdict"]["stage"]
     took = next((took for name, _, took in known if name == limit), None)
     if took is not None:
-        return f"{limit.capitalize()} limits the loader: {milliseconds(took)} an image"
+        return f"The loader's slowest stage is {limit}: {milliseconds(took)} per image"
     if limit == "model":
-        return f"The model limits, not the loader: {milliseconds(whole)} an image"
-    return f"The engine limits the loader: {milliseconds(whole)} an image"
+        return f"The model is the bottleneck; the loader takes {milliseconds(whole)} per image"
+    return f"The engine itself is the bottleneck: {milliseconds(whole)} per image"
 
 
 def bar(axes: Axes, place: float, start: float, length: float, right: float, colour: str, used: bool) -> None:
-    """With its length written after it; what leaves the axes is cut off at their edge and says so."""
-    edge = 0.86 * right  # leaves room for the label
+    """A bar with its value. An unused stage's bar that exceeds the axes is cut off and marked by an arrow."""
+    edge = 0.86 * right  # leaves space for the label
     cut = start + length > edge and not used
     shown = max(min(length, edge - start) if cut else length, 0.004 * right)
     if used:
@@ -125,16 +125,16 @@ def bar(axes: Axes, place: float, start: float, length: float, right: float, col
     else:
         axes.barh(place, shown, 0.64, left=start, facecolor="#f1f3f4", edgecolor="#a9b2b9", hatch="////", linewidth=0.6)
     text = f"{milliseconds(length)} →" if cut else milliseconds(length)
-    ink = colour if colour == HELD_UP and used else INK if used else GREY
+    ink = colour if colour == LIMIT and used else INK if used else GREY
     axes.annotate(text, (start + shown, place), (4, 0), textcoords="offset points", va="center", size=9, color=ink)
 
 
 def threads(profile: Profile) -> Figure:
-    """Throughput against threads: a line an engine with its intervals, and what it stands against at the right."""
+    """Throughput over threads: a line with intervals for each engine, and the levels of the demand and the ceilings."""
     lines, demand = best_loaders(profile), profile["demand"]
-    levels = [("model takes", demand["images_per_s"], INK, (0, (5, 3)), 1.4)] if demand else []
+    levels = [("demand", demand["images_per_s"], INK, (0, (5, 3)), 1.4)] if demand else []
     levels += [(f"{each['name']} ceiling", each["images_per_s"], GREY, (0, (1, 2)), 1.0) for each in profile["ceilings"]]
-    subtitle = "Images per second against threads. Ring: as configured. Bars: 95 % intervals, at the best prefetch."
+    subtitle = "Images per second over threads. Ring: as configured. Bars: 95 % intervals, at the best prefetch."
     figure, axes = blank(4.0, threads_title(profile), subtitle, 0.75, 1.7)
     now, counts = (profile["spec"]["threads"], profile["images_per_s"]), {profile["spec"]["threads"]}
     labels = []
@@ -159,14 +159,14 @@ def threads(profile: Profile) -> Figure:
 
 
 def threads_title(profile: Profile) -> str:
-    gives = f"gives {speed(profile['images_per_s'])} images/s"
+    alone = f"{speed(profile['images_per_s'])} images/s"
     if profile["demand"]:
-        return f"The loader {gives}, the model takes {speed(profile['demand']['images_per_s'])}"
-    return f"{profile['engine']} with {count(profile['spec']['threads'], 'thread')} {gives}"
+        return f"The loader delivers {alone}, the demand is {speed(profile['demand']['images_per_s'])}"
+    return f"{profile['engine']} with {count(profile['spec']['threads'], 'thread')} delivers {alone}"
 
 
 def best_loaders(profile: Profile) -> dict[str, list[Profile]]:
-    """Engine -> the loader of the best prefetch at each thread count, ascending; the configured engine first."""
+    """Engine -> the loaders with the best prefetch depth, by ascending number of threads. The configured engine comes first."""
     best: dict[str, dict[int, Profile]] = {}
     measured = [loader for loader in profile["loaders"] if loader["error"] is None and loader["images_per_s"] is not None]
     for loader in sorted(measured, key=lambda loader: (loader["engine"] != profile["engine"], loader["images_per_s"])):
@@ -175,12 +175,12 @@ def best_loaders(profile: Profile) -> dict[str, list[Profile]]:
 
 
 def plain_numbers(axis: Axis) -> None:
-    """10,000 and 0.1, whatever the scale; to be called after that is set."""
+    """Tick labels such as 10,000 and 0.1 on any scale. Call it after setting the scale."""
     axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.10g}"))
 
 
 def thread_axis(axes: Axes, counts: list[int]) -> None:
-    """Ticks at the thread counts measured, as far as they have room."""
+    """Ticks at the measured numbers of threads, as far as space permits."""
     if counts[-1] > 8:
         axes.set_xscale("log", base=2)
         places = [math.log2(number) for number in counts]
@@ -188,10 +188,10 @@ def thread_axis(axes: Axes, counts: list[int]) -> None:
     else:
         places = [float(number) for number in counts]
         axes.set_xlim(counts[0] - 0.4, counts[-1] + 0.4)
-    room = max((places[-1] - places[0]) / 12, 0.2)
+    spacing = max((places[-1] - places[0]) / 12, 0.2)
     shown = [counts[-1]]
     for number, place in reversed(list(zip(counts, places, strict=True))):
-        if places[counts.index(shown[-1])] - place >= room:
+        if places[counts.index(shown[-1])] - place >= spacing:
             shown.append(number)
     axes.xaxis.set_major_locator(FixedLocator([float(number) for number in shown]))
     axes.xaxis.set_minor_locator(NullLocator())
@@ -200,7 +200,7 @@ def thread_axis(axes: Axes, counts: list[int]) -> None:
 
 
 def speed_axis(axes: Axes, values: list[float]) -> None:
-    """From 0 where the speeds are alike, logarithmic where they lie far apart."""
+    """Linear from 0 for similar speeds, logarithmic for very different ones."""
     positive = [value for value in values if value > 0]
     low, high = min(positive, default=1.0), max(positive, default=1.0)
     if high > LOG_FROM * low:
@@ -218,7 +218,7 @@ def speed_axis(axes: Axes, values: list[float]) -> None:
 
 
 def label_right(axes: Axes, labels: list[tuple[str, float, str]]) -> None:
-    """Name each level at the right of the axes, moved apart where they would overlap, with a hair to the level itself."""
+    """Label each level at the right of the axes, with a line to the level. Labels that would overlap are moved apart."""
     labels = sorted(labels, key=lambda label: label[1])
     height = axes.get_position().height * axes.figure.get_figheight()  # type: ignore[union-attr]  # inches
     gap = 0.175 / height
@@ -228,7 +228,7 @@ def label_right(axes: Axes, labels: list[tuple[str, float, str]]) -> None:
     for level in levels:  # upwards from the lowest ...
         places.append(max(level, places[-1] + gap) if places else max(level, 0.0))
     top = 1.0
-    for index in reversed(range(len(places))):  # ... and back down from the top, where they have left the axes
+    for index in reversed(range(len(places))):  # ... and back down from the top, if they have left the axes
         places[index] = min(places[index], top)
         top = places[index] - gap
     for (text, _, colour), level, place in zip(labels, levels, places, strict=True):
@@ -237,18 +237,18 @@ def label_right(axes: Axes, labels: list[tuple[str, float, str]]) -> None:
 
 
 def timeline(profile: Profile) -> Figure:
-    """The steps of a window of training along time, computing in blue, waiting for a batch in red."""
+    """A timeline of training steps: computing in blue, waiting for a batch in red."""
     demand = profile["demand"]
     steps = demand["steps"][: STEPS_A_ROW * ROWS]
     rows = math.ceil(len(steps) / STEPS_A_ROW)
     start, end = steps[0]["asked"], max(steps[-1]["done"], steps[0]["asked"] + 1e-9)
     span = (end - start) / rows
-    title = f"Training waits {share(demand['wait_share'])} of its time for batches"
+    title = f"Training waits for data {share(demand['wait_share'])} of the time"
     those = "" if len(steps) == len(demand["steps"]) else f"the first {len(steps):,} of "
-    subtitle = f"{those}{count(len(demand['steps']), 'step')} in a row, {seconds(end - start)} in all"
+    subtitle = f"{those}{count(len(demand['steps']), 'step')} in a row, {seconds(end - start)} in total"
     figure, axes = blank(1.75 + 0.34 * rows, title, subtitle[0].upper() + subtitle[1:], 0.95 if rows > 1 else 0.2, 0.3)
-    for place, step in enumerate(steps):  # two shades tell steps apart where nothing waits
-        strips(axes, step["asked"] - start, step["got"] - start, span, HELD_UP)
+    for place, step in enumerate(steps):  # two shades distinguish consecutive steps
+        strips(axes, step["asked"] - start, step["got"] - start, span, LIMIT)
         strips(axes, step["got"] - start, step["done"] - start, span, SHADES[place % 2])
     axes.set(xlim=(0, span), ylim=(rows - 0.4, -0.6))
     axes.set_yticks(range(rows), [f"from {seconds(row * span)}" for row in range(rows)] if rows > 1 else [""])
@@ -256,18 +256,18 @@ def timeline(profile: Profile) -> Figure:
     plain_numbers(axes.xaxis)
     axes.set_xlabel("seconds")
     axes.spines["left"].set_visible(False)
-    keys = [Patch(color=WORK, label="computing"), Patch(color=HELD_UP, label="waiting for a batch")]
+    keys = [Patch(color=WORK, label="computing"), Patch(color=LIMIT, label="waiting for a batch")]
     corner = (1 - 0.15 / WIDTH, 1 - 0.36 / figure.get_figheight())
     figure.legend(handles=keys, loc="upper right", bbox_to_anchor=corner, ncols=2, frameon=False, fontsize=8.5, borderpad=0)
     return figure
 
 
 def strips(axes: Axes, begin: float, end: float, span: float, colour: str) -> None:
-    """A stretch of time, over as many rows as it reaches."""
+    """A time span, which may continue on the next rows."""
     row = int(begin / span)
     while row * span < end:
         left, right = max(begin - row * span, 0.0), min(end - row * span, span)
         if right > left:
-            # Unsnapped: what is narrower than a pixel tints it, neither vanishing nor growing to a whole one.
+            # Unsnapped: a span narrower than a pixel tints it, instead of vanishing or filling it.
             axes.barh(row, right - left, 0.7, left=left, color=colour, linewidth=0, snap=False)
         row += 1

@@ -1,34 +1,64 @@
-"""A sample of a data set in another profile, to learn what other shards would gain."""
+"""Conversions for a profile: shards of a folder or tar of images, and a sample of a data set in another profile."""
 
 from __future__ import annotations
 
-from contextlib import redirect_stdout
+import os
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 
+from pipeline.convert.beton import BetonSettings
+from pipeline.convert.make import ConvertOptions, find_images, make_shards, write_betons
+from pipeline.errors import UserError
 from pipeline.spec import LoaderSpec
+from pipeline.store import files
 from pipeline.store.shards import ShardSet
-from tools.bench.peers import data
 from tools.profiler.remedies import Converted
 from tools.profiler.stages import Stages, measure_warm
 
-IMAGES = 256  # converted, evenly spread over the split
+SAMPLE = 256  # images to convert, evenly spread over the split
+SHARDS = 8  # at least so many, so that cold reading has some choice
+
+
+@contextmanager
+def shards_of(data: str, beton: bool) -> Iterator[str]:
+    """`data` itself if it is a data set of shards. For a folder or tar of images: lossless shards in a temporary folder.
+
+    beton: also write FFCV's file.
+    """
+    if files.is_remote(data) or (Path(data) / "manifest.json").exists():
+        yield data
+        return
+    with tempfile.TemporaryDirectory(prefix="cropfeed-profile-") as name:
+        folder = Path(name)
+        count, source = find_images(Path(data), folder)
+        print(f"{data}: not a folder of shards; converting its {count} images to temporary shards", file=sys.stderr)
+        convert(source, folder / "shards", "lossless", count, beton)
+        yield str(folder / "shards")
+
+
+def convert(source: Path, out: Path, profile: str, count: int, beton: bool) -> None:
+    """Convert a folder of `count` images to at least SHARDS shards, and with `beton` to a .beton where FFCV can write one."""
+    make_shards(ConvertOptions(str(source), str(out), profile, shard_size=max(1, count // SHARDS)))
+    if beton:
+        with suppress(UserError):  # then the FFCV engine reports what is missing
+            write_betons(str(out), BetonSettings(), os.cpu_count() or 1)
 
 
 def convert_sample(spec: LoaderSpec, profile: str, folder: Path, repeats: int, seconds: float) -> Converted:
-    """Convert images of the split as they are stored, and measure the stages on them. folder: empty, gets the sample."""
+    """Convert images of the split to another profile, and measure the stages on them. folder: an empty one, for the sample."""
     shards = ShardSet(spec.data, spec.split, spec.cache, spec.cache_gb)
-    chosen = np.unique(np.linspace(0, len(shards) - 1, min(IMAGES, len(shards))).astype(np.int64))
+    chosen = np.unique(np.linspace(0, len(shards) - 1, min(SAMPLE, len(shards))).astype(np.int64))
     for sample in chosen.tolist():
         path = folder / "images" / shards.manifest.classes[int(shards.samples["label"][sample])] / f"{sample:010d}.JPEG"
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(shards.read(sample).tobytes())
-    with redirect_stdout(None):
-        data.convert(folder / "images", folder / "shards", profile, max(1, len(chosen) // data.SHARDS))
-    if spec.engine == "ffcv":
-        data.write_beton(folder / "shards")
+    convert(folder / "images", folder / "shards", profile, len(chosen), spec.engine == "ffcv")
     converted = ShardSet(folder / "shards", "train")
     sample = replace(
         spec,

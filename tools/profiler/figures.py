@@ -1,7 +1,7 @@
-"""How a profile's figures are written, in the terminal, the charts and the HTML report alike, and the tables they stand in.
+"""The format of a profile's figures, the same in the terminal, the charts and the HTML report, and the tables that hold them.
 
 Each function takes a figure in the unit of schema.json (images per second, milliseconds, shares in 0..1, bytes, factors) and
-returns it as it is shown; what was not measured (None) is DASH.
+returns its text. None, which means not measured, becomes DASH.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ UNITS = (("T", 1e12), ("G", 1e9), ("M", 1e6), ("k", 1e3))
 
 
 def three_digits(value: float) -> str:
-    """Three significant digits, never an exponent; from 100 on whole, with separators: 0.00312, 8.20, 96.0, 4,009."""
+    """Three significant digits, no exponent; from 100 on a whole number with separators: 0.00312, 8.20, 96.0, 4,009."""
     if not math.isfinite(value):
         return DASH
     if value == 0:
@@ -32,7 +32,7 @@ def speed(value: float | None) -> str:
 
 
 def interval(low: float | None, high: float | None) -> str:
-    """Of images per second."""
+    """An interval of images per second."""
     return DASH if low is None or high is None else f"{speed(low)} to {speed(high)}"
 
 
@@ -45,7 +45,7 @@ def seconds(value: float) -> str:
 
 
 def share(value: float | None) -> str:
-    """0..1, in per cent; from 10 % on whole."""
+    """A share in 0..1 as a percentage; from 10 % on a whole number."""
     if value is None:
         return DASH
     percent = 100 * value
@@ -77,7 +77,7 @@ def bytes_rate(value: float | None) -> str:
 
 
 def amount(value: float | None, unit: str) -> str:
-    """Of any unit: 2 cores, 13.4 cores."""
+    """A value with its unit: 2 cores, 13.4 cores."""
     if value is None:
         return DASH
     if unit in ("bytes", "bytes/s"):
@@ -92,20 +92,20 @@ def count(number: int, thing: str) -> str:
 
 
 def at_threads(stage: dict[str, Any], threads: int) -> dict[str, Any] | None:
-    """A stage's figures at a thread count, or at the nearest one measured; None where none was."""
+    """A stage's figures at a number of threads, or at the nearest one measured; None if none was measured."""
     return min(stage["at"], key=lambda at: abs(at["threads"] - threads), default=None)
 
 
 def loader_milliseconds(profile: dict[str, Any]) -> float:
-    """What the whole loader, as configured, takes of one thread for an image."""
+    """The time of the whole loader, as configured, per image and thread."""
     return 1e3 * profile["spec"]["threads"] / profile["images_per_s"] if profile["images_per_s"] > 0 else math.inf
 
 
 @dataclass(frozen=True)
 class Row:
-    """cells: one a column, from the left; those that the row lacks are empty. note: text after them, such as an error.
+    """cells: one for each column, from the left; missing ones are empty. note: text after the cells, such as an error.
 
-    kind: "" or what sets the row apart: "limit", "unused", "now" (as configured), "error".
+    kind: how the row is emphasized: "", "limit", "unused", "now" (as configured) or "error".
     """
 
     cells: tuple[str, ...]
@@ -115,7 +115,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Section:
-    """A table of figures. texts: how many of its columns, from the left, hold words; those after them are aligned right."""
+    """A table of figures. texts: the number of text columns, at the left; the other columns are numbers, aligned right."""
 
     title: str
     columns: tuple[str, ...]
@@ -124,7 +124,7 @@ class Section:
     notes: list[str] = field(default_factory=list)
 
     def without_empty_columns(self) -> Section:
-        """The same without the columns of figures in which no row has one."""
+        """The same without the columns of figures that are empty in all rows."""
         full = [
             index
             for index in range(len(self.columns))

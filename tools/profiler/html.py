@@ -1,4 +1,4 @@
-"""A profile as one HTML file that needs nothing else, and `write_report`, which puts it and its charts into a folder."""
+"""A profile as one self-contained HTML file, and `write_report`, which writes it and its charts to a folder."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ from typing import Any
 
 from pipeline.errors import UserError
 from pipeline.store import files
-from tools.pages import cell, page, picture
+from tools.pages import cell, embed_image, page
 from tools.profiler.figures import Row, Section, gain, gain_interval, interval, share, speed
 from tools.profiler.table import sections
 
 Profile = dict[str, Any]
 TAGS = {"input": "INPUT-BOUND", "compute": "COMPUTE-BOUND", "balanced": "BALANCED"}
 CHARTS = {
-    "stages": "Where an image's time goes, stage by stage",
-    "threads": "Images per second against threads",
-    "timeline": "Steps of training along time",
+    "stages": "Time per image, by stage",
+    "threads": "Images per second over threads",
+    "timeline": "Timeline of training steps",
 }
 CSS = """
 :root { --work: #2f6690; --held-up: #c0392b; --even: #3b7a57; }
@@ -52,20 +52,20 @@ tr.unused td, tr.error td { color: var(--grey); }
 
 
 def html(profile: Profile, pngs: dict[str, bytes]) -> str:
-    """The report. pngs: as charts.draw gives them."""
+    """The report. pngs: the charts, from `charts.draw`."""
     parts = [
         *header(profile),
         *numbers(profile),
         f'<p class="verdict">{escape(profile["verdict"]["text"])}</p>',
         *remedy(profile),
-        *(f"<figure>{picture(CHARTS[name], pngs[name])}</figure>" for name in CHARTS if name in pngs),
+        *(f"<figure>{embed_image(CHARTS[name], pngs[name])}</figure>" for name in CHARTS if name in pngs),
         *(part for section in sections(profile) for part in tabulated(section)),
     ]
     return page(f"Cropfeed profile: {profile['data']['path']}", CSS, parts)
 
 
 def header(profile: Profile) -> Iterator[str]:
-    """What was measured, and the tag: what training waits for. Where no demand was measured, what limits the loader itself."""
+    """The data, and the bottleneck: of training or, without a demand, of the loader."""
     verdict, data, made = profile["verdict"], profile["data"], profile["made"]
     kind, tag = verdict["limit"], TAGS[verdict["limit"]]
     if not profile["demand"]:
@@ -73,20 +73,20 @@ def header(profile: Profile) -> Iterator[str]:
     yield f"<header><p>Cropfeed input profile · {escape(data['path'])}, {escape(data['split'])} · {escape(made['date'])}</p>"
     yield f'<h1 class="{kind}">{escape(tag)}</h1>'
     if made["planted"]:
-        yield f"<p>Planted on purpose: {escape(made['planted'])}</p>"
+        yield f"<p>With a planted fault: {escape(made['planted'])}</p>"
     yield "</header>"
 
 
 def numbers(profile: Profile) -> Iterator[str]:
-    """The big ones."""
+    """The most important figures, in large type."""
     demand = profile["demand"]
     yield '<dl class="numbers">'
     yield number("Loader alone, images/s", speed(profile["images_per_s"]), interval(profile["low"], profile["high"]))
     if demand:
         both, bad = demand["training"], profile["verdict"]["limit"] == "input"
-        yield number("Model takes, images/s", speed(demand["images_per_s"]), interval(demand["low"], demand["high"]))
-        yield number("Training gets, images/s", speed(both["images_per_s"]), interval(both["low"], both["high"]))
-        yield number("Waiting for batches", share(demand["wait_share"]), "of the time of training", bad)
+        yield number("Demand of the model, images/s", speed(demand["images_per_s"]), interval(demand["low"], demand["high"]))
+        yield number("Training, images/s", speed(both["images_per_s"]), interval(both["low"], both["high"]))
+        yield number("Data wait", share(demand["wait_share"]), "of the time of training", bad)
     yield "</dl>"
 
 
@@ -95,20 +95,20 @@ def number(name: str, value: str, under: str, bad: bool = False) -> str:
 
 
 def remedy(profile: Profile) -> Iterator[str]:
-    """What to do first and what it brings, as predicted and, if it was tried, as measured."""
+    """The remedy to try first, with its predicted gain and, if it was tried, its measured gain."""
     verdict, tried = profile["verdict"], profile["applied"]
-    brings = f"{gain(verdict['predicted_gain'])} predicted"
+    gains = f"{gain(verdict['predicted_gain'])} predicted"
     if tried and tried["remedy"] == verdict["remedy"] and tried["change"] == verdict["change"]:
-        brings = f"{gain(tried['predicted_gain'])} predicted"
+        gains = f"{gain(tried['predicted_gain'])} predicted"
         if tried["measured_gain"] is not None:
-            brings += f", {gain(tried['measured_gain'])} measured ({gain_interval(tried['low'], tried['high'])})"
+            gains += f", {gain(tried['measured_gain'])} measured ({gain_interval(tried['low'], tried['high'])})"
     yield '<div class="remedy"><p class="label">What to change first</p>'
     yield f'<p class="change">{escape(verdict["change"])}</p>'
-    yield f"<p>{escape(brings)}</p></div>" if verdict["remedy"] != "none" else "</div>"
+    yield f"<p>{escape(gains)}</p></div>" if verdict["remedy"] != "none" else "</div>"
 
 
 def tabulated(section: Section) -> Iterator[str]:
-    """A section as a heading, a table and its notes."""
+    """A section: heading, table and notes."""
     yield f"<h2>{escape(section.title)}</h2>"
     if section.rows:
         roomy = any(len(row.note) > 40 for row in section.rows)
@@ -126,7 +126,7 @@ def tabulated(section: Section) -> Iterator[str]:
 
 
 def line(row: Row, section: Section, width: int) -> str:
-    """A row of a table that is `width` columns wide; its note takes those that are left."""
+    """A row of a table that is `width` columns wide. Its note spans the columns after its cells."""
     cells = "".join(cell("td", text, place < section.texts) for place, text in enumerate(row.cells))
     left = width - len(row.cells)
     if left:
@@ -135,11 +135,11 @@ def line(row: Row, section: Section, width: int) -> str:
 
 
 def write_report(profile: Profile, folder: Path) -> Path:
-    """Write folder/report.html and its charts as PNGs, none of them by halves; returns the report's path."""
+    """Write folder/report.html and its charts as PNGs, each by an atomic write. Returns the report's path."""
     try:
         from tools.profiler import charts
     except ImportError as error:
-        raise UserError(f"{folder}: matplotlib is not installed; pip install -e '.[dev]', or do without --report") from error
+        raise UserError(f"{folder}: matplotlib is not installed", "pip install -e '.[report]', or leave out --report") from error
     pngs = charts.draw(profile)
     report = folder / "report.html"
     try:
@@ -147,8 +147,8 @@ def write_report(profile: Profile, folder: Path) -> Path:
             if name in pngs:
                 files.write(str(folder / f"{name}.png"), pngs[name])
             else:
-                (folder / f"{name}.png").unlink(missing_ok=True)  # of an earlier report: it would belie this one
+                (folder / f"{name}.png").unlink(missing_ok=True)  # an earlier report's
         files.write(str(report), html(profile, pngs).encode())
     except (OSError, UserError) as error:
-        raise UserError(f"{folder}: the report cannot be written there ({error}); name another folder") from error
+        raise UserError(f"{folder}: the report cannot be written there ({error})", "name another folder") from error
     return report

@@ -1,4 +1,4 @@
-"""Loaders end to end with nobody training: images a second at each engine, number of threads and depth of prefetching."""
+"""Loaders end to end, without training: images per second for each engine, number of threads and prefetch depth."""
 
 from __future__ import annotations
 
@@ -22,8 +22,11 @@ from tools.profiler.storage import local_files
 
 
 @dataclass
-class Feed:
-    """A loader as configured by `spec`, and its turns: images a second, what they took. error: why it could not be measured."""
+class LoaderSpeed:
+    """The measurements of the loader of `spec`, one for each repeat: images per second, and what they used.
+
+    error: why the loader could not be measured.
+    """
 
     spec: LoaderSpec
     speeds: list[float] = field(default_factory=list)
@@ -34,20 +37,20 @@ class Feed:
     def estimate(self) -> Estimate:
         return Estimate.of_speeds(self.speeds)
 
-    def ratios(self, other: Feed) -> list[float]:
-        """Its speed over another's, in each repeat."""
-        return [ours / theirs for ours, theirs in zip(self.speeds, other.speeds, strict=True)]
+    def ratios(self, other: LoaderSpeed) -> list[float]:
+        """Its speed over another loader's, in each repeat."""
+        return [mine / its for mine, its in zip(self.speeds, other.speeds, strict=True)]
 
-    def over(self, other: Feed) -> Estimate:
-        """Their mean, with its interval."""
+    def over(self, other: LoaderSpeed) -> Estimate:
+        """The mean of `ratios`, with its interval."""
         return Estimate.of(self.ratios(other))
 
     @property
     def cpu_share(self) -> float:
-        return mean(taken.cpu_share for taken in self.usages)
+        return mean(used.cpu_share for used in self.usages)
 
     def json(self, mean_bytes: float) -> dict[str, Any]:
-        """mean_bytes: of an encoded image."""
+        """mean_bytes: mean size of an encoded image."""
         spec = self.spec
         found: dict[str, Any] = {"engine": spec.engine, "threads": spec.threads, "prefetch": spec.prefetch, "error": self.error}
         found |= dict.fromkeys(("images_per_s", "low", "high", "cpu_share", "bytes_per_s", "gpu_share", "jpeg_share"))
@@ -55,7 +58,7 @@ class Feed:
             found |= self.estimate.json()
             found |= {"cpu_share": self.cpu_share, "bytes_per_s": self.estimate.mean * mean_bytes}
             for name in ("gpu_share", "jpeg_share"):
-                known = [share for taken in self.usages if (share := getattr(taken, name)) is not None]
+                known = [share for used in self.usages if (share := getattr(used, name)) is not None]
                 found[name] = mean(known) if known else None
         return found
 
@@ -66,102 +69,106 @@ def endless(loader: Loader) -> Iterator[Batch]:
         yield from loader
 
 
-class Opened:
-    """A loader that is iterated for ever, in turns: between them it makes nothing, so that others are not disturbed.
+class PausableLoader:
+    """An endless loader that prefetches nothing while it is paused, so that it does not disturb other measurements.
 
-    cold: opened anew for every turn, the pages of its shards dropped.
+    cold: each `resume` opens the loader anew, after dropping its shards from the page cache.
     """
 
     def __init__(self, spec: LoaderSpec, cold: bool) -> None:
         self._spec, self._cold = spec, cold
-        self.loader: Loader | None = None
+        self._loader: Loader | None = None
         self._batches: Iterator[Batch] = iter(())
 
-    def begin(self) -> None:
-        """Start, and take and leave the first batches."""
-        if self.loader is None or self._cold:
+    def resume(self) -> None:
+        """Start to prefetch, and discard the first batches."""
+        if self._loader is None or self._cold:
             self.close()
             if self._cold:
-                gc.collect()  # maps keep their pages in the cache
+                gc.collect()  # mapped pages would stay in the cache
                 drop_pages(local_files(self._spec))
-            self.loader = open_loader(self._spec)
-            self._batches = endless(self.loader)
+            self._loader = open_loader(self._spec)
+            self._batches = endless(self._loader)
         for _ in range(self._spec.prefetch + 1):
             next(self._batches)
 
-    def end(self) -> None:
-        """Stop making batches ahead."""
-        if self.loader is not None:
-            self.loader.close()
+    def pause(self) -> None:
+        """Stop to prefetch."""
+        if self._loader is not None:
+            self._loader.close()
 
     def next(self) -> Batch:
         return next(self._batches)
 
     @property
     def ready(self) -> int | None:
-        return self.loader.ready() if self.loader else None
+        """The number of batches in the prefetch queue; None if the engine does not know."""
+        return self._loader.ready() if self._loader else None
 
     @property
-    def left(self) -> int:
-        """Images that may be read until they come from the page cache, where that matters."""
-        assert self.loader is not None
+    def images_left(self) -> int:
+        """Images left in the first epoch, if the page cache is to be cold: later epochs read from it. Unlimited otherwise."""
+        assert self._loader is not None
         if not self._cold:
             return 1 << 62
-        return self.loader.total - self.loader.consumed if self.loader.epoch == 0 else 0
+        return self._loader.total - self._loader.consumed if self._loader.epoch == 0 else 0
 
     def close(self) -> None:
         self._batches = iter(())
-        if self.loader is not None:
-            self.loader.close()
-            self.loader = None
+        if self._loader is not None:
+            self._loader.close()
+            self._loader = None
 
 
-def measure_feeds(specs: Sequence[LoaderSpec], cold: bool, repeats: int, seconds: float, progress: str) -> list[Feed]:
-    """Measure loaders in turns of so many seconds. Those that cannot be opened get an error. progress: what the bar is called."""
-    feeds = [Feed(spec) for spec in specs]
-    opened = {id(feed): Opened(feed.spec, cold) for feed in feeds}
-    bar = tqdm(total=len(feeds) * (repeats + 1), desc=progress, unit=" turns")
+def measure_loaders(specs: Sequence[LoaderSpec], cold: bool, repeats: int, seconds: float, progress: str) -> list[LoaderSpeed]:
+    """Measure the loaders in turns. One that cannot be opened gets an error.
 
-    def turn(feed: Feed, counts: bool = True) -> None:
+    seconds: duration of each measurement. progress: the progress bar's label.
+    """
+    measured = [LoaderSpeed(spec) for spec in specs]
+    opened = {id(one): PausableLoader(one.spec, cold) for one in measured}
+    bar = tqdm(total=len(measured) * (repeats + 1), desc=progress, unit=" turns")
+
+    def turn(one: LoaderSpeed, is_warmup: bool = False) -> None:
         bar.update()
-        if feed.error is None:
+        if one.error is None:
             try:
-                speed, taken = run(opened[id(feed)], feed.spec, seconds if counts else seconds / 4)
+                speed, used = measure_once(opened[id(one)], one.spec, seconds / 4 if is_warmup else seconds)
             except UserError as error:
-                feed.error = " ".join(str(error).split())
+                one.error = " ".join(str(error).split())
                 return
-            if counts:
-                feed.speeds.append(speed)
-                feed.usages.append(taken)
+            if not is_warmup:
+                one.speeds.append(speed)
+                one.usages.append(used)
 
     try:
-        for feed in feeds:
-            turn(feed, counts=False)
-        in_turns(feeds, repeats, turn)
+        for one in measured:
+            turn(one, is_warmup=True)
+        in_turns(measured, repeats, turn)
     finally:
         bar.close()
         for loader in opened.values():
             loader.close()
-    return feeds
+    return measured
 
 
-def run(opened: Opened, spec: LoaderSpec, seconds: float) -> tuple[float, Usage]:
-    """Images a second over about so long, and what that took."""
-    opened.begin()
+def measure_once(loader: PausableLoader, spec: LoaderSpec, seconds: float) -> tuple[float, Usage]:
+    """Images per second over about so many seconds, and what that used. The loader of `spec` is paused before and after."""
+    loader.resume()
     synchronise(spec.device)
-    count, left = 0, opened.left
-    with usage(spec.device) as taken:
+    count, left = 0, loader.images_left
+    with usage(spec.device) as used:
         began = time.perf_counter()
         while time.perf_counter() - began < seconds and count + spec.batch_size <= left:
-            count += len(opened.next().ids)
+            count += len(loader.next().ids)
         synchronise(spec.device)
-    opened.end()
+    loader.pause()
     if count == 0:
         raise UserError(
-            f"{spec.data}: a cold page cache cannot be measured with so few images ({left} are left behind the first batches); "
-            "take a smaller --batch-size, or --cache-state warm"
+            f"{spec.data}: a cold page cache cannot be measured with so few images ({left} are left after the first batches)",
+            "take a smaller --batch-size, or --cache-state warm",
         )
-    return count / taken.seconds, taken
+    return count / used.seconds, used
 
 
 def synchronise(device: str) -> None:

@@ -1,4 +1,4 @@
-"""Speeds with their intervals, the processor's and the GPU's utilisation, and taking turns."""
+"""Measurements that the profiler's modules share: confidence intervals, CPU and GPU utilization, interleaved repeats."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ CONFIDENCE = 0.95
 
 @dataclass(frozen=True)
 class Estimate:
-    """A mean over repeats, and the interval [low, high] that holds the true one with 95 % confidence (Student's t)."""
+    """The mean over repeats and its 95 % confidence interval [low, high] (Student's t)."""
 
     mean: float
     low: float
@@ -37,7 +37,7 @@ class Estimate:
 
     @staticmethod
     def of_speeds(values: Sequence[float]) -> Estimate:
-        """The same for what cannot be negative."""
+        """The same for values that cannot be negative: `low` is at least 0."""
         found = Estimate.of(values)
         return Estimate(found.mean, max(found.low, 0.0), found.high)
 
@@ -46,7 +46,7 @@ class Estimate:
 
 
 def in_turns(ways: Sequence[K], repeats: int, turn: Callable[[K], None]) -> None:
-    """Every way has its turn in every repeat, in an order drawn anew: what disturbs the machine for a while meets all alike."""
+    """Measure every way once in each repeat, in a new random order, so that disturbances of the machine affect all ways alike."""
     order = random.Random(0)
     for _ in range(repeats):
         for way in order.sample(ways, len(ways)):
@@ -54,15 +54,15 @@ def in_turns(ways: Sequence[K], repeats: int, turn: Callable[[K], None]) -> None
 
 
 def cores() -> int:
-    """Cores that this process may use."""
+    """The number of cores that this process may use."""
     return len(os.sched_getaffinity(0))
 
 
 @dataclass
 class Usage:
-    """What a piece of work took. seconds: wall. cpu_share: CPU time of this process and its children over that of all cores.
+    """What a piece of work used. seconds: wall time. cpu_share: CPU time of this process and its children over that of all cores.
 
-    gpu_share, jpeg_share: NVML's mean utilisation of the GPU and of its JPEG engine, None where there is no such thing.
+    gpu_share, jpeg_share: NVML's mean utilization of the GPU and of its JPEG engine, None where it is unknown.
     """
 
     seconds: float = 0.0
@@ -73,7 +73,7 @@ class Usage:
 
 @contextmanager
 def usage(device: str) -> Iterator[Usage]:
-    """Measures what runs inside; the fields are set at its end."""
+    """Measure the body of a `with` statement; the fields are set at its end."""
     found = Usage()
     with GpuSampler(device) as gpu:
         began, cpu = time.perf_counter(), cpu_seconds()
@@ -84,7 +84,7 @@ def usage(device: str) -> Iterator[Usage]:
 
 
 def cpu_seconds() -> float:
-    """User and system time of this process and of the children that live or have been waited for."""
+    """User and system time of this process and of its children, both running ones and those already waited for."""
     process = psutil.Process()
     own = process.cpu_times()
     total = own.user + own.system + own.children_user + own.children_system
@@ -99,7 +99,7 @@ def cpu_seconds() -> float:
 
 @dataclass
 class GpuSampler:
-    """Asks NVML (the package nvidia-ml-py) ten times a second how busy a GPU and its JPEG engine are; does nothing without."""
+    """Samples the utilization of a GPU and its JPEG engine ten times a second, by NVML (nvidia-ml-py); idle without NVML."""
 
     device: str
     gpu: list[float] = field(default_factory=list)
@@ -120,7 +120,7 @@ class GpuSampler:
             self._thread.join()
 
     def shares(self) -> tuple[float | None, float | None]:
-        """Mean utilisations, 0..1; None where nothing was told."""
+        """Mean utilizations, 0..1; None if there are no samples."""
         gpu, jpeg = (mean(values) if values else None for values in (self.gpu, self.jpeg))
         return gpu, jpeg
 

@@ -1,4 +1,4 @@
-"""The kernel's page cache, of files."""
+"""Dropping files from the kernel's page cache."""
 
 from __future__ import annotations
 
@@ -8,8 +8,11 @@ from pathlib import Path
 
 
 def drop_pages(files: Iterable[Path]) -> None:
-    """Make the next read of these files come from the storage, as far as its file system obeys. Pages that are mapped stay."""
+    """Drop these files from the page cache, so that the next read comes from the storage.
+
+    Mapped pages stay in the cache, and some file systems ignore the request.
+    """
     for file in files:
         with file.open("rb") as stream:
-            os.fsync(stream.fileno())  # pages not yet written cannot be dropped
+            os.fsync(stream.fileno())  # dirty pages cannot be dropped
             os.posix_fadvise(stream.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)

@@ -1,8 +1,8 @@
-"""--plant: a fault put in on purpose, to see that the profiler finds it.
+"""--plant: a deliberate fault, to check that the profiler finds it.
 
-reader=20   the storage of the shards gives 20 MB/s, whatever the page cache holds
-model=5     the train step takes 5 ms an image longer; the CPU is idle meanwhile
-threads=1   decoding threads, as by --threads 1
+reader=20   the storage of the shards delivers 20 MB/s, even for cached pages
+model=5     the train step takes 5 ms longer per image; the CPU is idle meanwhile
+threads=1   the loader has one decoding thread, as with --threads 1
 """
 
 from __future__ import annotations
@@ -44,22 +44,22 @@ class Planted:
 
     def __str__(self) -> str:
         return {
-            "reader": f"a storage that gives {self.amount:g} MB/s",
-            "model": f"a train step {self.amount:g} ms an image slower",
+            "reader": f"a storage of {self.amount:g} MB/s",
+            "model": f"a train step that takes {self.amount:g} ms longer per image",
             "threads": f"{self.amount:g} decoding threads",
         }[self.kind]
 
 
 class Throttle:
-    """Lets so many bytes a second pass, over all threads together."""
+    """Limits all threads together to a number of bytes per second."""
 
     def __init__(self, bytes_per_s: float) -> None:
         self._bytes_per_s = bytes_per_s
         self._lock = threading.Lock()
-        self._free_at = 0.0  # when what has been let through will have passed
+        self._free_at = 0.0  # when the bytes admitted so far will have passed
 
-    def passing(self, count: int) -> None:
-        """Wait until `count` more bytes have passed."""
+    def wait_for(self, count: int) -> None:
+        """Wait as long as `count` more bytes take."""
         with self._lock:
             self._free_at = max(self._free_at, time.perf_counter()) + count / self._bytes_per_s
             until = self._free_at
@@ -69,18 +69,18 @@ class Throttle:
 
 @contextmanager
 def slow_reader(megabytes_per_s: float) -> Iterator[None]:
-    """Shards on their own storage are read no faster than so; copies of them in a cache are not slowed down."""
+    """Slow down reads of shards from their own storage; copies in a cache keep their speed."""
     throttle = Throttle(megabytes_per_s * 1e6)
     read, read_piece = ShardSet.read, storage.read_piece
 
     def slow_read(self: ShardSet, index: int) -> Any:
         if self.cache is None:
-            throttle.passing(int(self.samples[index]["bytes"]))
+            throttle.wait_for(int(self.samples[index]["bytes"]))
         return read(self, index)
 
     def slow_piece(file: Path, offset: int) -> int:
         count = read_piece(file, offset)
-        throttle.passing(count)
+        throttle.wait_for(count)
         return count
 
     with patch.object(ShardSet, "read", slow_read), patch.object(storage, "read_piece", slow_piece):

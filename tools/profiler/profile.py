@@ -1,4 +1,4 @@
-"""A profile: everything measured and judged, in the form of schema.json."""
+"""A profile: all measurements and the verdict, in the form of schema.json."""
 
 from __future__ import annotations
 
@@ -6,9 +6,8 @@ import importlib.util
 import shutil
 import sys
 import tempfile
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
+from contextlib import ExitStack
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -17,17 +16,15 @@ from model import ARCHS
 from pipeline import choose_engine
 from pipeline.doctor.machine import available_memory
 from pipeline.errors import UserError
-from pipeline.spec import LoaderSpec
-from pipeline.store import files
 from pipeline.store.shards import ShardSet
-from tools.bench.peers import data as images
 from tools.profiler import verdict
 from tools.profiler.ahead import Host, plan_ahead
 from tools.profiler.apply import apply
 from tools.profiler.convert import convert_sample
-from tools.profiler.loaders import Feed, grid, measure_feeds
+from tools.profiler.loaders import LoaderSpeed, grid, measure_loaders
 from tools.profiler.measuring import cores
-from tools.profiler.planted import Planted, slow_reader
+from tools.profiler.options import ProfileOptions
+from tools.profiler.planted import slow_reader
 from tools.profiler.remedies import Situation
 from tools.profiler.stages import Stages, measure_stages
 from tools.profiler.storage import MEMORY, Ceiling, cached_read_ms, local_files, read_ceiling
@@ -36,34 +33,12 @@ from tools.profiler.tune import tune
 from training import tuned
 from training.provenance import commit, hardware, versions
 
-FITS = 0.8  # of the available memory that the page cache may take in the long run
+FITS = 0.8  # share of the available memory that the page cache can hold in the long run
 PREFETCHES = (1, 2, 4)
 
 
-@dataclass(frozen=True)
-class Options:
-    """name: of the data, as the user has it. spec: what to load. arch, precision: the net to train; demand: images a second of an
-    emulated accelerator; one of both or neither. cache: auto, warm or cold. engines: to measure, all if empty. repeats, seconds:
-    of each turn. gpus, hosts: a cluster to plan, or None. planted: a fault."""
-
-    name: str
-    spec: LoaderSpec
-    arch: str | None
-    precision: str
-    demand: float | None
-    cache: str
-    engines: tuple[str, ...]
-    repeats: int
-    seconds: float
-    apply: bool
-    tune: bool
-    gpus: int | None
-    hosts: int | None
-    planted: Planted | None
-
-
-def profile(options: Options) -> dict[str, Any]:
-    """Measure, judge, try. Raises UserError for what cannot be measured."""
+def profile(options: ProfileOptions) -> dict[str, Any]:
+    """Measure, find the bottleneck and, if asked for, try the remedy. Raises UserError for what cannot be measured."""
     with ExitStack() as stack:
         if options.planted and options.planted.kind == "reader":
             stack.enter_context(slow_reader(options.planted.amount))
@@ -71,9 +46,9 @@ def profile(options: Options) -> dict[str, Any]:
 
 
 class Profiler:
-    """The steps of a profile; `stack` holds temporary folders."""
+    """The steps of a profile. stack: removes temporary folders."""
 
-    def __init__(self, options: Options, stack: ExitStack) -> None:
+    def __init__(self, options: ProfileOptions, stack: ExitStack) -> None:
         self.options, self.stack = options, stack
         engine = choose_engine(options.spec)[0] if options.spec.engine == "auto" else options.spec.engine
         self.spec = replace(options.spec, engine=engine)
@@ -86,28 +61,28 @@ class Profiler:
         self.cold, self.cold_why = self._page_cache()
 
     def _page_cache(self) -> tuple[bool, str]:
-        if self.options.cache != "auto":
-            return self.options.cache == "cold", "as asked for"
+        if self.options.cache_state != "auto":
+            return self.options.cache_state == "cold", "as requested"
         if self.bytes < self.memory:
-            return False, "the split fits into memory: after an epoch no page of it comes from the storage"
+            return False, "the split fits into memory: after the first epoch, images come from the page cache"
         return True, "the split exceeds the memory: images come from the storage in every epoch"
 
     def run(self) -> dict[str, Any]:
         options, spec = self.options, self.spec
         ceiling = read_ceiling(local_files(spec), options.repeats, options.seconds)
         stages = measure_stages(spec, self._threads(), options.repeats, options.seconds / 2)
-        feeds = self._feeds()
-        now = next(feed for feed in feeds if feed.spec == spec)
+        loaders = self._loaders()
+        now = next(loader for loader in loaders if loader.spec == spec)
         if now.error:
             raise UserError(now.error)
         training = self._training()
-        situation = self._situation(now, feeds, stages, training)
+        situation = self._situation(now, loaders, stages, training)
         limits = verdict.ceilings(situation, ceiling)
         judged = verdict.judge(situation, limits)
         found = self._head() | now.estimate.json()
         found |= {
             "stages": [self._stage(stages, name) for name in stages.measured],
-            "loaders": [feed.json(self.mean_bytes) for feed in feeds],
+            "loaders": [loader.json(self.mean_bytes) for loader in loaders],
             "storage": storage_json(ceiling, stages.cold_bytes),
             "demand": training.json() if training else None,
             "ceilings": limits,
@@ -123,19 +98,19 @@ class Profiler:
         return found
 
     def _threads(self) -> list[int]:
-        """Numbers of threads to try: powers of two, all cores, as configured; at cold storage twice the cores, for its delays."""
+        """Numbers of threads to try: powers of two, all cores, as configured. With a cold page cache, up to twice the cores."""
         most = cores() * (2 if self.cold else 1)
         powers = [1 << bits for bits in range(most.bit_length()) if 1 << bits <= most]
         return sorted({*powers, cores(), self.spec.threads})
 
-    def _feeds(self) -> list[Feed]:
+    def _loaders(self) -> list[LoaderSpeed]:
         specs = grid(self.spec, self._engines(), self._threads(), sorted({*PREFETCHES, self.spec.prefetch}))
-        return measure_feeds(specs, self.cold, self.options.repeats, self.options.seconds, "loaders")
+        return measure_loaders(specs, self.cold, self.options.repeats, self.options.seconds, "loaders")
 
     def _engines(self) -> list[str]:
-        """The configured one, and the others that can run here on this data."""
+        """The configured engine, and the others that can run on this machine with this data."""
         beton = self.manifest.splits[self.spec.split].get("beton")
-        tars_only = self.options.planted is not None and self.options.planted.kind == "reader"  # only these are slow
+        tars_only = self.options.planted is not None and self.options.planted.kind == "reader"  # the fault slows down only these
         here = {
             "cpu": True,
             "dali": importlib.util.find_spec("nvidia.dali") is not None if importlib.util.find_spec("nvidia") else False,
@@ -145,7 +120,7 @@ class Profiler:
         return list(dict.fromkeys([self.spec.engine, *(name for name in wanted if here[name])]))
 
     def _consumer(self, precision: str | None = None, demand: float | None = None) -> Consumer | None:
-        """What trains, by the options; another precision, or emulated at another demand, if given. None if nothing does."""
+        """The consumer of the options, None if they have none; of another precision or emulated demand, if given."""
         options = self.options
         planted = options.planted
         slower = planted.amount if planted and planted.kind == "model" else 0.0
@@ -162,9 +137,9 @@ class Profiler:
         ways = [(self.spec, consumer)]
         return measure_training(ways, self.cold, self.options.repeats, 2 * self.options.seconds, "training")[0]
 
-    def _situation(self, now: Feed, feeds: list[Feed], stages: Stages, training: Training | None) -> Situation:
+    def _situation(self, now: LoaderSpeed, loaders: list[LoaderSpeed], stages: Stages, training: Training | None) -> Situation:
         situation = Situation(
-            now, feeds, stages, self._used(stages), training, cores(), self.mean_bytes, self.bytes,
+            now, loaders, stages, self._used(stages), training, cores(), self.mean_bytes, self.bytes,
             min(self.memory, free_bytes(MEMORY)), cached_read_ms(self.mean_bytes),
         )  # fmt: skip
         options = self.options
@@ -182,8 +157,8 @@ class Profiler:
         return situation
 
     def _used(self, stages: Stages) -> tuple[str, ...]:
-        """The stages that the engine's threads go through."""
-        on_host = ["tail"] if self.spec.device == "cpu" else []
+        """The stages that the engine's threads run."""
+        on_host = ["normalize"] if self.spec.device == "cpu" else []
         own = ["cut"] if self.spec.engine == "dali" else ["decode", "resample", *on_host]
         names = ["read cold" if self.cold else "read warm", *own, "assembly"]
         return tuple(name for name in names if name in stages.measured)
@@ -198,21 +173,22 @@ class Profiler:
 
     def _ahead(self, situation: Situation, ceiling: Ceiling, stages: Stages) -> dict[str, Any]:
         options, spec = self.options, self.spec
-        demand = options.demand or (situation.training.demand.mean if situation.training else None)
+        demand = options.demand
         if demand is None:
-            raise UserError("a cluster can be planned only where a GPU's demand is known")
+            assert situation.training  # the options have a model
+            demand = situation.training.demand.mean
         decoding = next(limit for limit in verdict.ceilings(situation, ceiling) if limit["name"] == "decoding")
-        picture = 3 * spec.final_size**2
-        copy = stages.measured["copy"].at(1).mean * picture if "copy" in stages.measured else None
+        pixel_bytes = 3 * spec.final_size**2
+        copy = stages.measured["copy"].at(1).mean * pixel_bytes if "copy" in stages.measured else None
         host = Host(
             cores=cores(),
             per_core=decoding["images_per_s"] / cores(),
-            image_bytes=(stages.cold_bytes if self.bytes >= self.memory else None) or self.mean_bytes,
+            stored_bytes=(stages.cold_bytes if self.bytes >= self.memory else None) or self.mean_bytes,
             data_bytes=self.bytes,
             memory=self.memory,
             storage=ceiling.bytes_per_s.mean,
             copy=copy,
-            picture_bytes=picture,
+            pixel_bytes=pixel_bytes,
         )
         parameters = sum(p.numel() for p in ARCHS[options.arch]().parameters()) if options.arch else None
         return plan_ahead(host, options.gpus or 1, options.hosts or 1, demand, parameters, spec.batch_size)
@@ -232,7 +208,7 @@ class Profiler:
         spec = self.spec
         return {
             "format": "cropfeed-profile",
-            "version": 1,
+            "version": 2,
             "made": {
                 "date": datetime.now(UTC).strftime("%Y-%m-%d"),
                 "commit": commit(),
@@ -242,7 +218,7 @@ class Profiler:
                 "planted": str(self.options.planted) if self.options.planted else None,
             },
             "data": {
-                "path": self.options.name,
+                "path": self.options.name or str(spec.data),
                 "split": spec.split,
                 "profile": self.manifest.profile,
                 "images": self.images,
@@ -277,24 +253,8 @@ def storage_json(ceiling: Ceiling, cold_bytes: float | None) -> dict[str, Any]:
 
 
 def free_bytes(folder: str) -> int:
-    """Of a file system; 0 where there is none."""
+    """Free bytes of a folder's file system; 0 if there is no such folder."""
     try:
         return shutil.disk_usage(folder).free
     except OSError:
         return 0
-
-
-@contextmanager
-def shards_of(data: str, beton: bool) -> Iterator[str]:
-    """The data set itself or, of a folder or tar of images, lossless shards in a temporary folder. beton: FFCV's file, too."""
-    if files.is_remote(data) or (Path(data) / "manifest.json").exists():
-        yield data
-        return
-    with tempfile.TemporaryDirectory(prefix="cropfeed-profile-") as name:
-        folder = Path(name)
-        count, source = images.find_images(Path(data), folder)
-        print(f"{data}: no shards; makes lossless ones of these {count} images first", file=sys.stderr)
-        images.convert(source, folder / "shards", "lossless", max(1, count // images.SHARDS))
-        if beton:
-            images.write_beton(folder / "shards")
-        yield str(folder / "shards")

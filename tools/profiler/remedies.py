@@ -1,8 +1,8 @@
-"""What could be changed, and what each change is predicted to gain.
+"""Possible changes and their predicted gains.
 
-A loader's speed after a change is either measured (other threads, depths and engines are in the sweep of loaders) or follows from
-the stages: what an image takes in a thread, the sum over the stages that the engine goes through, becomes less. Training's speed
-follows from the loader's and the train step's: the lesser of the two, or, where they share the cores, what is left of these.
+The loader's speed after a change is either measured (other numbers of threads, prefetch depths and engines) or predicted from its
+stages: the time per image and thread is the sum over the stages that the engine uses, and the change shortens one of them. The
+speed of training is the lower one of the loader's and the train step's speed. If both share the cores, their CPU times add up.
 """
 
 from __future__ import annotations
@@ -13,22 +13,22 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from pipeline.spec import LoaderSpec
-from tools.profiler.loaders import Feed
+from tools.profiler.loaders import LoaderSpeed
 from tools.profiler.stages import Stages
 from tools.profiler.storage import MEMORY
 from tools.profiler.training import Training
 
-# The nearest first: an option, another engine, a copy in memory, other shards, another machine.
+# The easiest first: an option, another engine, a copy in memory, other shards, another machine.
 ORDER = ("threads", "prefetch", "engine", "cache", "profile", "machine")
-WORTH = 1.05  # gain from which a remedy is worth naming
-WITHIN_ENGINE = 0.6  # of a loader's time per image: if its stages take less, most is spent in the engine itself
-SIMILAR = 0.97  # of the best, from which the cheaper of two settings is taken
+WORTH = 1.05  # the least gain of a remedy worth naming
+WITHIN_ENGINE = 0.6  # if the stages take less than this share of a loader's time per image, the engine itself limits
+SIMILAR = 0.97  # the cheapest setting that reaches this share of the best is chosen
 
 
 @dataclass(frozen=True)
 class Remedy:
-    """kind: of the schema's. change: what to do, in words. gain: predicted. spec: the changed loader, None where a changed spec
-    alone cannot show it."""
+    """kind: one of the schema's. change: what to do, as text. gain: the predicted one. spec: the changed loader; None if the
+    remedy is not a change of the loader's spec."""
 
     kind: str
     change: str
@@ -41,9 +41,9 @@ class Remedy:
 
 @dataclass(frozen=True)
 class Converted:
-    """A sample of the data set in another profile: what loads it, its stages, and the mean bytes of an image.
+    """A sample of the data set in another profile: the spec that loads it, its stages, and the mean size of an image in bytes.
 
-    before: the stages on the data set as it is, measured at the same time.
+    before: the stages on the original data set, measured at the same time.
     """
 
     profile: str
@@ -55,17 +55,16 @@ class Converted:
 
 @dataclass(frozen=True)
 class Situation:
-    """All that was measured. now: the loader as configured, also one of `feeds`. training: None if no demand was given.
+    """All measurements. now: the loader as configured, one of `loaders`. training: None if no demand was given.
 
-    used: stages that the engine goes through in this state of the page cache. mean_bytes: of an encoded image. data_bytes: of
-    all shards.
-    memory: bytes that a copy of the data may take in memory. cached_read_ms: of reading an image of such a copy.
-    other: another profile of shards, measured on a sample; None where there is none, or no need.
-    faster: a precision, and images a second of the train step in it, where that is another one and faster.
+    used: the stages that the engine uses in this state of the page cache. mean_bytes: mean size of an encoded image. data_bytes:
+    size of all shards. memory: bytes available for a copy of the data in memory. cached_read_ms: time to read an image from it.
+    other: another profile of shards, measured on a sample, if there is one to consider. faster: another precision and the
+    train step's images per second in it, if measured.
     """
 
-    now: Feed
-    feeds: list[Feed]
+    now: LoaderSpeed
+    loaders: list[LoaderSpeed]
     stages: Stages
     used: tuple[str, ...]
     training: Training | None
@@ -78,92 +77,96 @@ class Situation:
     faster: tuple[str, float] | None = None
 
     def ms(self, name: str) -> float:
-        """What a stage takes of a thread for an image, milliseconds, at the configured number of threads."""
+        """A stage's time per image and thread, milliseconds, at the configured number of threads."""
         return self.stages.measured[name].ms_per_image(self.now.spec.threads)
 
     @property
     def total_ms(self) -> float:
-        """Of all stages that are used."""
+        """The same, summed over the stages that are used."""
         return sum(self.ms(name) for name in self.used)
 
     @property
     def shares_cores(self) -> bool:
-        """Whether the train step computes on the cores that the loader works on."""
+        """Whether the train step and the loader run on the same cores."""
         return bool(self.training and not self.training.consumer.emulated and self.now.spec.device == "cpu")
 
-    def training_speed(self, feed: float, cpu_seconds: float, demand: float | None = None) -> float:
-        """Images a second of training (of the loader, without a demand) if the loader alone gives `feed` images a second and
-        takes so many CPU seconds for one. demand: of the train step alone, if it is not the measured one."""
+    def training_speed(self, loader_speed: float, cpu_seconds: float, demand: float | None = None) -> float:
+        """Predicted images per second of training or, without a demand, of the loader.
+
+        loader_speed: images per second of the loader alone. cpu_seconds: its CPU time per image. demand: images per second of the
+        train step alone, by default as measured.
+        """
         if self.training is None:
-            return feed
+            return loader_speed
         demand = demand or self.training.demand.mean
-        return min(feed, 1 / (1 / demand + cpu_seconds / self.cores) if self.shares_cores else demand)
+        return min(loader_speed, 1 / (1 / demand + cpu_seconds / self.cores) if self.shares_cores else demand)
 
     @property
     def speed_now(self) -> float:
-        """`training_speed` as it is."""
+        """`training_speed` as configured."""
         return self.training_speed(self.now.estimate.mean, self.cpu_seconds(self.now))
 
-    def gain(self, feed: float, cpu_seconds: float) -> float:
-        """Of training, or of the loader."""
-        return self.training_speed(feed, cpu_seconds) / self.speed_now
+    def gain(self, loader_speed: float, cpu_seconds: float) -> float:
+        """`training_speed` over the present one."""
+        return self.training_speed(loader_speed, cpu_seconds) / self.speed_now
 
     @property
     def limiting(self) -> str:
-        """The stage that takes most of an image's time; "engine" if what the engine takes is mostly none of them."""
+        """The stage that takes the longest; "engine" if the stages explain too little of the loader's time per image."""
         threads = self.now.spec.threads
         if self.total_ms < WITHIN_ENGINE * 1e3 * threads / self.now.estimate.mean:
             return "engine"
         return max(self.used, key=self.ms)
 
-    def cpu_seconds(self, feed: Feed) -> float:
-        """CPU time of an image."""
-        return feed.cpu_share * self.cores / feed.estimate.mean
+    def cpu_seconds(self, loader: LoaderSpeed) -> float:
+        """A loader's CPU time per image."""
+        return loader.cpu_share * self.cores / loader.estimate.mean
 
     def with_ms(self, total_ms: float) -> tuple[float, float]:
-        """The loader's speed and CPU seconds of an image if the used stages took so long together.
+        """The predicted speed of the loader, and its CPU seconds per image, if the used stages took `total_ms` together.
 
-        What an image takes beside its stages stays. Where reading is most of it, that cannot be told from the noise of reading.
+        The time that an image takes outside the stages stays the same. If reading limits, it is taken as 0: it is smaller than
+        the noise of reading.
         """
         now_ms = 1e3 * self.now.spec.threads / self.now.estimate.mean
-        beside = 0.0 if self.limiting.startswith("read") else max(0.0, now_ms - self.total_ms)
-        speed = 1e3 * self.now.spec.threads / (total_ms + beside)
+        overhead = 0.0 if self.limiting.startswith("read") else max(0.0, now_ms - self.total_ms)
+        speed = 1e3 * self.now.spec.threads / (total_ms + overhead)
         return speed, min(self.cpu_seconds(self.now), total_ms / 1e3)
 
 
 def remedies(situation: Situation) -> list[Remedy]:
-    """Changes to the input that are worth it, the nearest first."""
+    """Changes to the input that gain at least WORTH, the easiest first."""
     found = [*settings(situation), *caches(situation), *profiles(situation), machine(situation)]
     return sorted((remedy for remedy in found if remedy.gain >= WORTH), key=lambda remedy: ORDER.index(remedy.kind))
 
 
-def nearest(found: list[Remedy]) -> Remedy | None:
-    """The first that gains at least half of what the best one gains; another machine only where nothing else helps."""
+def easiest(found: list[Remedy]) -> Remedy | None:
+    """The first remedy with at least half of the best one's gain; another machine only if nothing else helps."""
     software = [remedy for remedy in found if remedy.kind != "machine"] or found
     most = max((remedy.gain - 1 for remedy in software), default=0.0)
     return next((remedy for remedy in software if remedy.gain - 1 >= most / 2), None)
 
 
 def settings(situation: Situation) -> Iterator[Remedy]:
-    """Other numbers of threads, depths and engines, as measured; the cheapest of those that are as good as the best."""
+    """Another number of threads, prefetch depth and engine, as measured: of each, the cheapest about as good as the best."""
     now = situation.now.spec
-    measured = [feed for feed in situation.feeds if feed.error is None]
+    measured = [loader for loader in situation.loaders if loader.error is None]
     ways = {
-        "threads": [feed for feed in measured if replace(feed.spec, threads=now.threads) == now],
-        "prefetch": [feed for feed in measured if replace(feed.spec, prefetch=now.prefetch) == now],
-        "engine": [feed for feed in measured if replace(feed.spec, engine=now.engine) == now],
+        "threads": [loader for loader in measured if replace(loader.spec, threads=now.threads) == now],
+        "prefetch": [loader for loader in measured if replace(loader.spec, prefetch=now.prefetch) == now],
+        "engine": [loader for loader in measured if replace(loader.spec, engine=now.engine) == now],
     }
-    for kind, feeds in ways.items():
-        best = max(feed.estimate.mean for feed in feeds)
-        chosen = next(feed for feed in feeds if feed.estimate.mean >= SIMILAR * best)  # feeds ascend in threads and depth
+    for kind, loaders in ways.items():
+        best = max(loader.estimate.mean for loader in loaders)
+        chosen = next(loader for loader in loaders if loader.estimate.mean >= SIMILAR * best)  # they ascend in cost
         if chosen is situation.now or chosen.over(situation.now).low <= 1:
-            continue  # it may be chance
+            continue  # not significantly faster
         gain = situation.gain(chosen.estimate.mean, situation.cpu_seconds(chosen))
         yield Remedy(kind, f"--{kind} {getattr(chosen.spec, kind)}", gain, chosen.spec)
 
 
 def caches(situation: Situation) -> Iterator[Remedy]:
-    """A copy of the shards in memory, if it fits and there is none yet."""
+    """A copy of the shards in memory, if it fits and no cache is configured."""
     spec = situation.now.spec
     if spec.cache is None and situation.data_bytes < situation.memory:
         (read,) = (name for name in situation.used if name.startswith("read"))
@@ -174,12 +177,12 @@ def caches(situation: Situation) -> Iterator[Remedy]:
 
 
 def profiles(situation: Situation) -> Iterator[Remedy]:
-    """Other shards of the same images."""
+    """Shards of the same images in another profile."""
     other, threads = situation.other, situation.now.spec.threads
     if other:
         total_ms = 0.0
         for name in situation.used:
-            if name.startswith("read"):  # from the same storage, but fewer bytes; the sample lies elsewhere
+            if name.startswith("read"):  # the sample is on another storage: in proportion to the bytes
                 total_ms += situation.ms(name) * other.mean_bytes / situation.mean_bytes
             else:
                 after, before = (stages.measured[name].ms_per_image(threads) for stages in (other.stages, other.before))
@@ -189,16 +192,16 @@ def profiles(situation: Situation) -> Iterator[Remedy]:
 
 
 def machine(situation: Situation) -> Remedy:
-    """More of what limits here: twice of it, or as much as the demand asks for."""
+    """More of what limits on this machine: twice as much, or as much as the demand needs."""
     now, training = situation.now, situation.training
     factor = min(2.0, training.demand.mean / now.estimate.mean) if training else 2.0
-    what = "storage, or network to it," if situation.limiting.startswith("read") else "cores, here or on other hosts,"
-    change = f"{factor:.1f} × the {what} of this machine"
+    more = "storage or network speed" if situation.limiting.startswith("read") else "cores, on this host or on others"
+    change = f"{factor:.1f} times this machine's {more}"
     return Remedy("machine", change, situation.gain(factor * now.estimate.mean, situation.cpu_seconds(now)))
 
 
 def compute_remedies(situation: Situation) -> list[Remedy]:
-    """Changes to the train step that are worth it: a faster precision, if one was measured; a second device."""
+    """Changes to the train step that gain at least WORTH: a faster precision, if one was measured, and a second device."""
     training, now = situation.training, situation.now
     assert training
     found = []
@@ -206,7 +209,7 @@ def compute_remedies(situation: Situation) -> list[Remedy]:
         precision, demand = situation.faster
         speed = situation.training_speed(now.estimate.mean, situation.cpu_seconds(now), demand)
         found.append(Remedy("precision", f"--precision {precision}", speed / situation.speed_now, now.spec))
-    carried = min(2 * training.demand.mean, now.estimate.mean)
-    change = "a train step twice as fast (a second device, or a smaller or compiled net), which this loader can feed"
-    found.append(Remedy("device", change, carried / situation.speed_now, now.spec))
+    speed = min(2 * training.demand.mean, now.estimate.mean)
+    change = "a train step twice as fast (a second device, or a smaller or compiled model), which this loader can supply"
+    found.append(Remedy("device", change, speed / situation.speed_now, now.spec))
     return [remedy for remedy in found if remedy.gain >= WORTH]

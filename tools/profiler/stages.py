@@ -1,12 +1,12 @@
-"""Each stage of an image's way alone, on real samples with the plan's own crops, at several numbers of threads.
+"""The loader's stages, each measured alone, on real samples with the plan's own crops, at several numbers of threads.
 
-read       touch every page of the stored image; cold: the shards' pages dropped before each turn, and mapped anew
-cut        splice the tiles under the crop into a small JPEG (what the DALI engine gives to DALI)
-decode     what the crop needs of the image, to pixels
-resample   the pixels to the picture, mirrored or not
-tail       PCA colour and mean, to the training dtype, on the CPU
-assembly   in one thread: the plan of a batch, its memory, labels
-copy       from pinned memory to the GPU, in one thread
+read       read every page of the stored image; cold: after dropping the shards from the page cache, from new memory maps
+cut        splice the tiles under the crop into a small JPEG (the DALI engine's input to DALI)
+decode     decode the region under the crop to pixels
+resample   resize the pixels to the crop's size, and flip
+normalize  PCA lighting and normalization, to the training dtype, on the CPU
+assembly   the plan of a batch, its buffers and labels, in one thread
+copy       copy a batch from pinned memory to the GPU, in one thread
 """
 
 from __future__ import annotations
@@ -36,40 +36,40 @@ from tools.profiler.measuring import Estimate, in_turns
 from tools.profiler.page_cache import drop_pages
 from tools.profiler.storage import local_files, storage_bytes
 
-SAMPLES = 256  # whose decoded pixels, about 60 MB, are kept for the stages behind decoding
+SAMPLES = 256  # images; their decoded pixels, about 60 MB, are kept for the stages after decoding
 PAGE = 4096
-Stage = Callable[[int], object]  # works on one sample, by its place in the list; on one batch for assembly and copy
+Stage = Callable[[int], object]  # processes the sample of this number; assembly and copy process a batch
 
 
 @dataclass
 class Measured:
-    """A stage: images a second in every turn, at each number of threads."""
+    """A stage: images per second in each repeat, by number of threads."""
 
     name: str
     speeds: dict[int, list[float]] = field(default_factory=dict)
 
     def at(self, threads: int) -> Estimate:
-        """At so many threads, or at the one number that it was measured at."""
+        """At this number of threads; if the stage was measured at one number only, at that one."""
         return Estimate.of_speeds(self.speeds[threads] if threads in self.speeds else next(iter(self.speeds.values())))
 
     def ms_per_image(self, threads: int) -> float:
-        """Of one thread."""
+        """Time of one thread per image."""
         known = threads if threads in self.speeds else next(iter(self.speeds))
         return 1e3 * known / self.at(known).mean
 
 
 @dataclass(frozen=True)
 class Stages:
-    """What `measure_stages` found. cold_bytes: what the storage delivers for an image read cold; None if the kernel is silent."""
+    """All stages by name. cold_bytes: bytes that the storage delivers per image read cold; None if unknown."""
 
     measured: dict[str, Measured]
     cold_bytes: float | None
 
 
 class Samples:
-    """Images of the data set with the plan's views of them, and each stage as a function of one image's number.
+    """Images of the data set with their planned views. Each stage is a method that processes one image, given its number.
 
-    Images that cannot be decoded are left out. Every thread has memory of its own.
+    Images that cannot be decoded are left out. Each thread has its own buffers.
     """
 
     def __init__(self, spec: LoaderSpec) -> None:
@@ -81,7 +81,7 @@ class Samples:
         decoder = Decoder()
         for plan, place in [(each, place) for each in self.plans for place in range(len(each.ids))][:SAMPLES]:
             try:
-                stored = self.loader.stored(int(plan.ids[place]))
+                stored = self.loader.read(int(plan.ids[place]))
                 pixels, where = self._decoded(decoder, stored, plan, place)
             except CorruptImageError:
                 continue
@@ -89,9 +89,9 @@ class Samples:
             self.stored.append(stored)
             self.decoded.append((pixels.copy(), where.copy()))
         if not self.places:
-            raise UserError(f"{spec.data}: none of its images can be decoded, of those tried; make the shards again")
+            raise UserError(f"{spec.data}: none of its images can be decoded, of those tried", "make the shards again")
         self.size = self.plans[0].size
-        self._own = threading.local()
+        self._local = threading.local()
 
     def _plans(self) -> Any:
         loader = self.loader
@@ -105,48 +105,50 @@ class Samples:
 
     def _decoded(self, decoder: Decoder, stored: Any, plan: BatchPlan, place: int) -> Any:
         windows = plan.views.windows[self._views(plan, place)]
-        return decoder.decoded(stored, int(plan.heights[place]), int(plan.widths[place]), windows, plan.size)
+        return decoder.decode_region(stored, int(plan.heights[place]), int(plan.widths[place]), windows, plan.size)
 
-    def _memory(self) -> Any:
-        """This thread's decoder, picture, batch row, and room for a cut."""
-        own = self._own
+    def buffers(self) -> Any:
+        """This thread's decoder, resampled image, normalized image, cut and the cut's place."""
+        own = self._local
         if not hasattr(own, "decoder"):
             shape = (self.loader.crops, *self.size, 3)
-            own.decoder, own.picture, own.cut = Decoder(), np.empty(shape, np.uint8), np.empty(0, np.uint8)
-            own.row = np.empty(shape, stored_dtype(self.loader.spec.dtype))
+            own.decoder, own.image, own.cut = Decoder(), np.empty(shape, np.uint8), np.empty(0, np.uint8)
+            own.normalized = np.empty(shape, stored_dtype(self.loader.spec.dtype))
             own.place = np.empty(4, np.int64)
         return own
 
     def read(self, number: int) -> object:
         plan, place = self.places[number]
-        return touch(self.loader.stored(int(plan.ids[place])))
+        return touch(self.loader.read(int(plan.ids[place])))
 
     def cut(self, number: int) -> object:
-        (plan, place), stored, own = self.places[number], self.stored[number], self._memory()
+        (plan, place), stored, own = self.places[number], self.stored[number], self.buffers()
         if len(own.cut) < len(stored):
             own.cut = np.empty(2 * len(stored), np.uint8)
         windows = plan.views.windows[self._views(plan, place)]
-        return cut_windows(stored, int(plan.heights[place]), int(plan.widths[place]), windows, *self.size, own.cut, own.place)
+        size, (rows, columns) = (int(plan.heights[place]), int(plan.widths[place])), self.size
+        return cut_windows(stored, *size, windows, rows, columns, own.cut, own.place)
 
     def decode(self, number: int) -> object:
-        return self._decoded(self._memory().decoder, self.stored[number], *self.places[number])
+        return self._decoded(self.buffers().decoder, self.stored[number], *self.places[number])
 
     def resample(self, number: int) -> object:
-        (plan, place), own = self.places[number], self._memory()
+        (plan, place), own = self.places[number], self.buffers()
         pixels, where = self.decoded[number]
         views = self._views(plan, place)
-        return resample_windows(pixels, where, plan.views.windows[views], plan.views.flip[views], own.picture)
+        return resample_windows(pixels, where, plan.views.windows[views], plan.views.flip[views], own.image)
 
-    def tail(self, number: int) -> object:
-        (plan, place), own = self.places[number], self._memory()
-        views, pictures = self._views(plan, place), own.picture
+    def normalize(self, number: int) -> object:
+        (plan, place), own = self.places[number], self.buffers()
+        views, images = self._views(plan, place), own.image
         if plan.views.shift is not None:
-            pictures = translate(pictures, plan.views.shift[views])
-        self.loader.normalizer(self.size).batch(pictures, lighting(plan.views.alphas[views], self.loader.basis), own.row)
-        return own.row
+            images = translate(images, plan.views.shift[views])
+        shifts = lighting(plan.views.alphas[views], self.loader.lighting_basis)
+        self.loader.normalizer(self.size).batch(images, shifts, own.normalized)
+        return own.normalized
 
     def assembly(self, number: int) -> object:
-        """A whole batch."""
+        """Of a whole batch."""
         loader = self.loader
         plan = loader.plan(self.plans[number % len(self.plans)].batch_range)
         _, tensor = loader.buffers.acquire((len(plan.views.flip), *plan.size, 3), stored_dtype(loader.spec.dtype))
@@ -163,22 +165,22 @@ def touch(data: Any) -> Any:
 
 
 def measure_stages(spec: LoaderSpec, threads: Sequence[int], repeats: int, seconds: float) -> Stages:
-    """threads: the numbers of threads to try. seconds: of a turn. Raises UserError as opening the data does."""
+    """Measure all stages at these numbers of threads. seconds: duration of each measurement. Raises UserError for bad data."""
     measured = measure_warm(spec, threads, repeats, seconds)
-    gc.collect()  # or the maps of the shards just read would keep their pages in the cache
+    gc.collect()  # the memory maps of the shards just read would keep their pages in the cache
     cold, cold_bytes = read_cold(spec, threads, repeats, seconds)
     return Stages({cold.name: cold} | measured, cold_bytes)
 
 
 def measure_warm(spec: LoaderSpec, threads: Sequence[int], repeats: int, seconds: float) -> dict[str, Measured]:
-    """All stages but cold reading."""
+    """All stages except cold reading."""
     samples = Samples(spec)
     stages: dict[str, Stage] = {"read warm": samples.read}
     if samples.loader.shards.manifest.profile != "original":
         stages["cut"] = samples.cut
     stages |= {"decode": samples.decode, "resample": samples.resample}
     if spec.dtype != torch.uint8:
-        stages["tail"] = samples.tail
+        stages["normalize"] = samples.normalize
     measured = {name: Measured(name) for name in stages}
 
     def turn(way: tuple[str, int]) -> None:
@@ -186,7 +188,7 @@ def measure_warm(spec: LoaderSpec, threads: Sequence[int], repeats: int, seconds
         measured[name].speeds.setdefault(count, []).append(speed(stages[name], len(samples.places), count, seconds))
 
     ways = [(name, count) for name in stages for count in threads]
-    for name, count in ways:  # compiled, and every image touched
+    for name, count in ways:  # warm-up: compiles the kernels, and loads the images into the page cache
         speed(stages[name], len(samples.places), count, seconds / 5)
     in_turns(ways, repeats, turn)
     for name, alone, items in (("assembly", samples.assembly, len(samples.plans[0].ids)), *copying(spec, samples)):
@@ -198,8 +200,8 @@ def measure_warm(spec: LoaderSpec, threads: Sequence[int], repeats: int, seconds
 
 
 def speed(stage: Stage, count: int, threads: int, seconds: float) -> float:
-    """Calls a second over `threads` threads, each of which goes round its own share of the `count` numbers until time is up; it
-    takes one at least."""
+    """Calls per second over `threads` threads. Each thread repeats its own share of the `count` numbers until the time is over,
+    and makes at least one call."""
     began = time.perf_counter()
 
     def run(first: int) -> int:
@@ -219,12 +221,12 @@ def speed(stage: Stage, count: int, threads: int, seconds: float) -> float:
 
 
 def read_cold(spec: LoaderSpec, threads: Sequence[int], repeats: int, seconds: float) -> tuple[Measured, float | None]:
-    """Read images in random order, once each, the page cache dropped before every turn; and the bytes delivered for one."""
+    """Read images once each, in random order, dropping the page cache before each repeat. Also the bytes delivered per image."""
     measured, delivered, images = Measured("read cold"), 0, 0
 
     def turn(count: int) -> None:
         nonlocal delivered, images
-        shards = ShardSet(spec.data, spec.split, spec.cache, spec.cache_gb)  # anew: pages that are mapped stay in the cache
+        shards = ShardSet(spec.data, spec.split, spec.cache, spec.cache_gb)  # new memory maps: mapped pages stay in the cache
         drop_pages(local_files(spec))
         order = np.random.default_rng(0).permutation(len(shards))
         before, began = storage_bytes(), time.perf_counter()
@@ -251,7 +253,7 @@ def read_cold(spec: LoaderSpec, threads: Sequence[int], repeats: int, seconds: f
 
 
 def copying(spec: LoaderSpec, samples: Samples) -> list[tuple[str, Stage, int]]:
-    """The stage `copy`, if batches go to a GPU: pictures of a batch, uint8."""
+    """The stage `copy`, if batches go to a GPU: the uint8 images of a batch. Its name, function and images per call."""
     if not spec.device.startswith("cuda"):
         return []
     plan = samples.plans[0]

@@ -1,4 +1,4 @@
-"""What the storage of the shards gives: pages dropped, the read ceiling, and what of it reading images cold takes."""
+"""The storage of the shards: its maximum read speed, and the time to read an image from a copy in memory."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from pipeline.store.shards import ShardSet
 from tools.profiler.measuring import Estimate, in_turns
 from tools.profiler.page_cache import drop_pages
 
-PIECE = 4 << 20  # bytes read at once
+PIECE = 4 << 20  # bytes per read
 STREAMS = (1, 4, 16)
-MEMORY = "/dev/shm"  # a file system in memory
+MEMORY = "/dev/shm"  # a file system in memory (tmpfs)
 
 
 def local_files(spec: LoaderSpec) -> list[Path]:
-    """The local files that hold the images of `spec`, in either format, those that are there."""
+    """The existing local files, tars and .beton, that hold the images of `spec`."""
     shards = ShardSet(spec.data, spec.split, spec.cache, spec.cache_gb, tars=False)
     beton = shards.manifest.splits[spec.split].get("beton")
     files = [*shards.shards, *([Path(shards.manifest.root) / beton["file"]] if beton else [])]
@@ -30,7 +30,7 @@ def local_files(spec: LoaderSpec) -> list[Path]:
 
 
 def read_piece(file: Path, offset: int) -> int:
-    """Read a piece of a file; returns its bytes. Apart, so that a planted fault can slow it down."""
+    """Read a piece of a file; returns its number of bytes. A function of its own, so that a planted fault can slow it down."""
     with file.open("rb", buffering=0) as stream:
         stream.seek(offset)
         return len(stream.read(PIECE))
@@ -38,14 +38,14 @@ def read_piece(file: Path, offset: int) -> int:
 
 @dataclass(frozen=True)
 class Ceiling:
-    """Bytes a second that the storage gives at most, at so many concurrent streams."""
+    """The storage's maximum read speed, bytes per second, and the number of concurrent streams that reaches it."""
 
     bytes_per_s: Estimate
     streams: int
 
 
 def read_ceiling(files: Sequence[Path], repeats: int, seconds: float) -> Ceiling:
-    """Read the files in large pieces, cold, at several numbers of streams; the best. seconds: at most, of each turn."""
+    """The best of several numbers of streams, reading the files in large pieces, uncached. seconds: limit per repeat."""
     pieces = [(file, offset) for file in files for offset in range(0, file.stat().st_size, PIECE)]
     speeds: dict[int, list[float]] = {streams: [] for streams in STREAMS}
 
@@ -67,7 +67,7 @@ def read_ceiling(files: Sequence[Path], repeats: int, seconds: float) -> Ceiling
 
 
 def storage_bytes() -> int | None:
-    """Bytes that this process has had the storage deliver so far; None where the kernel does not say."""
+    """Bytes that the storage has delivered to this process so far; None if the kernel does not report them."""
     try:
         lines = Path("/proc/self/io").read_text().splitlines()
     except OSError:
@@ -76,10 +76,10 @@ def storage_bytes() -> int | None:
 
 
 def cached_read_ms(mean_bytes: float, seconds: float = 0.1) -> float:
-    """Milliseconds to read an image from a copy of its shard in memory, as a `ShardSet` with a cache reads: seek, then copy."""
+    """Milliseconds to read an image from a copy of its shard in memory, by seek and read as a `ShardSet` with a cache does."""
     image = np.empty(max(1, int(mean_bytes)), np.uint8)
     places = range(0, max(1, (64 << 20) - len(image)), max(1, len(image)))
-    # A file in memory like those of /dev/shm, which containers often have little of.
+    # A memory file like those of /dev/shm, which is often small in containers.
     with open(os.memfd_create("cropfeed"), "r+b", buffering=0) as stream:
         stream.write(bytes(64 << 20))
         began, count = time.perf_counter(), 0

@@ -1,4 +1,4 @@
-"""A profile as tables: `sections`, which the HTML report shows too, and `table`, their text for a terminal."""
+"""A profile as tables: `sections`, which the HTML report also shows, and `table`, their text for a terminal."""
 
 from __future__ import annotations
 
@@ -28,21 +28,21 @@ Profile = dict[str, Any]
 
 
 def table(profile: Profile) -> str:
-    """The terminal's output: the verdict's paragraph, then every figure. No newline at the end."""
+    """The text for a terminal: the verdict's paragraph, then all tables. No newline at the end."""
     blocks = ["\n".join(wrapped(profile["verdict"]["text"]))]
     blocks += [text(section) for section in sections(profile)]
     return "\n\n".join(blocks)
 
 
 def sections(profile: Profile) -> list[Section]:
-    """All tables of a profile, in the order in which they are read; parts that it lacks are left out."""
+    """All tables of a profile, in reading order, without those of missing parts."""
     made = [
         remedies(profile),
         stages(profile),
         loaders(profile),
         training(profile),
         ceilings(profile),
-        *(part(profile) for name, part in (("tuned", tuned), ("ahead", ahead), ("rows", rows)) if profile.get(name)),
+        *(part(profile) for name, part in (("tuned", tuned), ("ahead", ahead)) if profile.get(name)),
         environment(profile),
     ]
     return [section.without_empty_columns() for section in made]
@@ -62,12 +62,12 @@ def remedies(profile: Profile) -> Section:
         "What to change",
         ("remedy", "predicted", "measured", "95 % interval"),
         lines,
-        notes=[f"Speed of {kind} with the remedy over its speed now."],
+        notes=[f"Speed of {kind} with the remedy over its present speed."],
     )
 
 
 def remedy_row(remedy: Profile, tried: Profile | None, kind: str) -> Row:
-    """tried: `applied`, if it is this remedy that was; its prediction is the one that was made then."""
+    """tried: the profile's `applied` if it tried this remedy, else None."""
     cells = (remedy["remedy"], gain((tried or remedy)["predicted_gain"]))
     if not tried:
         return Row((*cells, DASH, DASH), remedy["change"], kind)
@@ -91,12 +91,12 @@ def stages(profile: Profile) -> Section:
                         interval(at["low"], at["high"]),
                         milliseconds(at["ms_per_image"]),
                     ),
-                    "limits" if limit else "not used here" if not stage["used"] and place == 0 else "",
+                    "the slowest" if limit else "not used" if not stage["used"] and place == 0 else "",
                     "limit" if limit else "" if stage["used"] else "unused",
                 )
             )
     columns = ("stage", "threads", "images/s", "95 % interval", "per image")
-    return Section("Stages, each alone", columns, lines, notes=["Per image: the time of one thread."])
+    return Section("Stages, each measured alone", columns, lines, notes=["Per image: time of one thread per image."])
 
 
 def loaders(profile: Profile) -> Section:
@@ -118,13 +118,13 @@ def loaders(profile: Profile) -> Section:
             share(rate / ceiling if rate is not None and ceiling > 0 else None),
         )
         lines.append(Row(cells, *(("as configured", "now") if way == now else ())))
-    columns = ("engine", "threads", "prefetch", "images/s", "95 % interval", "CPU", "GPU", "JPEG", "encoded", "of ceiling")
-    notes = [f"Read ceiling of the storage: {bytes_rate(ceiling)}."] if lines else ["None measured."]
-    return Section("Loaders, nobody training", columns, lines, notes=notes)
+    columns = ("engine", "threads", "prefetch", "images/s", "95 % interval", "CPU", "GPU", "JPEG", "encoded", "of storage")
+    notes = [f"Maximum read speed of the storage: {bytes_rate(ceiling)}."] if lines else ["None measured."]
+    return Section("Loaders, without training", columns, lines, notes=notes)
 
 
 def training(profile: Profile) -> Section:
-    """The speeds as configured: of the loader, of the train step, of both together."""
+    """The speeds as configured: of the loader, the train step, and both together."""
     spec, demand = profile["spec"], profile["demand"]
     way = f"{profile['engine']}, {count(spec['threads'], 'thread')}, prefetch {spec['prefetch']:,}"
     lines = [Row(("loader alone", speed(profile["images_per_s"]), interval(profile["low"], profile["high"])), way)]
@@ -137,10 +137,10 @@ def training(profile: Profile) -> Section:
         together = ("training from the loader", speed(both["images_per_s"]), interval(both["low"], both["high"]))
         lines += [Row(alone, f"{demand['what']}{emulated}"), Row((*together, *shares), kind="now")]
         if demand["ready"] is not None:
-            notes = ["Queue: batches that lay ready when training asked for one, over prefetch."]
+            notes = ["Queue: batches that were ready when training requested one, over the prefetch depth."]
     else:
-        notes = ["No demand was measured: --arch or --demand says what the model takes."]
-    columns = ("", "images/s", "95 % interval", "waiting", "queue", "CPU", "GPU", "JPEG")
+        notes = ["No demand was measured: give --arch or --demand."]
+    columns = ("", "images/s", "95 % interval", "data wait", "queue", "CPU", "GPU", "JPEG")
     return Section("Demand and training, as configured", columns, lines, notes=notes)
 
 
@@ -148,17 +148,17 @@ def ceilings(profile: Profile) -> Section:
     lines = [Row((ceiling["name"], speed(ceiling["images_per_s"])), ceiling["why"]) for ceiling in profile["ceilings"]]
     storage = profile["storage"]
     read = bytes_rate(storage["bytes_per_s"])
-    note = f"The storage reads at most {read} ({bytes_rate(storage['low'])} to {bytes_rate(storage['high'])}) "
+    note = f"The maximum read speed of the storage is {read} ({bytes_rate(storage['low'])} to {bytes_rate(storage['high'])}) "
     note += f"at {count(storage['streams'], 'stream')}"
     if storage["cold_bytes_per_image"] is not None:
-        note += f", and gives {size(storage['cold_bytes_per_image'])} for an image read cold"
+        note += f"; reading an image cold transfers {size(storage['cold_bytes_per_image'])}"
     return Section("Ceilings of this machine", ("", "images/s"), lines, notes=[f"{note}."])
 
 
 def tuned(profile: Profile) -> Section:
     found = profile["tuned"]
     cells = (f"{found['threads']:,}", f"{found['prefetch']:,}", speed(found["images_per_s"]), seconds(found["seconds"]))
-    columns = ("threads", "prefetch", "images/s", "search took")
+    columns = ("threads", "prefetch", "images/s", "search time")
     return Section("Tuned", columns, [Row(cells)], texts=0, notes=[f"Written to {found['file']}."])
 
 
@@ -169,39 +169,23 @@ def ahead(profile: Profile) -> Section:
         first = need["name"] == plan["breaks_first"]
         over = need["needed"] / need["here"] if need["here"] else None
         cells = (need["name"], amount(need["needed"], need["unit"]), amount(need["here"], need["unit"]), gain(over))
-        note = f"breaks first: {need['why']}" if first else need["why"]
+        note = f"first bottleneck: {need['why']}" if first else need["why"]
         lines.append(Row(cells, note, "limit" if first else ""))
     cluster = f"{count(plan['hosts'], 'host')} of {count(plan['gpus'], 'GPU')}"
-    title = f"Ahead: {cluster}, {speed(plan['demand'])} images/s each, {speed(plan['images_per_s'])} in all"
-    return Section(title, ("of each host", "needed", "here", "needed / here"), lines, notes=[plan["text"]])
-
-
-def rows(profile: Profile) -> Section:
-    """--compare's: the fastest first on each kind of images, those not measured last."""
-    shards_of = {"lossless": "original", "compact": "500"}
-    images = {row["data"]: shards_of.get(row["data"], row["data"]) for row in profile["rows"]}
-    kinds = list(dict.fromkeys(images.values()))
-    lines = []
-    for row in sorted(profile["rows"], key=lambda row: (kinds.index(images[row["data"]]), -(row["images_per_s"] or 0.0))):
-        if row["error"] is not None:
-            lines.append(Row((row["name"], row["data"]), f"not measured: {row['error']}", "error"))
-            continue
-        cells = (row["name"], row["data"], speed(row["images_per_s"]), interval(row["low"], row["high"]), gain(row["ratio"]))
-        lines.append(Row(cells, kind="now" if row["name"].startswith("cropfeed-") else ""))
-    columns = ("", "data", "images/s", "low to high", "over fastest peer")
-    return Section("Peers and our engines", columns, lines, texts=2, notes=["Median, lowest and highest turn."])
+    title = f"Plan: {cluster}, {speed(plan['demand'])} images/s each, {speed(plan['images_per_s'])} in total"
+    return Section(title, ("per host", "needed", "here", "needed / here"), lines, notes=[plan["text"]])
 
 
 def environment(profile: Profile) -> Section:
     made, data, spec = profile["made"], profile["data"], profile["spec"]
-    mean = f"{size(data['bytes'])} of shards, {size(data['mean_bytes'])} an image"
+    mean = f"{size(data['bytes'])} of shards, {size(data['mean_bytes'])} per image"
     facts = {
         "data": f"{data['path']}, {data['split']}",
         "images": f"{count(data['images'], 'image')}, {mean}, profile {data['profile']}",
         "page cache": f"{data['cache']}: {data['cache_why']}",
         "batches": f"{spec['batch_size']:,} of {spec['image_size']} px, {spec['geometry']}, {spec['dtype']} on {spec['device']}",
         "cores": f"{spec['cores']:,}",
-        "planted": made["planted"],
+        "planted fault": made["planted"],
         "hardware": made["hardware"],
         "versions": made["versions"],
         "commit": made["commit"],
@@ -233,13 +217,13 @@ def text(section: Section) -> str:
 
 
 def columns(section: Section) -> Iterator[list[str]]:
-    """Each column's cells, its heading first."""
+    """The cells of each column, its heading first."""
     for place, heading in enumerate(section.columns):
         yield [heading, *(row.cells[place] for row in section.rows if place < len(row.cells))]
 
 
 def with_note(line: str, note: str) -> list[str]:
-    """A line and its note after it, wrapped under itself; under the line where too little room is left."""
+    """A line followed by its note, wrapped to its own column, or on new lines if too little space is left."""
     start = len(line) + 2
     if len(note) <= max(WIDTH - start, 16):
         return [f"{line}  {note}".rstrip()]
@@ -250,7 +234,7 @@ def with_note(line: str, note: str) -> list[str]:
 
 
 def wrapped(paragraph: str, indent: str = "") -> list[str]:
-    """Lines of a paragraph. Paths and options are kept whole."""
+    """The lines of a paragraph. Paths and options are not broken."""
     return textwrap.wrap(
         paragraph,
         WIDTH,

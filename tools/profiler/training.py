@@ -1,8 +1,8 @@
-"""What a model eats: its train step on one synthetic batch, and training from a loader, in turns.
+"""The demand of a model: the throughput of its train step on one synthetic batch, in turns with training from a loader.
 
-The train step is train.py's: cross-entropy, SGD with momentum, autocast, channels-last. (Without Accelerate, whose precision is
-the same for a whole process.) An accelerator that is not here is emulated by waiting: it leaves the CPU to the loader, as a GPU
-does.
+The train step is train.py's: cross-entropy, SGD with momentum, autocast, channels-last. It does without Accelerate, which allows
+one precision per process. An accelerator that this machine lacks is emulated by waiting. That leaves the CPU to the loader, as a
+GPU would.
 """
 
 from __future__ import annotations
@@ -20,55 +20,55 @@ from tqdm import tqdm
 from model import ARCHS
 from pipeline.loader import Batch
 from pipeline.spec import PRECISIONS, LoaderSpec
-from tools.profiler.loaders import Opened, synchronise
+from tools.profiler.loaders import PausableLoader, synchronise
 from tools.profiler.measuring import Estimate, Usage, in_turns, usage
-from training.compiling import compiled
+from training.compiling import compile_model
 from training.metrics import Clock
 from training.optimizers import make_optimizer
 
 MOMENTUM, WEIGHT_DECAY = 0.9, 1e-4
-MOST_STEPS = 100  # that a timeline shows
+MOST_STEPS = 100  # in a timeline
 
 
 class Consumer(Protocol):
-    """Computes train steps."""
+    """What takes the batches: it computes train steps."""
 
-    what: str  # in words
+    what: str  # description
     emulated: bool
-    dtype: torch.dtype  # of the images that it takes
+    dtype: torch.dtype  # of its input images
 
     def step(self, batch: Batch) -> None:
-        """One update; a GPU may still compute it when this returns."""
+        """One update; a GPU may still be computing it on return."""
 
 
 class Model:
-    """A net being trained. Weights stay random: labels of a batch are all that it learns."""
+    """A model in training, from random weights."""
 
     emulated = False
 
     def __init__(self, arch: str, precision: str, spec: LoaderSpec, classes: int, slower_ms: float = 0.0) -> None:
-        """arch: a name in ARCHS. precision: Accelerate's name. slower_ms: a planted fault, of waiting for each image."""
+        """arch: a name in ARCHS. precision: Accelerate's name. slower_ms: milliseconds to wait per image, a planted fault."""
         self.what = f"{arch}, {precision if precision != 'no' else 'float32'}"
         self.dtype = PRECISIONS[precision]
         self._slower = slower_ms / 1e3
         self._kind = torch.device(spec.device).type
-        net = ARCHS[arch](num_classes=classes).to(spec.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-        self._net = net.train()
-        self._optimizer = make_optimizer("sgd", net, 1e-3, MOMENTUM, WEIGHT_DECAY, norm_and_bias=True)
+        model = ARCHS[arch](num_classes=classes).to(spec.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.module = model.train()
+        self._optimizer = make_optimizer("sgd", model, 1e-3, MOMENTUM, WEIGHT_DECAY, norm_and_bias=True)
         self._scaler = torch.amp.GradScaler(self._kind, enabled=precision == "fp16")
 
     def autocast(self) -> torch.autocast:
         return torch.autocast(self._kind, self.dtype, enabled=self.dtype != torch.float32)
 
     def compile(self, mode: str, images: torch.Tensor) -> str | None:
-        """torch.compile the net as train.py does, for images of this shape; why that does not work, if it does not."""
-        told: list[str] = []
-        self._net = compiled(self._net, mode, [images], self.autocast, told.append)
-        return told[0] if told else None
+        """torch.compile the model as train.py does, for images of this shape. Returns why it failed, or None."""
+        messages: list[str] = []
+        self.module = compile_model(self.module, mode, [images], self.autocast, messages.append)
+        return messages[0] if messages else None
 
     def step(self, batch: Batch) -> None:
         with self.autocast():
-            loss = F.cross_entropy(self._net(batch.images), batch.labels)
+            loss = F.cross_entropy(self.module(batch.images), batch.labels)
         self._scaler.scale(loss).backward()
         self._scaler.step(self._optimizer)
         self._scaler.update()
@@ -78,7 +78,7 @@ class Model:
 
 
 class Emulated:
-    """An accelerator that eats so many images a second."""
+    """An emulated accelerator that trains at a given number of images per second, by waiting."""
 
     emulated = True
 
@@ -93,8 +93,11 @@ class Emulated:
 
 @dataclass
 class Window:
-    """Some steps of training. usage: what they took. steps: of each when it asked for a batch, got it, and had computed, seconds
-    from the first's asking. ready: share of the prefetch depth that lay ready at each asking, where known."""
+    """Consecutive steps of training. images: their number. usage: what the steps used.
+
+    steps: for each step, when it asked for a batch, received it, and had finished, in seconds since the first step asked.
+    ready: batches in the prefetch queue at each request, over the prefetch depth; empty if unknown.
+    """
 
     images: int
     usage: Usage
@@ -112,7 +115,7 @@ class Window:
 
 @dataclass
 class Training:
-    """What a consumer did, in turns: alone (images a second), and from the loader."""
+    """Measurements of a consumer. alone: images per second without a loader, by repeat. windows: training from the loader."""
 
     consumer: Consumer
     spec: LoaderSpec
@@ -153,10 +156,12 @@ class Training:
 def measure_training(
     ways: Sequence[tuple[LoaderSpec, Consumer]], cold: bool, repeats: int, seconds: float, progress: str, alone: bool = True
 ) -> list[Training]:
-    """Train each consumer from its own loader and, if asked for, alone on one batch of it, in turns of so many seconds, a step at
-    least. progress: what the bar is called."""
+    """Train each consumer from its own loader and, with `alone`, also on one repeated batch, in turns.
+
+    seconds: duration of each measurement, of at least one step. progress: the progress bar's label.
+    """
     trainings = [Training(consumer, replace(spec, dtype=consumer.dtype)) for spec, consumer in ways]
-    opened = [Opened(training.spec, cold) for training in trainings]
+    opened = [PausableLoader(training.spec, cold) for training in trainings]
     batches: list[Batch] = []
     kinds = (True, False) if alone else (False,)
     bar = tqdm(total=len(trainings) * (2 + len(kinds) * repeats), desc=progress, unit=" turns")
@@ -172,10 +177,10 @@ def measure_training(
 
     try:
         for training, loader in zip(trainings, opened, strict=True):
-            loader.begin()
+            loader.resume()
             batches.append(loader.next())
-            loader.end()
-            for _ in range(2):  # the first steps allocate and choose algorithms
+            loader.pause()
+            for _ in range(2):  # warm-up: the first steps allocate memory and choose algorithms
                 training.consumer.step(batches[-1])
                 bar.update()
         in_turns([(number, kind) for number in range(len(trainings)) for kind in kinds], repeats, turn)
@@ -187,7 +192,7 @@ def measure_training(
 
 
 def run_alone(consumer: Consumer, batch: Batch, device: str, seconds: float) -> float:
-    """Images a second of the train step on one batch."""
+    """Images per second of the train step on one repeated batch."""
     synchronise(device)
     began, count = time.perf_counter(), 0
     while count == 0 or time.perf_counter() - began < seconds:
@@ -197,29 +202,29 @@ def run_alone(consumer: Consumer, batch: Batch, device: str, seconds: float) -> 
     return count / (time.perf_counter() - began)
 
 
-def run_window(training: Training, opened: Opened, seconds: float) -> Window:
-    """Train from the loader for so long, after a step that does not count."""
+def run_window(training: Training, loader: PausableLoader, seconds: float) -> Window:
+    """Train from the loader for about so many seconds, after one step of warm-up."""
     spec, consumer = training.spec, training.consumer
     clock = Clock(torch.device(spec.device))
-    opened.begin()
-    consumer.step(opened.next())
+    loader.resume()
+    consumer.step(loader.next())
     synchronise(spec.device)
     moments: list[tuple[Any, Any, Any]] = []
     ready: list[float] = []
-    images, left = 0, opened.left
-    with usage(spec.device) as taken:
+    images, left = 0, loader.images_left
+    with usage(spec.device) as used:
         began = time.perf_counter()
         while not moments or (time.perf_counter() - began < seconds and images + spec.batch_size <= left):
-            waiting = opened.ready
+            queued = loader.ready
             asked = clock.now()
-            batch = opened.next()
+            batch = loader.next()
             got = clock.now()
             consumer.step(batch)
             moments.append((asked, got, clock.now()))
             images += len(batch.labels)
-            if waiting is not None:
-                ready.append(min(1.0, waiting / spec.prefetch))
+            if queued is not None:
+                ready.append(min(1.0, queued / spec.prefetch))
         synchronise(spec.device)
-    opened.end()
+    loader.pause()
     first = moments[0][0]
-    return Window(images, taken, [tuple(clock.seconds(first, moment) for moment in step) for step in moments], ready)  # type: ignore[misc]
+    return Window(images, used, [tuple(clock.seconds(first, moment) for moment in step) for step in moments], ready)  # type: ignore[misc]

@@ -1,1 +1,1 @@
-"""The page of training runs, part by part; tools/report.py puts them together."""
+"""The parts of tools/report.py; `evaluation` also serves tools/evaluate.py."""

@@ -1,8 +1,8 @@
-"""The curves of several runs over each other, as SVG for a page whose style gives the colours.
+"""The curves of several runs in one chart, as SVG with colours from the page's style.
 
-matplotlib draws; its colours stand for the page's: what it wrote as INK becomes var(--ink), so that one picture serves a light
-and a dark page. Runs' colours are those of Okabe and Ito 2008 that can be seen on white, told apart with any colour vision; from
-the seventh run on they come again, dashed.
+matplotlib's colours are placeholders: INK becomes var(--ink), and so on, so that one SVG serves a light and a dark page. Runs
+have those colours of Okabe and Ito 2008 that are visible on white; they can be distinguished with any colour vision. From the
+seventh run on they repeat, dashed.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from matplotlib.ticker import MaxNLocator
 
 from tools.reporting.runs import Floats, Run, time_weights
 
-# (on a light page, on a dark one)
+# (on a light page, on a dark page)
 COLOURS = (
     ("#0072b2", "#4ba6e0"),
     ("#d55e00", "#f2803a"),
@@ -31,11 +31,11 @@ COLOURS = (
 )
 DASHES: tuple[Any, ...] = ("solid", (0, (5, 2)), (0, (1.5, 1.5)), (0, (6, 2, 1.5, 2)))
 INK, GREY, LINE = "#1f2933", "#5c6770", "#e3e7ea"
-MOST = 150  # points of a curve: more are means of as many rows each as it takes
-WIDTH, HEIGHT = 4.7, 2.75  # inches: small, so that the letters can be read on a phone
+MAX_POINTS = 150  # of a curve; longer ones are averaged over neighbouring rows
+WIDTH, HEIGHT = 4.7, 2.75  # inches: small, so that the text is legible on a phone
 STYLE: Any = {
-    "svg.fonttype": "none",  # letters stay letters
-    "svg.hashsalt": "cropfeed",  # the same curves, the same file
+    "svg.fonttype": "none",  # text stays text
+    "svg.hashsalt": "cropfeed",  # deterministic ids
     "font.family": "sans-serif",
     "font.sans-serif": ["DejaVu Sans"],
     "font.size": 9.5,
@@ -50,8 +50,8 @@ STYLE: Any = {
 
 
 class Chart(NamedTuple):
-    """x, y: columns of metrics.csv. x_unit: what of the x column is 1 on the axis. percent: y is a share. pale: a column drawn
-    thin and pale beside y. timed: a row counts for the time it took."""
+    """x, y: columns of metrics.csv. x_unit: the x column is divided by it. percent: y is shown in percent. pale: a second column,
+    drawn thin and pale. timed: averages weight each row by its time."""
 
     title: str
     x: str
@@ -69,12 +69,12 @@ CHARTS = (
     Chart("Top-1, % (pale: training)", "seconds", "val_top1", "minutes", x_unit=60, percent=True, pale="train_top1"),
     Chart("Learning rate", "epoch", "lr", "epoch"),
     Chart("Images per second", "epoch", "images_per_s", "epoch", timed=True),
-    Chart("Waiting for data, % of the time", "epoch", "wait_share", "epoch", percent=True, timed=True),
+    Chart("Data wait, % of the time", "epoch", "wait_share", "epoch", percent=True, timed=True),
 )
 
 
 def draw(runs: Sequence[Run]) -> list[tuple[Chart, str]]:
-    """The charts of which any run has points, as <svg> elements."""
+    """The charts for which at least one run has points, as <svg> elements."""
     charts = [
         chart for chart in CHARTS if any(len(run.series(chart.x, y)[0]) for run in runs for y in (chart.y, chart.pale) if y)
     ]
@@ -83,7 +83,7 @@ def draw(runs: Sequence[Run]) -> list[tuple[Chart, str]]:
 
 
 def colour(place: int) -> str:
-    """Of the run at this place in the list, as the page's style names it."""
+    """The colour of the run at this position in the list, as a variable of the page's style."""
     return f"var(--run-{place % len(COLOURS)})"
 
 
@@ -102,7 +102,7 @@ def figure_of(chart: Chart, runs: Sequence[Run]) -> Figure:
         axes.plot(*points(run, chart, chart.y), color=stroke, ls=dashes, lw=1.7, marker=marker, ms=3.5, zorder=3)
     finish(axes, chart)
     if chart.y == "wait_share":
-        axes.set_ylim(0, waiting_limit(runs))
+        axes.set_ylim(0, data_wait_limit(runs))
     return figure
 
 
@@ -118,48 +118,48 @@ def finish(axes: Axes, chart: Chart) -> None:
 
 
 def interleaved(run: Run, runs: Sequence[Run]) -> Any:
-    """Dashes for a run whose schedule others have, too, so that all of them can be seen; None where it is alone."""
+    """Dashes for a run that shares its schedule with others, so that all of them are visible; None if it shares it with none."""
     same = [other for other in runs if same_start(run.series("epoch", "lr"), other.series("epoch", "lr"))]
     return (3 * same.index(run), (3, 3 * (len(same) - 1))) if len(same) > 1 else None
 
 
 def same_start(one: tuple[Floats, Floats], other: tuple[Floats, Floats]) -> bool:
-    """Whether two curves are the same as far as both go; False where either has no points."""
+    """Whether two curves are equal over their common length; False if either has no points."""
     length = min(len(one[0]), len(other[0]))
-    return length > 0 and all(np.array_equal(ours[:length], theirs[:length]) for ours, theirs in zip(one, other, strict=True))
+    return length > 0 and all(np.array_equal(a[:length], b[:length]) for a, b in zip(one, other, strict=True))
 
 
-def waiting_limit(runs: Sequence[Run]) -> float:
-    """Per cent. A run's first row may stick out: the loader starts in it, which would flatten all the rest."""
+def data_wait_limit(runs: Sequence[Run]) -> float:
+    """The top of the axis, percent. A run's first row is left out: it includes the loader's start and may be far higher."""
     later = [float(waits[1:].max()) for run in runs if len(waits := run.series("epoch", "wait_share")[1]) > 1]
     return 110 * max(0.05, *later, 0)
 
 
 def points(run: Run, chart: Chart, y: str) -> tuple[Floats, Floats]:
-    """A curve, in the chart's units, of at most MOST points."""
+    """A curve in the chart's units, of at most MAX_POINTS points."""
     x_values, y_values = run.series(chart.x, y)
     weights = time_weights(run)[np.isfinite(run.columns[chart.x]) & np.isfinite(run.columns[y])] if chart.timed else None
     return thinned(x_values / chart.x_unit, 100 * y_values if chart.percent else y_values, weights)
 
 
 def thinned(x: Floats, y: Floats, weights: Floats | None = None) -> tuple[Floats, Floats]:
-    """At most MOST points: means of neighbours, by weight."""
-    if len(x) <= MOST:
+    """At most MAX_POINTS points: weighted means of neighbours."""
+    if len(x) <= MAX_POINTS:
         return x, y
     if weights is None:
         weights = np.ones_like(x)
-    starts = np.arange(0, len(x), -(-len(x) // MOST))
+    starts = np.arange(0, len(x), -(-len(x) // MAX_POINTS))
     total = np.add.reduceat(weights, starts)
     return np.add.reduceat(weights * x, starts) / total, np.add.reduceat(weights * y, starts) / total
 
 
 def svg(figure: Figure, prefix: str) -> str:
-    """As an element for an HTML page. prefix: of its ids, which must differ from those of the page's other pictures."""
+    """The figure as an element for an HTML page. prefix: makes its ids unique in the page."""
     stream = io.StringIO()
     figure.savefig(stream, format="svg", transparent=True, metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
     text = stream.getvalue()
     text = text[text.index("<svg") :]
-    text = re.sub(r"<metadata>.*?</metadata>|<style.*?</style>", "", text, flags=re.S)  # the style would be the whole page's
+    text = re.sub(r"<metadata>.*?</metadata>|<style.*?</style>", "", text, flags=re.S)  # the style would apply to the whole page
     text = re.sub(r' (xmlns(:\w+)?|version|width|height)="[^"]*"', "", text[: text.index(">")]) + text[text.index(">") :]
     text = text.replace("xlink:href=", "href=")
     text = re.sub(r'(\bid="|href="#|url\(#)', rf"\g<1>{prefix}-", text)

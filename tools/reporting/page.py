@@ -1,4 +1,4 @@
-"""The page itself, from runs, charts and tests to HTML. Whatever comes from outside (names, paths, classes) is escaped."""
+"""The HTML of the report, from runs, charts and evaluations. Text from outside (names, paths, classes) is escaped."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ from typing import Any
 
 import torch
 
-from model.testing import Score
-from tools.pages import cell, page, picture
+from model.testing import Accuracy
+from tools.pages import cell, embed_image, page
 from tools.profiler.figures import DASH, share, speed, three_digits
 from tools.reporting.curves import COLOURS, DASHES, Chart, colour
 from tools.reporting.runs import Run, Summary, first_at, summary
-from tools.reporting.worst import Findings, Mistake
+from tools.reporting.worst import RunEvaluation, WorstImage
 
-WHOLE = 20  # classes up to which the whole confusion matrix is shown
-PAIRS = 20  # of classes confused most, where there are more
-STEP = 0.05  # between the top-1 shares that runs are compared at
+MAX_MATRIX = 20  # most classes for which the whole confusion matrix is shown
+PAIRS = 20  # pairs of classes to show, if there are more
+STEP = 0.05  # between the top-1 rates at which runs are compared
 
 
 def _palette(dark: bool) -> str:
@@ -57,10 +57,14 @@ details {{ margin-top: 12px; font-size: 14px; }} summary {{ color: var(--grey); 
 
 
 def html(
-    runs: Sequence[Run], charts: Sequence[tuple[Chart, str]], tested: Mapping[str, Findings | str], split: str, date: str
+    runs: Sequence[Run],
+    charts: Sequence[tuple[Chart, str]],
+    evaluations: Mapping[str, RunEvaluation | str],
+    split: str,
+    date: str,
 ) -> str:
-    """The document. charts: as curves.draw gives them. tested: by run's name, as worst.evaluate_runs gives it; empty where
-    that was not wanted. date: when it was made, for people."""
+    """The document. charts: from curves.draw. evaluations: by the run's name, from worst.evaluate_runs, or empty. date: when the
+    page was made, for people."""
     summaries = [summary(run) for run in runs]
     names = ", ".join(run.name for run in runs)
     body = [
@@ -68,13 +72,18 @@ def html(
         *overview(runs, summaries),
         *milestones(runs, summaries),
         *curves(runs, charts),
-        *(part for place, run in enumerate(runs) if run.name in tested for part in findings(place, run, tested[run.name], split)),
+        *(
+            part
+            for place, run in enumerate(runs)
+            if run.name in evaluations
+            for part in evaluation(place, run, evaluations[run.name], split)
+        ),
     ]
     return page(f"Cropfeed: {names}", CSS, body)
 
 
 def key(place: int) -> str:
-    """A run's line, as the charts draw it."""
+    """The line that stands for a run in the charts."""
     dashes = DASHES[place // len(COLOURS) % len(DASHES)]
     pattern = "" if isinstance(dashes, str) else f' stroke-dasharray="{" ".join(str(2 * part) for part in dashes[1])}"'
     line = f'<line x1="0" y1="5" x2="26" y2="5" stroke="{colour(place)}" stroke-width="3"{pattern}/>'
@@ -82,12 +91,12 @@ def key(place: int) -> str:
 
 
 def plain(value: Any) -> str:
-    """A value of config.json; DASH where there is none."""
+    """A value of config.json, or DASH."""
     return DASH if value is None or value == "" else str(value)
 
 
 def percent(value: float | None) -> str:
-    """0..1 in per cent, as evaluate.py rounds it."""
+    """A rate in 0..1 in percent, rounded as by evaluate.py."""
     return DASH if value is None else f"{100 * value:.2f} %"
 
 
@@ -96,7 +105,7 @@ def number(value: float | None) -> str:
 
 
 def length(run: Run, reached: float | None) -> str:
-    """Epochs done, of those the run will have."""
+    """Epochs done, and of how many."""
     planned, steps = run.argument("epochs"), run.argument("iterations")
     if planned is None and steps:
         return f"{number(reached)} ({steps:,} steps)"
@@ -104,7 +113,7 @@ def length(run: Run, reached: float | None) -> str:
 
 
 def sizes(run: Run) -> str:
-    """The side of the training crops, where it grows its first and its last."""
+    """The side of the training crops; with progressive resizing the first and the last."""
     start, size = run.argument("start_size"), plain(run.argument("image_size"))
     return f"{start} → {size}" if start else size
 
@@ -118,7 +127,7 @@ def best(one: Summary) -> str:
 
 
 COLUMNS: tuple[tuple[str, Callable[[Run, Summary], str]], ...] = (
-    ("net", lambda run, _: plain(run.argument("arch"))),
+    ("model", lambda run, _: plain(run.argument("arch"))),
     ("epochs", lambda run, one: length(run, one.epochs)),
     ("image size", lambda run, _: sizes(run)),
     ("batch", lambda run, _: plain(run.argument("batch_size"))),
@@ -127,7 +136,7 @@ COLUMNS: tuple[tuple[str, Callable[[Run, Summary], str]], ...] = (
     ("top-5, last", lambda _, one: percent(one.top5)),
     ("minutes", lambda _, one: minutes(one.seconds)),
     ("images/s", lambda _, one: speed(one.images_per_s)),
-    ("waiting", lambda _, one: share(one.wait_share)),
+    ("data wait", lambda _, one: share(one.wait_share)),
     ("precision", lambda run, _: plain(run.config.get("precision"))),
     ("processes", lambda run, _: plain(run.config.get("processes"))),
     ("engine", lambda run, _: plain(run.config.get("engine"))),
@@ -136,7 +145,7 @@ COLUMNS: tuple[tuple[str, Callable[[Run, Summary], str]], ...] = (
 
 
 def table(heads: Sequence[str], runs: Sequence[Run], rows: Sequence[Sequence[str]]) -> Iterator[str]:
-    """A row for each run, its name first."""
+    """One row for each run, starting with its name."""
     cells = "".join(cell("th", head) for head in heads)
     yield f'<div class="wide runs"><table><thead><tr><th class="text">run</th>{cells}</tr></thead>'
     for place, (run, row) in enumerate(zip(runs, rows, strict=True)):
@@ -146,29 +155,29 @@ def table(heads: Sequence[str], runs: Sequence[Run], rows: Sequence[Sequence[str
 
 
 def overview(runs: Sequence[Run], summaries: Sequence[Summary]) -> Iterator[str]:
-    """The table of the runs, and under it how each was made."""
+    """The table of the runs, and below it the command and machine of each."""
     rows = [[text(run, one) for _, text in COLUMNS] for run, one in zip(runs, summaries, strict=True)]
     yield from table([head for head, _ in COLUMNS], runs, rows)
-    yield '<p class="under">Top-1 and top-5 of the validation images, while training. Images/s: the median over the run. Waiting:'
-    yield "the share of its whole time in which the device waits for data.</p>"
+    yield '<p class="under">Top-1 and top-5: of the validation images, during training. Images/s: the median over the run. Data'
+    yield "wait: the share of the run's time in which the device waits for data.</p>"
     yield "<details><summary>Folders, commands and machines</summary>"
     for run in runs:
-        told = {"folder": str(run.folder), "command": shlex.join(map(str, run.config.get("command") or []))}
-        told |= {name: as_text(run.config.get(name)) for name in ("hardware", "versions", "data", "environment")}
-        lines = "<br>".join(f"{name}: {escape(text)}" for name, text in told.items() if text)
+        facts = {"folder": str(run.folder), "command": shlex.join(map(str, run.config.get("command") or []))}
+        facts |= {name: as_text(run.config.get(name)) for name in ("hardware", "versions", "data", "environment")}
+        lines = "<br>".join(f"{name}: {escape(text)}" for name, text in facts.items() if text)
         yield f'<h3>{escape(run.name)}</h3><p class="under">{lines}</p>'
     yield "</details>"
 
 
 def as_text(value: Any) -> str:
-    """A value of config.json that may be an object."""
+    """A value of config.json, which may be an object."""
     if isinstance(value, dict):
         return ", ".join(f"{name} {as_text(part)}" for name, part in value.items())
     return "" if value is None else str(value)
 
 
 def milestones(runs: Sequence[Run], summaries: Sequence[Summary]) -> Iterator[str]:
-    """Which run came first to the highest round shares of top-1 that any has reached."""
+    """When each run reached the highest multiples of STEP in top-1 that any run has reached."""
     reached = max((one.best for one in summaries if one.best is not None), default=0.0)
     marks = [step * STEP for step in range(1, 20) if step * STEP <= reached][-4:]
     if not marks:
@@ -182,7 +191,7 @@ def milestones(runs: Sequence[Run], summaries: Sequence[Summary]) -> Iterator[st
 
 
 def curves(runs: Sequence[Run], charts: Sequence[tuple[Chart, str]]) -> Iterator[str]:
-    yield "<section><h2>Curves</h2>"  # which the legend stays within
+    yield "<section><h2>Curves</h2>"  # the legend is sticky within this section
     if not charts:
         yield '<p class="under">No run has logged any figures yet.</p></section>'
         return
@@ -195,46 +204,46 @@ def curves(runs: Sequence[Run], charts: Sequence[tuple[Chart, str]]) -> Iterator
     yield "</div></section>"
 
 
-def findings(place: int, run: Run, found: Findings | str, split: str) -> Iterator[str]:
-    """A run's confusion and worst images, or why they are not there."""
+def evaluation(place: int, run: Run, found: RunEvaluation | str, split: str) -> Iterator[str]:
+    """A run's confusion and worst images, or why there are none."""
     yield f"<h2>{key(place)}{escape(run.name)}: what it confuses</h2>"
     if isinstance(found, str):
-        yield f'<p class="under">Not tested: {escape(found)}</p>'
+        yield f'<p class="under">Not evaluated: {escape(found)}</p>'
         return
-    score = found.score
-    rates = f"top-1 {percent(score.top1_rate)}, top-5 {percent(score.top5_rate)} of {score.images:,} images"
+    accuracy = found.accuracy
+    rates = f"top-1 {percent(accuracy.top1_rate)}, top-5 {percent(accuracy.top5_rate)} of {accuracy.images:,} images"
     yield f'<p class="under">{escape(f"{found.weights} on {found.data}, {split}, scheme {found.scheme}: {rates}")}</p>'
-    yield from confusion(score, found.classes) if len(found.classes) <= WHOLE else pairs(score, found.classes)
+    yield from confusion(accuracy, found.classes) if len(found.classes) <= MAX_MATRIX else pairs(accuracy, found.classes)
     if found.worst:
-        yield "<h3>Images of the lowest probabilities for their class</h3>"
+        yield "<h3>Images with the lowest probabilities for their class</h3>"
         yield f'<div class="images">{"".join(image(one, found.classes) for one in found.worst)}</div>'
 
 
-def confusion(score: Score, classes: Sequence[str]) -> Iterator[str]:
-    """The whole matrix: rows are true classes, columns predictions; shades are shares of the row."""
+def confusion(accuracy: Accuracy, classes: Sequence[str]) -> Iterator[str]:
+    """The whole matrix: rows are true classes, columns predictions. Shades show shares of the row."""
     heads = "".join(f'<th class="turned">{escape(name)}</th>' for name in classes)
     yield '<div class="wide"><table class="confusion">'
-    yield f'<thead><tr><th class="text">true ↓ predicted →</th>{heads}<th>right</th></tr></thead>'
-    for label, (name, counts) in enumerate(zip(classes, score.confusion.tolist(), strict=True)):
+    yield f'<thead><tr><th class="text">true ↓ predicted →</th>{heads}<th>correct</th></tr></thead>'
+    for label, (name, counts) in enumerate(zip(classes, accuracy.confusion.tolist(), strict=True)):
         images = sum(counts)
         cells = [shaded(count, images, place == label) for place, count in enumerate(counts)]
-        right = share(counts[label] / images) if images else DASH
-        yield f"<tr><th>{escape(name)}</th>{''.join(cells)}{cell('td', right)}</tr>"
+        correct = share(counts[label] / images) if images else DASH
+        yield f"<tr><th>{escape(name)}</th>{''.join(cells)}{cell('td', correct)}</tr>"
     yield "</table></div>"
 
 
-def shaded(count: int, images: int, right: bool) -> str:
+def shaded(count: int, images: int, correct: bool) -> str:
     if not count:
         return "<td></td>"
-    # Errors are rare where a net is good: the root lets a few of them be seen.
-    depth = 0.75 * (count / images if right else (count / images) ** 0.5)
-    return f'<td style="background: rgba(var(--{"hit" if right else "miss"}), {depth:.2f})">{count:,}</td>'
+    # Errors of a good model are rare: the square root makes a few of them visible.
+    depth = 0.75 * (count / images if correct else (count / images) ** 0.5)
+    return f'<td style="background: rgba(var(--{"hit" if correct else "miss"}), {depth:.2f})">{count:,}</td>'
 
 
-def pairs(score: Score, classes: Sequence[str]) -> Iterator[str]:
+def pairs(accuracy: Accuracy, classes: Sequence[str]) -> Iterator[str]:
     """The pairs of classes that are confused most often."""
-    images = score.confusion.sum(dim=1).tolist()
-    wrong = score.confusion.clone().fill_diagonal_(0).flatten()
+    images = accuracy.confusion.sum(dim=1).tolist()
+    wrong = accuracy.confusion.clone().fill_diagonal_(0).flatten()
     counts, places = wrong.sort(descending=True, stable=True)
     heads = cell("th", "true", True) + cell("th", "predicted", True) + cell("th", "images") + cell("th", "of the class")
     yield f'<div class="wide"><table><thead><tr>{heads}</tr></thead>'
@@ -245,19 +254,19 @@ def pairs(score: Score, classes: Sequence[str]) -> Iterator[str]:
             yield f"<tr>{names}{cell('td', f'{count:,}')}{cell('td', share(count / images[label]))}</tr>"
     yield "</table></div>"
     if not int(torch.count_nonzero(wrong)):
-        yield '<p class="under">None: every image is classified right.</p>'
+        yield '<p class="under">None: every image is classified correctly.</p>'
 
 
-def image(one: Mistake, classes: Sequence[str]) -> str:
+def image(one: WorstImage, classes: Sequence[str]) -> str:
     true, predicted = escape(classes[one.label]), escape(classes[one.prediction])
     lines = [
-        f"<b>{true}</b> {small(one.probability)}",
-        f"as {predicted} {small(one.predicted)}" if one.prediction != one.label else "classified right",
+        f"<b>{true}</b> {small(one.label_probability)}",
+        f"as {predicted} {small(one.prediction_probability)}" if one.prediction != one.label else "classified correctly",
         f"<i>{one.id}: {escape(one.key)}</i>",
     ]
-    return f"<figure>{picture(one.key, one.jpeg(), 'jpeg')}<figcaption>{'<br>'.join(lines)}</figcaption></figure>"
+    return f"<figure>{embed_image(one.key, one.jpeg(), 'jpeg')}<figcaption>{'<br>'.join(lines)}</figcaption></figure>"
 
 
 def small(probability: float) -> str:
-    """A probability in per cent, as HTML; it does not become 0 by rounding."""
+    """A probability in percent, as HTML. It is never rounded to 0."""
     return "&lt;&nbsp;0.01&nbsp;%" if probability < 1e-4 else f"{100 * probability:.2g}&nbsp;%"

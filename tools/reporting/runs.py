@@ -1,4 +1,4 @@
-"""Runs as train.py leaves them or is still making them: config.json and metrics.csv, read and summed up."""
+"""Reads and summarizes runs of train.py, finished or still training: config.json and metrics.csv."""
 
 from __future__ import annotations
 
@@ -19,8 +19,11 @@ Floats = npt.NDArray[np.float64]
 
 @dataclass(frozen=True, eq=False)
 class Run:
-    """A run's folder. name: the folder's, made longer where several runs have it. config: config.json. columns: those of
-    metrics.csv, float64 (rows,) each, nan where a row has no figure."""
+    """A run's folder.
+
+    name: the folder's, with parents if several runs have the same. config: the content of config.json. columns: those of
+    metrics.csv, float64 (rows,) each, nan where a row has no value.
+    """
 
     folder: Path
     name: str
@@ -28,17 +31,17 @@ class Run:
     columns: dict[str, Floats]
 
     def argument(self, name: str) -> Any:
-        """One of train.py's options, None where the run does not tell."""
+        """The value of one of train.py's options, None if unknown."""
         return (self.config.get("arguments") or {}).get(name)
 
     def series(self, x: str, y: str) -> tuple[Floats, Floats]:
-        """Two columns' finite pairs."""
+        """Two columns, without rows in which either is not finite."""
         both = np.isfinite(self.columns[x]) & np.isfinite(self.columns[y])
         return self.columns[x][both], self.columns[y][both]
 
     @property
     def weights(self) -> Path | None:
-        """The finished net; while there is none the best one so far, else the last."""
+        """The final weights; before there are any, those of the best checkpoint, or else of the last."""
         names = (".", "checkpoints/best", "checkpoints/last")
         files = (self.folder / name / "model.safetensors" for name in names)
         return next((file for file in files if file.is_file()), None)
@@ -46,8 +49,11 @@ class Run:
 
 @dataclass(frozen=True)
 class Summary:
-    """A run's figures, each None where there are none yet. epochs, seconds: up to its last row. top1, top5: of the last
-    validation, 0..1; best: of all, and in which epoch. images_per_s: the rows' median. wait_share: of the whole time."""
+    """A run's figures, each None until there is one.
+
+    epochs, seconds: up to the last row. top1, top5: of the last validation, 0..1. best, best_epoch: the best top-1, and when.
+    images_per_s: median over the rows. wait_share: data wait as a share of the whole time.
+    """
 
     epochs: float | None
     seconds: float | None
@@ -60,31 +66,31 @@ class Summary:
 
 
 def read_runs(folders: Sequence[Path]) -> list[Run]:
-    """The runs, each once, in the order given. Raises UserError for a folder that is none."""
-    places = list(dict.fromkeys(folder.resolve() for folder in folders))  # runs/latest is one of the others
+    """The runs in the given order, without duplicates. Raises UserError for a folder that is not a run."""
+    places = list(dict.fromkeys(folder.resolve() for folder in folders))  # runs/latest links to one of the others
     return [read_run(place, name) for place, name in zip(places, _names(places), strict=True)]
 
 
 def read_run(folder: Path, name: str) -> Run:
     config, metrics = folder / "config.json", folder / "metrics.csv"
     if not config.is_file() or not metrics.is_file():
-        raise UserError(f"{folder}: no run there (no config.json and metrics.csv); give the --output of a train.py")
+        raise UserError(f"{folder}: no run there (no config.json and metrics.csv)", "give the --output folder of a train.py run")
     try:
         content = json.loads(config.read_text())
         if not isinstance(content, dict) or not isinstance(content.get("arguments", {}), dict):
-            raise ValueError("no object of options")
+            raise ValueError("it has no object of options")
     except (OSError, ValueError) as error:
-        raise UserError(f"{config}: is damaged ({error}); give another run") from error
+        raise UserError(f"{config}: is damaged ({error})", "give another run") from error
     try:
         rows = read_metrics(metrics)
         columns = {name: np.array([float(row.get(name) or "nan") for row in rows], np.float64) for name in COLUMNS}
     except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"{metrics}: is damaged ({error}); give another run") from error
+        raise UserError(f"{metrics}: is damaged ({error})", "give another run") from error
     return Run(folder, name, content, columns)
 
 
 def _names(places: Sequence[Path]) -> list[str]:
-    """For each folder as many of its path's last parts as tell it from the others."""
+    """For each folder the shortest end of its path that no other folder has."""
     names = []
     for place in places:
         lengths = range(1, len(place.parts))
@@ -112,14 +118,14 @@ def summary(run: Run) -> Summary:
 
 
 def time_weights(run: Run) -> Floats:
-    """For each row the time that its steps took, up to a factor: rows are of equally many images (the first of an epoch
-    may be of fewer)."""
+    """For each row the time of its steps, up to a common factor: rows cover equally many images (the first of an epoch may cover
+    fewer)."""
     with np.errstate(divide="ignore"):
         return 1 / run.columns["images_per_s"]
 
 
 def first_at(run: Run, top1: float) -> tuple[float, float] | None:
-    """Epoch and seconds of the first validation with at least this top-1 share, None where there was none yet."""
+    """Epoch and seconds of the first validation with at least this top-1 rate; None if there is none yet."""
     reached = np.flatnonzero(run.columns["val_top1"] >= top1)
     if not len(reached):
         return None

@@ -1,13 +1,12 @@
-"""What runs' nets get wrong: a pass over a split for all runs of the same data, each image decoded once."""
+"""What the models of runs get wrong: one pass over a split for all runs on the same data, which decodes each image once."""
 
 from __future__ import annotations
 
-import argparse
 import io
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -16,28 +15,32 @@ from PIL import Image
 from tqdm import tqdm
 
 from model.loading import load_model
-from model.schemes import Classifier
-from model.testing import Score, Tally
+from model.schemes import MultiViewClassifier
+from model.testing import Accuracy, AccuracyMeter
+from pipeline.cli import one_line
 from pipeline.engines.multiview import MultiViewBatch
 from pipeline.errors import UserError
-from pipeline.spec import PRECISIONS, check_device
+from pipeline.spec import check_device
 from pipeline.store.shards import Manifest, ShardSet
-from tools.evaluate import open_pictures
+from tools.reporting.evaluation import EvaluateOptions, open_batches
 from tools.reporting.runs import Run
 
-QUALITY = 85  # of the pictures, as JPEG
+QUALITY = 85  # of the images in the page, as JPEG
 
 
-class Mistake(NamedTuple):
-    """An image and what the net makes of it. id: its place in the split; key: its name in its tar. probability: of its label;
-    predicted: of the prediction, the highest. pixels: uint8 (H, W, 3), the crop that the net sees."""
+class WorstImage(NamedTuple):
+    """An image with a low probability for its label.
+
+    id: its position in the split. key: its name in its tar. prediction: the class of the highest probability. pixels: uint8
+    (H, W, 3), the crop that the model sees.
+    """
 
     id: int
     key: str
     label: int
     prediction: int
-    probability: float
-    predicted: float
+    label_probability: float
+    prediction_probability: float
     pixels: npt.NDArray[np.uint8]
 
     def jpeg(self) -> bytes:
@@ -46,117 +49,126 @@ class Mistake(NamedTuple):
         return stream.getvalue()
 
 
-@dataclass
-class Findings:
-    """weights: the file, within the run's folder. scheme: of `model.schemes`. worst: images of the lowest probabilities for their
-    labels, ascending."""
+@dataclass(frozen=True, eq=False)
+class RunEvaluation:
+    """How a run's model classifies a split.
+
+    weights: the file, relative to the run's folder. scheme: in `model.schemes`. worst: the images with the lowest probabilities
+    for their labels, ascending.
+    """
 
     weights: str
     data: str
     scheme: str
     classes: list[str]
-    score: Score
-    worst: list[Mistake]
+    accuracy: Accuracy
+    worst: list[WorstImage]
 
 
 @dataclass
-class Evaluation:
-    """One net's pass in the making, with the `most` worst images so far."""
+class RunEvaluator:
+    """Evaluates one model, batch by batch, and keeps the `limit` worst images."""
 
-    net: Classifier
+    classifier: MultiViewClassifier
     scheme: str
-    tally: Tally
-    most: int
-    worst: list[Mistake] = field(default_factory=list)
+    meter: AccuracyMeter
+    limit: int
+    worst: list[WorstImage] = field(default_factory=list)
 
-    def add(self, batch: MultiViewBatch) -> None:
-        probabilities = self.net.probabilities(batch)[self.scheme]
+    def update(self, batch: MultiViewBatch) -> None:
+        """Count a batch. Raises UserError if the model's outputs are not finite."""
+        probabilities = self.classifier.probabilities(batch)[self.scheme]
         if not bool(torch.isfinite(probabilities).all()):
-            raise UserError(f"{self.net.name}: gives outputs that are no numbers; its training diverged")
-        self.tally.add(probabilities, batch.labels)
-        ours = probabilities.gather(1, batch.labels[:, None])[:, 0]
-        predicted, predictions = probabilities.max(dim=1)
-        (look,) = self.net.view_specs
-        pictures = batch.pictures[look][:: look.geometry.crops]  # the first of an image's, which --flip-test mirrors
-        for place in ours.sort(stable=True).indices[: self.most].tolist():
-            probability = float(ours[place])
-            if len(self.worst) == self.most and probability >= self.worst[-1].probability:
+            raise UserError(f"{self.classifier.name}: its outputs are not finite", "its training diverged")
+        self.meter.update(probabilities, batch.labels)
+        of_labels = probabilities.gather(1, batch.labels[:, None])[:, 0]
+        highest, predictions = probabilities.max(dim=1)
+        (view,) = self.classifier.view_specs
+        crops = batch.images[view][:: view.geometry.crops]  # the first of each image; with centre-flip the second is its mirror
+        for place in of_labels.sort(stable=True).indices[: self.limit].tolist():
+            probability = float(of_labels[place])
+            if len(self.worst) == self.limit and probability >= self.worst[-1].label_probability:
                 break
-            label, prediction, highest = int(batch.labels[place]), int(predictions[place]), float(predicted[place])
-            pixels = pictures[place].cpu().numpy().copy()
-            self.worst.append(Mistake(int(batch.ids[place]), "", label, prediction, probability, highest, pixels))
-            self.worst = sorted(self.worst, key=lambda one: (one.probability, one.id))[: self.most]
+            label, prediction = int(batch.labels[place]), int(predictions[place])
+            pixels = crops[place].cpu().numpy().copy()
+            found = WorstImage(int(batch.ids[place]), "", label, prediction, probability, float(highest[place]), pixels)
+            self.worst = sorted([*self.worst, found], key=lambda one: (one.label_probability, one.id))[: self.limit]
 
 
-def evaluate_runs(runs: Sequence[Run], args: Any) -> dict[str, Findings | str]:
-    """For each run by name what its net makes of the split, or one line that says why that is not known.
+def evaluate_runs(runs: Sequence[Run], options: EvaluateOptions, worst: int) -> dict[str, RunEvaluation | str]:
+    """For each run by name the evaluation of its model, or one line that says why there is none.
 
-    args: of report.py: data (None: each run's own), split, worst and what `evaluate.open_pictures` needs. Raises UserError for a
-    device that is not there.
+    options.data: None for each run's own. The testing scheme is that of the run's validation. worst: images to keep for each run.
+    Raises UserError for a device that does not exist.
     """
-    check_device(args.device)
-    found: dict[str, Findings | str] = {}
+    check_device(options.device)
+    found: dict[str, RunEvaluation | str] = {}
     groups: dict[str, list[tuple[Run, Path]]] = {}
     for run in runs:
-        data, weights = args.data or run.argument("data"), run.weights
+        data, weights = options.data or run.argument("data"), run.weights
         if weights is None:
-            found[run.name] = "no weights yet: the first checkpoint comes after an epoch, or --checkpoint-every steps"
+            found[run.name] = "no weights yet: the first checkpoint is written after an epoch, or --checkpoint-every steps"
         elif data is None:
             found[run.name] = "its config.json does not name the data; give --data"
         else:
             groups.setdefault(str(data), []).append((run, weights))
     for data, members in groups.items():
         try:
-            found |= evaluate_group(members, argparse.Namespace(**vars(args) | {"data": data}))
+            found |= _evaluate_group(members, data, options, worst)
         except UserError as error:
-            found |= {run.name: str(error) for run, _ in members}
+            found |= {run.name: one_line(error) for run, _ in members}
     return found
 
 
-def evaluate_group(members: Sequence[tuple[Run, Path]], args: Any) -> dict[str, Findings | str]:
-    """The same for runs of one data set, args.data. Raises UserError where that cannot be read."""
-    manifest = Manifest(args.data)
-    found: dict[str, Findings | str] = {}
-    going: dict[str, Evaluation] = {}
-    files = {run.name: str(weights.relative_to(run.folder)) for run, weights in members}
+def _evaluate_group(
+    members: Sequence[tuple[Run, Path]], data: str, options: EvaluateOptions, worst: int
+) -> dict[str, RunEvaluation | str]:
+    """The same for runs on one data set. Raises UserError if that cannot be read."""
+    manifest = Manifest(data)
+    found: dict[str, RunEvaluation | str] = {}
+    evaluators: dict[str, RunEvaluator] = {}
     for run, weights in members:
         try:
-            net, recipe = load_model(weights, None, manifest.classes)
-        except UserError as error:  # a run still going may just have replaced its checkpoint
-            found[run.name] = str(error)
-            continue
-        scheme = "centre-flip" if run.argument("flip_test") else "centre"  # as it was validated while training
-        how = [scheme], None, args.device, PRECISIONS[args.precision], args.batch_size
-        tally = Tally(len(manifest.classes), torch.device(args.device))
-        going[run.name] = Evaluation(Classifier(run.name, net, recipe, *how), scheme, tally, args.worst)
-    if not going:
+            evaluators[run.name] = _evaluator(run, weights, manifest.classes, options, worst)
+        except UserError as error:  # a run that is still training may just have replaced its checkpoint
+            found[run.name] = one_line(error)
+    if not evaluators:
         return found
-    view_specs = list(dict.fromkeys(look for one in going.values() for look in one.net.view_specs))
-    batches, count = open_pictures(args, view_specs)
-    found |= feed(going, tqdm(batches, total=count, unit=" batches", disable=None))
-    shards = ShardSet(args.data, args.split, args.cache, args.cache_gb, tars=False)
-    for name, one in going.items():
-        if name in found:
-            continue
-        worst = [mistake._replace(key=key_of(shards, mistake.id)) for mistake in one.worst]
-        found[name] = Findings(files[name], args.data, one.scheme, manifest.classes, one.tally.score(), worst)
+    view_specs = list(dict.fromkeys(view for one in evaluators.values() for view in one.classifier.view_specs))
+    batches, count = open_batches(replace(options, data=data), view_specs)
+    found |= _update_all(evaluators, tqdm(batches, total=count, unit=" batches", disable=None))
+    shards = ShardSet(data, options.split, options.cache, options.cache_gb, tars=False)
+    for run, weights in members:
+        if run.name not in found:
+            one = evaluators[run.name]
+            images = [image._replace(key=_key(shards, image.id)) for image in one.worst]
+            file = str(weights.relative_to(run.folder))
+            found[run.name] = RunEvaluation(file, data, one.scheme, manifest.classes, one.meter.compute(), images)
     return found
 
 
-def feed(going: dict[str, Evaluation], batches: Iterable[MultiViewBatch]) -> dict[str, str]:
-    """Show every batch to every net; returns those that fail, with the reason."""
+def _evaluator(run: Run, weights: Path, classes: list[str], options: EvaluateOptions, worst: int) -> RunEvaluator:
+    model, config = load_model(weights, None, classes)
+    scheme = "centre-flip" if run.argument("flip_test") else "centre"
+    how = [scheme], (), options.device, options.dtype, options.batch_size
+    classifier = MultiViewClassifier(run.name, model, config, *how)
+    return RunEvaluator(classifier, scheme, AccuracyMeter(len(classes), torch.device(options.device)), worst)
+
+
+def _update_all(evaluators: dict[str, RunEvaluator], batches: Iterable[MultiViewBatch]) -> dict[str, str]:
+    """Pass every batch to every evaluator. Returns those that fail, with the reason."""
     failed: dict[str, str] = {}
     for batch in batches:
-        for name in [name for name in going if name not in failed]:
+        for name in [name for name in evaluators if name not in failed]:
             try:
-                going[name].add(batch)
+                evaluators[name].update(batch)
             except UserError as error:
-                failed[name] = str(error)
+                failed[name] = one_line(error)
     return failed
 
 
-def key_of(shards: ShardSet, index: int) -> str:
-    """A sample's name in its tar; its number where there are FFCV files only."""
+def _key(shards: ShardSet, index: int) -> str:
+    """A sample's name in its tar, or its number if there are only FFCV files."""
     try:
         return shards.key(index)
     except (UserError, IndexError):

@@ -1,6 +1,6 @@
 """The contract suite runs once for every engine: python -m pytest -k contract [--engine NAME].
 
-An engine that cannot be imported fails; CROPFEED_WITHOUT=NAME[,NAME] leaves it out, and says so.
+An engine that cannot be imported fails; CROPFEED_WITHOUT=NAME[,NAME] skips it.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ from pipeline import ENGINES
 from tests.helpers import SUBSAMPLINGS, jpeg, picture, run_script
 
 WITHOUT = os.environ.get("CROPFEED_WITHOUT", "").split(",")
-# FFCV reads a file of its own beside the tars.
+# FFCV reads files of its own.
 FORMAT = "both" if importlib.util.find_spec("ffcv") and "ffcv" not in WITHOUT else "webdataset"
 
-# Height and width: ordinary both ways up, small enough to be enlarged, tiny, extreme, large.
+# Height and width: landscape, portrait, small enough to be enlarged, tiny, extreme, large.
 SIZES = ((375, 500), (500, 333), (131, 97), (9, 13), (40, 700), (1500, 2000))
 
 
@@ -35,25 +35,25 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 def engine(request: pytest.FixtureRequest) -> str:
     name: str = request.param
     if name in WITHOUT:
-        pytest.skip(f"without engine {name}, as CROPFEED_WITHOUT says")
+        pytest.skip(f"engine {name} is in CROPFEED_WITHOUT")
     return name
 
 
 @pytest.fixture(scope="session")
 def small(image_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Shards of `image_folder`, 8 images each, that open at the crop."""
+    """Region-addressable shards of `image_folder`, 8 images each."""
     return make(image_folder, tmp_path_factory.mktemp("small") / "data", "--shard-size", 8)
 
 
 @pytest.fixture(scope="session")
 def varied(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """Shards by profile: a class per subsampling with an image per size, and a class of what is no baseline YCbCr JPEG."""
+    """Shards by profile: one class per subsampling with an image per size, and a class of anything but baseline YCbCr JPEGs."""
     root = tmp_path_factory.mktemp("varied")
     write_varied_images(root / "images")
 
     @cache
     def of_profile(profile: str) -> Path:
-        mode = "jpg" if profile == "original" else "region"  # which takes nothing but JPEGs
+        mode = "jpg" if profile == "original" else "region"  # region takes only JPEGs
         return make(root / "images", root / profile, "--profile", profile, "--ffcv-mode", mode)
 
     return of_profile
@@ -79,5 +79,5 @@ def write_varied_images(root: Path) -> None:
     image.save(odd / "png.JPEG", "PNG")
     image.convert("L").save(odd / "grey_png.JPEG", "PNG")
     exif = Image.Exif()
-    exif[0x0112] = 6  # turn by 90 degrees
+    exif[0x0112] = 6  # rotated by 90 degrees
     image.save(odd / "turned.JPEG", "JPEG", exif=exif)

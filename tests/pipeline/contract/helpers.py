@@ -1,4 +1,4 @@
-"""What the contract's tests share."""
+"""Helpers of the contract suite."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from tests.helpers import open_image
 
 
 def spec_for(data: Path, engine: str, **changes: Any) -> LoaderSpec:
-    """Small and quick: crops of 32, batches of 8, one thread."""
+    """A small, fast spec: crops of 32, batches of 8, one thread."""
     spec = LoaderSpec(data, batch_size=8, image_size=32, geometry=ScaleJitter(36, 68), threads=1, engine=engine)
     return replace(spec, **changes)
 
@@ -29,8 +29,8 @@ def ids(loader: Loader) -> list[int]:
 
 
 def stored_image(loader: Loader, sample: int) -> Image.Image:
-    """A sample as the engine's file holds it."""
-    return open_image(loader.stored(sample).tobytes())
+    """A sample as stored in the engine's file."""
+    return open_image(loader.read(sample).tobytes())
 
 
 def differences(loader: Loader, plan: BatchPlan, batch: Batch) -> npt.NDArray[np.float32]:
@@ -38,9 +38,9 @@ def differences(loader: Loader, plan: BatchPlan, batch: Batch) -> npt.NDArray[np
     assert batch.ids.tolist() == plan.ids.tolist()
     normalization = loader.normalization_at(plan.size)
     found = np.empty((len(plan.views.flip), *plan.size, 3), np.float32)
-    for place, sample in enumerate(plan.ids.tolist()):
+    for index, sample in enumerate(plan.ids.tolist()):
         image = stored_image(loader, sample).convert("RGB")
-        for view in range(place * loader.crops, (place + 1) * loader.crops):
-            window, flip, alphas, *shift = (column[view] for column in plan.views.columns)
-            found[view] = apply(image, window, bool(flip), alphas, plan.size, loader.basis, normalization, *shift)
+        for view in range(index * loader.crops, (index + 1) * loader.crops):
+            window, flip, alphas, *shift = (array[view] for array in plan.views.arrays)
+            found[view] = apply(image, window, bool(flip), alphas, plan.size, loader.lighting_basis, normalization, *shift)
     return np.abs(found - batch.images.float().permute(0, 2, 3, 1).cpu().numpy())

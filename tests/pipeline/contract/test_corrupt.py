@@ -1,4 +1,4 @@
-"""Samples that cannot be decoded: replaced alike by every engine, or named."""
+"""Samples that cannot be decoded: every engine replaces them in the same way, or names them."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ from pipeline.store.shards import ShardSet
 from tests.pipeline.contract.helpers import differences, ids, spec_for
 
 VICTIM = 7
-SECOND = sampling.substitute(0, 0, VICTIM, 0, 60)  # what would take its place in epoch 0, were it not corrupt, too
+SECOND = sampling.substitute(0, 0, VICTIM, 0, 60)  # its first substitute in epoch 0, which is corrupt, too
 TRUNCATED = 31
 
 
 @pytest.fixture
 def damaged(small: Path, tmp_path: Path) -> Path:
-    """Three training samples are gone: two are zeros, of one only the first bytes are left."""
+    """Three damaged training samples: two are zeros, and one has only its first bytes."""
     copy = tmp_path / "damaged"
     shutil.copytree(small, copy)
     for sample, kept in ((VICTIM, 0), (SECOND, 0), (TRUNCATED, 60)):
@@ -34,7 +34,7 @@ def damaged(small: Path, tmp_path: Path) -> Path:
 
 
 def damage(data: Path, sample: int, kept: int) -> None:
-    """Overwrite a training sample by zeros, but for its first bytes, in its tar and in FFCV's file."""
+    """Overwrite a training sample with zeros, except for its first bytes, in its tar and in FFCV's file."""
     shards = ShardSet(data, "train")
     record = shards.samples[sample]
     overwrite(shards.shards[record["shard"]], int(record["offset"]) + kept, int(record["bytes"]) - kept)
@@ -55,7 +55,7 @@ def overwrite(path: Path, start: int, count: int) -> None:
 
 
 def expected_ids(epoch: int, corrupt: set[int]) -> list[int]:
-    """The epoch's samples by the plan alone."""
+    """The epoch's samples, from the plan only."""
     found = []
     for sample in sampling.order(0, epoch, np.arange(56), 60).tolist():
         candidates = [sample, *(sampling.substitute(0, epoch, sample, attempt, 60) for attempt in range(32))]
@@ -64,7 +64,7 @@ def expected_ids(epoch: int, corrupt: set[int]) -> list[int]:
 
 
 @pytest.mark.parametrize("threads", [1, 3])
-def test_corrupt_samples_are_replaced_as_the_plan_says(
+def test_corrupt_samples_are_replaced_by_the_plans_substitutes(
     damaged: Path, engine: str, threads: int, caplog: pytest.LogCaptureFixture
 ) -> None:
     corrupt = {VICTIM, SECOND, TRUNCATED}
@@ -79,11 +79,11 @@ def test_corrupt_samples_are_replaced_as_the_plan_says(
     assert loader.substitutes.corrupt.keys() == corrupt
     warnings = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
     for sample in corrupt:
-        assert sum(f"{loader.where(sample)}: cannot be decoded (" in message for message in warnings) == 1
+        assert sum(f"{loader.locate(sample)}: cannot be decoded (" in message for message in warnings) == 1
 
 
 @pytest.mark.parametrize("geometry", [ScaleJitter(36, 68), PaddedCrop(12)])
-def test_a_replacement_comes_with_its_own_draws_and_label(damaged: Path, engine: str, geometry: Geometry) -> None:
+def test_a_substitute_has_its_own_draws_and_label(damaged: Path, engine: str, geometry: Geometry) -> None:
     loader = open_loader(spec_for(damaged, engine, geometry=geometry))
     for batch_range, batch in zip(loader.batch_ranges(0, 0), loader, strict=True):
         plan = loader.plan(batch_range)
@@ -92,14 +92,14 @@ def test_a_replacement_comes_with_its_own_draws_and_label(damaged: Path, engine:
     loader.close()
 
 
-def test_resuming_among_corrupt_samples_gives_the_same(damaged: Path, engine: str) -> None:
+def test_resuming_with_corrupt_samples_gives_the_same_batches(damaged: Path, engine: str) -> None:
     loader = open_loader(spec_for(damaged, engine))
     batches = list(loader)
     resumed = open_loader(spec_for(damaged, engine, threads=2))
     resumed.seek(0, 24)
-    for ours, theirs in zip(resumed, batches[3:], strict=True):
-        assert np.array_equal(ours.ids, theirs.ids)
-        assert torch.equal(ours.images, theirs.images)
+    for actual, reference in zip(resumed, batches[3:], strict=True):
+        assert np.array_equal(actual.ids, reference.ids)
+        assert torch.equal(actual.images, reference.images)
     loader.close()
     resumed.close()
 
@@ -107,20 +107,20 @@ def test_resuming_among_corrupt_samples_gives_the_same(damaged: Path, engine: st
 @pytest.mark.parametrize("threads", [1, 3])
 def test_the_policy_stop_names_the_sample(damaged: Path, engine: str, threads: int) -> None:
     loader = open_loader(spec_for(damaged, engine, corrupt="stop", threads=threads))
-    names = "|".join(re.escape(loader.where(sample)) for sample in (VICTIM, SECOND, TRUNCATED))
+    names = "|".join(re.escape(loader.locate(sample)) for sample in (VICTIM, SECOND, TRUNCATED))
     with pytest.raises(UserError, match=rf"({names}): cannot be decoded \(.+\); make the shards again") as caught:
         ids(loader)
     assert "\n" not in str(caught.value)
     loader.close()
 
 
-def test_data_without_one_good_sample_is_refused(small: Path, engine: str, tmp_path: Path) -> None:
+def test_data_without_any_decodable_sample_is_refused(small: Path, engine: str, tmp_path: Path) -> None:
     copy = tmp_path / "copy"
     shutil.copytree(small, copy)
     for sample in range(60):
         damage(copy, sample, 0)
     loader = open_loader(spec_for(copy, engine))
-    with pytest.raises(UserError, match="nor can what should replace it"):
+    with pytest.raises(UserError, match="nor its substitutes can be decoded"):
         ids(loader)
     loader.close()
 

@@ -51,7 +51,7 @@ def assert_like_the_reference(loader: Loader, epochs: int) -> set[str]:
 @pytest.mark.parametrize("profile", ["original", "lossless", "compact"])
 @pytest.mark.parametrize("size", [224, 64])
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
-def test_pixels_are_the_references(
+def test_pixels_equal_the_reference(
     varied: Callable[[str], Path], engine: str, profile: str, geometry: Geometry, size: int, device: str
 ) -> None:
     loader = open_loader(spec_of(varied(profile), geometry, size, engine=engine, device=device))
@@ -72,7 +72,7 @@ def exact(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 def test_padded_crops_are_expanded_and_cropped(exact: Path, engine: str, device: str) -> None:
-    """Step by step in Pillow: resize, pad by 4 black pixels, crop, mirror. What the crop sees of the padding is 0 exactly."""
+    """Step by step in Pillow: resize, pad by 4 zeros, crop, mirror. Visible padding is exactly 0."""
     spec = LoaderSpec(exact, batch_size=48, image_size=32, geometry=PaddedCrop(4), engine=engine)
     loader = open_loader(replace(spec, dtype=torch.uint8, device=device))
     seen = 0
@@ -94,24 +94,24 @@ def test_padded_crops_are_expanded_and_cropped(exact: Path, engine: str, device:
             assert np.array_equal((found == 0).all(axis=-1), padding)
             assert not found[padding].any()
             seen += int(padding.any())
-    assert seen > 100  # of 144, in which the crop reaches into the padding in about 8 of 9
+    assert seen > 100  # of 144 crops, about 8 of 9 reach into the padding
     loader.close()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_padding_is_black_before_the_mean_is_subtracted(exact: Path, engine: str, dtype: torch.dtype) -> None:
+def test_padding_is_zero_before_normalization(exact: Path, engine: str, dtype: torch.dtype) -> None:
     normalization = Normalization.of([110, 120, 130], [50, 60, 70])
     spec = LoaderSpec(exact, batch_size=48, image_size=32, geometry=PaddedCrop(4), engine=engine, alpha_std=0.0)
     plain = next(iter(open_loader(replace(spec, dtype=torch.uint8)))).images
-    tailed = next(iter(open_loader(replace(spec, dtype=dtype, normalization=normalization)))).images
+    normalized = next(iter(open_loader(replace(spec, dtype=dtype, normalization=normalization)))).images
     mean, std = (torch.from_numpy(column)[:, None, None] for column in (normalization.mean, normalization.std))
     tolerance = 1e-5 if dtype == torch.float32 else 1e-2
-    assert torch.allclose(tailed.float(), (plain.float() - mean) / std, atol=tolerance)
+    assert torch.allclose(normalized.float(), (plain.float() - mean) / std, atol=tolerance)
     assert (plain == 0).any()
 
 
 @pytest.mark.skipif(not SHARED.exists(), reason="the real ImageNet images are not on this machine")
-def test_pixels_of_real_images_are_the_references(engine: str, tmp_path: Path) -> None:
+def test_pixels_of_real_images_equal_the_reference(engine: str, tmp_path: Path) -> None:
     with tarfile.open(SHARED / "imagenet-400.tar") as tar:
         members = [member for member in tar if member.isfile()][::10]
         tar.extractall(tmp_path, members, filter="data")
@@ -121,10 +121,8 @@ def test_pixels_of_real_images_are_the_references(engine: str, tmp_path: Path) -
     loader.close()
 
 
-def test_the_limits_can_tell_a_rounded_window(
-    varied: Callable[[str], Path], engine: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """One that is off by up to half a source pixel."""
+def test_the_limits_detect_a_rounded_window(varied: Callable[[str], Path], engine: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is off by up to half a source pixel."""
     loader = open_loader(LoaderSpec(varied("lossless"), batch_size=41, engine=engine))
     batch_range = next(loader.batch_ranges(0, 0))
     exact = loader.plan(batch_range)

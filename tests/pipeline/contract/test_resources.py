@@ -1,4 +1,4 @@
-"""No engine leaks memory, threads or processes, however an iteration ends."""
+"""No engine leaks memory, threads or processes, no matter how an iteration ends."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from tests.helpers import ROOT, clean_environment
 from tests.pipeline.contract.helpers import ids, spec_for
 
 EPOCHS, WARM_UP = 50, 15
-SLOPE_LIMIT = 100_000  # bytes an epoch, of 56 images of 3 KB each
+SLOPE_LIMIT = 100_000  # bytes per epoch, of 56 images of 3 KB each
 
 
 def test_memory_stays_flat(small: Path, engine: str) -> None:
@@ -35,7 +35,7 @@ def test_memory_stays_flat(small: Path, engine: str) -> None:
     assert slope < SLOPE_LIMIT, memory
 
 
-def test_opening_again_and_again_leaves_nothing(small: Path, engine: str) -> None:
+def test_repeated_opening_leaks_nothing(small: Path, engine: str) -> None:
     before = threading.active_count(), len(psutil.Process().children(recursive=True)), psutil.Process().num_fds()
     for _ in range(4):
         loader = open_loader(spec_for(small, engine, threads=2, order="blocks"))
@@ -44,11 +44,11 @@ def test_opening_again_and_again_leaves_nothing(small: Path, engine: str) -> Non
     gc.collect()  # DALI's pipelines are in cycles
     assert threading.active_count() <= before[0]
     assert len(psutil.Process().children(recursive=True)) == before[1]
-    assert psutil.Process().num_fds() <= before[2] + 8  # what is opened once and kept
+    assert psutil.Process().num_fds() <= before[2] + 8  # files that are opened once and kept
 
 
-def test_no_interrupt_is_swallowed_and_the_place_is_kept(small: Path, engine: str) -> None:
-    """As in a notebook: interrupted anywhere, the loader goes on at its place when it is iterated again."""
+def test_interrupts_are_raised_and_the_position_is_kept(small: Path, engine: str) -> None:
+    """As in a notebook: interrupted anywhere, the loader continues at its position when it is iterated again."""
     loader = open_loader(spec_for(small, engine, threads=2))
     next(iter(loader))
     rng = np.random.default_rng(0)
@@ -65,7 +65,7 @@ def test_no_interrupt_is_swallowed_and_the_place_is_kept(small: Path, engine: st
     loader.close()
 
 
-# Iterates over sys.argv[1] with engine sys.argv[2], and ends it as sys.argv[3] says, without closing the loader.
+# Iterates over sys.argv[1] with engine sys.argv[2], and ends in the way sys.argv[3], without closing the loader.
 PROGRAM = f"""
 import sys
 sys.path.insert(0, {str(ROOT)!r})
@@ -91,7 +91,7 @@ for number, batch in enumerate(batch for _ in range(1_000_000) for batch in load
     [("break", 0, ""), ("exception", 1, "the training failed"), ("interrupt", -signal.SIGINT, "KeyboardInterrupt")],
 )
 def test_a_program_ends_at_once(small: Path, engine: str, end: str, code: int, words: str) -> None:
-    """And torch kept its threads meanwhile, which FFCV sets to one at its import and to the loader's in its loader."""
+    """torch's number of threads must not change: FFCV sets it to one when imported, and to its own in its Loader."""
     program = [sys.executable, "-c", PROGRAM, str(small), engine, end]
     with subprocess.Popen(
         program, env=clean_environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True

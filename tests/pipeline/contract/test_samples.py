@@ -1,4 +1,4 @@
-"""Which samples every engine delivers, in which order, whatever the ranks, threads, batch size and stops."""
+"""Every engine delivers the same samples in the same order, for any ranks, threads, batch size and restarts."""
 
 from __future__ import annotations
 
@@ -85,9 +85,9 @@ def test_the_global_sequence_does_not_depend_on_ranks_and_threads(small: Path, e
     whole = list(open_loader(spec))
     parts = [list(open_loader(replace(spec, world_size=2, rank=rank, threads=3))) for rank in range(2)]
     for step, batch in enumerate(whole):
-        assert batch.ids.tolist() == [sample for batch_range in parts for sample in batch_range[step].ids.tolist()]
-        assert torch.equal(batch.images, torch.cat([batch_range[step].images for batch_range in parts]))
-        assert torch.equal(batch.labels, torch.cat([batch_range[step].labels for batch_range in parts]))
+        assert batch.ids.tolist() == [sample for part in parts for sample in part[step].ids.tolist()]
+        assert torch.equal(batch.images, torch.cat([part[step].images for part in parts]))
+        assert torch.equal(batch.labels, torch.cat([part[step].labels for part in parts]))
 
 
 @pytest.mark.parametrize(
@@ -103,7 +103,7 @@ def test_the_global_sequence_does_not_depend_on_ranks_and_threads(small: Path, e
     ],
     ids=str,
 )
-def test_a_saved_place_gives_the_very_next_batch(small: Path, engine: str, stop: int, changes: dict[str, object]) -> None:
+def test_a_saved_position_gives_the_next_batch(small: Path, engine: str, stop: int, changes: dict[str, object]) -> None:
     spec = spec_for(small, engine, **changes)
     loader = open_loader(spec)
     ids(loader)
@@ -117,15 +117,15 @@ def test_a_saved_place_gives_the_very_next_batch(small: Path, engine: str, stop:
     assert (resumed.epoch, resumed.consumed) == (1, stop * 8)
     found = list(resumed)
     assert len(found) == 7 - stop
-    for ours, theirs in zip(found, expected, strict=True):
-        assert np.array_equal(ours.ids, theirs.ids)
-        assert torch.equal(ours.images, theirs.images)
+    for actual, reference in zip(found, expected, strict=True):
+        assert np.array_equal(actual.ids, reference.ids)
+        assert torch.equal(actual.images, reference.images)
     assert resumed.epoch == 2
     loader.close()
     resumed.close()
 
 
-def test_resuming_with_other_ranks_and_batch_size_goes_on_at_the_sample(small: Path, engine: str) -> None:
+def test_resuming_with_other_ranks_and_batch_size_continues_at_the_sample(small: Path, engine: str) -> None:
     loader = open_loader(spec_for(small, engine))
     order = sampling.order(0, 0, np.arange(60), 60).tolist()
     batches = iter(loader)
@@ -139,10 +139,10 @@ def test_resuming_with_other_ranks_and_batch_size_goes_on_at_the_sample(small: P
         resumed.load_state_dict(state)
         parts.append([batch.ids.tolist() for batch in resumed])
         resumed.close()
-    assert [sample for pair in zip(*parts, strict=True) for batch_range in pair for sample in batch_range] == order[16:]
+    assert [sample for pair in zip(*parts, strict=True) for part in pair for sample in part] == order[16:]
 
 
-def test_another_engine_goes_on_with_the_same_samples_and_draws(small: Path, engine: str) -> None:
+def test_another_engine_continues_with_the_same_samples_and_draws(small: Path, engine: str) -> None:
     loader = open_loader(spec_for(small, engine))
     next(iter(loader))
     state = loader.state_dict()
@@ -157,7 +157,7 @@ def test_another_engine_goes_on_with_the_same_samples_and_draws(small: Path, eng
             other.close()
 
 
-def test_seeking_drops_what_was_in_flight(small: Path, engine: str) -> None:
+def test_seeking_drops_batches_in_progress(small: Path, engine: str) -> None:
     loader = open_loader(spec_for(small, engine))
     first = next(iter(loader))
     loader.seek(5, 16)
@@ -165,13 +165,13 @@ def test_seeking_drops_what_was_in_flight(small: Path, engine: str) -> None:
     loader.seek(0, 0)
     again = next(iter(loader))
     assert torch.equal(first.images, again.images)
-    with pytest.raises(ValueError, match="no place"):
+    with pytest.raises(ValueError, match="no position"):
         loader.seek(0, 57)
     loader.close()
 
 
-def test_image_sizes_follow_their_steps(small: Path, engine: str) -> None:
-    """Crops of 32 are pictures of the spec that knows no other size; smaller ones are drawn in proportion."""
+def test_image_sizes_follow_the_spec(small: Path, engine: str) -> None:
+    """Crops of 32 equal those of a spec with that size only; smaller ones are drawn in proportion."""
     spec = spec_for(small, engine, image_size=((0, 16), (1, 24), (3, 32)))
     loader = open_loader(spec)
     sizes = [{tuple(batch.images.shape[2:]) for batch in loader} for _ in range(4)]
@@ -190,16 +190,16 @@ def test_image_sizes_follow_their_steps(small: Path, engine: str) -> None:
 
 def test_whole_images_come_in_batches_of_one_size(small: Path, engine: str) -> None:
     loader = open_loader(spec_for(small, engine, batch_size=4).evaluation(geometry=WholeImage(40)))
-    parts = list(loader.batch_ranges(0, 0))
-    assert len(loader) == len(parts)
+    ranges = list(loader.batch_ranges(0, 0))
+    assert len(loader) == len(ranges)
     shapes = [tuple(batch.images.shape[2:]) for batch in loader]
-    assert shapes == [loader.plan(batch_range).size for batch_range in parts]
+    assert shapes == [loader.plan(batch_range).size for batch_range in ranges]
     assert len(set(shapes)) > 3
     assert all(min(shape) == 40 for shape in shapes)
     loader.close()
 
 
-def test_batches_kept_by_the_caller_stay_as_they_were(small: Path, engine: str) -> None:
+def test_batches_kept_by_the_caller_do_not_change(small: Path, engine: str) -> None:
     loader = open_loader(spec_for(small, engine))
     kept, copies = [], []
     for _ in range(5):
@@ -211,7 +211,7 @@ def test_batches_kept_by_the_caller_stay_as_they_were(small: Path, engine: str) 
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.uint8])
-def test_batches_are_channels_last_in_the_asked_dtype(small: Path, engine: str, dtype: torch.dtype) -> None:
+def test_batches_are_channels_last_in_the_specs_dtype(small: Path, engine: str, dtype: torch.dtype) -> None:
     batch = next(iter(open_loader(spec_for(small, engine, dtype=dtype))))
     plain = spec_for(small, engine, alpha_std=0.0, normalization=Normalization.of([0, 0, 0]))
     exact = next(iter(open_loader(plain if dtype == torch.uint8 else spec_for(small, engine))))
@@ -224,13 +224,13 @@ def test_batches_are_channels_last_in_the_asked_dtype(small: Path, engine: str, 
     assert (batch.images.float() - exact.images).abs().max() <= tolerance
 
 
-def test_a_standard_deviation_divides(small: Path, engine: str) -> None:
+def test_normalization_divides_by_the_standard_deviation(small: Path, engine: str) -> None:
     plain = next(iter(open_loader(spec_for(small, engine, normalization=Normalization.of([10, 20, 30])))))
     scaled = next(iter(open_loader(spec_for(small, engine, normalization=Normalization.of([10, 20, 30], [2, 4, 5])))))
     assert torch.allclose(scaled.images * torch.tensor([2.0, 4, 5])[:, None, None], plain.images, atol=1e-4)
 
 
-def test_a_place_in_other_data_is_refused(small: Path, engine: str) -> None:
+def test_a_position_in_other_data_is_refused(small: Path, engine: str) -> None:
     state = open_loader(spec_for(small, engine)).state_dict()
     for changes in (
         {"seed": 1},
@@ -264,7 +264,7 @@ def test_a_place_in_other_data_is_refused(small: Path, engine: str) -> None:
         ({"geometry": RandomResizedCrop(aspect=(2, 1))}, "aspect 2 1"),
         ({"geometry": WholeImage(40)}, "for evaluation"),
         ({"geometry": PaddedCrop(32)}, "padding 32: needs 0 <= padding < image size"),
-        ({"image_size": 0}, "image size"),
+        ({"image_size": 0}, "image_size"),
         ({"image_size": ((1, 32),)}, "first at epoch 0"),
         ({"image_size": ((0, 32), (0, 16))}, "ascending"),
         ({"order": "random"}, "full or blocks or sequential, not 'random'"),
@@ -274,8 +274,8 @@ def test_a_place_in_other_data_is_refused(small: Path, engine: str) -> None:
         ({"rank": 1}, "rank"),
         ({"seed": -1}, "seed"),
         ({"threads": 0}, "threads"),
-        ({"block_shards": 0}, "block shards"),
-        ({"decoder_share": 1.5}, "decoder share"),
+        ({"block_shards": 0}, "block_shards"),
+        ({"hw_decoder_load": 1.5}, "hw_decoder_load"),
         ({"dtype": torch.float64}, "float64"),
         ({"normalization": "median"}, "median"),
         ({"split": "test"}, "no split"),
@@ -291,7 +291,7 @@ def test_a_bad_spec_is_refused_in_one_line(small: Path, engine: str, changes: di
     assert "\n" not in str(caught.value)
 
 
-def test_two_iterations_at_a_time_are_refused(small: Path, engine: str) -> None:
+def test_two_iterations_at_the_same_time_are_refused(small: Path, engine: str) -> None:
     loader: Loader = open_loader(spec_for(small, engine))
     first, second = iter(loader), iter(loader)
     next(first)

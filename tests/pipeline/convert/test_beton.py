@@ -1,4 +1,4 @@
-"""Betons against FFCV's own reader and loader. What can hang in FFCV runs in another process, under a time limit."""
+""".beton files against FFCV's reader and loader. Parts of FFCV that can hang run in another process, with a time limit."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from pipeline.engines.ffcv_field import region_field
 from pipeline.errors import UserError
 from pipeline.jpeg.transcode import transcode
 from pipeline.store import files
-from pipeline.store.shards import Encoded, ShardSet, label_digits, write_shard
+from pipeline.store.shards import EncodedSample, ShardSet, label_digits, write_shard
 from tests.helpers import ROOT, SUBSAMPLINGS, clean_environment, jpeg, open_image, picture
 
 if "ffcv" in os.environ.get("CROPFEED_WITHOUT", ""):
@@ -36,7 +36,7 @@ Read = dict[str, Any]  # NAME, NAME_label -> uint8 (N, height, width, 3), int64 
 
 @contextmanager
 def at_most(seconds: int) -> Iterator[None]:
-    """Fail, instead of hanging, after so long."""
+    """Fail after a time limit, instead of hanging."""
 
     def stop(*_: Any) -> None:
         raise TimeoutError(f"not done after {seconds} s")
@@ -53,8 +53,8 @@ def sha256(path: Path) -> str:
     return files.sha256(str(path))
 
 
-def shards_of(source: Path, out: Path, samples: list[Encoded]) -> Path:
-    """A data set whose training split is one shard of `samples`; its manifest is the source's otherwise."""
+def shards_of(source: Path, out: Path, samples: list[EncodedSample]) -> Path:
+    """A data set with one training shard of `samples`, and otherwise the manifest of the source."""
     (out / "train").mkdir(parents=True)
     tar = out / "train/000000.tar"
     manifest = json.loads((source / "manifest.json").read_text())
@@ -76,7 +76,7 @@ def originals(small_shards: Path) -> ShardSet:
 def regions(small_shards: Path, originals: ShardSet, tmp_path_factory: pytest.TempPathFactory) -> ShardSet:
     """The same images, region-addressable."""
     samples = [
-        Encoded(
+        EncodedSample(
             originals.key(i), transcode(originals.read(i).tobytes()), int(row["label"]), int(row["height"]), int(row["width"])
         )
         for i, row in enumerate(originals.samples)
@@ -86,9 +86,9 @@ def regions(small_shards: Path, originals: ShardSet, tmp_path_factory: pytest.Te
 
 @pytest.fixture(scope="module")
 def alike(small_shards: Path, tmp_path_factory: pytest.TempPathFactory) -> ShardSet:
-    """Region-addressable images of every subsampling, several tiles wide; of one size, which SimpleRGBImageDecoder needs."""
+    """Region-addressable images of every subsampling, several tiles wide, and of one size for SimpleRGBImageDecoder."""
     samples = [
-        Encoded(f"a/{i}", transcode(jpeg(picture(136, 320, i), sampling)), i % 3, 136, 320)
+        EncodedSample(f"a/{i}", transcode(jpeg(picture(136, 320, i), sampling)), i % 3, 136, 320)
         for i, sampling in enumerate(SUBSAMPLINGS)
     ]
     return ShardSet(shards_of(small_shards, tmp_path_factory.mktemp("alike") / "data", samples), "train")
@@ -151,7 +151,7 @@ np.savez(folder + "/read.npz", **arrays)
 
 @pytest.fixture(scope="module")
 def read(betons: Path, small_shards: Path) -> Read:
-    """What FFCV's Loader gives: centre crops by the stock decoder and by ours, whole images of alike.beton.
+    """What FFCV's Loader gives: centre crops by the stock and the region decoder, whole images of alike.beton.
 
     Its DatasetWriter writes stock.beton, too.
     """
@@ -162,7 +162,7 @@ def read(betons: Path, small_shards: Path) -> Read:
 
 
 def contents(path: Path) -> list[bytes]:
-    """Each image's data, by FFCV's Reader."""
+    """Each image's data, read by FFCV's Reader."""
     from ffcv.reader import Reader
 
     whole = path.read_bytes()
@@ -188,37 +188,37 @@ def assert_near(found: Any, expected: Any, mean: float) -> None:
     assert np.abs(found.astype(int) - expected).mean(axis=(1, 2, 3)).max() < mean
 
 
-def test_every_sample_with_its_label_in_order(read: Read, originals: ShardSet) -> None:
+def test_samples_and_labels_in_order(read: Read, originals: ShardSet) -> None:
     for name in ("region", "region_ours", "raw", "jpg", "jpg_ours"):
         assert np.array_equal(read[f"{name}_label"][:, 0], originals.samples["label"])
 
 
 @pytest.mark.usefixtures("read")
-def test_same_bytes_as_stock_datasetwriters(betons: Path) -> None:
+def test_same_bytes_as_datasetwriter(betons: Path) -> None:
     assert (betons / "jpg.beton").read_bytes() == (betons / "stock.beton").read_bytes()
 
 
-def test_raw_is_pillows_pixels(betons: Path, read: Read, originals: ShardSet) -> None:
+def test_raw_has_pillows_pixels(betons: Path, read: Read, originals: ShardSet) -> None:
     expected = [pixels(originals.read(i).tobytes()) for i in range(len(originals))]
     assert contents(betons / "raw.beton") == [image.tobytes() for image in expected]
     assert_near(read["raw"], np.stack([centre_crop(image) for image in expected]), 0.5)
 
 
-def test_jpg_is_near_the_image(betons: Path, read: Read, originals: ShardSet) -> None:
+def test_jpg_is_close_to_the_image(betons: Path, read: Read, originals: ShardSet) -> None:
     stored = contents(betons / "jpg.beton")
     assert_near(read["jpg"], np.stack([centre_crop(pixels(data)) for data in stored]), 1.5)  # FFCV's DCT is the fast one
     expected = np.stack([centre_crop(pixels(originals.read(i).tobytes())) for i in range(len(originals))])
     assert_near(read["jpg"], expected, 8)  # saturated colours at 4:2:0
 
 
-def test_proportion_is_a_share_of_either(betons: Path) -> None:
+def test_proportion_mixes_raw_and_jpg(betons: Path) -> None:
     jpg, raw = contents(betons / "jpg.beton"), contents(betons / "raw.beton")
     chosen = [data == as_jpg for data, as_jpg in zip(contents(betons / "proportion.beton"), jpg, strict=True)]
     assert contents(betons / "proportion.beton") == [jpg[i] if chosen[i] else raw[i] for i in range(len(jpg))]
     assert 15 < sum(chosen) < 45
 
 
-def test_region_keeps_our_bytes_and_stock_ffcv_decodes_them(betons: Path, read: Read, regions: ShardSet, alike: ShardSet) -> None:
+def test_region_keeps_bytes_and_stock_ffcv_decodes_them(betons: Path, read: Read, regions: ShardSet, alike: ShardSet) -> None:
     assert contents(betons / "region.beton") == [regions.read(i).tobytes() for i in range(len(regions))]
     assert_near(read["alike_whole"], np.stack([pixels(alike.read(i).tobytes()) for i in range(len(alike))]), 1.5)
 
@@ -242,7 +242,7 @@ def test_same_bytes_for_any_number_of_workers(
         assert sum(counts) == len(shards)
 
 
-def test_max_resolution_is_ffcvs(originals: ShardSet, tmp_path: Path) -> None:
+def test_max_resolution_as_in_ffcv(originals: ShardSet, tmp_path: Path) -> None:
     from ffcv.fields.rgb_image import resizer
 
     with at_most(60):
@@ -252,7 +252,7 @@ def test_max_resolution_is_ffcvs(originals: ShardSet, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("mode", ["jpg", "region"])
-def test_a_bad_image_is_named(mode: str, small_shards: Path, tmp_path: Path) -> None:
+def test_an_image_that_cannot_be_stored_is_named(mode: str, small_shards: Path, tmp_path: Path) -> None:
     data = tmp_path / "data"
     shutil.copytree(small_shards, data)
     shards = ShardSet(data, "train")
@@ -262,12 +262,12 @@ def test_a_bad_image_is_named(mode: str, small_shards: Path, tmp_path: Path) -> 
         stream.write(b"no image")
     with at_most(60), pytest.raises(UserError) as error:
         write_beton(shards, tmp_path / "out/b", BetonSettings(mode), 2)
-    assert str(error.value).startswith(shards.where(40) + ": ")
+    assert str(error.value).startswith(shards.locate(40) + ": ")
     assert list((tmp_path / "out").iterdir()) == []
     assert multiprocessing.active_children() == []
 
 
-def test_what_ffcv_cannot_decode_is_refused() -> None:
+def test_images_that_ffcv_cannot_decode_are_refused() -> None:
     import io
 
     from PIL import Image
@@ -283,7 +283,7 @@ def test_a_killed_worker_ends_the_write(originals: ShardSet, tmp_path: Path) -> 
         for process in multiprocessing.active_children():
             process.kill()
 
-    with at_most(60), pytest.raises(UserError, match="a worker process died over samples"):
+    with at_most(60), pytest.raises(UserError, match="a worker process was killed at samples"):
         write_beton(originals, tmp_path / "b", BetonSettings("raw"), 2, kill)
     assert list(tmp_path.iterdir()) == []
     assert multiprocessing.active_children() == []

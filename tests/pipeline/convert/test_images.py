@@ -10,7 +10,7 @@ import numpy.typing as npt
 import pytest
 from PIL import Image
 
-from pipeline.convert.images import MAX_PIXELS, PROFILES, Stored, UnreadableError, store
+from pipeline.convert.images import MAX_PIXELS, PROFILES, ConvertedImage, UnreadableError, convert_image
 from pipeline.jpeg.region import RegionError, cut
 from tests.helpers import SUBSAMPLINGS, jpeg, open_image, picture, run_mutants
 
@@ -42,14 +42,14 @@ def exif(orientation: int) -> Image.Exif:
 
 
 def ycck() -> bytes:
-    """A CMYK JPEG whose Adobe marker says that its colours are YCCK."""
+    """A CMYK JPEG with an Adobe marker that says YCCK."""
     data = bytearray(saved(Image.fromarray(PICTURE).convert("CMYK"), quality=90))
     data[data.index(b"Adobe") + 11] = 2
     return bytes(data)
 
 
 def non_interleaved() -> bytes:
-    """A baseline JPEG with a scan a component, which no encoder here writes: made of three grey ones."""
+    """A baseline JPEG with one scan per component, assembled from three greyscale ones, as no encoder here writes it."""
     planes = [jpeg(PICTURE[..., c : c + 1].repeat(3, axis=2), "Gray") for c in range(3)]
     header = planes[0][: planes[0].index(b"\xff\xc0")]
     frame = struct.pack(">BBHBHHB", 0xFF, 0xC0, 17, 8, *PICTURE.shape[:2], 3) + b"".join(
@@ -64,7 +64,7 @@ def non_interleaved() -> bytes:
 
 
 def damaged() -> bytes:
-    """A JPEG whose entropy-coded data no longer parses, but which decoders get through with a warning."""
+    """A JPEG with damaged entropy-coded data, which decoders accept with a warning."""
     data = bytearray(jpeg(PICTURE, "420"))
     middle = len(data) // 2
     data[middle:middle] = b"\xff\xd3"  # a restart marker where there are none
@@ -101,7 +101,7 @@ KEPT: dict[str, tuple[bytes, str | None]] = {
 }
 
 
-def assert_opens_at_the_crop(stored: Stored) -> None:
+def assert_opens_at_the_crop(stored: ConvertedImage) -> None:
     whole = pixels(stored.data)
     top, left, bottom, right = stored.height // 3, stored.width // 4, stored.height // 2, stored.width // 2 + 1
     piece = cut(np.frombuffer(stored.data, np.uint8), top, left, bottom, right)
@@ -112,7 +112,7 @@ def assert_opens_at_the_crop(stored: Stored) -> None:
 @pytest.mark.parametrize("name", KEPT)
 def test_lossless_keeps_every_pixel(name: str) -> None:
     data, fact = KEPT[name]
-    stored = store(data, "lossless")
+    stored = convert_image(data, "lossless")
     assert np.array_equal(pixels(stored.data), pixels(data))
     assert np.array_equal(np.asarray(stored.pixels), pixels(data))
     assert (stored.height, stored.width) == PICTURE.shape[:2]
@@ -122,9 +122,9 @@ def test_lossless_keeps_every_pixel(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", REENCODED)
-def test_what_cannot_be_lossless_is_encoded_again_and_told(name: str) -> None:
+def test_images_that_cannot_be_lossless_are_re_encoded_and_reported(name: str) -> None:
     data, fact = REENCODED[name]
-    stored = store(data, "lossless")
+    stored = convert_image(data, "lossless")
     decoded = open_image(data).convert("L" if "grey" in name else "RGB")
     assert np.array_equal(pixels(stored.data), pixels(saved(decoded, quality=95, subsampling="4:4:4")))
     assert np.array_equal(
@@ -138,14 +138,14 @@ def test_what_cannot_be_lossless_is_encoded_again_and_told(name: str) -> None:
 
 
 def test_sixteen_bit_greys_are_scaled_not_clipped() -> None:
-    stored = store(saved(DEEP, "PNG"), "lossless")
+    stored = convert_image(saved(DEEP, "PNG"), "lossless")
     assert np.array_equal(pixels(stored.data), pixels(saved(GREY, quality=95)))
 
 
 @pytest.mark.parametrize("name", ["420", "444", "Gray", "cmyk", "png", "damaged", "orientation"])
-def test_compact_is_small_and_opens_at_the_crop(name: str) -> None:
+def test_compact_is_small_and_region_addressable(name: str) -> None:
     data, _ = KEPT.get(name) or REENCODED[name]
-    stored = store(data, "compact")
+    stored = convert_image(data, "compact")
     assert np.abs(pixels(stored.data) - pixels(data)).mean() < 5
     assert_opens_at_the_crop(stored)
     image = open_image(stored.data)
@@ -155,8 +155,8 @@ def test_compact_is_small_and_opens_at_the_crop(name: str) -> None:
 
 
 @pytest.mark.parametrize("size", [(500, 375), (375, 500), (1200, 961), (481, 700), (479, 479)])
-def test_compact_bounds_the_short_side(size: tuple[int, int]) -> None:
-    stored = store(jpeg(picture(*size), "444"), "compact")
+def test_compact_limits_the_short_side(size: tuple[int, int]) -> None:
+    stored = convert_image(jpeg(picture(*size), "444"), "compact")
     assert min(stored.height, stored.width) == min(480, *size)
     assert abs(stored.width / stored.height - size[1] / size[0]) < 0.005
     assert open_image(stored.data).size == (stored.width, stored.height)
@@ -169,14 +169,14 @@ def test_compact_bounds_the_short_side(size: tuple[int, int]) -> None:
 @pytest.mark.parametrize("name", [name for name in (*KEPT, *REENCODED) if name not in ("gif", "tiff")])
 def test_original_keeps_every_byte(name: str) -> None:
     data, _ = KEPT.get(name) or REENCODED[name]
-    stored = store(data, "original")
+    stored = convert_image(data, "original")
     assert stored.data == data
     assert (stored.width, stored.height) == open_image(data).size
 
 
 @pytest.mark.parametrize("name", ["gif", "tiff"])
-def test_original_converts_what_no_engine_decodes(name: str) -> None:
-    stored = store(REENCODED[name][0], "original")
+def test_original_converts_formats_that_no_engine_decodes(name: str) -> None:
+    stored = convert_image(REENCODED[name][0], "original")
     assert stored.data[:2] == b"\xff\xd8"
     assert name.upper() in stored.facts[-1]
 
@@ -213,22 +213,22 @@ UNREADABLE: dict[str, tuple[bytes, str]] = {
 def test_unusable_images_are_named_in_one_line(name: str, profile: str) -> None:
     data, words = UNREADABLE[name]
     if name == "too wide for a JPEG" and profile == "original":
-        assert store(data, profile).data == data
+        assert convert_image(data, profile).data == data
         return
     with pytest.raises(UnreadableError, match=words) as caught:
-        store(data, profile)
+        convert_image(data, profile)
     assert "\n" not in str(caught.value)
     assert str(caught.value)
 
 
-def test_broken_metadata_is_told_and_does_no_harm() -> None:
+def test_broken_metadata_is_reported_and_harmless() -> None:
     whole = saved(COLOUR, exif=exif(3))
     at = whole.index(b"Exif")
     broken_exif = whole[: at + 14] + b"\xff\xff" + whole[at + 16 :]  # more tags than there are bytes
     broken_xmp = saved(COLOUR, xmp=b"<x:xmpmeta xmlns:x='adobe:ns:meta/'><unclosed>")
     sound_xmp = saved(COLOUR, xmp=b"<x:xmpmeta xmlns:x='adobe:ns:meta/'></x:xmpmeta>\n")
     for data, expected in ((broken_exif, True), (broken_xmp, True), (sound_xmp, False)):
-        stored = store(data, "lossless")
+        stored = convert_image(data, "lossless")
         assert ("broken metadata" in stored.facts) == expected
         assert np.array_equal(pixels(stored.data), pixels(data))
 
@@ -238,20 +238,20 @@ import sys
 sys.path.insert(0, sys.argv[1])
 import numpy as np
 import simplejpeg
-from pipeline.convert.images import UnreadableError, store
+from pipeline.convert.images import UnreadableError, convert_image
 from pipeline.jpeg.region import RegionError, cut
 from tests.helpers import SUBSAMPLINGS, jpeg, mutate, picture
 
 assert __import__("numba").config.BOUNDSCHECK == 1
 rng = np.random.default_rng(int(sys.argv[2]))
-kept = told = cuts = 0
+kept = refused = cuts = 0
 for trial in range(int(sys.argv[3])):
     pixels = picture(int(rng.integers(1, 90)), int(rng.integers(1, 90)), trial)
     mutant = mutate(jpeg(pixels, SUBSAMPLINGS[trial % 6], int(rng.integers(20, 100))), rng, trial % 5)
     try:
-        stored = store(mutant, "lossless" if trial % 7 else "compact")
+        stored = convert_image(mutant, "lossless" if trial % 7 else "compact")
     except UnreadableError:
-        told += 1
+        refused += 1
         continue
     kept += 1
     top, left = int(rng.integers(stored.height)), int(rng.integers(stored.width))
@@ -269,15 +269,15 @@ for trial in range(int(sys.argv[3])):
         cuts += 1
     except (RegionError, ValueError):
         pass
-print(told, kept, cuts)
+print(refused, kept, cuts)
 """
 
 
-def test_mutants_are_stored_whole_or_told(tmp_path: Path) -> None:
+def test_mutants_are_stored_or_refused(tmp_path: Path) -> None:
     """Bit flips, truncations and stray markers, with bounds checking on: each is left out, or stored and cut exactly."""
-    told, kept, cuts = run_mutants(MUTATE, tmp_path)
-    assert min(told, kept, cuts) > (told + kept) / 10
-    print(f"mutants: {told} told, {kept} stored and cut exactly, {cuts} of those decoded after more damage")
+    refused, kept, cuts = run_mutants(MUTATE, tmp_path)
+    assert min(refused, kept, cuts) > (refused + kept) / 10
+    print(f"mutants: {refused} refused, {kept} stored and cut exactly, {cuts} of those decoded after more damage")
 
 
 def test_region_errors_are_value_errors() -> None:

@@ -1,4 +1,4 @@
-"""`make_shards.py --format`: what tests/pipeline/convert/test_beton.py shows of one file, wired into the converter."""
+"""`make_shards.py --format`: .beton files as part of a conversion. test_beton.py tests the files themselves."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def test_both_formats_are_one_data_set(image_folder: Path, tmp_path: Path) -> No
     assert digests(out) == before
 
 
-def test_ffcv_alone_keeps_no_tars(image_folder: Path, tmp_path: Path) -> None:
+def test_format_ffcv_keeps_no_tars(image_folder: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     result = make(image_folder, out, "--format", "ffcv", "--ffcv-mode", "jpg", "--ffcv-max-resolution", 64)
     assert result.returncode == 0, result.stderr
@@ -52,5 +52,5 @@ def test_ffcv_alone_keeps_no_tars(image_folder: Path, tmp_path: Path) -> None:
     ]  # fmt: skip
     assert json.loads((out / "manifest.json").read_text())["splits"]["val"]["beton"]["settings"]["max_resolution"] == 64
     assert run_script("tools/make_shards.py", "--verify", out).returncode == 0
-    with pytest.raises(UserError, match="FFCV files only"):
+    with pytest.raises(UserError, match="only FFCV files"):
         ShardSet(out, "train")

@@ -1,4 +1,4 @@
-"""The converter on a real Ray cluster of two nodes on this machine, one of which dies half way."""
+"""The converter on a Ray cluster of two nodes on this machine. One node dies halfway."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ cluster.shutdown()
 """
 
 
-def test_a_dying_node_costs_nothing_but_time(image_folder: Path, tmp_path: Path) -> None:
+def test_a_dying_node_only_costs_time(image_folder: Path, tmp_path: Path) -> None:
     expected, out = tmp_path / "expected", tmp_path / "out"
     options = ("--shard-size", 3, "--workers", 1)
     assert run_script("tools/make_shards.py", image_folder, "--out", expected, *options).returncode == 0
@@ -74,7 +74,7 @@ def test_a_dying_node_costs_nothing_but_time(image_folder: Path, tmp_path: Path)
             cluster.kill()
 
 
-def test_without_a_cluster_it_says_how_to_start_one(image_folder: Path, tmp_path: Path) -> None:
+def test_without_a_cluster_the_error_says_how_to_start_one(image_folder: Path, tmp_path: Path) -> None:
     began = time.monotonic()
     result = run_script("tools/make_shards.py", image_folder, "--out", tmp_path / "out", "--engine", "ray")
     assert_refused(without_progress(result), "no Ray cluster", "ray start --head")

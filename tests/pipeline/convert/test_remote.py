@@ -15,7 +15,7 @@ from tests.tools.test_make_shards import digests, make, start
 
 
 def download(url: str, folder: Path) -> Path:
-    for entry in files.listing(url):
+    for entry in files.list_folder(url):
         if entry.is_folder:
             download(files.join(url, entry.name), folder / entry.name)
         else:
@@ -25,12 +25,12 @@ def download(url: str, folder: Path) -> Path:
 
 
 def test_from_s3_to_s3_gives_the_local_bytes(image_folder: Path, s3: str, tmp_path: Path) -> None:
-    """Killed once on the way: what is there is whole, and the next run goes on."""
+    """After a kill every written file is complete, and the next run resumes."""
     assert make(image_folder, tmp_path / "expected").returncode == 0
     upload(image_folder, f"{s3}/images")
     process = start(f"{s3}/images", f"{s3}/shards", "--workers", 1)
     deadline = time.monotonic() + 60
-    while len([e for e in files.listing(f"{s3}/shards/conversion") if e.name.endswith(".npz")]) < 2:
+    while len([e for e in files.list_folder(f"{s3}/shards/conversion") if e.name.endswith(".npz")]) < 2:
         time.sleep(0.1)
         assert process.poll() is None
         assert time.monotonic() < deadline
@@ -58,7 +58,7 @@ def test_verify_and_repair_on_s3(image_folder: Path, s3: str) -> None:
     assert run_script("tools/make_shards.py", "--verify", out).returncode == 0
 
 
-def test_what_is_not_there_is_named(image_folder: Path, s3: str, tmp_path: Path) -> None:
+def test_missing_sources_and_outputs_are_named(image_folder: Path, s3: str, tmp_path: Path) -> None:
     assert_refused(make(f"{s3}/nothing", tmp_path / "out"), f"{s3}/nothing: no such folder")
     result = without_progress(make(image_folder, "s3://no-such-bucket-here/out"))
     assert_refused(result, "s3://no-such-bucket-here/out")

@@ -1,4 +1,4 @@
-"""Sources end to end: what make_shards.py finds in folders, official tars and WebDataset tars is what was put there."""
+"""Sources end to end: make_shards.py finds what folders, official tars and WebDataset tars contain."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def packed(files: dict[str, bytes], mode: str = "w") -> bytes:
 
 
 def devkit() -> bytes:
-    """As the official one is: 3 classes and a node above them, whose numbers are not in the wnids' order."""
+    """Like the official devkit: 3 classes and their parent node, with numbers that are not in the order of the wnids."""
     kind = [("ILSVRC2012_ID", float), ("WNID", object), ("words", object), ("num_children", float)]
     rows = [(i + 1, wnid, "a thing, some thing", 0) for i, wnid in enumerate(WNIDS)] + [(4, "n00001740", "entity", 3)]
     stream = io.BytesIO()
@@ -51,7 +51,7 @@ def devkit() -> bytes:
 
 @pytest.fixture(scope="module")
 def official(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Tars laid out as the official ones: 4 training images a class, 7 validation images."""
+    """Tars with the layout of the official ones: 4 training images per class, 7 validation images."""
     root = tmp_path_factory.mktemp("official")
     inner = {
         f"{wnid}.tar": packed({f"{wnid}_{i}.JPEG": jpeg(picture(60, 70, seed=10 * c + i)) for i in (3, 20, 1, 100)})
@@ -74,7 +74,7 @@ def convert(src: Path | str, out: Path, *options: object) -> None:
     assert result.returncode == 0, result.stderr
 
 
-def test_official_tars_are_read_where_they_are(official: Path, tmp_path: Path) -> None:
+def test_official_tars_are_read_without_unpacking(official: Path, tmp_path: Path) -> None:
     convert(official, tmp_path / "out", "--skip-md5", "--shard-size", 5)
     wnids = sorted(WNIDS)
     assert ShardSet(tmp_path / "out", "train").manifest.classes == wnids
@@ -90,7 +90,7 @@ def test_official_tars_are_read_where_they_are(official: Path, tmp_path: Path) -
     assert stored(tmp_path / "out", "val") == expected
 
 
-def test_validation_alone_takes_its_classes_from_the_devkit(official: Path, tmp_path: Path) -> None:
+def test_without_training_images_classes_come_from_the_devkit(official: Path, tmp_path: Path) -> None:
     (tmp_path / "src").mkdir()
     for name in (tars.VAL, tars.DEVKIT):
         (tmp_path / "src" / name).symlink_to(official / name)
@@ -118,8 +118,8 @@ def test_md5_of_the_right_file_passes(official: Path, monkeypatch: pytest.Monkey
         ("no devkit", "its labels are in"),
         ("junk devkit", "not the ILSVRC 2012 devkit"),
         ("short val", "holds 6 images, the devkit labels 7"),
-        ("truncated train", "not a whole, uncompressed tar"),
-        ("junk train", "not a whole, uncompressed tar"),
+        ("truncated train", "not a complete, uncompressed tar"),
+        ("junk train", "not a complete, uncompressed tar"),
         ("devkit alone", "neither"),
     ],
 )
@@ -143,8 +143,8 @@ def test_damaged_official_tars_are_named(official: Path, tmp_path: Path, how: st
         tars.list_official(str(tmp_path), tars.official_files(str(tmp_path)))
 
 
-def test_webdataset_tars_of_others(tmp_path: Path) -> None:
-    """Written by webdataset's own writer, with its keys, a json beside, and labels as it writes them."""
+def test_foreign_webdataset_tars(tmp_path: Path) -> None:
+    """Written by webdataset's own writer, with its keys and labels, and additional .json files."""
     src = tmp_path / "src"
     src.mkdir()
     expected: dict[str, dict[str, tuple[int, bytes]]] = {"train": {}, "val": {}}
@@ -161,7 +161,7 @@ def test_webdataset_tars_of_others(tmp_path: Path) -> None:
         assert stored(tmp_path / "out", split) == expected[split]
 
 
-def test_our_own_shards_are_a_source_too(small_shards: Path, tmp_path: Path) -> None:
+def test_cropfeeds_own_shards_are_a_source(small_shards: Path, tmp_path: Path) -> None:
     """Original -> lossless keeps classes, labels, keys and pixels."""
     result = run_script("tools/make_shards.py", small_shards, "--out", tmp_path / "out")
     assert result.returncode == 0, result.stderr
@@ -194,8 +194,8 @@ def test_too_few_class_names(tmp_path: Path) -> None:
         tars.list_webdataset(str(tmp_path), tars.find_webdataset(str(tmp_path)))
 
 
-def test_the_listing_says_when_a_source_has_changed(image_folder: Path, tmp_path: Path) -> None:
-    """Names, labels and sizes count; where the folder lies does not."""
+def test_the_fingerprint_of_a_listing_detects_changed_sources(image_folder: Path, tmp_path: Path) -> None:
+    """The fingerprint depends on names, labels and sizes, but not on the location of the folder."""
     import shutil
 
     first = list_image_folder(str(image_folder)).fingerprint()
@@ -206,7 +206,7 @@ def test_the_listing_says_when_a_source_has_changed(image_folder: Path, tmp_path
     assert list_image_folder(str(tmp_path / "copy")).fingerprint() != first
 
 
-def test_manifest_and_report_say_where_it_came_from(official: Path, tmp_path: Path) -> None:
+def test_manifest_and_report_describe_the_source(official: Path, tmp_path: Path) -> None:
     convert(official, tmp_path / "out", "--skip-md5")
     report = json.loads((tmp_path / "out" / "report.json").read_text())
     assert report["splits"]["train"]["listed"] == report["splits"]["train"]["stored"] == 12

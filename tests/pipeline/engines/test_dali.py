@@ -1,4 +1,4 @@
-"""What is the DALI engine's own: its GPU graph without a GPU, its way around DALI's borders, and DALI's own reader."""
+"""The DALI engine only: its GPU graph without a GPU, image borders, and samples that DALI cannot decode."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def large_shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("geometry", [RandomResizedCrop(area=(0.8, 1)), TenCrop(64), CentreCrop(56)])
-def test_much_reduced_borders_are_pillows(large_shards: Path, geometry: RandomResizedCrop | TenCrop | CentreCrop) -> None:
+def test_downscaled_borders_equal_pillows(large_shards: Path, geometry: RandomResizedCrop | TenCrop | CentreCrop) -> None:
     spec = LoaderSpec(large_shards, batch_size=4, image_size=56, geometry=geometry)
     loader = dali.open(spec if geometry.random else spec.evaluation("train", geometry=geometry))
     batch_range = next(loader.batch_ranges(0, 0))
@@ -47,8 +47,8 @@ def test_much_reduced_borders_are_pillows(large_shards: Path, geometry: RandomRe
 
 
 @pytest.mark.parametrize("decoder", ["image", "image_slice"])
-def test_finished_pictures_pass_the_graph_bit_by_bit(decoder: str) -> None:
-    """Two views in one PPM, through the graph of both decoders."""
+def test_finished_views_pass_the_graph_unchanged(decoder: str) -> None:
+    """Two views in one PPM, with both decoders."""
     pixels = np.random.default_rng(0).integers(0, 256, (2 * 37, 41, 3), np.uint8)
     tops = np.array([0, 37], np.float32)
     pipe = Pipeline(1, 1, None)
@@ -68,32 +68,31 @@ def test_finished_pictures_pass_the_graph_bit_by_bit(decoder: str) -> None:
     assert np.array_equal(np.array(pipe.run()[0].as_tensor())[0], pixels.reshape(2, 37, 41, 3))
 
 
-def test_whole_cuts_give_the_same_pictures_as_slices_of_them(large_shards: Path) -> None:
-    """What a GPU does, whose hardware decoder takes whole streams only."""
+def test_whole_cuts_and_their_slices_give_the_same_views(large_shards: Path) -> None:
+    """A GPU decodes whole cuts, because its hardware decoder decodes only whole images."""
     spec = LoaderSpec(large_shards, batch_size=4, image_size=224, dtype=torch.uint8)
-    slices, whole = dali.open(spec), dali.open(spec)
-    whole._slices = False
-    for ours, theirs in zip(whole, slices, strict=True):
-        assert (ours.images.int() - theirs.images.int()).abs().max() <= 1  # their windows begin elsewhere, in float32
+    slices, whole = dali.open(spec), dali.DaliLoader(spec, slices=False)
+    for actual, reference in zip(whole, slices, strict=True):
+        assert (actual.images.int() - reference.images.int()).abs().max() <= 1  # the float32 windows have other origins
 
 
-def test_cuts_are_what_enters_dali(large_shards: Path) -> None:
+def test_dali_gets_cuts(large_shards: Path) -> None:
     loader = dali.open(LoaderSpec(large_shards, batch_size=4, threads=2))
     loader._schedule = loader.batch_ranges(0, 0)
-    encoded = loader._source()[0]
-    for data, sample in zip(encoded, loader._in_flight[0].ids.tolist(), strict=True):
+    streams = loader._source()[0]
+    for data, sample in zip(streams, loader._in_flight[0].ids.tolist(), strict=True):
         stored = loader.shards.read(sample)
-        if stored[0] == 0xFF and len(data) and data[0] == 0xFF:  # a JPEG that was not made on the host
-            cut, whole = (open_image(batch_range.tobytes()).size for batch_range in (data, stored))
+        if stored[0] == 0xFF and len(data) and data[0] == 0xFF:  # a JPEG, not views made on the CPU
+            cut, whole = (open_image(encoded.tobytes()).size for encoded in (data, stored))
             assert cut[0] * cut[1] < 0.9 * whole[0] * whole[1]
             assert len(data) < 0.9 * len(stored)
     loader.close()
 
 
-def test_what_dali_alone_cannot_decode_is_made_on_the_host(
+def test_images_that_only_dali_cannot_decode_are_decoded_on_the_cpu(
     small_shards: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    """A JPEG with a stray byte before a marker, as Pillow and libjpeg-turbo take it."""
+    """A JPEG with a stray byte before a marker, which Pillow and libjpeg-turbo accept."""
     loader = dali.open(spec_for(small_shards, "dali"))
     expected = list(loader)
     victim, read = int(expected[3].ids[2]), ShardSet.read
@@ -105,15 +104,15 @@ def test_what_dali_alone_cannot_decode_is_made_on_the_host(
 
     monkeypatch.setattr(ShardSet, "read", reading)
     loader.seek(0, 0)
-    for ours, theirs in zip(loader, expected, strict=True):
-        assert ours.ids.tolist() == theirs.ids.tolist()
-        assert (ours.images - theirs.images).abs().mean() < 1
+    for actual, reference in zip(loader, expected, strict=True):
+        assert actual.ids.tolist() == reference.ids.tolist()
+        assert (actual.images - reference.images).abs().mean() < 1
     assert not loader.substitutes.corrupt
     assert "Invalid marker" in capfd.readouterr().err + capfd.readouterr().out
     loader.close()
 
 
-def test_a_failure_of_dalis_own_is_not_hidden(small_shards: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_other_failures_of_dali_are_raised(small_shards: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(self: object, stream: object) -> None:
         raise RuntimeError("out of memory")
 
@@ -123,7 +122,7 @@ def test_a_failure_of_dalis_own_is_not_hidden(small_shards: Path, monkeypatch: p
 
 
 def test_pixels_leave_dali_without_a_copy(small_shards: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """torch's tensor is DALI's memory: same address."""
+    """The tensor has the address of DALI's memory."""
     loader = dali.open(spec_for(small_shards, "dali", dtype=torch.uint8))
     addresses = []
     original = torch.from_dlpack
@@ -138,12 +137,12 @@ def test_pixels_leave_dali_without_a_copy(small_shards: Path, monkeypatch: pytes
 
 @pytest.mark.parametrize("slices", [True, False])
 @pytest.mark.parametrize("geometry", [ScaleJitter(), TenCrop()])
-def test_the_gpu_graph_is_whole(geometry: ScaleJitter | TenCrop, slices: bool) -> None:
+def test_the_gpu_graph_runs_on_the_gpu(geometry: ScaleJitter | TenCrop, slices: bool) -> None:
     """Tracing needs no GPU: decoding is `mixed`, resampling runs on the GPU, and so does the output."""
     spec = LoaderSpec("nowhere", device="cuda:1", geometry=geometry, hw_decoder_load=0.3)
     pipe = dali.build_pipeline(lambda: None, 256, spec, slices)
     assert pipe.device_id == 1
-    outputs = pipe._graph_out  # what set_outputs was given
+    outputs = pipe._graph_out  # the argument of set_outputs
     assert [node.device for node in outputs] == ["gpu"]
     operators = reachable(outputs)
     assert operators["ImageSlice" if slices else "Image"] == {"mixed"}
@@ -152,7 +151,7 @@ def test_the_gpu_graph_is_whole(geometry: ScaleJitter | TenCrop, slices: bool) -
 
 
 def reachable(outputs: Any) -> dict[str, set[str]]:
-    """Operator name -> devices, of every operator that the outputs depend on."""
+    """Operator name -> devices, for every operator that the outputs depend on."""
     found: dict[str, set[str]] = {}
     queue = list(outputs)
     while queue:

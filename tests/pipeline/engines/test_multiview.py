@@ -1,4 +1,4 @@
-"""Several geometries in a pass: the pictures are Pillow's and the ordinary loader's, from images decoded once."""
+"""Several geometries in a pass: the views equal Pillow's and those of ordinary loaders, and images are decoded once."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ ALL = (CENTRE, TEN, WHOLE, SMALL)
 
 @pytest.fixture(scope="module")
 def regions(image_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Shards of `image_folder` that open at the crop."""
+    """Region-addressable shards of `image_folder`."""
     out = tmp_path_factory.mktemp("regions") / "data"
     assert run_forked("tools/make_shards.py", image_folder, "--out", out, "--shard-size", 16).returncode == 0
     return out
@@ -45,65 +45,69 @@ def spec_for(data: Path, **options: Any) -> LoaderSpec:
     return LoaderSpec(**vars(spec) | options).evaluation("val")
 
 
-def expected(image: Image.Image, look: ViewSpec) -> list[np.ndarray]:
-    """A look's pictures of an image by Pillow alone, on the whole image."""
+def expected(image: Image.Image, view_spec: ViewSpec) -> list[np.ndarray]:
+    """The views of an image, by Pillow on the whole image."""
     image = image.convert("RGB")
-    short = look.geometry.short  # type: ignore[attr-defined]
+    short = view_spec.geometry.short  # type: ignore[attr-defined]
     sides = np.array(image.size)
     scale = sides.min() / short
     out = np.floor(sides / scale + 0.5)
-    if isinstance(look.geometry, WholeImage):
-        pictures = [np.asarray(image.resize(tuple(out.astype(int)), Image.Resampling.BILINEAR))]
-        return pictures + [pictures[0][:, ::-1]] * look.geometry.mirrored
-    high = out - look.size
+    if isinstance(view_spec.geometry, WholeImage):
+        views = [np.asarray(image.resize(tuple(out.astype(int)), Image.Resampling.BILINEAR))]
+        return views + [views[0][:, ::-1]] * view_spec.geometry.mirrored
+    high = out - view_spec.size
     corners = [(high // 2).tolist()]
-    if isinstance(look.geometry, TenCrop):
+    if isinstance(view_spec.geometry, TenCrop):
         corners = [[0, 0], [high[0], 0], [0, high[1]], high.tolist(), *corners]
-    pictures = []
+    views = []
     for corner in corners:
         low = np.maximum((corner - out / 2) * scale + sides / 2, 0)
-        box = (*low, *np.minimum((corner - out / 2 + look.size) * scale + sides / 2, sides))
-        pictures.append(np.asarray(image.resize((look.size, look.size), Image.Resampling.BILINEAR, box=box)))
-    return pictures if len(corners) == 1 else [*pictures, *(picture[:, ::-1] for picture in pictures)]
+        box = (*low, *np.minimum((corner - out / 2 + view_spec.size) * scale + sides / 2, sides))
+        views.append(np.asarray(image.resize((view_spec.size, view_spec.size), Image.Resampling.BILINEAR, box=box)))
+    return views if len(corners) == 1 else [*views, *(view[:, ::-1] for view in views)]
 
 
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 @pytest.mark.parametrize("profile", ["original", "lossless"])
-def test_pictures_are_pillows(small_shards: Path, regions: Path, profile: str, device: str) -> None:
+def test_views_equal_pillows(small_shards: Path, regions: Path, profile: str, device: str) -> None:
     pass_ = MultiViewLoader(spec_for(small_shards if profile == "original" else regions, device=device), ALL)
     for batch in pass_:
-        assert batch.pictures.keys() == set(ALL)
+        assert batch.images.keys() == set(ALL)
         assert batch.labels.tolist() == pass_.shards.samples["label"][batch.ids].tolist()
-        for look, pictures in batch.pictures.items():
-            assert (pictures.dtype, pictures.device.type) == (torch.uint8, device)
-            crops = pictures.cpu().numpy().reshape(len(batch.ids), look.geometry.crops, *pictures.shape[1:])
-            for sample, ours in zip(batch.ids.tolist(), crops, strict=True):
-                theirs = np.stack(expected(open_image(pass_.shards.read(sample).tobytes()), look))
-                difference = np.abs(ours.astype(float) - theirs)
-                assert difference.mean(axis=(1, 2, 3)).max() <= 1, (sample, look)
-                assert np.percentile(difference, 99.9) <= 4, (sample, look)
+        for view_spec, images in batch.images.items():
+            assert (images.dtype, images.device.type) == (torch.uint8, device)
+            crops = images.cpu().numpy().reshape(len(batch.ids), view_spec.geometry.crops, *images.shape[1:])
+            for sample, actual in zip(batch.ids.tolist(), crops, strict=True):
+                reference = np.stack(expected(open_image(pass_.shards.read(sample).tobytes()), view_spec))
+                difference = np.abs(actual.astype(float) - reference)
+                assert difference.mean(axis=(1, 2, 3)).max() <= 1, (sample, view_spec)
+                assert np.percentile(difference, 99.9) <= 4, (sample, view_spec)
 
 
-@pytest.mark.parametrize("looks", [ALL, (CENTRE, TEN), (CENTRE, ViewSpec(CentreCrop(36), 20))], ids=["all", "crops", "centres"])
+@pytest.mark.parametrize(
+    "view_specs", [ALL, (CENTRE, TEN), (CENTRE, ViewSpec(CentreCrop(36), 20))], ids=["all", "crops", "centres"]
+)
 def test_pictures_are_those_of_a_loader_for_each(regions: Path, view_specs: tuple[ViewSpec, ...]) -> None:
-    """To the bit, though regions are decoded that belong to no single look."""
-    ours: dict[ViewSpec, dict[int, np.ndarray]] = {look: {} for look in view_specs}
+    """Bit by bit, although the decoded regions are not those of any single view spec."""
+    actual: dict[ViewSpec, dict[int, np.ndarray]] = {view_spec: {} for view_spec in view_specs}
     for batch in MultiViewLoader(spec_for(regions), view_specs):
-        for look, pictures in batch.pictures.items():
-            ours[look].update(zip(batch.ids.tolist(), pictures.numpy().reshape(len(batch.ids), -1), strict=True))
-    for look in view_specs:
-        loader = open_loader(LoaderSpec(**vars(spec_for(regions)) | {"geometry": look.geometry, "image_size": look.size}))
+        for view_spec, images in batch.images.items():
+            actual[view_spec].update(zip(batch.ids.tolist(), images.numpy().reshape(len(batch.ids), -1), strict=True))
+    for view_spec in view_specs:
+        loader = open_loader(
+            LoaderSpec(**vars(spec_for(regions)) | {"geometry": view_spec.geometry, "image_size": view_spec.size})
+        )
         for other in loader:
-            theirs = other.images.permute(0, 2, 3, 1).reshape(len(other.ids), -1).numpy()
-            for sample, picture in zip(other.ids.tolist(), theirs, strict=True):
-                assert np.array_equal(ours[look].pop(sample), picture)
-        assert not ours[look]
+            reference = other.images.permute(0, 2, 3, 1).reshape(len(other.ids), -1).numpy()
+            for sample, view in zip(other.ids.tolist(), reference, strict=True):
+                assert np.array_equal(actual[view_spec].pop(sample), view)
+        assert not actual[view_spec]
         loader.close()
 
 
 @pytest.mark.parametrize("batch_size", [1, 4, 21, 100])
-@pytest.mark.parametrize("looks", [ALL, (CENTRE, TEN)], ids=["all", "crops"])
-def test_each_sample_comes_once_with_others_of_its_sizes(
+@pytest.mark.parametrize("view_specs", [ALL, (CENTRE, TEN)], ids=["all", "crops"])
+def test_each_sample_comes_once_in_batches_of_one_size(
     small_shards: Path, batch_size: int, view_specs: tuple[ViewSpec, ...]
 ) -> None:
     pass_ = MultiViewLoader(spec_for(small_shards, batch_size=batch_size), view_specs)
@@ -114,9 +118,9 @@ def test_each_sample_comes_once_with_others_of_its_sizes(
     records = pass_.shards.samples
     for batch in batches:
         sides = {(int(records[sample]["height"]), int(records[sample]["width"])) for sample in batch.ids.tolist()}
-        for look in set(view_specs) - {CENTRE, TEN}:
-            sizes = {tuple(int(side * look.size / min(pair) + 0.5) for side in pair) for pair in sides}
-            assert sizes == {tuple(batch.pictures[look].shape[1:3])}
+        for view_spec in set(view_specs) - {CENTRE, TEN}:
+            sizes = {tuple(int(side * view_spec.size / min(pair) + 0.5) for side in pair) for pair in sides}
+            assert sizes == {tuple(batch.images[view_spec].shape[1:3])}
     if view_specs == (CENTRE, TEN):
         assert len(batches) == -(-21 // batch_size)  # one size, so nothing splits batches
     assert [batch.ids.tolist() for batch in pass_] == [batch.ids.tolist() for batch in batches]  # and again
@@ -125,7 +129,7 @@ def test_each_sample_comes_once_with_others_of_its_sizes(
 def test_each_image_is_read_and_decoded_once(regions: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     reads: Counter[int] = Counter()
     areas: list[int] = []
-    read, decoded = ShardSet.read, Decoder.decoded
+    read, decoded = ShardSet.read, Decoder.decode_region
 
     def counted_read(self: ShardSet, index: int) -> Any:
         reads[index] += 1
@@ -137,7 +141,7 @@ def test_each_image_is_read_and_decoded_once(regions: Path, monkeypatch: pytest.
         return pixels, place
 
     monkeypatch.setattr(ShardSet, "read", counted_read)
-    monkeypatch.setattr(Decoder, "decoded", counted_decoded)
+    monkeypatch.setattr(Decoder, "decode_region", counted_decoded)
     pass_ = MultiViewLoader(spec_for(regions), ALL)
     assert sum(len(batch.ids) for batch in pass_) == 21
     assert reads == Counter(range(21))
@@ -146,13 +150,13 @@ def test_each_image_is_read_and_decoded_once(regions: Path, monkeypatch: pytest.
     areas.clear()
     list(MultiViewLoader(spec_for(regions), (ViewSpec(CentreCrop(40), 16), ViewSpec(CentreCrop(40), 8))))
     assert len(areas) == 21
-    assert sum(areas) < 0.8 * sum(whole)  # where no look shows the whole image, not all of it is decoded
+    assert sum(areas) < 0.8 * sum(whole)  # where no view shows the whole image, not all of it is decoded
 
 
 def test_a_batch_is_bounded_in_bytes(small_shards: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     bytes_each = 3 * (32**2 + 10 * 24**2)
     for limit, largest in ((4 * bytes_each, 4), (4 * bytes_each - 1, 3), (1, 1)):
-        monkeypatch.setattr(multiview, "MOST_BYTES", limit)
+        monkeypatch.setattr(multiview, "MAX_BATCH_BYTES", limit)
         batches = list(MultiViewLoader(spec_for(small_shards), (CENTRE, TEN)))
         assert max(len(batch.ids) for batch in batches) == largest
         assert sum(len(batch.ids) for batch in batches) == 21
@@ -168,7 +172,7 @@ def test_a_corrupt_image_is_named(small_shards: Path, tmp_path: Path) -> None:
         stream.write(bytes(int(record["bytes"])))
     with pytest.raises(UserError, match=r"cannot be decoded \(.+\); make the shards again") as caught:
         list(MultiViewLoader(spec_for(copy), ALL))
-    assert str(caught.value).startswith(shards.where(9))
+    assert str(caught.value).startswith(shards.locate(9))
 
 
 def test_an_image_of_another_size_than_stored_is_corrupt(small_shards: Path, tmp_path: Path) -> None:
@@ -181,7 +185,7 @@ def test_an_image_of_another_size_than_stored_is_corrupt(small_shards: Path, tmp
         list(MultiViewLoader(spec_for(copy), ALL))
 
 
-def test_a_pass_given_up_leaves_no_threads(small_shards: Path) -> None:
+def test_an_abandoned_pass_leaves_no_threads(small_shards: Path) -> None:
     before = set(threading.enumerate())
     batches = iter(MultiViewLoader(spec_for(small_shards), ALL))
     next(batches)
@@ -190,8 +194,8 @@ def test_a_pass_given_up_leaves_no_threads(small_shards: Path) -> None:
     assert set(threading.enumerate()) == before
 
 
-def test_what_it_cannot_do_is_refused(small_shards: Path) -> None:
-    with pytest.raises(UserError, match="--engine dali makes pictures of one kind"):
+def test_unsupported_specs_are_refused(small_shards: Path) -> None:
+    with pytest.raises(UserError, match="`engine` dali makes views of one kind"):
         MultiViewLoader(spec_for(small_shards, engine="dali"), ALL)
     with pytest.raises(UserError, match=r"short side \(16\) must be at least the image size \(32\)"):
         MultiViewLoader(spec_for(small_shards), (CENTRE, ViewSpec(CentreCrop(16), 32)))

@@ -30,7 +30,7 @@ def decoded(data: bytes, window: tuple[int, int, int, int]) -> tuple[int, npt.ND
         room = np.zeros(status, np.uint8)
     top, left, height, width = place.tolist()
     pixels = room[: 3 * height * width if status == 0 else 0].reshape(-1, max(width, 1), 3)
-    return status, pixels[window[0] - top : window[2] - top, window[1] - left : window[3] - left]
+    return int(status), pixels[window[0] - top : window[2] - top, window[1] - left : window[3] - left]
 
 
 def assert_exact(original: bytes, count: int, seed: int) -> None:

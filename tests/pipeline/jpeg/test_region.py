@@ -256,16 +256,17 @@ def test_what_cannot_be_cut_is_said() -> None:
 
 
 def test_compiled_callers_bring_their_own_output() -> None:
-    """`_cut`, for compiled engines: the bytes that the cut has are enough, one fewer is refused, nothing beyond is touched."""
+    """`cut_into`, for compiled engines: the bytes that the cut has are enough, one fewer is refused, nothing beyond is
+    touched."""
     written = np.frombuffer(transcode.transcode(jpeg(picture(90, 300), "444")), np.uint8)
     expected = cut(written, 20, 70, 60, 140)
     size, place = len(expected.jpeg), np.zeros(4, np.int64)
     out = np.full(size + 1, 77, np.uint8)
-    assert region._cut(written, 20, 70, 60, 140, out[:size], place) == size
+    assert region.cut_into(written, 20, 70, 60, 140, out[:size], place) == size
     assert np.array_equal(out[:size], expected.jpeg)
     assert place.tolist() == list(expected[1:])
     out[:] = 77
-    assert region._cut(written, 20, 70, 60, 140, out[: size - 1], place) == region._NO_ROOM
+    assert region.cut_into(written, 20, 70, 60, 140, out[: size - 1], place) == region.NO_SPACE
     assert (out == 77).all()
 
 

@@ -108,7 +108,7 @@ FLIPS = np.array([False, True, False])
 
 def assert_pictures_are_pillows(data: bytes, height: int, width: int) -> None:
     out = np.empty((3, 64, 64, 3), np.uint8)
-    Decoder().pictures(np.frombuffer(data, np.uint8), height, width, WINDOWS, FLIPS, out)
+    Decoder().make_views(np.frombuffer(data, np.uint8), height, width, WINDOWS, FLIPS, out)
     whole = np.asarray(Image.open(io.BytesIO(data)).convert("RGB"))
     for window, flip, found in zip(WINDOWS, FLIPS, out, strict=True):
         difference = np.abs(found.astype(np.int64) - by_pillow(whole, tuple(window), (64, 64), bool(flip)))
@@ -143,7 +143,7 @@ def test_no_more_than_the_region_is_decoded(subsampling: str) -> None:
     """By our decoder, to whole MCUs; 4:1:1 by libjpeg-turbo from a cut, to whole tiles."""
     data = np.frombuffer(transcode(jpeg(picture(480, 640), subsampling)), np.uint8)
     decoder, window = Decoder(), np.array([[100.0, 200.0, 200.0, 300.0]])
-    decoder.pictures(data, 480, 640, window, FLIPS[:1], np.empty((1, 64, 64, 3), np.uint8))
+    decoder.make_views(data, 480, 640, window, FLIPS[:1], np.empty((1, 64, 64, 3), np.uint8))
     top, left, height, width = decoder._place.tolist()
     assert 84 <= top <= 98
     assert 104 <= height <= 104 + 2 * 16
@@ -160,10 +160,10 @@ def test_damage_is_said(transcoded: bool) -> None:
     out = np.empty((3, 64, 64, 3), np.uint8)
     for bad in (truncated, zeros):
         with pytest.raises(CorruptImageError):
-            Decoder().pictures(bad, 250, 350, WINDOWS, FLIPS, out)
+            Decoder().make_views(bad, 250, 350, WINDOWS, FLIPS, out)
         assert why_corrupt(bad)
     with pytest.raises(CorruptImageError, match="250 x 350 pixels, not the 100 x 350"):
-        Decoder().pictures(np.frombuffer(jpeg(picture(250, 350)), np.uint8), 100, 350, WINDOWS[1:2], FLIPS[:1], out[:1])
+        Decoder().make_views(np.frombuffer(jpeg(picture(250, 350)), np.uint8), 100, 350, WINDOWS[1:2], FLIPS[:1], out[:1])
     assert why_corrupt(np.frombuffer(data, np.uint8)) is None
 
 

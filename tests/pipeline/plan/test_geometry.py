@@ -1,4 +1,4 @@
-"""Geometries: where windows lie. Pixels are the contract suite's."""
+"""Geometries: the positions of windows. The contract suite tests pixels."""
 
 from __future__ import annotations
 
@@ -53,8 +53,8 @@ def test_views_lie_inside_their_images(geometry: Geometry) -> None:
     heights, widths = rng.integers(1, 3000, (2, 2000))
     found = views(geometry, heights, widths)
     count = 2000 * geometry.crops
-    assert [column.shape for column in found.columns[:3]] == [(count, 4), (count,), (count, 3)]
-    assert [column.dtype for column in found.columns[:3]] == [np.float64, np.bool_, np.float32]
+    assert [column.shape for column in found.arrays[:3]] == [(count, 4), (count,), (count, 3)]
+    assert [column.dtype for column in found.arrays[:3]] == [np.float64, np.bool_, np.float32]
     if found.shift is not None:
         assert found.shift.shape == (count, 2)
         assert found.shift.dtype == np.int64
@@ -70,15 +70,15 @@ def test_views_lie_inside_their_images(geometry: Geometry) -> None:
 
 
 @pytest.mark.parametrize("geometry", GEOMETRIES, ids=repr)
-def test_views_of_a_sample_depend_on_it_alone(geometry: Geometry) -> None:
+def test_views_depend_only_on_their_own_sample(geometry: Geometry) -> None:
     heights, widths = np.array([300, 400, 50]), np.array([400, 333, 90])
     together = geometry.views(1, 5, np.array([7, 2**40 - 1, 0]), heights, widths, 224, 0.1)
     alone = geometry.views(1, 5, np.array([2**40 - 1]), heights[1:2], widths[1:2], 224, 0.1)
     place = slice(geometry.crops, 2 * geometry.crops)
-    for ours, its in zip(together.columns, alone.columns, strict=True):
-        assert np.array_equal(ours[place], its)
+    for actual, its in zip(together.arrays, alone.arrays, strict=True):
+        assert np.array_equal(actual[place], its)
     other = geometry.views(1, 6, np.array([2**40 - 1]), heights[1:2], widths[1:2], 224, 0.1)
-    assert all(np.array_equal(a, b) for a, b in zip(alone.columns, other.columns, strict=True)) != geometry.random
+    assert all(np.array_equal(a, b) for a, b in zip(alone.arrays, other.arrays, strict=True)) != geometry.random
 
 
 def test_other_sizes_are_in_proportion() -> None:
@@ -110,19 +110,19 @@ def test_bad_settings_are_refused_in_one_line() -> None:
         geometry.check(224)
 
 
-def test_geometries_by_their_options() -> None:
+def test_choose_geometry() -> None:
     for name, expected in (("jitter", ScaleJitter(37, 69)), ("rrc", RandomResizedCrop()), ("pad", PaddedCrop(4))):
         assert choose_geometry(name, None, 32) == expected
     assert choose_geometry("jitter", (40, 50), 32) == ScaleJitter(40, 50)
     for name in ("rrc", "pad"):
-        with pytest.raises(UserError, match="--scale belongs to --geometry jitter"):
+        with pytest.raises(UserError, match="`scale` belongs to `geometry` jitter"):
             choose_geometry(name, (40, 50), 32)
 
 
 # --- Scale jitter and centre crop: pipeline.plan.sampling's, see test_plan.py
 
 
-def test_scale_jitter_is_the_plans() -> None:
+def test_scale_jitter_uses_the_plans_draws() -> None:
     heights, widths = np.array([300, 400]), np.array([400, 333])
     drawn = sampling.draw(1, 0, [0, 1], heights, widths)
     found = views(ScaleJitter(), heights, widths)
@@ -167,8 +167,8 @@ def published_crops(height: int, width: int, count: int) -> npt.NDArray[np.int64
     return np.array(found)
 
 
-def test_random_resized_crops_are_the_algorithm_word_by_word() -> None:
-    """Each sample against a transcription in Python that is given the same random words."""
+def test_random_resized_crops_follow_torchvisions_algorithm() -> None:
+    """Each sample against a transcription in Python with the same random words."""
     heights, widths = np.random.default_rng(0).integers(1, 600, (2, 500))
     heights[:50], widths[:50] = 10, 400  # attempts fail
     found = views(RandomResizedCrop(), heights, widths, seed=9, epoch=4).windows
@@ -191,13 +191,13 @@ def test_random_resized_crops_are_the_algorithm_word_by_word() -> None:
 
 @pytest.mark.parametrize(("height", "width"), [(375, 500), (500, 333), (300, 300), (100, 500)])
 def test_random_resized_crops_are_distributed_as_torchvisions(height: int, width: int) -> None:
-    ours, theirs = many(RandomResizedCrop(), height, width).windows, published_crops(height, width, MANY // 4)
+    actual, reference = many(RandomResizedCrop(), height, width).windows, published_crops(height, width, MANY // 4)
     for figure in (area_of, aspect_of, lambda crops: crops[:, 0], lambda crops: crops[:, 1]):
-        assert ks_2samp(figure(ours), figure(theirs)).pvalue > 1e-4
+        assert ks_2samp(figure(actual), figure(reference)).pvalue > 1e-4
 
 
 def test_areas_and_aspects_are_uniform_where_every_attempt_fits() -> None:
-    """Areas below a half in a square image: no attempt is refused, so the histograms are those that were asked for."""
+    """Areas below a half in a square image: every attempt fits, so the histograms are those of the specified ranges."""
     crops = many(RandomResizedCrop(area=(0.08, 0.5)), 4000, 4000).windows
     assert kstest(area_of(crops) / 4000**2, "uniform", (0.08, 0.42)).pvalue > 1e-3
     low, high = np.log(ASPECT)
@@ -224,8 +224,8 @@ def test_random_resized_crops_flip_half_the_time_whatever_the_crop() -> None:
 def test_random_resized_crops_of_neighbouring_keys_are_unrelated() -> None:
     first = many(RandomResizedCrop(), 375, 500)
     for other in (many(RandomResizedCrop(), 375, 500, epoch=1), many(RandomResizedCrop(), 375, 500, seed=2)):
-        for ours, theirs in zip(first.windows.T, other.windows.T, strict=True):
-            assert abs(np.corrcoef(ours, theirs)[0, 1]) < 4.5 / math.sqrt(MANY)
+        for actual, reference in zip(first.windows.T, other.windows.T, strict=True):
+            assert abs(np.corrcoef(actual, reference)[0, 1]) < 4.5 / math.sqrt(MANY)
     for column in first.windows.T:
         assert abs(np.corrcoef(column[:-1], column[1:])[0, 1]) < 4.5 / math.sqrt(MANY)
 
@@ -241,7 +241,7 @@ def test_random_resized_crops_golden_values() -> None:
 
 
 def positions(found: Views, short: int, size: int) -> npt.NDArray[np.float64]:
-    """The crops' corners in the resized image, (V, 2): where the window is, and how far the picture is moved from there.
+    """The crops' corners in the resized image, (V, 2): the position of the window, and the shift of the view.
 
     short: the short side of the images, in proportion to which they are resized to `size`.
     """
@@ -251,7 +251,7 @@ def positions(found: Views, short: int, size: int) -> npt.NDArray[np.float64]:
     return corners
 
 
-def test_padded_crops_lie_as_the_plan_draws() -> None:
+def test_padded_crops_are_where_the_plan_draws_them() -> None:
     """80 x 64, 64 x 64 and 64 x 160 to short side 32: a resized pixel is two source pixels."""
     heights, widths = np.tile([80, 64, 64], 2000), np.tile([64, 64, 160], 2000)
     found = views(PaddedCrop(4), heights, widths, 32)
@@ -268,7 +268,7 @@ def test_padded_crops_lie_as_the_plan_draws() -> None:
 
 
 @pytest.mark.parametrize(("height", "width", "places"), [(32, 32, (9, 9)), (96, 64, (25, 9)), (48, 72, (9, 25))])
-def test_padded_crops_are_uniform_on_every_place(height: int, width: int, places: tuple[int, int]) -> None:
+def test_padded_crops_are_uniform_over_every_position(height: int, width: int, places: tuple[int, int]) -> None:
     corners = positions(many(PaddedCrop(4), height, width, size=32), min(height, width), 32).round().astype(int) + 4
     for axis in range(2):
         counts = np.bincount(corners[:, axis])
@@ -285,8 +285,8 @@ def test_padded_crops_flip_half_the_time_wherever_the_crop_is() -> None:
         assert abs(np.corrcoef(column, found.flip)[0, 1]) < 4.5 / math.sqrt(MANY)
 
 
-def test_the_padding_seen_is_as_much_as_it_should_be() -> None:
-    """Of each axis 0 to 4 pixels of 32 are black, 20/9 in the mean; the axes are independent."""
+def test_the_amount_of_visible_padding() -> None:
+    """Along each axis 0 to 4 of 32 pixels are zero, 20/9 on average; the axes are independent."""
     found = many(PaddedCrop(4), 32, 32, size=32)
     assert found.shift is not None
     black = (translate(np.full((MANY, 32, 32, 3), 255, np.uint8), found.shift) == 0).mean(axis=(1, 2, 3))
@@ -298,13 +298,13 @@ def test_no_padding_is_no_shift() -> None:
     found = many(PaddedCrop(0), 48, 32, size=32)
     jittered = many(ScaleJitter(32, 32), 48, 32, size=32)
     assert not np.any(found.shift)
-    assert all(np.array_equal(a, b) for a, b in zip(found.columns[:3], jittered.columns, strict=True))
+    assert all(np.array_equal(a, b) for a, b in zip(found.arrays[:3], jittered.arrays, strict=True))
 
 
 # --- Testing schemes
 
 
-def test_ten_crops_stand_where_torchvision_puts_them() -> None:
+def test_ten_crops_are_where_torchvision_puts_them() -> None:
     """300 x 400 to short side 150: a resized pixel is two source pixels."""
     found = views(TenCrop(150), [300, 600], [400, 450], 100)
     five = [(0, 0), (0, 100), (50, 0), (50, 100), (25, 50)]  # corners of 100 x 100 in 150 x 200

@@ -49,7 +49,7 @@ def test_a_block_holds_its_shards_and_nothing_else(per_block: int) -> None:
             assert set(shard_of[samples[blocks == block]]) == set(shards)
 
 
-def test_any_position_can_be_asked_for_alone_and_in_any_order() -> None:
+def test_positions_can_be_evaluated_alone_and_in_any_order() -> None:
     together = whole(Blocks(SIZES, 3, 2), 4)
     alone = Blocks(SIZES, 3, 2)
     for position in np.random.default_rng(0).permutation(30).tolist():
@@ -64,8 +64,8 @@ def test_blocks_golden_values() -> None:
     assert whole(Blocks(SIZES, 2**63 + 5, 3), 89)[:15].tolist() == GOLDEN_BLOCKS
 
 
-def test_within_a_block_every_sample_is_equally_likely_at_every_place() -> None:
-    """One block of all shards, and the first place of an epoch over many: chi-square of equally likely cells."""
+def test_within_a_block_every_sample_is_equally_likely_at_every_position() -> None:
+    """One block of all shards, and the first position of an epoch over many epochs: chi-square of equally likely cells."""
     order, keys = Blocks((10, 10, 10), 7, 3), 6000
     for position in (0, 17):
         counts = np.bincount([order.samples(epoch, np.array([position]))[0] for epoch in range(keys)], minlength=30)
@@ -83,7 +83,7 @@ def test_epochs_blocks_and_seeds_are_unrelated() -> None:
         assert (places[0] == places[block]).sum() < 20  # Poisson with mean 4
 
 
-def test_set_up_and_lookup_are_small_at_a_billion_samples() -> None:
+def test_set_up_and_lookup_are_fast_for_a_billion_samples() -> None:
     sizes = np.full(100_000, 10_000)  # 10^9
     tracemalloc.start()
     order = Blocks(sizes, 0, 8)
@@ -94,7 +94,7 @@ def test_set_up_and_lookup_are_small_at_a_billion_samples() -> None:
     assert peak < 100 * len(sizes)  # bytes: O(shards)
 
 
-def test_the_others() -> None:
+def test_sequential_full_and_by_shape() -> None:
     assert whole(Sequential(5)).tolist() == [0, 1, 2, 3, 4]
     assert whole(Full(10, 3), 2).tolist() == sampling.order(3, 2, np.arange(10), 10).tolist()
     shapes = np.array([[2, 3], [1, 9], [2, 3], [3, 1], [1, 9], [1, 8]])
@@ -103,8 +103,8 @@ def test_the_others() -> None:
     assert by_shape.runs().tolist() == [1, 2, 2, 1]
 
 
-def test_samples_stand_in_samples_npy_shard_after_shard(small_shards: Path) -> None:
-    """What `Blocks` takes for granted."""
+def test_samples_npy_is_ordered_by_shard(small_shards: Path) -> None:
+    """`Blocks` relies on this."""
     for split in ("train", "val"):
         shards = ShardSet(small_shards, split)
         assert shards.samples["shard"].tolist() == np.repeat(np.arange(len(shards.sizes)), shards.sizes).tolist()
@@ -114,8 +114,10 @@ def test_samples_stand_in_samples_npy_shard_after_shard(small_shards: Path) -> N
 
 
 class Shuffle(NamedTuple):
-    """How well an order shuffles. correlation: Spearman's, absolute, of position and stored place. companions: share of a batch
-    that shares its shard with another of the batch. shards: distinct ones in a batch."""
+    """How well an order shuffles. correlation: Spearman's, absolute, of position and stored position.
+
+    companions: fraction of a batch's images with another image of their shard in the batch. shards: distinct ones in a batch.
+    """
 
     correlation: float
     companions: float
@@ -123,7 +125,7 @@ class Shuffle(NamedTuple):
 
 
 def measure(order: Order, shard_size: int, batch_size: int, epochs: int) -> Shuffle:
-    """Means over epochs and batches, ragged ends dropped."""
+    """Means over epochs and batches, without incomplete batches."""
     figures = []
     for epoch in range(epochs):
         samples = whole(order, epoch)

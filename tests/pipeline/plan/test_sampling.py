@@ -83,7 +83,7 @@ def test_every_permutation_is_equally_likely(n: int) -> None:
     assert chi_square_is_ordinary(counts, keys / cells)
 
 
-def test_every_sample_is_equally_likely_at_a_place() -> None:
+def test_every_sample_is_equally_likely_at_a_position() -> None:
     n, keys = 100, 20_000
     counts = np.bincount([sampling.order(7, epoch, [42], n)[0] for epoch in range(keys)], minlength=n)
     assert chi_square_is_ordinary(counts, keys / n)
@@ -134,7 +134,7 @@ def test_order_golden_values() -> None:
         (0, 0, [0], 2**40 + 1),
     ],
 )
-def test_order_refuses_what_it_cannot_do(seed: int, epoch: int, positions: list[int], n: int) -> None:
+def test_order_refuses_bad_arguments(seed: int, epoch: int, positions: list[int], n: int) -> None:
     with pytest.raises(ValueError, match="must"):
         sampling.order(seed, epoch, positions, n)
 
@@ -149,7 +149,7 @@ def test_short_side_is_uniform() -> None:
 
 
 @pytest.mark.parametrize("axis", ["top", "left"])
-def test_corner_is_uniform_over_every_place(axis: str) -> None:
+def test_corner_is_uniform_over_every_position(axis: str) -> None:
     drawn = draw_many(MANY, height=300, width=300, scale=(256, 256))
     counts = np.bincount(getattr(drawn, axis))
     assert len(counts) == 256 - 224 + 1
@@ -166,7 +166,7 @@ def test_corner_is_uniform_over_every_place_of_the_padded_image(axis: str, width
     assert chi_square_is_ordinary(counts, MANY / places)
 
 
-def test_padding_changes_the_corner_alone() -> None:
+def test_padding_changes_only_the_corner() -> None:
     plain, padded = draw_many(1000), draw_many(1000, padding=28)
     same = [np.array_equal(a, b) for a, b in zip(columns(plain), columns(padded), strict=True)]
     assert same == [True, False, False, True, True, True, True]
@@ -186,7 +186,7 @@ def test_flip_is_a_fair_coin() -> None:
 
 @pytest.mark.parametrize("component", [0, 1, 2])
 def test_alphas_are_normal(component: int) -> None:
-    """Over eight keys: of single ones a few in a thousand are as far off as the bound, as they should be."""
+    """Over eight keys: for single keys, a few in a thousand exceed the limit, as expected."""
     drawn = [draw_many(MANY // 8, seed=seed, epoch=seed % 3).alphas[:, component] for seed in range(8)]
     alphas = np.sort(np.concatenate(drawn).astype(float)) / 0.1
     cdf = np.array([0.5 * (1 + math.erf(x / math.sqrt(2))) for x in alphas])
@@ -221,7 +221,7 @@ def test_draws_of_neighbouring_samples_are_unrelated() -> None:
         assert uncorrelated(column[:-1], column[1:])
 
 
-def test_a_draw_depends_on_its_own_sample_alone() -> None:
+def test_draws_depend_only_on_their_own_sample() -> None:
     every = draw_many(1000)
     some = sampling.draw(1, 0, [7, 999, 0], [375] * 3, [500] * 3)
     for all_of, three in zip(columns(every), columns(some), strict=True):
@@ -248,7 +248,7 @@ def test_padded_draw_golden_values() -> None:
     assert drawn.alphas.tolist() == np.array(GOLDEN_DRAW["alphas"], np.float32).tolist()
 
 
-def test_draw_refuses_what_it_cannot_do() -> None:
+def test_draw_refuses_bad_arguments() -> None:
     for bad in ({"scale": (200, 300)}, {"scale": (300, 256)}, {"crop": 0}):
         with pytest.raises(ValueError, match="scale must satisfy"):
             draw_many(2, **bad)
@@ -313,21 +313,21 @@ def test_centre() -> None:
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3, 4, 8, 13])
-def test_shares_tile_the_global_batch(world_size: int) -> None:
+def test_rank_ranges_tile_the_global_batch(world_size: int) -> None:
     for start, stop in ((0, 256), (512, 519), (7, 8), (3, 3)):
-        parts = [sampling.share(start, stop, rank, world_size) for rank in range(world_size)]
+        parts = [sampling.rank_range(start, stop, rank, world_size) for rank in range(world_size)]
         covered = [position for low, high in parts for position in range(low, high)]
         assert covered == list(range(start, stop))
         sizes = [high - low for low, high in parts]
         assert max(sizes) - min(sizes) <= 1
     with pytest.raises(ValueError, match="rank"):
-        sampling.share(0, 10, world_size, world_size)
+        sampling.rank_range(0, 10, world_size, world_size)
 
 
 # --- Regions
 
 
-def test_regions_hold_the_filters_support_on_each_axis_of_its_own() -> None:
+def test_regions_contain_the_filters_support_on_each_axis() -> None:
     windows = np.array([[100.5, 200.5, 300.5, 250.5], [0.0, 0.0, 50.0, 50.0]])
     heights, widths = np.array([400, 50]), np.array([400, 50])
     found = sampling.regions(windows, heights, widths, (50, 100))  # reduced fourfold down the rows, enlarged along them
@@ -335,7 +335,7 @@ def test_regions_hold_the_filters_support_on_each_axis_of_its_own() -> None:
     assert np.array_equal(sampling.regions(windows, heights, widths, 50), sampling.regions(windows, heights, widths, (50, 50)))
 
 
-def test_short_sides_go_with_the_size_and_never_below_it() -> None:
+def test_short_sides_scale_with_the_size_and_are_at_least_the_size() -> None:
     assert [sampling.short_at(256, size) for size in (224, 112, 56, 64)] == [256, 128, 64, 73]
     assert sampling.short_at(36, 16, nominal=32) == 18
     assert sampling.short_at(224, 3, nominal=225) == 3

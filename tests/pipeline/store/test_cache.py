@@ -1,4 +1,4 @@
-"""The cache of whole files: its bound, its checks, and what other processes and SIGKILL do to it."""
+"""The cache of files: its limit, its checks, concurrent processes, and SIGKILL."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from pathlib import Path
 from pipeline.store import files
 from pipeline.store.cache import ShardCache
 
-def pieces(url, count):
+def read_chunks(url, count):
     with open(os.environ["LOG"], "a") as log:
         log.write(url + "\\n")
     content = files.read(url)
@@ -37,7 +37,7 @@ def pieces(url, count):
     time.sleep(float(os.environ["PAUSE"]))
     yield content[count // 2:]
 
-files.pieces = pieces
+files.read_chunks = read_chunks
 cache = ShardCache(Path(sys.argv[1]), int(sys.argv[2]))
 for url in sys.argv[3:]:
     content = files.read(url)
@@ -65,7 +65,7 @@ def sources(tmp_path: Path) -> list[Source]:
 
 
 def held(folder: Path) -> set[str]:
-    """The names of everything in the cache but its lock."""
+    """The names of all files in the cache, without its lock."""
     return {path.name for path in folder.iterdir()} - {".lock"}
 
 
@@ -79,7 +79,7 @@ def start_worker(folder: Path, limit: int, urls: list[str], log: Path, pause: fl
 
 
 def used_bytes(folder: Path) -> int:
-    """What the folder holds, while nothing is added or removed."""
+    """The content of the folder, while nothing is added or removed."""
     with (folder / ".lock").open("a") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         return sum(path.stat().st_size for path in folder.iterdir())
@@ -95,7 +95,7 @@ def test_a_file_is_downloaded_once_and_is_the_same(tmp_path: Path, sources: list
 
 
 def test_a_file_comes_from_any_file_system(tmp_path: Path, sources: list[Source], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(files, "_PIECE", 1000)  # many pieces, in several rounds, and a last one that is shorter
+    monkeypatch.setattr(files, "CHUNK", 1000)  # many chunks in several rounds, and a shorter last one
     content = os.urandom(BYTES + 17)
     files.write("memory://bucket/a.tar", content)
     cache = ShardCache(tmp_path / "cache", 10 * BYTES)
@@ -103,7 +103,7 @@ def test_a_file_comes_from_any_file_system(tmp_path: Path, sources: list[Source]
     assert path.read_bytes() == content
 
 
-def test_files_used_longest_ago_leave_first(tmp_path: Path, sources: list[Source], downloads: list[str]) -> None:
+def test_least_recently_used_files_are_evicted_first(tmp_path: Path, sources: list[Source], downloads: list[str]) -> None:
     cache = ShardCache(tmp_path / "cache", 3 * BYTES + 100)
     for age, source in enumerate(sources[:3]):
         path = cache.fetch(*source)
@@ -127,12 +127,15 @@ def test_an_open_file_outlives_its_eviction(tmp_path: Path, sources: list[Source
 
 def test_pinned_files_stay(tmp_path: Path, sources: list[Source]) -> None:
     cache = ShardCache(tmp_path / "cache", 2 * BYTES)
-    with cache.pinned(*sources[0]):
+    with cache.open_pinned(*sources[0]):
         os.utime(cache.path(sources[0].sha256), (0, 0))
         for source in sources[1:4]:
             cache.fetch(*source)
         assert held(cache.folder) == {sources[0].sha256, sources[3].sha256}
-        with cache.pinned(*sources[3]), pytest.raises(UserError, match=r"4\.tar: .*beside the files in use.*raise --cache-gb"):
+        with (
+            cache.open_pinned(*sources[3]),
+            pytest.raises(UserError, match=r"4\.tar: .*beside the files in use.*raise `cache_gb`"),
+        ):
             cache.fetch(*sources[4])
     cache.fetch(*sources[4])
     cache.fetch(*sources[5])
@@ -141,14 +144,14 @@ def test_pinned_files_stay(tmp_path: Path, sources: list[Source]) -> None:
 
 def test_a_file_larger_than_the_cache_is_refused(tmp_path: Path, sources: list[Source], downloads: list[str]) -> None:
     cache = ShardCache(tmp_path / "cache", BYTES - 1)
-    with pytest.raises(UserError, match=r"0\.tar: its 4e-05 GB do not fit .* raise --cache-gb"):
+    with pytest.raises(UserError, match=r"0\.tar: its 4e-05 GB do not fit .* raise `cache_gb`"):
         cache.fetch(*sources[0])
     assert not downloads
 
 
-def test_a_wrong_checksum_is_tried_again_once(tmp_path: Path, sources: list[Source], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_wrong_checksum_is_retried_once(tmp_path: Path, sources: list[Source], monkeypatch: pytest.MonkeyPatch) -> None:
     answers = [b"\7" * BYTES, b"\0" * BYTES]  # the first is wrong
-    monkeypatch.setattr(files, "pieces", lambda url, count: iter([answers.pop(0)]))
+    monkeypatch.setattr(files, "read_chunks", lambda url, count: iter([answers.pop(0)]))
     cache = ShardCache(tmp_path / "cache", 10 * BYTES)
     assert cache.fetch(*sources[0]).read_bytes() == b"\0" * BYTES
     answers += [b"\7" * BYTES] * 3
@@ -181,7 +184,7 @@ def test_a_damaged_copy_is_downloaded_again(tmp_path: Path, sources: list[Source
 
 def test_an_unusable_folder_is_named(tmp_path: Path, sources: list[Source]) -> None:
     (tmp_path / "file").write_bytes(b"")
-    with pytest.raises(UserError, match=r"file/cache: the cache cannot be used .* give another --cache"):
+    with pytest.raises(UserError, match=r"file/cache: the cache cannot be used .* give another `cache`"):
         ShardCache(tmp_path / "file" / "cache", BYTES).fetch(*sources[0])
 
 
@@ -204,8 +207,8 @@ def test_processes_that_want_one_file_download_it_once(tmp_path: Path, sources: 
     assert log.read_text().splitlines() == [sources[5].url]
 
 
-def test_processes_together_never_exceed_the_bound(tmp_path: Path, sources: list[Source]) -> None:
-    """Three processes that go through eight files in other orders, with room for two and a half."""
+def test_processes_together_never_exceed_the_limit(tmp_path: Path, sources: list[Source]) -> None:
+    """Three processes read eight files in different orders; two and a half fit into the cache."""
     folder, limit = tmp_path / "cache", BYTES * 5 // 2
     folder.mkdir()
     urls = [source.url for source in sources]
@@ -239,7 +242,7 @@ def test_a_killed_download_leaves_nothing_that_is_used(tmp_path: Path, sources: 
     assert downloads == [sources[0].url, sources[2].url]
 
 
-def test_who_waits_for_a_killed_download_takes_over(tmp_path: Path, sources: list[Source]) -> None:
+def test_a_waiting_process_takes_over_a_killed_download(tmp_path: Path, sources: list[Source]) -> None:
     log = tmp_path / "log"
     first = start_worker(tmp_path / "cache", BYTES, [sources[0].url], log, 1000)
     while not log.exists():
@@ -253,7 +256,7 @@ def test_who_waits_for_a_killed_download_takes_over(tmp_path: Path, sources: lis
     assert log.read_text().splitlines() == [sources[0].url] * 2
 
 
-def test_the_cache_is_chosen_by_option_then_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_options_override_the_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("CROPFEED_CACHE", raising=False)
     monkeypatch.delenv("CROPFEED_CACHE_GB", raising=False)
     monkeypatch.setenv("HOME", str(tmp_path))

@@ -1,13 +1,13 @@
-"""Shards behind a URL: everything that local shards give, from a real S3 server (moto) through the cache."""
+"""Remote shards, from an S3 server (moto) through the cache, behave like local ones."""
 
 from __future__ import annotations
 
 import csv
 import json
 import os
+import re
 import threading
 import time
-import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -38,7 +38,7 @@ def remote(small_shards: Path, s3: str) -> str:
 
 
 def gigabytes(folder: Path, shards: int) -> float:
-    """Room for the largest of a local data set's training shards, so many of them, and for its samples.npy."""
+    """A cache size for `count` times the largest training shard of a local data set, and its samples.npy."""
     largest = max(path.stat().st_size for path in (folder / "train").glob("*.tar"))
     return (shards * largest + (folder / "train" / "samples.npy").stat().st_size + 1) / GIGABYTE
 
@@ -48,7 +48,7 @@ def used_bytes(folder: Path) -> int:
 
 
 def deleted_but_held(folder: Path) -> list[str]:
-    """Files of a folder that are gone but whose disk space this process still holds, open or mapped."""
+    """Deleted files of a folder that this process still holds open or mapped."""
     links = [os.readlink(path) for path in Path("/proc/self/fd").iterdir() if path.is_symlink()]
     names = links + Path("/proc/self/maps").read_text().splitlines()
     return [name for name in names if f"{folder}/" in name and name.endswith("(deleted)")]
@@ -59,60 +59,64 @@ def spec_for(data: Any, **changes: Any) -> LoaderSpec:
 
 
 @pytest.mark.parametrize("split", ["train", "val"])
-def test_remote_shards_are_the_local_ones(
+def test_remote_shards_equal_the_local_ones(
     small_shards: Path, remote: str, tmp_path: Path, downloads: list[str], split: str
 ) -> None:
-    local, ours = ShardSet(small_shards, split), ShardSet(remote + "/", split, tmp_path)
-    assert isinstance(ours.samples, np.memmap)
-    assert np.array_equal(ours.samples, local.samples)
+    local, actual = ShardSet(small_shards, split), ShardSet(remote + "/", split, tmp_path)
+    assert isinstance(actual.samples, np.memmap)
+    assert np.array_equal(actual.samples, local.samples)
     assert downloads == [f"{remote}/{split}/samples.npy"]  # no shard before it is touched
     for index in range(len(local)):
-        assert np.array_equal(ours.read(index), local.read(index))
-        assert ours.key(index) == local.key(index)
+        assert np.array_equal(actual.read(index), local.read(index))
+        assert actual.key(index) == local.key(index)
     assert len(downloads) == 1 + len(local.shards)
-    assert ours.where(0) == f"{remote}/{split}/000000.tar: {local.key(0)}"
-    assert np.array_equal(ours.manifest.mean_image(), local.manifest.mean_image())
-    assert ours.manifest.fingerprint == local.manifest.fingerprint
+    assert actual.locate(0) == f"{remote}/{split}/000000.tar: {local.key(0)}"
+    assert np.array_equal(actual.manifest.mean_image(), local.manifest.mean_image())
+    assert actual.manifest.fingerprint == local.manifest.fingerprint
     assert np.array_equal(ShardSet(remote, split, tmp_path).read(3), local.read(3))  # from the cache
     assert len(downloads) == 1 + len(local.shards)
 
 
 @pytest.mark.parametrize("training", [True, False])
-def test_remote_batches_are_the_local_ones(small_shards: Path, remote: str, tmp_path: Path, training: bool) -> None:
+def test_remote_batches_equal_the_local_ones(small_shards: Path, remote: str, tmp_path: Path, training: bool) -> None:
     spec = spec_for(small_shards) if training else spec_for(small_shards).evaluation()
-    local, ours = open_loader(spec), open_loader(replace(spec, data=remote, cache=tmp_path))
-    assert ours.fingerprint() == local.fingerprint()
-    for theirs, found in zip(local, ours, strict=True):
-        assert np.array_equal(theirs.ids, found.ids)
-        assert torch.equal(theirs.images, found.images)
-        assert torch.equal(theirs.labels, found.labels)
+    local, actual = open_loader(spec), open_loader(replace(spec, data=remote, cache=tmp_path))
+    assert actual.fingerprint() == local.fingerprint()
+    for reference, found in zip(local, actual, strict=True):
+        assert np.array_equal(reference.ids, found.ids)
+        assert torch.equal(reference.images, found.images)
+        assert torch.equal(reference.labels, found.labels)
 
 
 def test_a_cache_of_two_shards_serves_every_image(small_shards: Path, remote: str, tmp_path: Path, downloads: list[str]) -> None:
     local, limit = ShardSet(small_shards, "train"), gigabytes(small_shards, 2)
-    ours = ShardSet(remote, "train", tmp_path, limit)
+    actual = ShardSet(remote, "train", tmp_path, limit)
     for index in np.random.default_rng(0).permutation(60).tolist():
-        assert np.array_equal(ours.read(index), local.read(index))
+        assert np.array_equal(actual.read(index), local.read(index))
         assert used_bytes(tmp_path) <= limit * GIGABYTE
     assert len(downloads) > 5  # they do not fit at once
-    assert (tmp_path / ours._entry["samples_sha256"]).exists()  # never evicted: it stays mapped
+    assert (tmp_path / actual._entry["samples_sha256"]).exists()  # never evicted: it stays mapped
     assert not deleted_but_held(tmp_path)
 
 
-def test_a_cache_smaller_than_the_split_is_warned_of(small_shards: Path, remote: str, tmp_path: Path) -> None:
+def test_warns_if_the_cache_cannot_hold_the_split(
+    small_shards: Path, remote: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     spec = spec_for(remote, cache=tmp_path, cache_gb=gigabytes(small_shards, 2))
-    with pytest.warns(
-        UserWarning, match=rf"{remote}: the split's .* GB exceed the cache {tmp_path} of .* GB; .* raise --cache-gb"
-    ):
-        open_loader(spec)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        open_loader(replace(spec, cache_gb=1.0))
-        open_loader(replace(spec, world_size=2, rank=1))  # rank 0 has said it
-        open_loader(spec.evaluation())  # in order, each shard is downloaded once
+    open_loader(spec)
+    (record,) = caplog.records
+    assert (record.name, record.levelname) == ("cropfeed", "WARNING")
+    assert re.match(
+        rf"{remote}: the split's .* GB exceed the cache {tmp_path} of .* GB, .*; raise `cache_gb`", record.getMessage()
+    )
+    caplog.clear()
+    open_loader(replace(spec, cache_gb=1.0))
+    open_loader(replace(spec, world_size=2, rank=1))  # rank 0 has warned
+    open_loader(spec.evaluation())  # in order, each shard is downloaded once
+    assert not caplog.records
 
 
-def test_local_shards_go_through_a_cache_only_when_asked(small_shards: Path, tmp_path: Path) -> None:
+def test_local_shards_use_a_cache_only_if_asked_to(small_shards: Path, tmp_path: Path) -> None:
     assert ShardSet(small_shards, "train").cache is None
     cached = ShardSet(f"file://{small_shards}", "train", tmp_path)
     assert np.array_equal(cached.read(5), ShardSet(small_shards, "train").read(5))
@@ -123,7 +127,7 @@ def test_local_shards_go_through_a_cache_only_when_asked(small_shards: Path, tmp
 # --- Blocks of shards, fetched ahead
 
 
-def test_the_shards_of_a_block_and_the_next_are_fetched_ahead(remote: str, tmp_path: Path, downloads: list[str]) -> None:
+def test_the_shards_of_a_block_and_the_next_are_prefetched(remote: str, tmp_path: Path, downloads: list[str]) -> None:
     spec = spec_for(remote, cache=tmp_path, order="blocks", block_shards=1, engine="cpu", prefetch=1)
     loader = open_loader(spec)
     assert isinstance(loader.order, Blocks)
@@ -136,17 +140,17 @@ def test_the_shards_of_a_block_and_the_next_are_fetched_ahead(remote: str, tmp_p
     assert [batch.ids.tolist() for batch in local]  # a closed cache is as good as before
 
 
-def test_batches_of_blocks_are_the_local_ones(small_shards: Path, remote: str, tmp_path: Path) -> None:
-    """With room for little more than a block in the cache."""
+def test_batches_of_blocks_equal_the_local_ones(small_shards: Path, remote: str, tmp_path: Path) -> None:
+    """The cache holds little more than one block."""
     spec = spec_for(small_shards, order="blocks", block_shards=2)
-    ours = open_loader(replace(spec, data=remote, cache=tmp_path, cache_gb=gigabytes(small_shards, 3)))
-    for theirs, found in zip(open_loader(spec), ours, strict=True):
-        assert np.array_equal(theirs.ids, found.ids)
-        assert torch.equal(theirs.images, found.images)
-    ours.close()
+    actual = open_loader(replace(spec, data=remote, cache=tmp_path, cache_gb=gigabytes(small_shards, 3)))
+    for reference, found in zip(open_loader(spec), actual, strict=True):
+        assert np.array_equal(reference.ids, found.ids)
+        assert torch.equal(reference.images, found.images)
+    actual.close()
 
 
-def test_no_more_is_fetched_ahead_than_the_cache_holds(
+def test_no_more_is_prefetched_than_the_cache_holds(
     small_shards: Path, remote: str, tmp_path: Path, downloads: list[str]
 ) -> None:
     shards = ShardSet(remote, "train", tmp_path, gigabytes(small_shards, 2))
@@ -160,7 +164,7 @@ def test_no_more_is_fetched_ahead_than_the_cache_holds(
     )
 
 
-def test_what_goes_wrong_ahead_is_said_at_reading(remote: str, s3: str, tmp_path: Path) -> None:
+def test_errors_of_prefetching_are_raised_by_read(remote: str, s3: str, tmp_path: Path) -> None:
     shards = ShardSet(remote, "train", tmp_path)
     s3_client().delete_object(Bucket=s3.removeprefix("s3://"), Key="imagenet/shards/train/000001.tar")
     shards.prefetch([0, 1])
@@ -180,7 +184,7 @@ def test_closing_stops_a_download(remote: str, tmp_path: Path, monkeypatch: pyte
             time.sleep(0.01)
             yield b"x"
 
-    monkeypatch.setattr(files, "pieces", endless)
+    monkeypatch.setattr(files, "read_chunks", endless)
     shards.prefetch([0, 1, 2, 3])
     assert begun.wait(10)
     began = time.monotonic()
@@ -197,7 +201,7 @@ def test_a_loader_never_closed_leaves_no_thread(remote: str, tmp_path: Path) -> 
     wait_until(lambda: not threads_named("cropfeed-prefetch"))
 
 
-def test_an_interrupted_close_stops_what_runs_and_nothing_after_it(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_interrupted_close_stops_running_fetches_only(monkeypatch: pytest.MonkeyPatch) -> None:
     begun, ended, fetched = threading.Event(), threading.Event(), threading.Event()
 
     def fetch(number: int, stop: threading.Event) -> None:
@@ -212,14 +216,14 @@ def test_an_interrupted_close_stops_what_runs_and_nothing_after_it(monkeypatch: 
         raise KeyboardInterrupt
 
     prefetcher = Prefetcher(fetch)
-    prefetcher.hint([0])
+    prefetcher.request([0])
     assert begun.wait(10)
     with monkeypatch.context() as patched:
         patched.setattr(threading.Thread, "join", interrupted)
         with pytest.raises(KeyboardInterrupt):
             prefetcher.close()
     assert ended.wait(10)
-    prefetcher.hint([1])
+    prefetcher.request([1])
     assert fetched.wait(10)
     prefetcher.close()
 
@@ -248,7 +252,7 @@ def threads_named(name: str) -> list[threading.Thread]:
     return [thread for thread in threading.enumerate() if thread.name == name]
 
 
-def test_what_is_not_there_is_named(remote: str, s3: str, tmp_path: Path) -> None:
+def test_missing_data_is_named(remote: str, s3: str, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"s3://no-such-bucket-here/data/manifest.json: not found; make shards first"):
         Manifest("s3://no-such-bucket-here/data")
     with pytest.raises(UserError, match=rf"{s3}/elsewhere/manifest.json: not found; make shards first"):

@@ -25,7 +25,7 @@ def source_files(folder: Path, split: str) -> dict[bytes, int]:
 
 
 @pytest.mark.parametrize("split", ["train", "val"])
-def test_every_image_is_stored_once_as_it_was(image_folder: Path, small_shards: Path, split: str) -> None:
+def test_every_image_is_stored_once_and_unchanged(image_folder: Path, small_shards: Path, split: str) -> None:
     stored = ShardSet(small_shards, split)
     expected = source_files(image_folder, split)
     found = {stored.read(i).tobytes(): int(stored.samples[i]["label"]) for i in range(len(stored))}
@@ -48,7 +48,7 @@ def test_stock_webdataset_reads_the_tars(image_folder: Path, small_shards: Path)
         assert np.array_equal(np.asarray(image), np.asarray(open_image(stored.read(i).tobytes()).convert("RGB")))
 
 
-def test_dalis_reader_reads_the_tars_with_our_index(small_shards: Path) -> None:
+def test_dalis_reader_reads_the_tars_with_their_index(small_shards: Path) -> None:
     from nvidia.dali import Pipeline, fn, types
 
     tars = sorted((small_shards / "train").glob("*.tar"))
@@ -71,7 +71,7 @@ def test_dalis_reader_reads_the_tars_with_our_index(small_shards: Path) -> None:
     assert all(np.array_equal(np.asarray(encoded[i]), stored.read(i)) for i in range(60))
 
 
-def test_index_is_what_dalis_own_tool_writes(small_shards: Path, tmp_path: Path) -> None:
+def test_index_equals_that_of_dalis_tool(small_shards: Path, tmp_path: Path) -> None:
     for tar in sorted((small_shards / "train").glob("*.tar")):
         made = tmp_path / "made.idx"
         subprocess.run([sys.executable, "-m", "wds2idx", str(tar), str(made)], check=True, capture_output=True)
@@ -97,7 +97,7 @@ def test_manifest_statistics_are_those_of_the_images(image_folder: Path, small_s
     assert np.allclose(covariance @ vectors, vectors * values, atol=1e-3)
 
 
-def test_manifest_names_every_file_and_its_hash(small_shards: Path) -> None:
+def test_the_manifest_has_every_file_and_its_hash(small_shards: Path) -> None:
     manifest = json.loads((small_shards / "manifest.json").read_text())
     assert manifest["classes"] == ["n00000000", "n00000001", "n00000002"]
     assert {name: split["images"] for name, split in manifest["splits"].items()} == {"train": 60, "val": 21}
@@ -137,18 +137,16 @@ def test_damage_is_named(small_shards: Path, tmp_path: Path) -> None:
         ShardSet(copy, "train")
 
 
-def test_reading_opens_only_the_shard_it_needs(small_shards: Path) -> None:
+def test_reading_maps_only_the_needed_shard(small_shards: Path) -> None:
     stored = ShardSet(small_shards, "train")
     assert isinstance(stored.samples, np.memmap)
     stored.read(17)
     assert list(stored._maps) == [1]
 
 
-def test_a_relative_path_holds_after_a_change_of_folder(
-    small_shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_relative_path_stays_valid_after_chdir(small_shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(small_shards.parent)
     stored = ShardSet(small_shards.name, "train")
     monkeypatch.chdir(tmp_path)
     assert np.array_equal(stored.read(20), ShardSet(f"file://{small_shards}", "train").read(20))
-    assert stored.where(20) == f"{small_shards}/train/000001.tar: {stored.key(20)}"
+    assert stored.locate(20) == f"{small_shards}/train/000001.tar: {stored.key(20)}"

@@ -1,8 +1,10 @@
-"""tools/bench/bench_accuracy.py: curves into rows, and the same recipe for both sides."""
+"""tools/bench/bench_accuracy.py: curves become rows, and all contenders train with the same recipe."""
 
 from __future__ import annotations
 
 import csv
+import hashlib
+import io
 import json
 import math
 import os
@@ -16,8 +18,10 @@ from pipeline.errors import UserError
 from tests.helpers import ROOT
 from tools.bench import bench_accuracy as bench
 from tools.bench.peers import plain_train
+from tools.bench.recording import COLUMNS
+from training.command_line import parse_arguments
 from training.metrics import read_metrics
-from training.options import make_schedule, make_sizes, parse_arguments
+from training.options import make_schedule, make_sizes
 
 pytestmark = pytest.mark.usefixtures("one_core")
 
@@ -50,9 +54,16 @@ def run_main(monkeypatch: pytest.MonkeyPatch, *words: Any) -> None:
     bench.main()
 
 
+def joined(values: Path) -> list[dict[str, str]]:
+    """Every figure with the description of its run."""
+    with values.with_name(f"{values.stem}_runs.csv").open(newline="") as stream:
+        runs = {row.pop("id"): row for row in csv.DictReader(stream)}
+    with values.open(newline="") as stream:
+        return [{**runs[row.pop("run")], **row} for row in csv.DictReader(stream)]
+
+
 def rows_of(path: Path) -> dict[tuple[str, str], dict[str, str]]:
-    with path.open(newline="") as stream:
-        return {(row["engine"], row["metric"]): row for row in csv.DictReader(stream)}
+    return {(row["engine"], row["metric"]): row for row in joined(path)}
 
 
 # Rows
@@ -90,7 +101,7 @@ def test_rows_of_hand_made_curves(tmp_path: Path, recipe: Path, monkeypatch: pyt
     assert values("cropfeed", "minutes to 80 %") == pytest.approx((2.65, 2, 3.3, 2))
     assert values("cropfeed", "minutes to 80 %, mean")[0] == pytest.approx(2.65)
     assert values("cropfeed", "minutes to 80 %, standard deviation")[0] == pytest.approx(1.3 / math.sqrt(2), rel=1e-5)
-    # 90 % by one seed alone: said so, not dropped, and no mean over the lucky ones.
+    # One seed alone reaches 90 %: the rows say so, and there is no mean over the seeds that do.
     assert values("cropfeed", "runs reaching 90 %")[0] == 1
     assert values("cropfeed", "minutes to 90 %") == (math.inf, 4, math.inf, 2)
     assert ("cropfeed", "minutes to 90 %, mean") not in rows
@@ -104,6 +115,35 @@ def test_rows_of_hand_made_curves(tmp_path: Path, recipe: Path, monkeypatch: pyt
     assert values(both, "minutes to 90 %, ratio") == (0.5, 0.5, 0.5, 1)
     assert values(both, "minutes, ratio") == (0.5, 0.5, 0.5, 2)
     assert values(both, "minutes, start included, ratio")[1:3] == pytest.approx((270 / 492, 300 / 540), rel=1e-5)
+
+
+def test_a_row_for_each_run_and_rows_are_appended(tmp_path: Path, recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for contender in ("cropfeed", "plain"):
+        write_run(tmp_path, contender, 0, [0.5, 0.8], 60, 30)
+    given = ("--shards", "SHARDS", "--images", "IMAGES", "--work", tmp_path, "--recipe", recipe, "--seeds", 0, "--rows-only")
+    for _ in range(2):
+        run_main(monkeypatch, *given, "--results", tmp_path / "rows.csv")
+    with (tmp_path / "rows_runs.csv").open(newline="") as stream:
+        runs = list(csv.DictReader(stream))
+    assert [run["id"] for run in runs] == list("123456")
+    assert [run["engine"] for run in runs] == ["cropfeed", "plain", "cropfeed / plain"] * 2
+    rows = joined(tmp_path / "rows.csv")
+    assert list(rows[0]) == list(COLUMNS)
+    assert len(rows) % 2 == 0
+    assert rows[: len(rows) // 2] == rows[len(rows) // 2 :]
+
+
+def test_the_recorded_results_are_whole() -> None:
+    """424 rows were recorded before accuracy.csv was split into two tables: joined, they are the same bytes."""
+    rows = joined(ROOT / "tools" / "bench" / "results" / "accuracy.csv")
+    assert len(rows) >= 424
+    text = io.StringIO(newline="")
+    writer = csv.DictWriter(text, COLUMNS)
+    writer.writeheader()
+    writer.writerows(rows[:424])
+    assert len({row["engine"] + row["spec"] + row["commit"] for row in rows[:424]}) == 21
+    digest = hashlib.sha256(text.getvalue().encode()).hexdigest()
+    assert digest == "6f13994aa1dbcecf29b72ebc417e68c45b6982e6370e3f2ad39d4a60d29f9302"
 
 
 def test_missing_runs_are_named(tmp_path: Path) -> None:
@@ -120,7 +160,7 @@ def test_missing_runs_are_named(tmp_path: Path) -> None:
 # The runs
 
 
-def test_a_run_is_done_once_and_a_stopped_one_anew(tmp_path: Path) -> None:
+def test_finished_runs_are_kept_and_stopped_ones_start_over(tmp_path: Path) -> None:
     code = """
 import os, pathlib, sys
 output = pathlib.Path(sys.argv[sys.argv.index("--output") + 1])
@@ -134,59 +174,47 @@ sys.exit(sys.argv[1])
     good[1] = code.replace("sys.exit(sys.argv[1])", "")
     before, folder = os.sched_getaffinity(0), tmp_path / "one"
     with pytest.raises(UserError, match=r"log.txt: the run ended with exit code 1: the disk is full"):
-        bench.bring_to_end(folder, bad, [core], 1)
+        bench.run_once(folder, bad, [core], 1)
     assert (folder / "run").exists()
-    bench.bring_to_end(folder, good, [core], 1)  # the stopped one is gone, else it would fail
+    bench.run_once(folder, good, [core], 1)  # its code asserts that the stopped run's output is gone
     assert (folder / "run" / "seen").read_text() == f"[{core}] 1"
     assert os.sched_getaffinity(0) == before
     (folder / "run" / "seen").write_text("kept")
-    bench.bring_to_end(folder, good, [core], 1)
+    bench.run_once(folder, good, [core], 1)
     assert (folder / "run" / "seen").read_text() == "kept"
     with pytest.raises(UserError, match="was made by another command"):
-        bench.bring_to_end(folder, bad, [core], 1)
+        bench.run_once(folder, bad, [core], 1)
     with pytest.raises(UserError, match="--cores 4095"), bench.pinned([4095]):
         pass
 
 
-def plain_options(words: list[str], with_net: bool) -> Any:
-    return plain_train.parser().parse_args(["--data", "D", "--output", "O", *bench.plain_words(words, with_net)])
+def plain_options(words: list[str], like_recipe: bool) -> plain_train.PlainOptions:
+    return bench.plain_options(parse_arguments(None, words), Path("D"), like_recipe, 2, 1)
 
 
-def test_both_sides_have_the_recipe(recipe: Path) -> None:
-    words = [
-        "--recipe",
-        str(recipe),
-        "--data",
-        "D",
-        "--seed",
-        "3",
-        "--lr",
-        "0.2",
-        "--scale-lr",
-        "-b",
-        "512",
-        "--start-size",
-        "16",
-    ]
+def test_the_plain_script_gets_the_recipe(recipe: Path) -> None:
+    words = ["--recipe", str(recipe), "--data", "D", "--seed", "3", "--lr", "0.2", "--scale-lr", "-b", "512"]
+    words += ["--start-size", "16"]
     words += ["--label-smoothing", "0.1", "--ema", "0.99", "--no-norm-decay", "--flip-test", "--eval-size", "40", "--compile"]
     words += ["--epochs", "8", "--ramp", "0.25", "0.75", "--image-size", "48", "--scale", "48", "64"]
     args = parse_arguments(None, words)
     sizes = make_sizes(args, 1)
     assert isinstance(sizes, tuple)
-    for with_net in (False, True):
-        plain = plain_options(words, with_net)
+    for like_recipe in (False, True):
+        plain = plain_options(words, like_recipe)
+        assert plain_train.parse([*plain_train.words(plain), "--output", "O"]) == (plain, Path("O"))
         for name in bench.SAME:
             if name != "area":
                 assert getattr(plain, name) == getattr(args, name), name
         assert plain.lr == 0.4
         assert plain.seed == 3
-        assert (plain.precision, plain.channels_last) == (("bf16", True) if with_net else ("no", False))
-        assert plain.compile == ("default" if with_net else None)
+        assert (plain.precision, plain.channels_last) == (("bf16", True) if like_recipe else ("no", False))
+        assert plain.compile == ("default" if like_recipe else None)
         changes = [(epoch, plain_train.size_at(plain, epoch)) for epoch in range(8)]
-        assert changes == [(epoch, dict(sizes).get(epoch, changes[epoch - 1][1]) if with_net else 48) for epoch in range(8)]
+        assert changes == [(epoch, dict(sizes).get(epoch, changes[epoch - 1][1]) if like_recipe else 48) for epoch in range(8)]
 
 
-def test_what_the_plain_script_cannot_follow_is_refused(recipe: Path) -> None:
+def test_options_that_the_plain_script_lacks_are_refused(recipe: Path) -> None:
     words = ["--recipe", str(recipe), "--data", "D"]
     for more in (
         ["--accumulate", "2"],
@@ -196,18 +224,18 @@ def test_what_the_plain_script_cannot_follow_is_refused(recipe: Path) -> None:
         ["--drop-path", "0.1"],
     ):
         with pytest.raises(UserError, match=f"no {more[0]}"):
-            bench.plain_words([*words, *more], True)
+            plain_options([*words, *more], True)
     with pytest.raises(UserError, match="--seed may not stand behind"):
-        bench.split_command(["--work", "W", "--", "--seed=1"])
+        bench.parse(["--shards", "S", "--images", "I", "--work", "W", "--", "--seed=1"])
 
 
 def test_contenders_take_turns() -> None:
-    assert [bench.turn(bench.CONTENDERS, number)[0] for number in range(4)] == ["cropfeed", "plain", "plain bf16", "cropfeed"]
+    assert [bench.rotated(bench.CONTENDERS, number)[0] for number in range(4)] == ["cropfeed", "plain", "plain bf16", "cropfeed"]
 
 
-def test_ours_is_train_py_with_the_recipe(tmp_path: Path) -> None:
-    args = bench.parser().parse_args(["--shards", "S", "--images", "I", "--work", str(tmp_path), "--cores", "0", "1"])
-    found = bench.command("cropfeed", 2, args, ["--epochs", "3"])
+def test_cropfeed_is_train_py_with_the_recipe() -> None:
+    options = bench.parse(["--shards", "S", "--images", "I", "--work", "W", "--cores", "0", "1", "--", "--epochs", "3"])
+    found = bench.command("cropfeed", 2, options)
     assert found == [str(ROOT / "train.py"), "--recipe", "imagenette", "--data", "S", "--seed", "2", "--epochs", "3"]
 
 

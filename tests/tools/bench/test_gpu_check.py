@@ -1,4 +1,4 @@
-"""tools/bench/gpu_check.py: whole without a GPU, and its checks where there is one (python -m pytest -m gpu)."""
+"""tools/bench/gpu_check.py: its code on a CPU, and its checks on a GPU, if there is one (python -m pytest -m gpu)."""
 
 from __future__ import annotations
 
@@ -20,32 +20,32 @@ from tests.helpers import run_forked
 from tools.bench import bench_accuracy, gpu_check
 from tools.bench.gpu_train import CLASSES, PlainStep, measure_steps, share_of_peak, synthetic
 from tools.profiler.training import Model
-from training.options import make_sizes, parse_arguments
+from training.options import make_sizes
 
 
-def test_the_script_is_whole(image_folder: Path, tmp_path: Path) -> None:
+def test_all_parts_run_on_a_cpu(image_folder: Path, tmp_path: Path) -> None:
     result = run_forked(
         "tools/bench/gpu_check.py", "--device", "cpu", "--arch", "resnet18", "--batch-size", 8, "--image-size", 64,
         "--source", image_folder, "--seconds", 0.02, "--results", tmp_path / "rows.csv",
-        "--parts", "nets", "profile", "feed", "train", "pixels",
+        "--parts", "models", "profile", "loader", "train", "pixels",
     )  # fmt: skip
     assert result.returncode == 0, result.stdout + result.stderr
     rows = list(csv.DictReader((tmp_path / "rows.csv").open()))
     benchmarks = [row["benchmark"] for row in rows]
     assert benchmarks[:6] == ["pixels, training"] * 2 + ["pixels, evaluation"] * 2 + ["pixels, padded crops"] * 2
-    assert benchmarks[6:10] == ["train resnet18 bf16"] * 4  # memory and the share of the peak are a GPU's
+    assert benchmarks[6:10] == ["train resnet18 bf16"] * 4  # peak memory and the share of the peak need a GPU
     assert [row["metric"] for row in rows[6:10]] == ["images_per_s_synthetic", "images_per_s_shards", "ratio", "wait_share"]
     compared = ["nets, " + arch for arch in ("resnet18", "resnet34", "resnet50", "resnet101", "resnet152")]
     if importlib.util.find_spec("torchvision"):
         assert benchmarks[-5:] == compared
         benchmarks = benchmarks[:-5]
     else:
-        assert "nets: torchvision is not installed" in result.stdout
-    feeds = benchmarks[10::2]
-    assert feeds[0] == "feed: stock DALI, original"
+        assert "models: torchvision is not installed" in result.stdout
+    loaders = benchmarks[10::2]
+    assert loaders[0] == "feed: stock DALI, original"
     for profile in ("original", "lossless", "compact"):
-        assert {f"feed: dali, {profile}, hardware share {share}" for share in (0.0, 0.5, 0.9)} <= set(feeds)
-    assert {"feed: dali, lossless, whole streams", "feed: cpu, lossless", "feed: cpu, compact"} <= set(feeds)
+        assert {f"feed: dali, {profile}, hardware share {share}" for share in (0.0, 0.5, 0.9)} <= set(loaders)
+    assert {"feed: dali, lossless, whole streams", "feed: cpu, lossless", "feed: cpu, compact"} <= set(loaders)
     ratios = {row["benchmark"]: float(row["value"]) for row in rows if row["metric"] == "ratio_to_stock_dali"}
     assert ratios.pop("feed: stock DALI, original") == 1
     assert all(ratio > 0 for ratio in ratios.values())
@@ -53,7 +53,7 @@ def test_the_script_is_whole(image_folder: Path, tmp_path: Path) -> None:
     assert int(rows[6]["repeats"]) == 5
 
 
-def test_imagenette_is_trained_by_words_that_its_scripts_take(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_imagenette_is_trained_with_options_that_the_scripts_have(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     found: list[str] = []
 
     def started(words: list[str], **_: object) -> SimpleNamespace:
@@ -62,10 +62,10 @@ def test_imagenette_is_trained_by_words_that_its_scripts_take(monkeypatch: pytes
 
     monkeypatch.setattr(gpu_check.subprocess, "run", started)
     assert gpu_check.train_imagenette(tmp_path, 160, tmp_path / "rows.csv")
-    own, theirs = bench_accuracy.split_command(found[2:])
-    args = bench_accuracy.parser().parse_args(own)
-    assert (args.contenders, args.levels, args.results) == (["cropfeed"], [80, 85, 90], tmp_path / "rows.csv")
-    options = parse_arguments(None, ["--data", "x", "--recipe", "imagenette", *theirs])
+    accuracy = bench_accuracy.parse(found[2:])
+    assert (accuracy.contenders, accuracy.levels) == (("cropfeed",), (80, 85, 90))
+    assert accuracy.results == tmp_path / "rows_accuracy.csv"
+    options = accuracy.train_options(0)
     assert (options.arch, options.eval_size) == ("resnet18", 160)
     sizes = make_sizes(options, 147)
     assert isinstance(sizes, tuple)
@@ -76,7 +76,7 @@ SPEC = LoaderSpec("nowhere", batch_size=4, image_size=32, geometry=ScaleJitter(3
 
 
 def install(monkeypatch: pytest.MonkeyPatch, torchvision: ModuleType | None, timm: ModuleType | None) -> None:
-    """Have these in place of the packages' models, or none."""
+    """Replace the packages by these modules, or by none."""
     for name, module in (("torchvision", torchvision), ("torchvision.models", torchvision), ("timm", timm)):
         monkeypatch.setitem(sys.modules, name, module)
 
@@ -87,48 +87,50 @@ def measured_steps(tmp_path: Path) -> dict[tuple[str, str], dict[str, str]]:
         return {(row["engine"], row["metric"]): row for row in csv.DictReader(stream)}
 
 
-def test_steps_beside_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_steps_beside_other_packages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     torchvision, timm = ModuleType("torchvision.models"), ModuleType("timm")
     vars(torchvision)["resnet20"] = partial(ARCHS["resnet20"], num_classes=CLASSES)
     vars(timm)["create_model"] = lambda arch, num_classes: ARCHS[arch](num_classes=num_classes)
     install(monkeypatch, torchvision, timm)
     monkeypatch.setattr(Model, "compile", lambda *_: None)
     rows = measured_steps(tmp_path)
-    said = capsys.readouterr().out
-    theirs = ("torchvision", "timm", "timm, channels-last")
-    assert {engine for engine, _ in rows} == {"ours", "ours, compiled", *theirs}
+    printed = capsys.readouterr().out
+    others = ("torchvision", "timm", "timm, channels-last")
+    assert {engine for engine, _ in rows} == {"ours", "ours, compiled", *others}
     assert ("ours, compiled", "ratio_to_ours") in rows
-    for name in theirs:
+    for name in others:
         for metric in ("ratio_of_ours", "ratio_of_ours_compiled"):
             assert int(rows[(name, metric)]["repeats"]) == 3
         low, high = (float(rows[(name, "ratio_of_ours")][which]) for which in ("low", "high"))
         mine, other = rows[("ours", "images_per_s")], rows[(name, "images_per_s")]
         assert float(mine["low"]) / float(other["high"]) <= low * 1.001
         assert high <= float(mine["high"]) / float(other["low"]) * 1.001
-        assert f" x {name} (goal 1.1)" in said
+        assert f" x {name} (goal 1.1)" in printed
 
 
-def test_steps_without_the_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_steps_without_other_packages(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     install(monkeypatch, None, None)
     monkeypatch.setattr(Model, "compile", lambda *_: "torch.compile does not work here (no compiler)")
     assert set(measured_steps(tmp_path)) == {("ours", "images_per_s")}
-    said = capsys.readouterr().out
+    printed = capsys.readouterr().out
     for what in ("no compiler", "torchvision is not installed", "timm is not installed"):
-        assert what in said
+        assert what in printed
 
 
 @pytest.mark.parametrize("script", ["torchvision", "timm"])
 def test_the_reference_step(script: str) -> None:
     """Two updates as the scripts' optimizers make them: PyTorch's SGD, by its documented formula."""
     torch.manual_seed(0)
-    net = ARCHS["resnet20"](num_classes=CLASSES)
+    model = ARCHS["resnet20"](num_classes=CLASSES)
     batch = synthetic(SPEC, torch.float32, torch.contiguous_format)
-    step = PlainStep(net, "cpu", torch.contiguous_format, script)
+    step = PlainStep(model, "cpu", torch.contiguous_format, script)
     momenta: dict[str, torch.Tensor] = {}
     for _ in range(2):
-        before = {name: value.detach().clone() for name, value in net.named_parameters()}
+        before = {name: value.detach().clone() for name, value in model.named_parameters()}
         step.step(batch)
-        for name, value in net.named_parameters():
+        for name, value in model.named_parameters():
             assert value.grad is not None
             decay = 0.0 if script == "timm" and value.ndim == 1 else 1e-4
             slope = value.grad + decay * before[name]
@@ -143,32 +145,30 @@ def test_share_of_peak() -> None:
     assert share_of_peak("resnet50", 224, 3000, "Voodoo 2") is None
 
 
-def test_the_profilers_net_compiles_as_train_py_does(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_profilers_model_compiles_as_train_pys(monkeypatch: pytest.MonkeyPatch) -> None:
     model = Model("resnet20", "bf16", SPEC, CLASSES)
     batch = synthetic(SPEC, torch.bfloat16, torch.channels_last)
-    net = model._net
-    asked = []
+    eager = model.module
+    modes = []
 
-    def compiles(net: torch.nn.Module, mode: str) -> torch.nn.Module:
-        asked.append(mode)
-        return torch.nn.Sequential(net)
+    def compiles(module: torch.nn.Module, mode: str) -> torch.nn.Module:
+        modes.append(mode)
+        return torch.nn.Sequential(module)
 
     monkeypatch.setattr(torch, "compile", compiles)
     assert model.compile("max-autotune", batch.images) is None
-    assert asked == ["max-autotune"]
-    assert isinstance(model._net, torch.nn.Sequential)
-    before = [value.detach().clone() for value in net.parameters()]
+    assert modes == ["max-autotune"]
+    assert isinstance(model.module, torch.nn.Sequential)
+    before = [value.detach().clone() for value in eager.parameters()]
     model.step(batch)
-    assert all((new != old).any() for new, old in zip(net.parameters(), before, strict=True) if new.ndim > 1)
+    assert all((new != old).any() for new, old in zip(eager.parameters(), before, strict=True) if new.ndim > 1)
     monkeypatch.setattr(torch, "compile", lambda *_, **__: torch.nn.Linear(1, 1))  # whose forward fails
     assert "does not work here" in (model.compile("default", batch.images) or "")
 
 
 def test_no_gpu_row_without_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    from tools.bench import gpu_check
-
     monkeypatch.setattr(sys, "argv", ["gpu_check.py", "--device", "cpu"])
-    with pytest.raises(UserError, match="give another --results"):
+    with pytest.raises(UserError, match="give another `results` file"):
         gpu_check.main()
     monkeypatch.setattr(sys, "argv", ["gpu_check.py"])
     if not torch.cuda.is_available():

@@ -1,4 +1,4 @@
-"""plain_train.py and plain_pictures.py of tools/bench/peers, the script that people write: its pictures, rates and steps."""
+"""plain_train.py and plain_images.py of tools/bench/peers, the script that people write: its images, learning rates and steps."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ from PIL import Image
 from model import ARCHS
 from pipeline.errors import UserError
 from tests.helpers import picture
-from tools.bench.peers import plain_pictures, plain_train
+from tools.bench.peers import plain_images, plain_train
+from tools.bench.peers.plain_train import PlainOptions
 from training.metrics import read_metrics
-from training.options import make_schedule, parse_arguments
+from training.options import TrainOptions, make_schedule
 
 pytestmark = pytest.mark.usefixtures("one_core")
 
 
 @pytest.mark.parametrize("kind", ["cosine", "linear"])
 def test_learning_rates_are_train_pys(kind: str) -> None:
-    words = ["--data", "D", "--schedule", kind, "--epochs", "3", "--warmup", "0.7", "--lr", "0.5"]
-    schedule = make_schedule(parse_arguments(None, words), 10)
+    schedule = make_schedule(TrainOptions(data="D", schedule=kind, epochs=3, warmup=0.7, lr=0.5), 10)
     rates = [0.5 * plain_train.learning_rate(step, kind, 7.0, 30) for step in range(30)]
     assert rates == pytest.approx([schedule.rate(step, ()) for step in range(30)])
 
@@ -36,7 +36,7 @@ def normalized(pixels: Any) -> Any:
     return ((np.asarray(pixels, np.float64) / 255 - [0.485, 0.456, 0.406]) / [0.229, 0.224, 0.225]).transpose(2, 0, 1)
 
 
-def test_jitter_draws_every_crop_alike() -> None:
+def test_jitter_draws_crops_uniformly() -> None:
     image = Image.fromarray(picture(20, 24))
     resized = image.resize((12, 10), Image.Resampling.BILINEAR)
     expected = {}
@@ -47,20 +47,20 @@ def test_jitter_draws_every_crop_alike() -> None:
     random.seed(1)
     seen: Counter[tuple[int, int, bool]] = Counter()
     for _ in range(800):
-        found = plain_pictures.training_transform(image, partial(plain_pictures.jitter, size=9, low=10, high=10)).numpy()
+        found = plain_images.training_transform(image, partial(plain_images.jitter, size=9, low=10, high=10)).numpy()
         (which,) = [key for key, pixels in expected.items() if np.abs(pixels - found).max() < 1e-5]
         seen[which] += 1
     assert sum((seen[key] - 50) ** 2 / 50 for key in expected) < 37.7  # chi-squared of 15 degrees of freedom, p = 0.001
 
 
-def test_jitter_draws_every_short_side_alike() -> None:
+def test_jitter_draws_short_sides_uniformly() -> None:
     image = Image.fromarray(picture(40, 50))
     random.seed(2)
-    # A crop as large as the lowest short side: the rows that differ from the whole image tell the scale.
+    # A crop of 8 x 8 pixels occurs in exactly one of the resized images, which tells the short side.
     sizes = {short: np.asarray(image.resize((int(short * 50 / 40), short), Image.Resampling.BILINEAR)) for short in (8, 9, 10)}
     seen: Counter[int] = Counter()
     for _ in range(300):
-        crop = np.asarray(plain_pictures.jitter(image, 8, 8, 10))
+        crop = np.asarray(plain_images.jitter(image, 8, 8, 10))
         for short, pixels in sizes.items():
             windows = np.lib.stride_tricks.sliding_window_view(pixels, (8, 8, 3)).reshape(-1, 8, 8, 3)
             seen[short] += bool((windows == crop).all((1, 2, 3)).any())
@@ -71,11 +71,11 @@ def test_jitter_draws_every_short_side_alike() -> None:
 def test_resized_crops_lie_in_their_ranges() -> None:
     height, width, size = 160, 200, 20
     y, x = np.mgrid[:height, :width]
-    image = Image.fromarray(np.stack([x, y, 0 * x], axis=2).astype(np.uint8))  # pixels that know where they are
+    image = Image.fromarray(np.stack([x, y, 0 * x], axis=2).astype(np.uint8))  # a pixel's value is its place
     random.seed(0)
     shares, aspects = [], []
     for _ in range(400):
-        pixels = np.asarray(plain_pictures.resized_crop(image, size, 0.08, 1)).astype(float)
+        pixels = np.asarray(plain_images.resized_crop(image, size, 0.08, 1)).astype(float)
         wide, high = (np.ptp(pixels[2:-2, 2:-2, channel]) / (size - 5) * size for channel in (0, 1))
         shares.append(wide * high / (width * height))
         aspects.append(wide / high)
@@ -85,21 +85,20 @@ def test_resized_crops_lie_in_their_ranges() -> None:
     assert 1.25 < max(aspects) < 1.4
     strip = Image.fromarray(picture(20, 1000))
     middle = strip.crop((486, 0, 513, 20)).resize((size, size), Image.Resampling.BILINEAR)  # 4:3, torchvision's last resort
-    assert np.array_equal(np.asarray(plain_pictures.resized_crop(strip, size, 0.08, 1)), np.asarray(middle))
+    assert np.array_equal(np.asarray(plain_images.resized_crop(strip, size, 0.08, 1)), np.asarray(middle))
 
 
 def test_validation_takes_the_centre(tmp_path: Path) -> None:
     pixels = picture(50, 70)
-    transform = plain_train.evaluation_transform(options(tmp_path, tmp_path, "--eval-size", 28))
+    transform = plain_train.evaluation_transform(options(tmp_path, eval_size=28))
     found = transform(Image.fromarray(pixels)).numpy()
     resized = np.asarray(Image.fromarray(pixels).resize((44, 32), Image.Resampling.BILINEAR))  # 28 * 256 / 224; int(32 * 70 / 50)
     assert np.abs(found - normalized(resized[2:30, 8:36])).max() < 1e-5
     assert transform(Image.fromarray(pixels.transpose(1, 0, 2))).shape == (3, 28, 28)
 
 
-def options(images: Path, output: Path, *more: Any) -> Any:
-    given = ("--data", images, "--output", output, "--arch", "resnet20", "--image-size", 32, "--batch-size", 20, "--workers", 0)
-    return plain_train.parser().parse_args([*map(str, given), *map(str, more)])
+def options(images: Path, **more: Any) -> PlainOptions:
+    return PlainOptions(images, **{"arch": "resnet20", "image_size": 32, "batch_size": 20, "workers": 0, **more})
 
 
 def test_the_plain_script_trains(image_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -111,66 +110,61 @@ def test_the_plain_script_trains(image_folder: Path, tmp_path: Path, monkeypatch
         return forward(self, images, labels)
 
     monkeypatch.setattr(plain_train.Trainer, "step", step)
-    more = ("--epochs", 2, "--start-size", 16, "--ramp", 0, 1, "--scale", 32, 40, "--log-every", 2, "--channels-last")
-    plain_train.train(options(image_folder, tmp_path, *more))
+    more = {"epochs": 2, "start_size": 16, "ramp": (0, 1), "scale": (32, 40), "log_every": 2, "channels_last": True}
+    plain_train.train(options(image_folder, **more), tmp_path)
     assert shapes == [(20, 3, 16, 16)] * 3 + [(20, 3, 32, 32)] * 3
     rows = read_metrics(tmp_path / "metrics.csv")
-    assert [(row["step"], bool(row["train_loss"])) for row in rows] == [
-        ("2", True),
-        ("3", False),
-        ("4", True),
-        ("6", True),
-        ("6", False),
-    ]
+    kinds = [("2", True), ("3", False), ("4", True), ("6", True), ("6", False)]
+    assert [(row["step"], bool(row["train_loss"])) for row in rows] == kinds
     assert [float(row["epoch"]) for row in rows if row["val_top1"]] == [1, 2]
     seconds = [float(row["seconds"]) for row in rows]
     assert seconds == sorted(seconds)
-    net = ARCHS["resnet20"](num_classes=3).eval()
-    net.load_state_dict(torch.load(tmp_path / "model.pt"))
+    model = ARCHS["resnet20"](num_classes=3).eval()
+    model.load_state_dict(torch.load(tmp_path / "model.pt"))
     right = count = 0
     for label, folder in enumerate(sorted((image_folder / "val").iterdir())):
         for path in folder.iterdir():
             with torch.inference_mode():
-                image = plain_pictures.validation_transform(Image.open(path).convert("RGB"), 32, 37)
-                right += int(net(image[None]).argmax()) == label
+                image = plain_images.validation_transform(Image.open(path).convert("RGB"), 32, 37)
+                right += int(model(image[None]).argmax()) == label
             count += 1
     assert float(rows[-1]["val_top1"]) == pytest.approx(right / count)
 
 
-def test_smoothing_average_and_decay(image_folder: Path, tmp_path: Path) -> None:
-    more = ("--epochs", 2, "--label-smoothing", 0.3, "--ema", 0.2, "--weight-decay", 0.5, "--no-norm-decay")
-    trainer = plain_train.Trainer(options(image_folder, tmp_path, *more))
+def test_smoothing_average_and_decay(image_folder: Path) -> None:
+    more = {"epochs": 2, "label_smoothing": 0.3, "ema": 0.2, "weight_decay": 0.5, "no_norm_decay": True}
+    trainer = plain_train.Trainer(options(image_folder, **more))
     images, labels = torch.randn(20, 3, 32, 32), torch.arange(20) % 3
-    before = {name: value.clone() for name, value in trainer.net.named_parameters()}
-    logits = trainer.net(images).detach()
+    before = {name: value.clone() for name, value in trainer.model.named_parameters()}
+    logits = trainer.model(images).detach()
     shares = 0.7 * torch.eye(3)[labels] + 0.3 / 3
     assert float(trainer.step(images, labels)) == pytest.approx(float(-(shares * logits.log_softmax(1)).sum(1).mean()), rel=1e-5)
     rate = 0.1 * plain_train.learning_rate(0, "cosine", 0, 6)
-    for name, value in trainer.net.named_parameters():
+    for name, value in trainer.model.named_parameters():
         decay = 0.5 if value.ndim > 1 else 0.0
         assert value.grad is not None
         expected = before[name] - rate * (value.grad + decay * before[name])
         torch.testing.assert_close(value, expected)
-    average = {name: value.clone() for name, value in trainer.net.state_dict().items()}
+    average = {name: value.clone() for name, value in trainer.model.state_dict().items()}
     for decay in (2 / 11, 0.2):  # (1 + t) / (10 + t) at the t-th update, at most 0.2
         trainer.step(images, labels)
         assert trainer.average is not None
         for name, value in trainer.average.module.state_dict().items():
             if value.is_floating_point():
-                average[name] = decay * average[name] + (1 - decay) * trainer.net.state_dict()[name]
+                average[name] = decay * average[name] + (1 - decay) * trainer.model.state_dict()[name]
                 torch.testing.assert_close(value, average[name])
 
 
-def test_flip_test_adds_the_mirror_images_logits(image_folder: Path, tmp_path: Path) -> None:
-    """A net that sees the left half alone: with the mirror image, both."""
-    trainer = plain_train.Trainer(options(image_folder, tmp_path, "--flip-test"))
+def test_flip_test_adds_the_mirror_images_logits(image_folder: Path) -> None:
+    """A model that sees only the left half; with the mirror image, both halves."""
+    trainer = plain_train.Trainer(options(image_folder, flip_test=True))
 
     class Left(torch.nn.Module):
         def forward(self, images: torch.Tensor) -> torch.Tensor:
             half = images[:, :, :, :16].mean((1, 2, 3))
             return torch.stack([half, torch.zeros_like(half), -half], dim=1)
 
-    trainer.model = Left()
+    trainer.compiled = Left()
     right = 0
     val_set = trainer.val_loader.dataset
     for image, label in (val_set[index] for index in range(21)):
@@ -180,6 +174,6 @@ def test_flip_test_adds_the_mirror_images_logits(image_folder: Path, tmp_path: P
 
 def test_folders_that_do_not_fit_are_refused(image_folder: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no images there"):
-        plain_train.Trainer(options(tmp_path, tmp_path))
+        plain_train.Trainer(options(tmp_path))
     with pytest.raises(UserError, match="do not fill a batch of 200"):
-        plain_train.Trainer(options(image_folder, tmp_path, "--batch-size", 200))
+        plain_train.Trainer(options(image_folder, batch_size=200))

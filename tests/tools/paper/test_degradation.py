@@ -41,7 +41,7 @@ def degradation(data: Path, folder: Path, *more: Any, training: tuple[Any, ...] 
 
 @pytest.fixture(scope="module")
 def done(small_shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Two nets trained with two seeds, 3 steps an epoch."""
+    """Two models trained with two seeds, 3 steps an epoch."""
     folder = tmp_path_factory.mktemp("degradation")
     result = degradation(small_shards, folder, "--seeds", 0, 1)
     assert result.returncode == 0, result.stderr
@@ -69,7 +69,7 @@ def test_rows_are_the_runs_figures(done: Path) -> None:
             assert row["repeats"] == "2"
 
 
-def test_twins_saw_the_same_pictures_and_the_figure_shows_both(done: Path) -> None:
+def test_twins_have_the_same_options_and_the_figure_shows_both(done: Path) -> None:
     options = [
         json.loads((done / "runs" / f"{net}-seed1" / "config.json").read_text())["arguments"] for net in ("plain20", "resnet20")
     ]
@@ -78,13 +78,13 @@ def test_twins_saw_the_same_pictures_and_the_figure_shows_both(done: Path) -> No
     assert options[0] == options[1]
     assert options[0]["seed"] == 1
     pixels = np.asarray(Image.open(done / "runs" / "figure4.png").convert("RGB"))
-    blue = (pixels == (31, 119, 180)).all(axis=-1)  # matplotlib's first colour: each panel's first net
+    blue = (pixels == (31, 119, 180)).all(axis=-1)  # matplotlib's first colour: each panel's first model
     middle = pixels.shape[1] // 2
     assert blue[:, :middle].sum() > 100
     assert blue[:, middle:].sum() > 100
 
 
-def test_started_again_it_trains_what_is_lacking_alone(small_shards: Path, done: Path, tmp_path: Path) -> None:
+def test_started_again_it_trains_only_what_is_missing(small_shards: Path, done: Path, tmp_path: Path) -> None:
     shutil.copytree(done / "runs", tmp_path / "runs", symlinks=True)
     for path in tmp_path.glob("runs/*/config.json"):  # the commands name the folders
         path.write_text(path.read_text().replace(str(done), str(tmp_path)))
@@ -97,14 +97,14 @@ def test_started_again_it_trains_what_is_lacking_alone(small_shards: Path, done:
     assert result.returncode == 0, result.stderr
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "runs").glob("plain20-*/*")} == kept
     for run in (stopped, broken):
-        ours, theirs = load_file(run / "model.safetensors"), load_file(done / "runs" / run.name / "model.safetensors")
-        assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+        resumed, undisturbed = (load_file(folder / run.name / "model.safetensors") for folder in (run.parent, done / "runs"))
+        assert all(torch.equal(resumed[name], undisturbed[name]) for name in undisturbed)
 
 
 def test_bad_input_is_refused(small_shards: Path, done: Path, tmp_path: Path) -> None:
     assert_refused(degradation(small_shards, done, training=("--", "--iterations", 5)), "plain20-seed0", "other options")
     assert_refused(degradation(small_shards, tmp_path, training=("--", "--arch", "plain18")), "--arch belongs before `--`")
-    assert_refused(degradation(small_shards, tmp_path, "--nets", "vgg"), "unknown net 'vgg'")
+    assert_refused(degradation(small_shards, tmp_path, "--nets", "vgg"), "unknown model 'vgg'")
     failed = without_progress(degradation(small_shards, tmp_path, training=("--", "--epochs", 0)))
     assert failed.returncode == 2
     assert "train.py ended with exit code 2" in failed.stderr.splitlines()[-1]

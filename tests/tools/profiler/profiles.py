@@ -1,4 +1,4 @@
-"""Profiles as the profiler writes them, for the tests of what shows them. Each is a change of `input_bound`."""
+"""Example profiles for the tests of tables, charts and reports. Each is a variation of `input_bound`."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def failed(engine: str, threads: int, prefetch: int, error: str) -> Profile:
 
 
 def steps(count: int, waiting: float, computing: float) -> list[Profile]:
-    """Seconds that a step waits (every third twice as long) and computes."""
+    """waiting, computing: seconds per step; every third step waits twice as long."""
     made, now = [], 0.0
     for place in range(count):
         got = now + waiting * (2 if place % 3 == 0 else 0.5)
@@ -56,11 +56,11 @@ def demand(images_per_s: float, training: float, wait_share: float, **others: An
 
 
 def input_bound() -> Profile:
-    """Decoding in one thread of two: a full example, which the others below change."""
+    """A full example: decoding in one thread, on two cores."""
     others = [{"remedy": "profile", "change": "shards of --profile compact", "predicted_gain": 1.374}]
     return {
         "format": "cropfeed-profile",
-        "version": 1,
+        "version": 2,
         "made": {
             "date": "2026-05-12 14:03",
             "commit": "c31d0e5",
@@ -97,7 +97,7 @@ def input_bound() -> Profile:
             stage("cut", 0.0717, False, (1, 2)),
             stage("decode", 0.3301, True, (1, 2)),
             stage("resample", 0.0893, True, (1, 2)),
-            stage("tail", 0.0412, True, (1, 2)),
+            stage("normalize", 0.0412, True, (1, 2)),
             stage("assembly", 0.00312, True, (1,)),
         ],
         "loaders": [
@@ -107,13 +107,13 @@ def input_bound() -> Profile:
         "storage": {"bytes_per_s": 1.913e9, "low": 1.87e9, "high": 1.95e9, "streams": 4, "cold_bytes_per_image": 131_072.0},
         "demand": demand(4_009.3, 1_987.6, 0.504),
         "ceilings": [
-            {"name": "decoding", "images_per_s": 5_712.0, "why": "2 cores that do nothing but decode"},
-            {"name": "storage", "images_per_s": 14_595.0, "why": "1.9 GB/s over 131 kB read for an image"},
+            {"name": "decoding", "images_per_s": 5_712.0, "why": "2 cores that only decode"},
+            {"name": "storage", "images_per_s": 14_595.0, "why": "1.9 GB/s over 131 kB read per image"},
         ],
         "verdict": {
-            "text": "Training waits for its input half of its time: the loader gives 2,038 images/s, the model takes 4,009. "
-            "What limits is decoding, 0.330 ms an image in the only thread, while one of the two cores idles. With --threads 2 "
-            "training should become 1.91 times as fast.",
+            "text": "Training waits for data half of the time: the loader delivers 2,038 images/s, the demand is 4,009. "
+            "The slowest stage is decoding, 0.330 ms per image in the only thread, while one of the two cores idles. With "
+            "--threads 2 training should become 1.91 times as fast.",
             "limit": "input",
             "stage": "decode",
             "remedy": "threads",
@@ -132,10 +132,10 @@ def no_demand() -> Profile:
 
 
 def compute_bound() -> Profile:
-    """ResNet-50 on a CPU, which takes a fortieth of what the loader gives."""
+    """ResNet-50 on a CPU, with a fortieth of the loader's throughput."""
     made = input_bound()
     made["demand"] = demand(50.93, 50.41, 0.0062, what="resnet50, bf16, batch 64, on cpu", emulated=False, ready=0.97)
-    text = "The model takes 50.9 images/s, the loader gives 40 times that. Nothing about the input would make training faster."
+    text = "The demand is 50.9 images/s, the loader delivers 40 times that. No change to the input would make training faster."
     change = "--mixed-precision bf16"
     made["verdict"] |= {"text": text, "limit": "compute", "stage": "model", "remedy": "precision", "change": change}
     made["verdict"]["others"] = []
@@ -151,13 +151,13 @@ def throttled() -> Profile:
     made["loaders"] = [loader("cpu", n, p, 176.3 + n + p / 4) for n in (1, 2) for p in (2, 4)]
     made["storage"] |= {"bytes_per_s": 20.1e6, "low": 19.9e6, "high": 20.2e6}
     made["ceilings"] = [
-        {"name": "decoding", "images_per_s": 5_712.0, "why": "2 cores that do nothing but decode"},
+        {"name": "decoding", "images_per_s": 5_712.0, "why": "2 cores that only decode"},
         {"name": "storage", "images_per_s": 182.7, "why": "20 MB/s over 110 kB"},
     ]
     made["demand"] = demand(4_009.3, 175.1, 0.956)
-    text = "Training waits for the storage, which gives 20 MB/s: 183 images/s. A local cache would give 11.4 times that."
+    text = "Training waits for the storage, which delivers 20 MB/s: 183 images/s. A local cache would give 11.4 times that."
     made["verdict"] |= {"text": text, "stage": "read cold", "remedy": "cache", "change": "--cache /ssd", "predicted_gain": 11.43}
-    made["made"]["planted"] = "a storage that gives 20 MB/s"
+    made["made"]["planted"] = "a storage of 20 MB/s"
     made["data"] |= {"cache": "cold"}
     return made
 
@@ -185,43 +185,27 @@ def ahead() -> Profile:
             "unit": "cores",
             "needed": 13.42,
             "here": 2.0,
-            "why": "0.541 ms of a core an image, and what DALI leaves",
+            "why": "0.541 ms per image and core, without DALI's share",
         },
-        {"name": "storage", "unit": "bytes/s", "needed": 2.728e9, "here": 1.913e9, "why": "110 kB an image"},
+        {"name": "storage", "unit": "bytes/s", "needed": 2.728e9, "here": 1.913e9, "why": "110 kB per image"},
         {"name": "memory", "unit": "bytes", "needed": 31.3e9, "here": 7.6e9, "why": "8 processes"},
         {"name": "network", "unit": "bytes/s", "needed": 2.9e9, "here": None, "why": "shards from a bucket"},
     ]
-    text = "A host of 8 GPUs needs 13.4 cores and 2.7 GB/s; this machine has 2 cores, and it is these that break first."
+    text = "A host of 8 GPUs needs 13.4 cores and 2.7 GB/s; this machine has 2 cores, which are the first bottleneck."
     plan = {"gpus": 8, "hosts": 4, "demand": 3_100.0, "images_per_s": 99_200.0, "needs": needs, "breaks_first": "cores"}
     return input_bound() | {"ahead": plan | {"text": text}}
 
 
-def compared() -> Profile:
-    def row(name: str, data: str, speed: float | None, ratio: float | None, error: str | None = None) -> Profile:
-        given = speeds(speed) if speed else {"images_per_s": None, "low": None, "high": None}
-        return {"name": name, "data": data, **given, "ratio": ratio, "error": error}
-
-    rows = [
-        row("cropfeed-cpu-lossless", "lossless", 4_008.6, 3.8142),
-        row("cropfeed-cpu-original", "original", 1_213.4, 1.1546),
-        row("torchvision-v2", "original", 412.9, 0.3929),
-        row("spdl", "original", 1_050.9, 1.0),
-        row("dali-roi", "original", None, None, "DALI: pip install nvidia-dali-cuda130"),
-        row("ffcv", "500", 1_712.3, 1.0),
-    ]
-    return input_bound() | {"rows": rows}
-
-
 def on_a_gpu() -> Profile:
-    """DALI with an H100, three engines, up to 64 threads; the stages of the CPU are not used."""
+    """DALI on an H100, three engines, up to 64 threads; the CPU's decoding stages are not used."""
     made = input_bound()
     ways = (1, 2, 4, 8, 16, 32, 64)
     made["spec"] |= {"threads": 16, "prefetch": 3, "device": "cuda:0", "cores": 64, "batch_size": 256, "dtype": "bfloat16"}
     made["engine"] = "dali"
     made |= speeds(9_812.0)
     used = {"read warm": 0.0121, "cut": 0.0731, "copy": 0.00921}
-    unused = {"read cold": 0.2213, "decode": 0.3301, "resample": 0.0893, "tail": 0.0412}
-    order = ("read cold", "read warm", "cut", "decode", "resample", "tail", "copy")
+    unused = {"read cold": 0.2213, "decode": 0.3301, "resample": 0.0893, "normalize": 0.0412}
+    order = ("read cold", "read warm", "cut", "decode", "resample", "normalize", "copy")
     made["stages"] = [stage(name, (used | unused)[name], name in used, ways) for name in order]
     gpu = {"gpu_share": 0.713, "jpeg_share": 0.884, "cpu_share": 0.31}
     made["loaders"] = [
@@ -231,20 +215,20 @@ def on_a_gpu() -> Profile:
         failed("dali", 128, 3, "CUDA out of memory"),
     ]
     made["ceilings"] = [
-        {"name": "decoding", "images_per_s": 12_310.0, "why": "nvJPEG's hardware engine, 64 cores cutting"},
+        {"name": "decoding", "images_per_s": 12_310.0, "why": "nvJPEG's hardware engine, 64 cores"},
         {"name": "storage", "images_per_s": 14_595.0, "why": "1.9 GB/s"},
         {"name": "copy", "images_per_s": 105_431.0, "why": "PCIe"},
     ]
     made["demand"] = demand(3_098.0, 3_051.0, 0.0132, what="resnet50, bf16, batch 256, on an H100", emulated=False)
     made["demand"] |= {"gpu_share": 0.983, "jpeg_share": 0.271, "ready": None, "steps": steps(2_000, 0.0011, 0.0826)}
-    text = "Training keeps up with the model to 1.3 %: nothing about the input limits it."
+    text = "Training reaches the demand to 1.3 %: the input does not limit it."
     made["verdict"] |= {"text": text, "limit": "balanced", "stage": "engine", "remedy": "none", "change": "nothing"}
     made["verdict"] |= {"predicted_gain": 1.0, "others": []}
     return made
 
 
 def extreme() -> Profile:
-    """Levels that coincide or lie far apart, one loader only, one step."""
+    """Levels that coincide, one loader only, one step."""
     made = input_bound()
     made["loaders"] = [loader("cpu", 1, 4, 2_038.4), failed("dali", 1, 4, "no GPU")]
     made["ceilings"] = [{"name": name, "images_per_s": 2_040.0, "why": "as it is"} for name in ("decoding", "storage", "copy")]
@@ -275,7 +259,6 @@ EXAMPLES: list[Callable[[], Profile]] = [
     not_applied,
     tuned,
     ahead,
-    compared,
     on_a_gpu,
     extreme,
     far_apart,

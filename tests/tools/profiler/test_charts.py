@@ -1,4 +1,4 @@
-"""The profile's charts: what they draw, and that it can be read."""
+"""The profile's charts: their content, and that texts do not overlap."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def test_no_texts_of_the_charts_overlap(example: Callable[[], Profile], monkeypa
         page = figure.bbox
         outside = [text for text, box in boxes if not (page.contains(*box.min) and page.contains(*box.max))]
         assert outside == [], name
-        # A pixel of each box is the empty margin above and below letters.
+        # One pixel of each box is an empty margin above and below the letters.
         overlap = [(one, other) for (one, a), (other, b) in itertools.combinations(boxes, 2) if a.padded(-0.5).overlaps(b)]
         assert overlap == [], name
 
@@ -45,16 +45,16 @@ def test_charts_are_png_files(example: Callable[[], Profile]) -> None:
     pngs = charts.draw(example())
     assert len(pngs) == (3 if example()["demand"] else 2)
     for png in pngs.values():
-        with Image.open(io.BytesIO(png)) as picture:
-            picture.load()
-            assert picture.format == "PNG"
-            assert picture.width == 1400
-            assert 350 <= picture.height <= 1400
-            assert len(np.unique(np.asarray(picture.convert("L")))) > 20  # not blank
+        with Image.open(io.BytesIO(png)) as image:
+            image.load()
+            assert image.format == "PNG"
+            assert image.width == 1400
+            assert 350 <= image.height <= 1400
+            assert len(np.unique(np.asarray(image.convert("L")))) > 20  # not blank
 
 
 def texts(figure: Figure, monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, Bbox]]:
-    """Every text that is drawn, with the pixels it covers. Ticks outside an axis exist as texts, but are not drawn."""
+    """Every text that is drawn, with its bounding box in pixels. Ticks outside an axis exist as texts, but are not drawn."""
     drawn: list[Text] = []
     draw = Text.draw
 
@@ -74,8 +74,8 @@ def rectangles(figure: Figure) -> list[Rectangle]:
     return [patch for patch in figure.axes[0].patches if isinstance(patch, Rectangle)]
 
 
-def test_waterfall_adds_up_what_is_used() -> None:
-    """Bars begin where the last used one ended; the whole loader's is as long as its speed says."""
+def test_waterfall_adds_up_used_stages() -> None:
+    """Each bar begins at the end of the last used one. The whole loader's bar is 1 / its speed."""
     profile = input_bound()
     bars = [(bar.get_x(), bar.get_width(), bool(bar.get_hatch())) for bar in rectangles(charts.stages(profile))]
     reached = 0.0
@@ -87,7 +87,7 @@ def test_waterfall_adds_up_what_is_used() -> None:
     assert bars[-1][:2] == pytest.approx((0.0, 1e3 / 2_038.4))
 
 
-def test_timeline_shows_all_of_the_window_in_its_proportions() -> None:
+def test_timeline_shows_the_whole_window_to_scale() -> None:
     profile = input_bound()
     waited = sum(step["got"] - step["asked"] for step in profile["demand"]["steps"])
     computed = sum(step["done"] - step["got"] for step in profile["demand"]["steps"])

@@ -1,4 +1,4 @@
-"""The profiler's turns of whole loaders, and of training from them."""
+"""The profiler's measurements of loaders, and of training from them."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from pipeline.spec import LoaderSpec
 from tests.helpers import FakeTime
 from tools.profiler import loaders, measuring
 from tools.profiler import training as trainings
-from tools.profiler.loaders import Feed, Opened, grid, measure_feeds
+from tools.profiler.loaders import LoaderSpeed, PausableLoader, grid, measure_loaders
 from tools.profiler.measuring import Estimate, Usage
 from tools.profiler.training import Emulated, Model, Training, measure_training, run_alone, run_window
 from training import metrics
@@ -38,14 +38,14 @@ def batch_of(count: int, dtype: torch.dtype = torch.float32) -> Batch:
     return Batch(images, torch.arange(count) % 3, np.arange(count))
 
 
-def making() -> list[str]:
-    """Threads that make batches."""
+def prefetching() -> list[str]:
+    """Names of threads that prefetch batches."""
     return [thread.name for thread in threading.enumerate() if thread.name.startswith("cropfeed")]
 
 
 @pytest.fixture
 def openings(monkeypatch: pytest.MonkeyPatch) -> list[LoaderSpec]:
-    """What is opened by the profiler, in order."""
+    """The specs that the profiler opens, in order."""
     specs: list[LoaderSpec] = []
     plain = loaders.open_loader
 
@@ -61,17 +61,17 @@ def openings(monkeypatch: pytest.MonkeyPatch) -> list[LoaderSpec]:
 
 
 @pytest.mark.parametrize("cold", [False, True])
-def test_loaders_take_turns_and_rest_between(
+def test_loaders_take_turns_and_pause_between(
     small_shards: Path, openings: list[LoaderSpec], monkeypatch: pytest.MonkeyPatch, cold: bool
 ) -> None:
     turns: list[int] = []
     dropped: list[list[Path]] = []
-    plain_run, plain_drop = loaders.run, loaders.drop_pages
+    plain_once, plain_drop = loaders.measure_once, loaders.drop_pages
 
-    def watched(opened: Opened, spec: LoaderSpec, seconds: float) -> Any:
-        assert making() == []
-        found = plain_run(opened, spec, seconds)
-        assert making() == []
+    def watched(loader: PausableLoader, spec: LoaderSpec, seconds: float) -> Any:
+        assert prefetching() == []
+        found = plain_once(loader, spec, seconds)
+        assert prefetching() == []
         turns.append(spec.threads)
         return found
 
@@ -79,43 +79,43 @@ def test_loaders_take_turns_and_rest_between(
         dropped.append(files)
         plain_drop(files)
 
-    monkeypatch.setattr(loaders, "run", watched)
+    monkeypatch.setattr(loaders, "measure_once", watched)
     monkeypatch.setattr(loaders, "drop_pages", noted)
     specs = [spec_for(small_shards, threads=1), spec_for(small_shards, threads=2)]
-    feeds = measure_feeds(specs, cold, 3, 0.05, "test")
-    assert sorted(turns) == [1] * 4 + [2] * 4  # one to warm up
-    assert [feed.spec for feed in feeds] == specs
-    for feed in feeds:
-        assert feed.error is None
-        assert len(feed.speeds) == len(feed.usages) == 3
-        assert 10 < min(feed.speeds) <= max(feed.speeds) < 1e6
-        assert all(0 < taken.seconds < 10 for taken in feed.usages)
+    measured = measure_loaders(specs, cold, 3, 0.05, "test")
+    assert sorted(turns) == [1] * 4 + [2] * 4  # one is warm-up
+    assert [one.spec for one in measured] == specs
+    for one in measured:
+        assert one.error is None
+        assert len(one.speeds) == len(one.usages) == 3
+        assert 10 < min(one.speeds) <= max(one.speeds) < 1e6
+        assert all(0 < used.seconds < 10 for used in one.usages)
     assert len(openings) == (8 if cold else 2)
     assert [len(files) for files in dropped] == ([4] * 8 if cold else [])
 
 
-def test_the_speed_is_counted(small_shards: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_images_per_second_of_a_loader(small_shards: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each batch of 8 takes 20 ms."""
     fake = FakeTime()
     monkeypatch.setattr(loaders, "time", fake)
     monkeypatch.setattr(measuring, "time", fake)
 
-    class Slow(Opened):
+    class Slow(PausableLoader):
         def next(self) -> Batch:
             fake.sleep(0.02)
             return super().next()
 
     spec = spec_for(small_shards)
-    opened = Slow(spec, cold=False)
-    speed, taken = loaders.run(opened, spec, 0.5)
-    opened.close()
+    loader = Slow(spec, cold=False)
+    speed, used = loaders.measure_once(loader, spec, 0.5)
+    loader.close()
     assert speed == pytest.approx(400)
-    assert taken.seconds == pytest.approx(0.5, abs=0.021)
+    assert used.seconds == pytest.approx(0.5, abs=0.021)
 
 
-def test_one_that_cannot_run_does_not_stop_the_others(small_shards: Path) -> None:
+def test_a_failing_loader_does_not_stop_the_others(small_shards: Path) -> None:
     specs = [spec_for(small_shards, engine=engine) for engine in ("ffcv", "cpu", "nothing")]
-    broken, good, unknown = measure_feeds(specs, False, 2, 0.05, "test")
+    broken, good, unknown = measure_loaders(specs, False, 2, 0.05, "test")
     assert good.error is None
     assert len(good.speeds) == 2
     assert "ffcv" in (broken.error or "").lower()
@@ -123,47 +123,46 @@ def test_one_that_cannot_run_does_not_stop_the_others(small_shards: Path) -> Non
     row = unknown.json(100.0)
     assert (row["engine"], row["threads"], row["images_per_s"], row["cpu_share"]) == ("nothing", 1, None, None)
     assert row["error"] == unknown.error
-    assert making() == []
+    assert prefetching() == []
 
 
 @pytest.mark.parametrize(("batch_size", "prefetch"), [(20, 2), (15, 4)])
 def test_too_few_images_for_a_cold_cache(small_shards: Path, batch_size: int, prefetch: int) -> None:
-    """Of 60, the first batches take all; at 15 they go on into the second epoch, whose images are no longer cold."""
-    (feed,) = measure_feeds([spec_for(small_shards, batch_size=batch_size, prefetch=prefetch)], True, 2, 0.05, "test")
-    assert "cold page cache cannot be measured with so few images (0 are left" in (feed.error or "")
-    (feed,) = measure_feeds([spec_for(small_shards, batch_size=batch_size, prefetch=prefetch)], False, 2, 0.05, "test")
-    assert feed.error is None
+    """The first batches use up all 60 images. Batches of 15 reach into the second epoch, where images are no longer cold."""
+    (one,) = measure_loaders([spec_for(small_shards, batch_size=batch_size, prefetch=prefetch)], True, 2, 0.05, "test")
+    assert "cold page cache cannot be measured with so few images (0 are left" in (one.error or "")
+    (one,) = measure_loaders([spec_for(small_shards, batch_size=batch_size, prefetch=prefetch)], False, 2, 0.05, "test")
+    assert one.error is None
 
 
-def test_a_cold_turn_reads_no_image_twice(small_shards: Path) -> None:
-    """However long it may last."""
+def test_a_cold_measurement_reads_no_image_twice(small_shards: Path) -> None:
     spec = spec_for(small_shards)
-    opened = Opened(spec, cold=True)
+    loader = PausableLoader(spec, cold=True)
     seen: list[int] = []
-    plain = opened.next
+    plain = loader.next
 
     def noted() -> Batch:
         batch = plain()
         seen.extend(batch.ids.tolist())
         return batch
 
-    opened.next = noted  # type: ignore[method-assign]
-    loaders.run(opened, spec, 60)
-    opened.close()
-    assert len(seen) == len(set(seen)) == 32  # of 56, behind three batches
+    loader.next = noted  # type: ignore[method-assign]
+    loaders.measure_once(loader, spec, 60)
+    loader.close()
+    assert len(seen) == len(set(seen)) == 32  # of 56, after the first three batches
 
 
-def test_a_feed_in_figures() -> None:
-    feed = Feed(spec_for(Path("x"), prefetch=3), [90.0, 110.0], [Usage(1, 0.4, 0.2), Usage(1, 0.6, None, 0.5)])
-    other = Feed(spec_for(Path("x")), [45.0, 50.0], [])
+def test_figures_of_a_loader() -> None:
+    loader = LoaderSpeed(spec_for(Path("x"), prefetch=3), [90.0, 110.0], [Usage(1, 0.4, 0.2), Usage(1, 0.6, None, 0.5)])
+    other = LoaderSpeed(spec_for(Path("x")), [45.0, 50.0], [])
     ratio = Estimate.of([2.0, 2.2])
-    assert feed.over(other).low == pytest.approx(ratio.low)
-    row = feed.json(1000.0)
+    assert loader.over(other).low == pytest.approx(ratio.low)
+    row = loader.json(1000.0)
     assert (row["images_per_s"], row["bytes_per_s"], row["prefetch"]) == (100, 100_000, 3)
     assert (row["cpu_share"], row["gpu_share"], row["jpeg_share"]) == (pytest.approx(0.5), 0.2, 0.5)
 
 
-def test_the_grid() -> None:
+def test_grid_of_specs() -> None:
     spec = LoaderSpec("x", engine="cpu", threads=2, prefetch=2)
     found = {(each.engine, each.threads, each.prefetch) for each in grid(spec, ["cpu", "dali"], [1, 2], [1, 2, 4])}
     assert found == {("cpu", t, p) for t in (1, 2) for p in (1, 2, 4)} | {("dali", 1, 2), ("dali", 2, 2)}
@@ -173,14 +172,14 @@ def test_the_grid() -> None:
 # --- Training
 
 
-class Metronome(Opened):
-    """Batches that are ready each 20 ms, whoever asks, of which none are kept ahead."""
+class Metronome(PausableLoader):
+    """Produces a batch every 20 ms, without prefetching."""
 
     def __init__(self, spec: LoaderSpec, fake: FakeTime) -> None:
         super().__init__(spec, cold=False)
         self.fake, self.due = fake, 0.0
 
-    def begin(self) -> None:
+    def resume(self) -> None:
         self.due = self.fake.now
 
     def next(self) -> Batch:
@@ -188,12 +187,12 @@ class Metronome(Opened):
         self.fake.sleep(self.due - self.fake.now)
         return batch_of(8)
 
-    ready, left = 1, 1 << 62
+    ready, images_left = 1, 1 << 62
 
 
 @pytest.fixture
 def fake(monkeypatch: pytest.MonkeyPatch) -> FakeTime:
-    """The time of everything that times training."""
+    """Fake time in all modules that measure training."""
     found = FakeTime()
     for module in (trainings, measuring, metrics, loaders):
         monkeypatch.setattr(module, "time", found)
@@ -201,7 +200,7 @@ def fake(monkeypatch: pytest.MonkeyPatch) -> FakeTime:
 
 
 @pytest.mark.parametrize(("images_per_s", "waits", "gets"), [(800, 0.5, 400), (500, 0.2, 400), (400, 0.0, 400), (200, 0.0, 200)])
-def test_the_share_of_waiting(fake: FakeTime, images_per_s: float, waits: float, gets: float) -> None:
+def test_data_wait(fake: FakeTime, images_per_s: float, waits: float, gets: float) -> None:
     training = Training(Emulated(images_per_s, torch.float32), spec_for(Path("x"), prefetch=4))
     window = run_window(training, Metronome(training.spec, fake), 2.0)
     assert window.wait_share == pytest.approx(waits, abs=0.01)
@@ -217,8 +216,8 @@ def test_the_share_of_waiting(fake: FakeTime, images_per_s: float, waits: float,
 
 def test_an_emulated_accelerator(fake: FakeTime) -> None:
     assert run_alone(Emulated(200, torch.float32), batch_of(8), "cpu", 1) == pytest.approx(200)
-    assert run_alone(Emulated(200, torch.float32), batch_of(8), "cpu", 0) == pytest.approx(200)  # a step at least
-    assert run_alone(Emulated(200, torch.float32, 5.0), batch_of(8), "cpu", 1) == pytest.approx(100)  # 5 ms an image slower
+    assert run_alone(Emulated(200, torch.float32), batch_of(8), "cpu", 0) == pytest.approx(200)  # at least one step
+    assert run_alone(Emulated(200, torch.float32, 5.0), batch_of(8), "cpu", 1) == pytest.approx(100)  # 5 ms longer per image
 
 
 def test_an_emulated_accelerator_in_real_time() -> None:
@@ -227,7 +226,7 @@ def test_an_emulated_accelerator_in_real_time() -> None:
 
 @pytest.fixture
 def one_thread() -> Iterator[None]:
-    """On two threads some processors' bfloat16 gradients differ by 2 % from one computation to the next."""
+    """With two threads, bfloat16 gradients of some processors differ by 2 % between computations."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -236,31 +235,31 @@ def one_thread() -> Iterator[None]:
 
 @pytest.mark.usefixtures("one_thread")
 @pytest.mark.parametrize("precision", ["no", "bf16"])
-def test_a_step_is_that_of_training(precision: str) -> None:
-    """Two steps of SGD with momentum, by hand, from the same weights."""
+def test_a_step_is_sgd_with_momentum(precision: str) -> None:
+    """Two steps, compared with a manual computation from the same weights."""
     torch.manual_seed(0)
     model = Model("resnet18", precision, spec_for(Path("x")), 3)
     assert model.dtype == {"no": torch.float32, "bf16": torch.bfloat16}[precision]
-    net = copy.deepcopy(model._net)
-    weights, velocity = list(net.parameters()), [torch.zeros_like(weight) for weight in net.parameters()]
+    module = copy.deepcopy(model.module)
+    weights, velocity = list(module.parameters()), [torch.zeros_like(weight) for weight in module.parameters()]
     before = [weight.detach().clone() for weight in weights]
     batch = batch_of(8)
     for _ in range(2):
         with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
-            loss = F.cross_entropy(net(batch.images), batch.labels)
+            loss = F.cross_entropy(module(batch.images), batch.labels)
         gradients = torch.autograd.grad(loss, weights)
         with torch.no_grad():
             for number, (weight, gradient) in enumerate(zip(weights, gradients, strict=True)):
                 velocity[number] = 0.9 * velocity[number] + gradient + 1e-4 * weight
                 weight -= 1e-3 * velocity[number]
         model.step(batch._replace(images=batch.images.to(model.dtype)))
-    moved = torch.cat([(new - old).flatten() for new, old in zip(model._net.parameters(), before, strict=True)])
+    moved = torch.cat([(new - old).flatten() for new, old in zip(model.module.parameters(), before, strict=True)])
     expected = torch.cat([(new - old).flatten() for new, old in zip(weights, before, strict=True)])
     assert expected.norm() > 0
     assert (moved - expected).norm() / expected.norm() < 0.001
 
 
-def test_a_model_slowed_down(fake: FakeTime) -> None:
+def test_a_planted_slow_model(fake: FakeTime) -> None:
     model = Model("resnet18", "no", spec_for(Path("x")), 3, slower_ms=5)
     model.step(batch_of(8))
     assert fake.now == pytest.approx(0.04)
@@ -281,24 +280,24 @@ def test_consumers_and_loaders_take_turns(small_shards: Path) -> None:
         assert 0 <= found["ready"] <= 1
         assert found["emulated"] is True
         assert [set(step) for step in found["steps"]] == [{"asked", "got", "done"}] * len(training.windows[-1].steps)
-    assert making() == []
+    assert prefetching() == []
 
 
-def test_without_turns_alone(small_shards: Path) -> None:
+def test_training_without_the_step_alone(small_shards: Path) -> None:
     way = (spec_for(small_shards), Emulated(400, torch.float32))
     for training in measure_training([way, way], False, 2, 0.05, "test", alone=False):
         assert training.alone == []
         assert len(training.windows) == 2
 
 
-def test_a_step_at_least_from_a_cold_cache(small_shards: Path, openings: list[LoaderSpec]) -> None:
+def test_at_least_one_step_from_a_cold_cache(small_shards: Path, openings: list[LoaderSpec]) -> None:
     spec = spec_for(small_shards, batch_size=20)
     (training,) = measure_training([(spec, Emulated(4000, torch.float32))], True, 2, 0.5, "test")
     assert [len(window.steps) for window in training.windows] == [1, 1]
     assert len(openings) == 3
 
 
-def test_loaders_that_cannot_be_opened_are_told(small_shards: Path) -> None:
+def test_an_unknown_engine_is_an_error(small_shards: Path) -> None:
     with pytest.raises(UserError, match="unknown engine"):
         measure_training([(spec_for(small_shards, engine="x"), Emulated(100, torch.float32))], False, 2, 0.1, "test")
-    assert making() == []
+    assert prefetching() == []

@@ -1,4 +1,4 @@
-"""The profiler's measuring tools: intervals, turns, and the utilisation of processor and GPU."""
+"""The profiler's measurements: confidence intervals, turns, and CPU and GPU utilization."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ from tools.profiler.measuring import Estimate, GpuSampler, cores, cpu_seconds, i
 
 
 @pytest.mark.parametrize(("values", "t_table"), [([1, 2, 3, 4, 5], 2.776), ([3, 5], 12.706), ([7.5] * 3, 4.303)])
-def test_the_interval_is_students(values: list[float], t_table: float) -> None:
-    """t_table: 97.5 %, from a printed table."""
+def test_the_interval_is_from_students_t(values: list[float], t_table: float) -> None:
+    """t_table: the 97.5 % quantile from a printed table."""
     found = Estimate.of(values)
     middle = sum(values) / len(values)
     spread = math.sqrt(sum((value - middle) ** 2 for value in values) / (len(values) - 1))
@@ -30,7 +30,7 @@ def test_the_interval_is_students(values: list[float], t_table: float) -> None:
     assert (found.mean, found.low, found.high) == pytest.approx((middle, middle - reach, middle + reach), rel=1e-3)
 
 
-def test_the_interval_is_scipys() -> None:
+def test_the_interval_equals_scipys() -> None:
     values = [812.0, 790.5, 833.1, 805.9, 801.2, 799.9, 826.0]
     found = Estimate.of(values)
     low, high = scipy.stats.t.interval(0.95, len(values) - 1, scipy.stats.tmean(values), scipy.stats.sem(values))
@@ -45,33 +45,33 @@ def test_no_speed_is_negative() -> None:
     assert Estimate.of_speeds([1.0, 5.0]).mean == 3
 
 
-def test_every_way_has_its_turn_in_every_repeat() -> None:
+def test_in_turns_covers_every_way_in_every_repeat() -> None:
     taken: list[str] = []
     in_turns("abcd", 6, taken.append)
     repeats = ["".join(taken[at : at + 4]) for at in range(0, len(taken), 4)]
     assert len(repeats) == 6
     assert all(sorted(repeat) == list("abcd") for repeat in repeats)
-    assert len(set(repeats)) > 1  # drawn anew
+    assert len(set(repeats)) > 1  # the order varies
 
 
-# --- The processor's and the GPU's time
+# --- CPU and GPU utilization
 
 
 def burn(seconds: float) -> None:
-    """CPU time of this thread, however long that takes."""
+    """Use CPU time in this thread."""
     until = time.thread_time() + seconds
     while time.thread_time() < until:
         pass
 
 
-def test_cpu_time_of_threads_counts() -> None:
+def test_cpu_time_includes_threads() -> None:
     before = cpu_seconds()
     with ThreadPoolExecutor(2) as pool:
         list(pool.map(burn, [0.15, 0.15]))
     assert cpu_seconds() - before == pytest.approx(0.3, abs=0.1)
 
 
-def test_cpu_time_of_children_counts_while_they_live_and_after() -> None:
+def test_cpu_time_includes_running_and_finished_children() -> None:
     code = "import time\nwhile time.process_time() < 0.3: pass\nprint(time.process_time(), flush=True); input()"
     before = cpu_seconds()
     child = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
@@ -81,19 +81,19 @@ def test_cpu_time_of_children_counts_while_they_live_and_after() -> None:
     child.communicate("\n")
     after = cpu_seconds() - before
     assert alive == pytest.approx(burnt, abs=0.1)
-    assert alive - 0.03 <= after <= alive + 0.1  # not lost, not counted twice; the kernel counts ticks
+    assert alive - 0.03 <= after <= alive + 0.1  # not lost, and not counted twice; the kernel counts in ticks
 
 
-def test_the_share_of_the_cores() -> None:
-    with usage("cpu") as taken:
+def test_cpu_share() -> None:
+    with usage("cpu") as used:
         began, cpu = time.perf_counter(), time.process_time()
         burn(0.3)
         time.sleep(0.1)
         cpu, wall = time.process_time() - cpu, time.perf_counter() - began
-    assert taken.seconds == pytest.approx(wall, abs=0.05)
-    assert taken.cpu_share * cores() * taken.seconds == pytest.approx(cpu, abs=0.05)
-    assert 0 < taken.cpu_share < 1.05 / cores()  # of one busy thread
-    assert taken.gpu_share is taken.jpeg_share is None
+    assert used.seconds == pytest.approx(wall, abs=0.05)
+    assert used.cpu_share * cores() * used.seconds == pytest.approx(cpu, abs=0.05)
+    assert 0 < used.cpu_share < 1.05 / cores()  # one busy thread
+    assert used.gpu_share is used.jpeg_share is None
 
 
 class NVMLError(Exception):
@@ -101,7 +101,7 @@ class NVMLError(Exception):
 
 
 class FakeNvml(SimpleNamespace):
-    """NVML as far as it is asked: 20 and 40 per cent in turn, of GPU "GPU-one" alone."""
+    """The functions of NVML that the profiler calls: GPU "GPU-one", with alternating utilizations of 20 and 40 percent."""
 
     NVMLError = NVMLError
 
@@ -130,7 +130,7 @@ class FakeNvml(SimpleNamespace):
         assert handle == "handle"
         if not self.has_jpeg:
             raise NVMLError("not supported")
-        return [80, 1000]  # and the sampling period
+        return [80, 1000]  # the second is the sampling period
 
 
 def sampled(monkeypatch: pytest.MonkeyPatch, fake: FakeNvml, uuid: str = "one") -> tuple[float | None, float | None]:
@@ -142,7 +142,7 @@ def sampled(monkeypatch: pytest.MonkeyPatch, fake: FakeNvml, uuid: str = "one") 
     return sampler.shares()
 
 
-def test_the_gpus_utilisation(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_gpu_utilization(monkeypatch: pytest.MonkeyPatch) -> None:
     fake = FakeNvml(jpeg=True)
     gpu, jpeg = sampled(monkeypatch, fake)
     expected = (40 * -(-fake.asked // 2) + 20 * (fake.asked // 2)) / fake.asked / 100
@@ -156,7 +156,7 @@ def test_a_gpu_without_a_jpeg_engine(monkeypatch: pytest.MonkeyPatch) -> None:
     assert jpeg is None
 
 
-def test_without_nvml_nothing_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_shares_are_none_without_nvml(monkeypatch: pytest.MonkeyPatch) -> None:
     assert sampled(monkeypatch, FakeNvml(jpeg=True, works=False)) == (None, None)
     assert sampled(monkeypatch, FakeNvml(jpeg=True), uuid="another") == (None, None)
     monkeypatch.setitem(sys.modules, "pynvml", None)  # not installed

@@ -1,4 +1,4 @@
-"""What the profiler plans for clusters, against figures by hand; and its search for the best threads and depth."""
+"""The profiler's plans for clusters, and its search for the best threads and prefetch depth."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ from tools.profiler.tune import tune
 # --- Planning ahead
 
 HOST = Host(
-    cores=64, per_core=500.0, image_bytes=110e3, data_bytes=141_000_000_000, memory=400_000_000_000, storage=3e9, copy=25e9,
-    picture_bytes=150_528,
+    cores=64, per_core=500.0, stored_bytes=110e3, data_bytes=141_000_000_000, memory=400_000_000_000, storage=3e9, copy=25e9,
+    pixel_bytes=150_528,
 )  # fmt: skip
 
 
@@ -30,8 +30,8 @@ def needs(plan: dict[str, Any]) -> dict[str, dict[str, Any]]:
     return {need["name"]: need for need in plan["needs"]}
 
 
-def test_a_cluster_by_hand() -> None:
-    """8 GPUs that eat 3000 images/s are 24,000 a host."""
+def test_plan_of_a_cluster() -> None:
+    """8 GPUs of 3000 images/s need 24,000 per host."""
     plan = plan_ahead(HOST, 8, 16, 3000, None, 4096)
     found = needs(plan)
     assert (plan["gpus"], plan["hosts"], plan["demand"], plan["images_per_s"]) == (8, 16, 3000, 384_000)
@@ -43,18 +43,18 @@ def test_a_cluster_by_hand() -> None:
     assert found["network, data"]["here"] is None
     assert (found["memory"]["needed"], found["memory"]["here"]) == (141e9, 400e9)
     assert found["copies to GPUs"]["needed"] == pytest.approx(24_000 * 224 * 224 * 3)
-    assert found["copies to GPUs"]["here"] == 200e9  # every GPU has its own
+    assert found["copies to GPUs"]["here"] == 200e9  # each GPU has its own
     assert "network, gradients" not in found
     assert plan["breaks_first"] is None
-    for words in ("16 hosts with 8 GPUs", "3,000 images/s a GPU", "384,000 images/s, 24,000 a host", "48 cores", "2.64 GB/s"):
+    for words in ("16 hosts with 8 GPUs", "3,000 images/s per GPU", "384,000 images/s, 24,000 per host", "48 cores", "2.64 GB/s"):
         assert words in plan["text"]
     assert "21.1 Gbit/s" in plan["text"]
-    assert "meets all" in plan["text"]
-    assert "500 images/s a core" in found["cores"]["why"]
+    assert "meets every need" in plan["text"]
+    assert "500 images/s per core" in found["cores"]["why"]
 
 
-def test_the_gradients_traffic() -> None:
-    """Around a ring of 16, each host sends 2 * 15/16 of 102.228 MB in each of 384,000 / 4096 = 93.75 steps."""
+def test_traffic_of_gradients() -> None:
+    """In a ring of 16, each host sends 2 * 15/16 of 102.228 MB per step, at 384,000 / 4096 = 93.75 steps/s."""
     plan = plan_ahead(HOST, 8, 16, 3000, 25_557_032, 4096)
     gradients = needs(plan)["network, gradients"]
     assert gradients["needed"] == pytest.approx(2 * 15 / 16 * 102.228128e6 * 93.75 * 8 / 1e9)
@@ -70,20 +70,20 @@ def test_the_gradients_traffic() -> None:
         (replace(HOST, cores=40, storage=1.32e9), "storage", "storage: 1.32 GB/s here, 2.64 GB/s needed"),
         (replace(HOST, cores=16, storage=1.32e9), "cores", "cores: 16 cores here, 48 cores needed"),
         (replace(HOST, copy=0.4e9), "copies to GPUs", "copies to GPUs: 3.20 GB/s here, 3.61 GB/s needed"),
-        (replace(HOST, copy=None), None, "meets all"),
-        (replace(HOST, memory=100_000_000), None, "meets all"),  # then the storage must give all, always
+        (replace(HOST, copy=None), None, "meets every need"),
+        (replace(HOST, memory=100_000_000), None, "meets every need"),  # the storage delivers all images
     ],
 )
-def test_it_breaks_first_where_most_is_missing(host: Host, first: str | None, words: str) -> None:
+def test_the_first_bottleneck(host: Host, first: str | None, words: str) -> None:
     plan = plan_ahead(host, 8, 16, 3000, None, 4096)
     assert plan["breaks_first"] == first
     assert words in plan["text"]
 
 
 @pytest.mark.parametrize(
-    ("memory", "when"), [(142_000_000_000, "first epoch; then they lie in memory"), (140_000_000_000, "always")]
+    ("memory", "when"), [(142_000_000_000, "first epoch; later epochs read from memory"), (140_000_000_000, "every epoch")]
 )
-def test_whether_the_shards_fit_into_memory(memory: int, when: str) -> None:
+def test_shards_that_fit_into_memory(memory: int, when: str) -> None:
     found = needs(plan_ahead(replace(HOST, memory=memory), 8, 16, 3000, None, 4096))
     assert when in found["storage"]["why"]
     assert when in found["network, data"]["why"]
@@ -97,7 +97,7 @@ SPEEDS = dict(zip(SETTINGS, [300, 310, 320, 850, 945, 985, 880, 990, 1000], stri
 
 @dataclass
 class Machine:
-    """Loaders of known speeds. noise: standard deviation of a turn's, in parts. fails: a setting that cannot be opened."""
+    """Loaders of known speeds. noise: relative standard deviation of a measurement. fails: a setting that cannot be opened."""
 
     time: FakeTime
     speeds: dict[tuple[int, int], float] = field(default_factory=lambda: dict(SPEEDS))
@@ -109,7 +109,7 @@ class Machine:
     def __post_init__(self) -> None:
         self._draws = random.Random(3)
 
-    def run(self, opened: Opened, spec: LoaderSpec, seconds: float) -> tuple[float, Usage]:
+    def measure_once(self, opened: FakeLoader, spec: LoaderSpec, seconds: float) -> tuple[float, Usage]:
         assert opened.spec is spec
         assert opened.cold is False
         setting = (spec.threads, spec.prefetch)
@@ -120,7 +120,7 @@ class Machine:
         return self.speeds[setting] * self._draws.gauss(1, self.noise), Usage(seconds)
 
 
-class Opened:
+class FakeLoader:
     machine: Machine
 
     def __init__(self, spec: LoaderSpec, cold: bool) -> None:
@@ -132,15 +132,15 @@ class Opened:
 
 @pytest.fixture
 def machine(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Machine]:
-    """Makes a machine that `tune` runs on."""
+    """Creates a machine for `tune`."""
 
     def make(**changes: Any) -> Machine:
         time = FakeTime()
         made = Machine(time, **changes)
-        Opened.machine = made
+        FakeLoader.machine = made
         monkeypatch.setattr(tuning, "time", time)
-        monkeypatch.setattr(tuning, "run", made.run)
-        monkeypatch.setattr(tuning, "Opened", Opened)
+        monkeypatch.setattr(tuning, "measure_once", made.measure_once)
+        monkeypatch.setattr(tuning, "PausableLoader", FakeLoader)
         return made
 
     return make
@@ -150,7 +150,7 @@ SPECS = [LoaderSpec("x", threads=threads, prefetch=prefetch) for threads, prefet
 
 
 @pytest.mark.parametrize("seed", range(5))
-def test_the_cheapest_of_the_best(machine: Callable[..., Machine], seed: int) -> None:
+def test_the_cheapest_good_setting_is_chosen(machine: Callable[..., Machine], seed: int) -> None:
     """985 of 1000 is good enough, 945 is not."""
     made = machine(noise=0.004)
     made._draws.seed(seed)
@@ -164,7 +164,7 @@ def test_the_cheapest_of_the_best(machine: Callable[..., Machine], seed: int) ->
     assert made.closed == Counter(SETTINGS)
 
 
-def test_one_that_stands_out_is_found_at_once(machine: Callable[..., Machine]) -> None:
+def test_an_outstanding_setting_is_found_early(machine: Callable[..., Machine]) -> None:
     made = machine(speeds=SPEEDS | {(2, 2): 2000.0})
     found = tune(SPECS, cold=False)
     assert (found.spec.threads, found.spec.prefetch) == (2, 2)
@@ -172,8 +172,8 @@ def test_one_that_stands_out_is_found_at_once(machine: Callable[..., Machine]) -
 
 
 @pytest.mark.parametrize("budget", [1.0, 4.0])
-def test_a_budget_is_kept_once_each_has_had_a_turn(machine: Callable[..., Machine], budget: float) -> None:
-    """Nine turns take 2.7 s."""
+def test_the_budget_holds_after_one_measurement_of_each(machine: Callable[..., Machine], budget: float) -> None:
+    """Nine measurements take 2.7 s."""
     made = machine(noise=0.0)
     found = tune(SPECS, cold=False, budget=budget)
     assert Counter(made.turns) >= Counter(SETTINGS)
@@ -182,7 +182,7 @@ def test_a_budget_is_kept_once_each_has_had_a_turn(machine: Callable[..., Machin
     assert (found.spec.threads, found.spec.prefetch) == (2, 4)
 
 
-def test_loaders_that_cannot_be_opened_end_the_search(machine: Callable[..., Machine]) -> None:
+def test_a_failing_loader_ends_the_search(machine: Callable[..., Machine]) -> None:
     made = machine(fails=(4, 4))
     with pytest.raises(UserError, match="out of luck"):
         tune(SPECS, cold=False)

@@ -1,4 +1,4 @@
-"""What a profile's figures become: the same strings in the terminal's table and in the report."""
+"""A profile's figures as text: the same strings in the terminal's tables and in the HTML report."""
 
 from __future__ import annotations
 
@@ -19,7 +19,6 @@ from tests.tools.profiler.profiles import (
     Profile,
     ahead,
     applied,
-    compared,
     compute_bound,
     far_apart,
     input_bound,
@@ -38,7 +37,7 @@ HOSTILE = "/data/<script>alert(1)</script> & \"shards\" 'x'"
 
 
 class Shown(HTMLParser):
-    """The report's text, its table rows, and what it refers to."""
+    """The report's text, its table rows, and its references."""
 
     def __init__(self, page: str) -> None:
         super().__init__()
@@ -76,12 +75,12 @@ def plain(text: str) -> str:
 
 
 def shown(text: str, line: str) -> bool:
-    """Whether a figure stands in a line, not merely as a part of a longer one."""
+    """Whether a line contains a figure, other than as a part of a longer one."""
     return re.search(rf"(?<![\w.,]){re.escape(text)}(?![\w]|[.,]\d)", line) is not None
 
 
 def assert_row(profile: Profile, *texts: str) -> None:
-    """That one line of the table, and one row of the report, holds all of these."""
+    """Assert that a line of the table and a row of the report contain all of these."""
     for kind, lines in (("table", table(profile).splitlines()), ("HTML", Shown(html(profile, {})).rows)):
         assert any(all(shown(text, plain(line)) for text in texts) for line in lines), f"{kind}: no row with {texts}"
 
@@ -91,7 +90,7 @@ def spread(given: Profile) -> tuple[str, str]:
 
 
 @pytest.mark.parametrize("example", EXAMPLES)
-def test_examples_are_what_the_schema_says(example: Callable[[], Profile]) -> None:
+def test_examples_are_valid_by_the_schema(example: Callable[[], Profile]) -> None:
     jsonschema.validate(example(), SCHEMA)
 
 
@@ -130,7 +129,7 @@ def test_examples_are_what_the_schema_says(example: Callable[[], Profile]) -> No
         (figures.count(16, "thread"), "16 threads"),
     ],
 )
-def test_how_figures_are_written(made: str, text: str) -> None:
+def test_format_of_figures(made: str, text: str) -> None:
     assert made == text
 
 
@@ -188,26 +187,26 @@ def test_demand_is_shown(example: Callable[[], Profile]) -> None:
         assert ("emulated by waiting" in text) == demand["emulated"]
 
 
-def test_without_demand_none_is_claimed() -> None:
+def test_without_demand_no_training_is_shown() -> None:
     for text in (table(no_demand()), Shown(html(no_demand(), {})).text):
         assert "No demand was measured" in text
-        assert "waiting" not in text
+        assert "data wait" not in text.lower()
         assert "train step alone" not in text
 
 
-def test_remedy_tried_is_shown_with_its_prediction() -> None:
+def test_tried_remedy_is_shown_with_its_prediction() -> None:
     assert_row(applied(), "--threads 2", "1.91 ×", "1.85 ×", "1.79 × to 1.91 ×")
     page = Shown(html(applied(), {})).text
     assert "1.91 × predicted, 1.85 × measured (1.79 × to 1.91 ×)" in page
     assert "measured (" not in Shown(html(input_bound(), {})).text
     assert_row(not_applied(), "--threads 2 (not tried: the cores are taken)", "1.91 ×")
     other = applied()
-    other["applied"]["change"] = "--threads 4"  # another than the verdict's gets a row of its own
+    other["applied"]["change"] = "--threads 4"  # a remedy other than the verdict's gets its own row
     assert_row(other, "--threads 4", "1.85 ×")
     assert not any("--threads 2" in line and "1.85 ×" in line for line in table(other).splitlines())
 
 
-def test_tuned_ahead_and_rows_are_shown_where_present() -> None:
+def test_tuned_and_plan_are_shown_if_present() -> None:
     assert_row(tuned(), "2", "8", "3,962", "41.4 s")
     assert "/home/me/cropfeed-tuned.json" in Shown(html(tuned(), {})).text
     assert "/home/me/cropfeed-tuned.json" in table(tuned())
@@ -216,18 +215,9 @@ def test_tuned_ahead_and_rows_are_shown_where_present() -> None:
         assert_row(ahead(), need["name"], needed, here, figures.gain(need["needed"] / need["here"]) if need["here"] else "–")
     for text in (plain(table(ahead())), Shown(html(ahead(), {})).text):
         assert ahead()["ahead"]["text"] in text
-        assert "4 hosts of 8 GPUs, 3,100 images/s each, 99,200 in all" in text
-        assert text.count("breaks first: 0.541 ms of a core") == 1
-    for row in compared()["rows"]:
-        if row["error"]:
-            assert_row(compared(), row["name"], row["data"], "not measured: " + row["error"])
-        else:
-            assert_row(compared(), row["name"], row["data"], *spread(row), figures.gain(row["ratio"]))
-    order = [row["name"] for row in compared()["rows"]]
-    lines = [line.split()[0] for line in table(compared()).splitlines() if line.split() and line.split()[0] in order]
-    lines = lines[-len(order) :]  # ffcv is the name of a loader, too
-    assert lines == ["cropfeed-cpu-lossless", "cropfeed-cpu-original", "spdl", "torchvision-v2", "dali-roi", "ffcv"]
-    for title in ("Tuned", "Ahead", "Peers"):
+        assert "4 hosts of 8 GPUs, 3,100 images/s each, 99,200 in total" in text
+        assert text.count("first bottleneck: 0.541 ms per image and core") == 1
+    for title in ("Tuned", "Plan"):
         assert title not in table(input_bound())
         assert title not in Shown(html(input_bound(), {})).text
 
@@ -247,7 +237,7 @@ def test_lines_of_the_table_fit_a_terminal(example: Callable[[], Profile]) -> No
 
 
 def test_report_escapes_what_it_is_given() -> None:
-    profile = compared()
+    profile = applied()
     for holder, name in (
         (profile["data"], "path"),
         (profile["made"], "command"),
@@ -255,7 +245,7 @@ def test_report_escapes_what_it_is_given() -> None:
         (profile["verdict"], "change"),
         (profile["demand"], "what"),
         (profile["loaders"][-1], "error"),
-        (profile["rows"][0], "name"),
+        (profile["applied"], "change"),
     ):
         holder[name] = HOSTILE
     page = html(profile, {})
@@ -264,7 +254,7 @@ def test_report_escapes_what_it_is_given() -> None:
     assert Shown(page).text.count(plain(HOSTILE)) >= 7
 
 
-def test_report_needs_nothing_else(tmp_path: Path) -> None:
+def test_report_is_self_contained(tmp_path: Path) -> None:
     report = write_report(input_bound(), tmp_path / "new" / "folder")
     assert report == tmp_path / "new" / "folder" / "report.html"
     page = report.read_text(encoding="utf-8")
@@ -277,13 +267,13 @@ def test_report_needs_nothing_else(tmp_path: Path) -> None:
     assert sorted(file.name for file in report.parent.iterdir()) == ["report.html", "stages.png", "threads.png", "timeline.png"]
 
 
-def test_timeline_of_an_earlier_report_goes(tmp_path: Path) -> None:
+def test_timeline_of_an_earlier_report_is_removed(tmp_path: Path) -> None:
     write_report(input_bound(), tmp_path)
     write_report(no_demand(), tmp_path)
     assert sorted(file.name for file in tmp_path.iterdir()) == ["report.html", "stages.png", "threads.png"]
 
 
-def test_folder_that_cannot_be_written_is_named(tmp_path: Path) -> None:
+def test_unwritable_folder_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match=re.escape(str(tmp_path / "file"))) as caught:
         write_report(input_bound(), tmp_path / "file")
@@ -291,13 +281,13 @@ def test_folder_that_cannot_be_written_is_named(tmp_path: Path) -> None:
     (tmp_path / "report.html").mkdir()
     with pytest.raises(UserError, match=re.escape(str(tmp_path))):
         write_report(input_bound(), tmp_path)
-    assert not [file for file in tmp_path.iterdir() if file.name.startswith(".")]  # no halves
+    assert not [file for file in tmp_path.iterdir() if file.name.startswith(".")]  # no partial files
 
 
 def test_report_without_matplotlib_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delitem(sys.modules, "tools.profiler.charts")
     monkeypatch.delattr("tools.profiler.charts", raising=False)
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    with pytest.raises(UserError, match=r"matplotlib is not installed; pip install -e '\.\[dev\]'"):
+    with pytest.raises(UserError, match=r"matplotlib is not installed; pip install -e '\.\[report\]'"):
         write_report(input_bound(), tmp_path / "out")
     assert not (tmp_path / "out").exists()

@@ -1,4 +1,4 @@
-"""The profiler's stages: they do what the CPU engine does, and are counted right."""
+"""The profiler's stages: they do what the CPU engine does, and their speeds are correct."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ from pipeline.plan.geometry import Geometry, PaddedCrop, ScaleJitter
 from pipeline.spec import LoaderSpec
 from pipeline.store.shards import ShardSet
 from tests.helpers import open_image
-from tools.bench.peers import data
 from tools.profiler import stages
+from tools.profiler.convert import convert
 from tools.profiler.stages import Measured, Samples, measure_stages, speed
 
 SIZE = 32
@@ -37,15 +37,15 @@ def spec_for(shards: Path, dtype: torch.dtype = torch.float32) -> LoaderSpec:
 
 @pytest.fixture(scope="module")
 def lossless(image_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Shards of the training images that open at the crop."""
+    """Shards of profile lossless, of the training images."""
     out = tmp_path_factory.mktemp("lossless") / "shards"
-    data.convert(image_folder / "train", out, "lossless", 16)
+    convert(image_folder / "train", out, "lossless", 60, beton=False)
     return out
 
 
 @pytest.fixture
 def opened() -> Iterator[Any]:
-    """Opens `Samples`, and closes them at the end."""
+    """Opens `Samples`, and closes them after the test."""
     all_samples: list[Samples] = []
 
     def open_samples(spec: LoaderSpec) -> Samples:
@@ -58,7 +58,7 @@ def opened() -> Iterator[Any]:
 
 
 def loaded(spec: LoaderSpec) -> dict[tuple[int, int], npt.NDArray[Any]]:
-    """The pictures of the engine's first epoch, by batch and place: (H, W, 3), bfloat16 as its bits."""
+    """The images of the engine's first epoch, by batch and place: (H, W, 3), bfloat16 as its bits."""
     loader = open_loader(spec)
     found = {}
     for number, batch in enumerate(loader):
@@ -72,12 +72,12 @@ def loaded(spec: LoaderSpec) -> dict[tuple[int, int], npt.NDArray[Any]]:
 
 def keys(samples: Samples) -> list[tuple[int, int]]:
     """Batch and place of each sample."""
-    numbers = {id(work): number for number, work in enumerate(samples.plans)}
-    return [(numbers[id(work)], place) for work, place in samples.places]
+    numbers = {id(plan): number for number, plan in enumerate(samples.plans)}
+    return [(numbers[id(plan)], place) for plan, place in samples.places]
 
 
 @pytest.mark.parametrize("profile", ["original", "lossless"])
-def test_decoding_and_resampling_make_the_engines_pictures(small_shards: Path, lossless: Path, opened: Any, profile: str) -> None:
+def test_decoding_and_resampling_equal_the_engine(small_shards: Path, lossless: Path, opened: Any, profile: str) -> None:
     spec = spec_for(small_shards if profile == "original" else lossless, torch.uint8)
     expected = loaded(spec)
     samples = opened(spec)
@@ -87,23 +87,23 @@ def test_decoding_and_resampling_make_the_engines_pictures(small_shards: Path, l
         assert np.array_equal(pixels, samples.decoded[number][0])
         assert where.tolist() == samples.decoded[number][1].tolist()
         samples.resample(number)
-        assert np.array_equal(samples._memory().picture[0], expected[key])
+        assert np.array_equal(samples.buffers().image[0], expected[key])
 
 
 @pytest.mark.parametrize("geometry", [ScaleJitter(36, 68), PaddedCrop(12)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_the_tail_makes_the_engines_images(small_shards: Path, opened: Any, dtype: torch.dtype, geometry: Geometry) -> None:
+def test_normalization_equals_the_engine(small_shards: Path, opened: Any, dtype: torch.dtype, geometry: Geometry) -> None:
     spec = replace(spec_for(small_shards, dtype), geometry=geometry)
     expected = loaded(spec)
     samples = opened(spec)
     for number, key in enumerate(keys(samples)):
         samples.resample(number)
-        row = samples.tail(number)
-        assert row.dtype == STORED_AS[dtype]
-        assert np.array_equal(row[0], expected[key])
+        normalized = samples.normalize(number)
+        assert normalized.dtype == STORED_AS[dtype]
+        assert np.array_equal(normalized[0], expected[key])
 
 
-def test_assembly_gives_whole_batches(small_shards: Path, opened: Any) -> None:
+def test_assembly_makes_whole_batches(small_shards: Path, opened: Any) -> None:
     spec = spec_for(small_shards)
     samples = opened(spec)
     loader = open_loader(spec)
@@ -116,18 +116,18 @@ def test_assembly_gives_whole_batches(small_shards: Path, opened: Any) -> None:
     loader.close()
 
 
-def test_a_cut_holds_the_pixels_that_decoding_gives(lossless: Path, opened: Any) -> None:
+def test_a_cut_decodes_to_the_same_pixels(lossless: Path, opened: Any) -> None:
     samples = opened(spec_for(lossless))
     lengths = []
     for number in range(len(samples.places)):
         length = samples.cut(number)
-        own = samples._memory()
+        own = samples.buffers()
         piece = own.cut[:length].tobytes()
         top, left, height, width = own.place.tolist()
         assert simplejpeg.decode_jpeg_header(piece)[:2] == (height, width)
         whole = np.asarray(open_image(samples.stored[number].tobytes()).convert("RGB")).astype(int)
         inside = whole[top : top + height, left : left + width]
-        assert np.abs(inside - simplejpeg.decode_jpeg(piece)).mean() < 2  # colour differs at the cut's edges
+        assert np.abs(inside - simplejpeg.decode_jpeg(piece)).mean() < 2  # chroma differs at the edges of the cut
         lengths.append(length / len(samples.stored[number]))
     assert min(lengths) < 0.8
 
@@ -135,14 +135,14 @@ def test_a_cut_holds_the_pixels_that_decoding_gives(lossless: Path, opened: Any)
 def test_reading_touches_the_stored_image(small_shards: Path, opened: Any) -> None:
     samples = opened(spec_for(small_shards))
     shards = ShardSet(small_shards, "train")
-    for number, (work, place) in enumerate(samples.places[:10]):
-        stored = shards.read(int(work.ids[place]))
+    for number, (plan, place) in enumerate(samples.places[:10]):
+        stored = shards.read(int(plan.ids[place]))
         assert np.array_equal(samples.stored[number], stored)
         assert samples.read(number) == int(stored[:: stages.PAGE].astype(np.int64).sum()) + int(stored[-1])
 
 
 def overwrite(shards: Path, samples: list[int]) -> None:
-    """Training images become zeros."""
+    """Overwrite training images with zeros."""
     opened = ShardSet(shards, "train")
     for sample in samples:
         record = opened.samples[sample]
@@ -155,11 +155,11 @@ def test_corrupt_images_are_left_out(small_shards: Path, tmp_path: Path, opened:
     shards = tmp_path / "shards"
     shutil.copytree(small_shards, shards)
     whole = opened(spec_for(shards))
-    planned = [int(work.ids[place]) for work, place in whole.places]
+    planned = [int(plan.ids[place]) for plan, place in whole.places]
     assert len(planned) == 56
     overwrite(shards, planned[3:5])
     samples = opened(spec_for(shards))
-    assert [int(work.ids[place]) for work, place in samples.places] == planned[:3] + planned[5:]
+    assert [int(plan.ids[place]) for plan, place in samples.places] == planned[:3] + planned[5:]
     assert len(samples.stored) == len(samples.decoded) == 54
     measured = measure_stages(spec_for(shards), [1], 2, 0.02).measured
     assert measured["decode"].at(1).mean > 0
@@ -169,7 +169,7 @@ def test_corrupt_images_are_left_out(small_shards: Path, tmp_path: Path, opened:
 
 
 @pytest.mark.parametrize("threads", [1, 4])
-def test_calls_a_second(threads: int) -> None:
+def test_calls_per_second(threads: int) -> None:
     """Each call takes 5 ms."""
     calls: Counter[int] = Counter()
     by_thread: dict[int, set[int]] = {}
@@ -198,14 +198,14 @@ def test_more_threads_than_samples() -> None:
 
     assert speed(stage, 2, 8, 0.1) <= 400
     assert set(calls) == {0, 1}
-    assert speed(stage, 2, 1, 0) <= 200  # one call at least
+    assert speed(stage, 2, 1, 0) <= 200  # at least one call
 
 
-def test_milliseconds_of_one_thread() -> None:
+def test_milliseconds_per_image() -> None:
     measured = Measured("decode", {1: [90.0, 110.0], 4: [300.0, 340.0]})
     assert measured.at(4).mean == 320
     assert measured.ms_per_image(1) == pytest.approx(10.0)
-    assert measured.ms_per_image(4) == pytest.approx(12.5)  # of each of the four
+    assert measured.ms_per_image(4) == pytest.approx(12.5)  # of each thread
     alone = Measured("assembly", {1: [1000.0, 1000.0]})
     assert alone.at(4).mean == 1000
     assert alone.ms_per_image(4) == pytest.approx(1.0)
@@ -214,9 +214,9 @@ def test_milliseconds_of_one_thread() -> None:
 @pytest.mark.parametrize(
     ("profile", "dtype", "names"),
     [
-        ("original", torch.float32, ["read cold", "read warm", "decode", "resample", "tail", "assembly"]),
+        ("original", torch.float32, ["read cold", "read warm", "decode", "resample", "normalize", "assembly"]),
         ("original", torch.uint8, ["read cold", "read warm", "decode", "resample", "assembly"]),
-        ("lossless", torch.bfloat16, ["read cold", "read warm", "cut", "decode", "resample", "tail", "assembly"]),
+        ("lossless", torch.bfloat16, ["read cold", "read warm", "cut", "decode", "resample", "normalize", "assembly"]),
     ],
 )
 def test_all_stages_are_measured(small_shards: Path, lossless: Path, profile: str, dtype: torch.dtype, names: list[str]) -> None:
@@ -233,7 +233,7 @@ def test_all_stages_are_measured(small_shards: Path, lossless: Path, profile: st
     assert found.cold_bytes is None or found.cold_bytes > 0
 
 
-def test_cold_reading_reads_each_image_once_from_fresh_maps(small_shards: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cold_reading_reads_each_image_once_from_new_maps(small_shards: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     turns: list[list[int]] = []
     sets: dict[int, ShardSet] = {}
     plain_read, plain_drop = ShardSet.read, stages.drop_pages

@@ -1,4 +1,4 @@
-"""What the profiler concludes from figures that are given, against what follows from them by hand."""
+"""The profiler's conclusions from given figures, compared with manual computations."""
 
 from __future__ import annotations
 
@@ -10,23 +10,23 @@ import pytest
 import torch
 
 from pipeline.spec import LoaderSpec
-from tools.profiler.loaders import Feed
+from tools.profiler.loaders import LoaderSpeed
 from tools.profiler.measuring import Estimate, Usage
-from tools.profiler.remedies import Converted, Remedy, Situation, compute_remedies, nearest, remedies
+from tools.profiler.remedies import Converted, Remedy, Situation, compute_remedies, easiest, remedies
 from tools.profiler.stages import Measured, Stages
 from tools.profiler.storage import Ceiling
 from tools.profiler.training import Emulated, Training, Window
 from tools.profiler.verdict import Verdict, ceilings, judge, limit_of
 
-JITTER = (0.99, 1.0, 1.01)  # of the repeats
+JITTER = (0.99, 1.0, 1.01)  # factors of the repeats
 SPEC = LoaderSpec("shards", engine="cpu", threads=1, prefetch=2)
-DECODE_BOUND = {"read warm": 0.1, "decode": 2.0, "resample": 0.5, "tail": 0.3, "assembly": 0.1}  # 3 ms
-STORAGE_BOUND = {"read cold": 10.0, "decode": 1.0, "resample": 0.5, "tail": 0.4, "assembly": 0.1}  # 12 ms
+DECODE_BOUND = {"read warm": 0.1, "decode": 2.0, "resample": 0.5, "normalize": 0.3, "assembly": 0.1}  # 3 ms
+STORAGE_BOUND = {"read cold": 10.0, "decode": 1.0, "resample": 0.5, "normalize": 0.4, "assembly": 0.1}  # 12 ms
 CEILING = Ceiling(Estimate(22e6, 21e6, 23e6), 4)
 
 
 @dataclass
-class Net:
+class CpuModel:
     """A consumer that computes on this machine's cores."""
 
     what: str = "resnet18, float32"
@@ -39,8 +39,10 @@ class Net:
 
 @dataclass
 class Case:
-    """Figures. stages: ms an image of a thread. speeds: of the loader by (engine, threads, prefetch), the first as configured.
-    jitter: of a speed's repeats, where not the common one. demand, waits: of training; without a demand nothing trains."""
+    """stages: ms per image and thread. speeds: of loaders by (engine, threads, prefetch), the configured one first.
+
+    demand, waits: of training; without a demand there is no training. jitter: factors of a speed's repeats, by default JITTER.
+    """
 
     stages: dict[str, float]
     speeds: dict[tuple[str, int, int], float]
@@ -52,13 +54,13 @@ class Case:
     more: dict[str, Any] = field(default_factory=dict)
 
     def situation(self) -> Situation:
-        feeds = []
+        loaders = []
         for way, speed in self.speeds.items():
             spec = replace(SPEC, engine=way[0], threads=way[1], prefetch=way[2])
             repeats = [speed * factor for factor in self.jitter.get(way, JITTER)]
-            feeds.append(Feed(spec, repeats, [Usage(1.0, self.cpu_share)] * 3))
-        now = feeds[0]
-        feeds.sort(key=lambda feed: (feed.spec.engine, feed.spec.threads, feed.spec.prefetch))
+            loaders.append(LoaderSpeed(spec, repeats, [Usage(1.0, self.cpu_share)] * 3))
+        now = loaders[0]
+        loaders.sort(key=lambda loader: (loader.spec.engine, loader.spec.threads, loader.spec.prefetch))
         training = None
         if self.demand:
             reached = min(self.demand, now.estimate.mean) if self.waits else self.demand
@@ -68,7 +70,7 @@ class Case:
             training = Training(consumer, now.spec, [self.demand * factor for factor in JITTER], [window] * 3)
         stages = Stages({name: stage(name, ms, now.spec.threads) for name, ms in self.stages.items()}, None)
         situation = Situation(
-            now, feeds, stages, tuple(self.stages), training, cores=2, mean_bytes=110e3, data_bytes=5_000_000_000,
+            now, loaders, stages, tuple(self.stages), training, cores=2, mean_bytes=110e3, data_bytes=5_000_000_000,
             memory=1_000_000_000, cached_read_ms=0.05,
         )  # fmt: skip
         return replace(situation, **self.more)
@@ -79,7 +81,7 @@ class Case:
 
 
 def stage(name: str, ms: float, threads: int) -> Measured:
-    """Takes so long of each thread."""
+    """ms: time per image and thread."""
     speeds = {count: [1e3 * count / ms * factor for factor in JITTER] for count in (1, 2, threads)}
     return Measured(name, {1: speeds[1]} if name == "assembly" else speeds)
 
@@ -97,8 +99,8 @@ THREADS = {("cpu", 1, 2): 320.0, ("cpu", 2, 2): 640.0, ("cpu", 4, 2): 650.0}
 
 
 @pytest.mark.parametrize(("demand", "gain", "after"), [(500.0, 500 / 320, "500"), (1000.0, 2.0, "640")])
-def test_one_thread_that_decodes(demand: float, gain: float, after: str) -> None:
-    """The cheapest number of threads that is as good as the best; more than the demand nobody gets."""
+def test_one_decoding_thread(demand: float, gain: float, after: str) -> None:
+    """The cheapest number of threads about as good as the best is proposed. The demand limits the gain."""
     found = Case(DECODE_BOUND, THREADS, demand, waits=1 - 320 / demand).verdict()
     assert (found.limit, found.stage) == ("input", "decode")
     assert found.chosen
@@ -107,25 +109,30 @@ def test_one_thread_that_decodes(demand: float, gain: float, after: str) -> None
     assert found.chosen.gain == pytest.approx(gain)
     assert kinds(found.others) == ["machine"]
     assert found.json()["predicted_gain"] == found.chosen.gain
-    has(found.text, f"waits for data {100 * (1 - 320 / demand):.0f} %", f"could eat {demand:,.0f} images/s", "gets 320")
-    has(found.text, "the loader alone gives 320", "Decoding limits: 2.00 ms an image, 67 % of what an image takes")
-    has(found.text, "in 1 thread of 2 usable cores", f"--threads 2; predicted gain {gain:.2f} ×, to {after} images/s")
-    has(found.text, f"{min(2, demand / 320):.1f} × the cores, here or on other hosts,")
+    has(found.text, f"waits for data {100 * (1 - 320 / demand):.0f} %", f") is {demand:,.0f} images/s", "runs at 320;")
+    has(found.text, "the loader alone delivers 320", "The slowest stage is decoding: 2.00 ms per image, 67 % of all stages")
+    has(found.text, "with 1 thread on 2 usable cores", f"--threads 2; predicted gain {gain:.2f} ×, to {after} images/s")
+    has(found.text, f"{min(2, demand / 320):.1f} times this machine's cores, on this host or on others")
     # 2.9 ms without reading, 22 MB/s
-    has(found.text, "decoding 690 images/s (2.90 ms an image on one core, 2 cores)", "storage 200 images/s (22.0 MB/s, 110 kB")
+    has(found.text, "decoding 690 images/s (2.90 ms per image on one core, 2 cores)", "storage 200 images/s (22.0 MB/s, 110 kB")
 
 
-def test_nothing_trains() -> None:
+def test_no_demand() -> None:
     found = Case(DECODE_BOUND, THREADS).verdict()
     assert (found.limit, found.stage) == ("input", "decode")
     assert found.chosen
     assert found.chosen.gain == pytest.approx(2.0)
-    has(found.text, "nothing trains here", "alone gives 320 images/s", "predicted gain 2.00 ×, to 640 images/s")
+    has(
+        found.text,
+        "no demand was given (--arch or --demand)",
+        "alone delivers 320 images/s",
+        "predicted gain 2.00 ×, to 640 images/s",
+    )
 
 
 @pytest.mark.parametrize(("demand", "gain"), [(1000.0, 1000 / 2.05 / 80), (200.0, 200 / 80)])
-def test_a_slow_storage(demand: float, gain: float) -> None:
-    """A copy in memory takes 0.05 ms in place of 10 of 12.0."""
+def test_slow_storage(demand: float, gain: float) -> None:
+    """Reading takes 10 of 12 ms, and 0.05 ms from a copy in memory."""
     memory = {"memory": 6_000_000_000}
     case = Case(STORAGE_BOUND, {("cpu", 1, 2): 80.0}, demand, waits=1 - 80 / demand, more=memory)
     found = case.verdict()
@@ -135,18 +142,18 @@ def test_a_slow_storage(demand: float, gain: float) -> None:
     assert found.chosen.gain == pytest.approx(gain)
     assert found.chosen.spec == replace(SPEC, cache="/dev/shm/cropfeed")
     has(found.chosen.change, "--cache /dev/shm/cropfeed", "5 GB")
-    has(found.text, "Reading from the storage limits: 10.0 ms an image, 83 %", f"predicted gain {gain:.2f} ×")
-    has(found.text, "2.0 × the storage, or network to it,")
+    has(found.text, "The slowest stage is reading from the storage: 10.0 ms per image, 83 %", f"predicted gain {gain:.2f} ×")
+    has(found.text, "2.0 times this machine's storage or network speed")
     cached = replace(case, more={})
-    assert "cache" not in kinds(remedies(cached.situation()))  # 5 GB do not fit into 1
+    assert "cache" not in kinds(remedies(cached.situation()))  # 5 GB do not fit into 1 GB
     situation = case.situation()
     with_cache = replace(situation.now, spec=replace(SPEC, cache=Path("x")))
-    assert "cache" not in kinds(remedies(replace(situation, now=with_cache, feeds=[with_cache])))
+    assert "cache" not in kinds(remedies(replace(situation, now=with_cache, loaders=[with_cache])))
 
 
 def test_other_shards() -> None:
-    """Of half the bytes, decoded in a quarter of the time: 5 + 0.25 + 0.5 + 0.4 + 0.1 = 6.25 ms in place of 12."""
-    busier = {name.replace("cold", "warm"): 1.1 * ms for name, ms in STORAGE_BOUND.items()}  # of a moment when both were slower
+    """Half the bytes, and a quarter of the decoding time: 5 + 0.25 + 0.5 + 0.4 + 0.1 = 6.25 ms instead of 12."""
+    busier = {name.replace("cold", "warm"): 1.1 * ms for name, ms in STORAGE_BOUND.items()}  # a slower moment
     before = Stages({name: stage(name, ms, 1) for name, ms in busier.items()}, None)
     stages = Stages({name: stage(name, ms / 4 if name == "decode" else ms, 1) for name, ms in busier.items()}, None)
     other = Converted("compact", replace(SPEC, data="sample"), stages, before, 55e3)
@@ -159,42 +166,47 @@ def test_other_shards() -> None:
 
 
 @pytest.mark.parametrize(("factors", "offered"), [((0.8, 1.5, 1.0), False), ((1.09, 1.1, 1.11), True)])
-def test_what_may_be_chance_is_no_remedy(factors: tuple[float, ...], offered: bool) -> None:
-    """Both gain 10 %."""
+def test_an_insignificant_gain_is_no_remedy(factors: tuple[float, ...], offered: bool) -> None:
+    """Both gain 10 % on average."""
     now, other = ("cpu", 1, 2), ("cpu", 1, 4)
     case = Case(DECODE_BOUND, {now: 300.0, other: 300.0}, 400.0, 0.25, jitter={now: (1.0, 1.0, 1.0), other: factors})
     assert ("prefetch" in kinds(remedies(case.situation()))) == offered
 
 
-def test_what_gains_little_is_no_remedy() -> None:
+def test_a_small_gain_is_no_remedy() -> None:
     case = Case(DECODE_BOUND, {("cpu", 1, 2): 300.0, ("cpu", 1, 4): 312.0}, 400.0, 0.25)
     assert kinds(remedies(case.situation())) == ["machine"]
 
 
-def test_what_an_image_takes_beside_its_stages_stays() -> None:
-    """5 ms an image, of which the stages explain 3: without half a millisecond of these it takes 4.5."""
+def test_time_outside_the_stages_stays() -> None:
+    """The stages explain 3 of 5 ms per image. If they become half a millisecond shorter, 4.5 ms remain."""
     situation = Case(DECODE_BOUND, {("cpu", 1, 2): 200.0}).situation()
     assert situation.total_ms == pytest.approx(3.0)
     assert situation.with_ms(2.5)[0] == pytest.approx(1000 / 4.5)
 
 
-def test_an_engine_that_is_slower_than_its_stages() -> None:
-    """Of 5 ms that an image takes, the stages explain 2.9."""
+def test_an_engine_slower_than_its_stages() -> None:
+    """The stages explain 2.9 of 5 ms per image."""
     stages = DECODE_BOUND | {"decode": 1.9}
     found = Case(stages, {("cpu", 1, 2): 200.0, ("dali", 1, 2): 300.0}, 400.0, 0.5).verdict()
     assert (found.limit, found.stage) == ("input", "engine")
     assert found.chosen
     assert found.chosen.change == "--engine dali"
     assert found.chosen.gain == pytest.approx(1.5)
-    has(found.text, "Engine cpu itself limits: of 5.00 ms", "2.90 ms", "predicted gain 1.50 ×, to 300 images/s")
+    has(
+        found.text,
+        "The engine cpu itself is the bottleneck: it takes 5.00 ms",
+        "explain 2.90 ms",
+        "predicted gain 1.50 ×, to 300 images/s",
+    )
     explained = Case(stages | {"decode": 2.1}, {("cpu", 1, 2): 200.0}, 400.0, 0.5)
     assert explained.verdict().stage == "decode"
 
 
-def test_engines_and_feeds_that_failed() -> None:
+def test_failed_loaders_are_no_remedy() -> None:
     case = Case(DECODE_BOUND, {("cpu", 1, 2): 300.0, ("ffcv", 1, 2): 900.0}, 1000.0, 0.7)
     situation = case.situation()
-    (failed,) = (feed for feed in situation.feeds if feed.spec.engine == "ffcv")
+    (failed,) = (loader for loader in situation.loaders if loader.spec.engine == "ffcv")
     assert "engine" in kinds(remedies(situation))
     failed.error = "no .beton"
     assert "engine" not in kinds(remedies(situation))
@@ -204,8 +216,8 @@ def test_engines_and_feeds_that_failed() -> None:
     ("precision", "kind", "gain", "others"), [(None, "device", 1.5, []), (180.0, "precision", 1.5, ["device"]),
                                               (130.0, "precision", 1.3, ["device"]), (104.0, "device", 1.5, [])]
 )  # fmt: skip
-def test_a_slow_model(precision: float | None, kind: str, gain: float, others: list[str]) -> None:
-    """The loader feeds half as much again as the net eats: more no device could gain."""
+def test_slow_model(precision: float | None, kind: str, gain: float, others: list[str]) -> None:
+    """The loader delivers 1.5 times the demand, which limits the gain of another device."""
     more: dict[str, Any] = {"faster": ("bf16", precision)} if precision else {}
     found = Case(DECODE_BOUND, {("cpu", 1, 2): 150.0}, 100.0, waits=0.01, more=more).verdict()
     assert (found.limit, found.stage) == ("compute", "model")
@@ -213,20 +225,26 @@ def test_a_slow_model(precision: float | None, kind: str, gain: float, others: l
     assert found.chosen.kind == kind
     assert found.chosen.gain == pytest.approx(gain)
     assert kinds(found.others) == others
-    has(found.text, "Compute-bound: the model limits", "eats 100 images/s", "150, 1.50 × as many", "runs at 100 images/s")
+    has(
+        found.text,
+        "Compute-bound: the model is the bottleneck",
+        ") is 100 images/s",
+        "150, 1.50 × the demand",
+        "runs at 100 images/s",
+    )
     has(found.text, "waits for data 1.0 %", "gain more than 1.01 ×", f"predicted gain {gain:.2f} ×, to {100 * gain:.0f} images/s")
     if kind == "precision":
         has(found.text, "--precision bf16")
 
 
-def test_a_second_device_no_faster_than_twice() -> None:
+def test_a_second_device_at_most_doubles_the_speed() -> None:
     (device,) = compute_remedies(Case(DECODE_BOUND, {("cpu", 1, 2): 1000.0}, 100.0).situation())
     assert device.gain == pytest.approx(2.0)
 
 
-def test_training_on_the_loaders_cores() -> None:
-    """An image takes 10 ms of both cores in the train step, and 0.5 * 2 cores / 400 = 2.5 ms of one core in the loader."""
-    case = Case(DECODE_BOUND, {("cpu", 1, 2): 400.0}, 100.0, 0.01, Net(), more={"faster": ("bf16", 200.0)})
+def test_training_and_loader_share_the_cores() -> None:
+    """Per image, the train step takes 10 ms of both cores, and the loader 0.5 * 2 cores / 400 = 2.5 ms of one core."""
+    case = Case(DECODE_BOUND, {("cpu", 1, 2): 400.0}, 100.0, 0.01, CpuModel(), more={"faster": ("bf16", 200.0)})
     situation = case.situation()
     assert situation.shares_cores
     assert situation.cpu_seconds(situation.now) == pytest.approx(2.5e-3)
@@ -235,7 +253,11 @@ def test_training_on_the_loaders_cores() -> None:
     found = compute_remedies(situation)
     assert kinds(found) == ["precision", "device"]
     assert [remedy.gain for remedy in found] == pytest.approx([0.01125 / 0.00625, 200 * 0.01125])
-    has(case.verdict().text, "both share the cores; the loader takes 12 % of them", "Resnet18, float32 eats 100 images/s")
+    has(
+        case.verdict().text,
+        "The model and the loader share the cores; the loader uses 12 %",
+        "The demand (resnet18, float32) is 100 images/s",
+    )
     for other in (replace(case, consumer=None), replace(case, demand=None)):
         assert not other.situation().shares_cores
     assert replace(case, consumer=None).situation().speed_now == pytest.approx(100)
@@ -248,35 +270,35 @@ def test_balanced(demand: float) -> None:
     assert (found.limit, found.chosen) == ("balanced", None)
     assert found.json()["remedy"] == "none"
     assert found.json()["predicted_gain"] == 1
-    has(found.text, "Balanced:", f"eats {demand:.0f} images/s", "alone gives 300;", f"runs at {demand:.0f} images/s")
-    has(found.text, "waits for data 4.0 % of its time", "wait for decoding", "Nothing needs to be changed")
+    has(found.text, "Balanced:", f") is {demand:.0f} images/s", "alone delivers 300.", f"runs at {demand:.0f} images/s")
+    has(found.text, "waits for data 4.0 % of the time", "would be limited by decoding", "Nothing needs to be changed")
 
 
 @pytest.mark.parametrize(
     ("demand", "waits", "limit"),
     [(100.0, 0.05, "input"), (100.0, 0.049, "compute"), (None, 0.0, "input"), (110.0, 0.0, "balanced"), (110.0, 0.2, "input")],
 )
-def test_where_the_limits_lie(demand: float | None, waits: float, limit: str) -> None:
+def test_thresholds_of_the_limits(demand: float | None, waits: float, limit: str) -> None:
     assert limit_of(Case(DECODE_BOUND, {("cpu", 1, 2): 121.0}, demand, waits).situation()) == limit
 
 
-def test_the_nearest_gains_at_least_half_of_the_best() -> None:
+def test_the_easiest_gains_at_least_half_of_the_best() -> None:
     gains = {"threads": 1.44, "prefetch": 1.5, "cache": 1.9, "profile": 1.4, "machine": 2.0}
     found = [Remedy(kind, kind, gain) for kind, gain in gains.items()]
 
     def chosen(remedies: list[Remedy]) -> str | None:
-        one = nearest(remedies)
+        one = easiest(remedies)
         return one.kind if one else None
 
     assert chosen(found) == "prefetch"  # 0.5 of 0.9
     assert chosen([replace(found[0], gain=1.45), *found[1:]]) == "threads"
     assert chosen(found[2:]) == "cache"
-    assert chosen([replace(found[0], gain=1.1), found[4]]) == "threads"  # another machine only where nothing else helps
+    assert chosen([replace(found[0], gain=1.1), found[4]]) == "threads"  # another machine only if nothing else helps
     assert chosen(found[4:]) == "machine"
     assert chosen([]) is None
 
 
-def test_remedies_come_nearest_first() -> None:
+def test_remedies_come_easiest_first() -> None:
     speeds = {("cpu", 1, 2): 80.0, ("cpu", 2, 2): 160.0, ("cpu", 1, 4): 100.0, ("dali", 1, 2): 300.0}
     found = remedies(Case(STORAGE_BOUND, speeds, 1000.0, 0.9, more={"memory": 6_000_000_000}).situation())
     assert kinds(found) == ["threads", "prefetch", "engine", "cache", "machine"]

@@ -1,60 +1,97 @@
-"""A fair comparison of input pipelines on the CPU: who else makes the same crops from the same images, and how fast.
+"""A fair comparison of input pipelines on the CPU: pipelines that make the same crops from the same images, and their throughput.
 
-Every contender runs in a process of its own, all on the same cores, one at a time while the others idle. Each is warmed up by an
-epoch; then, in every repeat, each has its turn of some seconds, in an order drawn anew by a fixed seed. What it made before its
-turn does not count. Ratios are taken within a repeat, against the peer on the same data whose median is highest: ours that read
-shards of the original files against peers on the original files, `compact` against peers on the 500 pixel files.
+Each contender runs in its own process. All use the same cores, one at a time, while the others idle. Each is warmed up by an
+epoch. In every repeat, each contender is measured for some seconds, in an order drawn anew from a fixed seed; batches that it
+prefetched before do not count. Ratios are taken within a repeat, to the peer on the same data with the highest median: Cropfeed
+on shards of the original files to peers on the original files, Cropfeed on `compact` shards to peers on the 500 pixel files.
 """
 
 from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from pipeline.errors import UserError
+from pipeline.plan import sampling
 from pipeline.store.shards import ShardSet
+from tools import ROOT
 from tools.bench.peers import cuts, data, report
 from tools.bench.peers.contenders import CONTENDERS, Contender
 from tools.bench.peers.job import Job
 from tools.bench.peers.turns import measure
 
+OUT = ("uint8", "float32")
+RESULTS = ROOT / "tools" / "bench" / "results" / "compare.csv"
+
 
 @dataclass(frozen=True)
-class Options:
-    """images: folder or tar. repeats, seconds: of each contender's turns. only: names, or name:data; empty for all. out: uint8 or
-    float32. size, scale: the crop's side and the range of S, pixels. threads: cores, and each contender's threads or workers.
-    pythons: name -> the Python that runs it, where that is not this one. results: the file for rows."""
+class CompareOptions:
+    """images: a folder of class folders of JPEGs, a tar of one, or a folder of shards. results: the CSV file for the rows.
+
+    repeats, seconds: number and duration of each contender's measurements. only: contenders, by name or name:data; empty for all.
+    out: the dtype of batches, one of OUT. image_size, scale: the crop's side and the range of the resized short side, pixels.
+    threads: cores, and threads or workers of each contender. python_for: contender's name -> the Python that runs it, if not
+    this one. Raises UserError for values outside their ranges.
+    """
 
     images: Path
-    results: Path
-    repeats: int
-    seconds: float
-    batch_size: int
-    only: tuple[str, ...]
-    out: str
-    size: int
-    scale: tuple[int, int]
-    threads: int
-    pythons: dict[str, str]
+    results: Path = RESULTS
+    repeats: int = 5
+    seconds: float = 3.0
+    batch_size: int = 64
+    only: tuple[str, ...] = ()
+    out: str = "uint8"
+    image_size: int = sampling.CROP
+    scale: tuple[int, int] = sampling.SCALE
+    threads: int = 2
+    python_for: dict[str, str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        names = {contender.name for contender in CONTENDERS}
+        for name in self.only:
+            if name not in names | {contender.key for contender in CONTENDERS}:
+                known = ", ".join(dict.fromkeys(contender.name for contender in CONTENDERS))
+                raise UserError(
+                    f"`only` {name}: no such contender",
+                    f"choose from {known}; NAME:500 selects the contender on one kind of data",
+                )
+        for name in self.python_for:
+            if name not in names:
+                raise UserError(f"`python_for` {name}=...: no such contender", "`only` has their names")
+        if self.out not in OUT:
+            raise UserError(f"`out` is {' or '.join(OUT)}, not {self.out!r}")
+        low, high = self.scale
+        if not 1 <= self.image_size <= low <= high:
+            raise UserError(f"`scale` {low} {high}: needs `image_size` ({self.image_size}) <= low <= high")
+        if self.repeats < 2:
+            raise UserError(f"`repeats` must be at least 2, to show a spread, not {self.repeats}")
+        if not (0 < self.seconds < float("inf") and self.batch_size > 0):
+            raise UserError("`seconds` and `batch_size` must be above 0")
+        usable = len(os.sched_getaffinity(0))
+        if not 1 <= self.threads <= usable:
+            raise UserError(f"`threads` {self.threads}: this process may use {usable} cores")
+
+    @property
+    def contenders(self) -> list[Contender]:
+        """Those that `only` names, or all."""
+        return [one for one in CONTENDERS if not self.only or one.name in self.only or one.key in self.only]
 
 
-def compare(options: Options) -> dict[str, Any]:
-    """Prepare, measure, write the rows, print the table. Returns what a JSON file is to hold, see `tools.bench.peers.report`."""
-    chosen = choose(options.only)
-    check(options)
-    os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: options.threads])  # inherited by every contender
+def compare(options: CompareOptions) -> dict[str, Any]:
+    """Prepare the data, measure, write the rows and print the table. Returns the content of a JSON file, see `report`."""
+    contenders = options.contenders
+    os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: options.threads])  # all contenders inherit this
     with tempfile.TemporaryDirectory(prefix="cropfeed-compare-") as name:
         folder = Path(name)
-        kinds = {contender.data for contender in chosen}
-        impossible = data.prepare(options.images, folder, kinds, {c.data for c in chosen if c.reads_beton})
-        errors = {c.key: impossible[c.data] for c in chosen if c.reads_beton and c.data in impossible}
+        kinds = {contender.data for contender in contenders}
+        without_beton = data.prepare(options.images, folder, kinds, {one.data for one in contenders if one.reads_beton})
+        errors = {one.key: without_beton[one.data] for one in contenders if one.reads_beton and one.data in without_beton}
         jobs = {kind: job(folder / kind, options) for kind in kinds}
-        results = measure(chosen, jobs, options.repeats, options.seconds, options.pythons, errors)
-        touched = cuts.touched(jobs["lossless"]) if "lossless" in jobs else None  # at last, when nobody maps the shards
+        results = measure(contenders, jobs, options.repeats, options.seconds, options.python_for, errors)
+        touched = cuts.touched(jobs["lossless"]) if "lossless" in jobs else None  # last: no process maps the shards any more
     figures = report.figures(results)
     spec = describe(options, next(iter(jobs.values())).images)
     report.write_csv(options.results, figures, touched, spec)
@@ -62,40 +99,17 @@ def compare(options: Options) -> dict[str, Any]:
     return report.content(figures, touched, spec)
 
 
-def choose(only: Sequence[str]) -> list[Contender]:
-    """The contenders that `only` names, or all."""
-    known = {name for contender in CONTENDERS for name in (contender.name, contender.key)}
-    for name in only:
-        if name not in known:
-            names = ", ".join(dict.fromkeys(contender.name for contender in CONTENDERS))
-            raise UserError(f"--only {name}: no such contender; choose from {names}; NAME:500 is one on one kind of data")
-    return [contender for contender in CONTENDERS if not only or contender.name in only or contender.key in only]
-
-
-def check(options: Options) -> None:
-    """Raise UserError before minutes are spent on what cannot end well."""
-    low, high = options.scale
-    if not 1 <= options.size <= low <= high:
-        raise UserError(f"--scale {low} {high}: needs --image-size ({options.size}) <= low <= high")
-    names = {contender.name for contender in CONTENDERS}
-    for name in options.pythons:
-        if name not in names:
-            raise UserError(f"--python-for {name}=...: no such contender; see --only")
-    if len(os.sched_getaffinity(0)) < options.threads:
-        raise UserError(f"--threads {options.threads}: this process may use {len(os.sched_getaffinity(0))} cores only")
-
-
-def job(folder: Path, options: Options) -> Job:
-    """What contenders on this data must do."""
+def job(folder: Path, options: CompareOptions) -> Job:
+    """The task of the contenders on this data."""
     shards = ShardSet(folder / "shards", "train")
     if len(shards) < options.batch_size:
-        raise UserError(f"{options.images}: {len(shards)} usable images, fewer than --batch-size {options.batch_size}")
+        raise UserError(f"{options.images}: {len(shards)} usable images, fewer than `batch_size` {options.batch_size}")
     red, green, blue = shards.manifest.channel_mean().tolist()
-    geometry = options.batch_size, options.size, options.scale
+    geometry = options.batch_size, options.image_size, options.scale
     return Job(str(folder), len(shards), *geometry, options.threads, options.out, (red, green, blue))
 
 
-def describe(options: Options, images: int) -> str:
+def describe(options: CompareOptions, images: int) -> str:
     low, high = options.scale
-    geometry = f"{options.size} crop, S {low}..{high}, flip, batch {options.batch_size}, {options.out}"
+    geometry = f"{options.image_size} crop, S {low}..{high}, flip, batch {options.batch_size}, {options.out}"
     return f"{options.images.name}, {images} images, {geometry}, {options.threads} cores, {options.seconds:g} s a repeat"

@@ -1,4 +1,4 @@
-"""Every contender, by name. Each family of peers has a module, whose docstring names the documentation that it follows."""
+"""All contenders, by name. Each family of peers has a module; its docstring names the documentation that its settings follow."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ DECODE = "decode-of-the-cut-alone"
 class Contender:
     """One input pipeline on one kind of data.
 
-    data: "original" (the files as they are) or "500" (longest side at most 500 pixels, quality 90, 4:2:0); ours also "lossless"
-    and "compact". function: module:name of a function Job -> endless batches. packages: what it needs from PyPI; their versions
-    are recorded. ahead: batches that may lie ready before the clock starts, with two threads. kind: "peer", "ours", or "decode"
-    (decoding the cuts alone, in one thread).
+    data: "original" (the files as they are) or "500" (longest side at most 500 pixels, quality 90, 4:2:0); for Cropfeed also
+    "lossless" and "compact". function: module:name of a function from a Job to endless batches. packages: what it needs from
+    PyPI; their versions are recorded. ahead: batches that it may have prefetched before the clock starts, with two threads.
+    kind: "peer", "cropfeed", or "decode" (decoding the cuts alone, in one thread).
     """
 
     name: str
@@ -27,7 +27,7 @@ class Contender:
 
     @property
     def group(self) -> str:
-        """The peers' data that this contender is compared on."""
+        """The data of the peers that this contender is compared with."""
         return {"lossless": "original", "compact": "500"}.get(self.data, self.data)
 
     @property
@@ -36,7 +36,7 @@ class Contender:
 
     @property
     def reads_beton(self) -> bool:
-        return self.function.endswith(":ffcv") or self.function.startswith("tools.bench.peers.ffcv:")
+        return self.function.startswith("tools.bench.peers.ffcv:") or self.function == "tools.bench.peers.cropfeed:ffcv"
 
     @property
     def install(self) -> str:
@@ -45,7 +45,7 @@ class Contender:
 
 _DALI = ("nvidia-dali-cuda130",)
 _FFCV = ("ffcv", "opencv-python", "numba")
-_OURS = ("torch", "numba", "simplejpeg")
+_CROPFEED = ("torch", "numba", "simplejpeg")
 _ENGINES = (("cpu", "lossless"), ("cpu", "compact"), ("cpu", "original"), ("dali", "lossless"), ("dali", "compact"),
             ("ffcv", "lossless"), ("ffcv", "compact"))  # fmt: skip
 
@@ -67,11 +67,11 @@ def _peers(data: str) -> tuple[Contender, ...]:
     )
 
 
-def _ours() -> Iterator[Contender]:
+def _cropfeed() -> Iterator[Contender]:
     for engine, data in _ENGINES:
-        yield Contender(f"cropfeed-{engine}-{data}", data, f"tools.bench.peers.ours:{engine}", _OURS, 4, "ours")
+        yield Contender(f"cropfeed-{engine}-{data}", data, f"tools.bench.peers.cropfeed:{engine}", _CROPFEED, 4, "cropfeed")
     for data in ("lossless", "compact"):
         yield Contender(DECODE, data, "tools.bench.peers.cuts:decode", ("simplejpeg",), 0, "decode")
 
 
-CONTENDERS = (*_peers("original"), *_peers("500"), *_ours())
+CONTENDERS = (*_peers("original"), *_peers("500"), *_cropfeed())

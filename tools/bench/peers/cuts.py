@@ -19,39 +19,40 @@ from pipeline.store.shards import ShardSet
 from tools.bench.peers.job import Job
 from tools.profiler.page_cache import drop_pages
 
-EPOCHS = 3  # whose draws are cut: more kinds of crops than images
+EPOCHS = 3  # of draws, for more crops than there are images
 PAGE = mmap.PAGESIZE
 
 
 def decode(job: Job) -> Iterator[tuple[Any, Any]]:
-    """Decode cuts made beforehand, by simplejpeg into one buffer, in one thread: what every engine of ours must do at least."""
+    """Decode ready cuts with simplejpeg into one buffer, in one thread: the minimum that each of our engines has to do."""
     shards = ShardSet(Path(job.data) / "shards", "train")
     cuts = [
         cut(shards.read(index), *region).jpeg.copy()
         for epoch in range(EPOCHS)
         for index, region in enumerate(regions(shards, job, epoch).tolist())
     ]
-    room = np.empty(max(3 * height * width for height, width, *_ in map(simplejpeg.decode_jpeg_header, cuts)), np.uint8)
+    buffer = np.empty(max(3 * height * width for height, width, *_ in map(simplejpeg.decode_jpeg_header, cuts)), np.uint8)
     images = np.empty((job.batch_size, job.size, job.size, 3), job.out)  # only counted
     at = 0
     while True:
         for _ in range(job.batch_size):
-            simplejpeg.decode_jpeg(cuts[at], buffer=room)
+            simplejpeg.decode_jpeg(cuts[at], buffer=buffer)
             at = (at + 1) % len(cuts)
         yield images, images
 
 
 def regions(shards: ShardSet, job: Job, epoch: int) -> npt.NDArray[np.int64]:
-    """What the crop of each image needs, whole pixels: int64 (N, 4) of top, left, bottom, right."""
+    """The region that the crop of each image needs, whole pixels: int64 (N, 4) of top, left, bottom, right."""
     heights, widths = shards.samples["height"].astype(np.int64), shards.samples["width"].astype(np.int64)
     draws = sampling.draw(0, epoch, np.arange(len(shards)), heights, widths, job.scale, job.size)
     return sampling.regions(sampling.windows(draws, heights, widths, job.size), heights, widths, job.size)
 
 
 class Touched(NamedTuple):
-    """What crops read of their files, one number an image. needed: bytes that a cut reads. loaded, loaded_randomly: bytes that a
-    cold page cache loads for it, in whole pages, by the kernel's default reading ahead and with madvise(MADV_RANDOM); None where
-    the file system cannot drop pages. stored: bytes of the image. read_ahead: that default on this disk, e.g. "128 KiB"."""
+    """What crops read from their files, int64 (N,), for each image. needed: bytes that a cut reads. loaded, loaded_randomly:
+    bytes that a cold page cache loads for it, in whole pages, with the kernel's default read-ahead and with madvise(MADV_RANDOM);
+    None if the file system cannot drop pages. stored: bytes of the image. read_ahead: that default on this disk, e.g. "128
+    KiB"."""
 
     needed: npt.NDArray[np.int64]
     loaded: npt.NDArray[np.int64] | None
@@ -61,12 +62,12 @@ class Touched(NamedTuple):
 
 
 def touched(job: Job) -> Touched:
-    """Cut the crop of each image of an epoch."""
+    """Measure the cut of each image in an epoch."""
     shards = ShardSet(Path(job.data) / "shards", "train")
     windows = regions(shards, job, 0).tolist()
     needed = [len(cut(shards.read(i), *window).jpeg) + table_bytes(shards.read(i)) for i, window in enumerate(windows)]
     files, samples = shards.shards, shards.samples.copy()
-    del shards  # its maps: pages in use stay in the cache
+    del shards  # closes its maps: pages in use stay in the cache
     loaded = {
         advice: [
             pages_loaded(files[sample["shard"]], int(sample["offset"]), int(sample["bytes"]), window, advice)
@@ -87,7 +88,7 @@ def read_ahead(file: Path) -> str:
 
 
 def table_bytes(jpeg: Bytes) -> int:
-    """Bytes of the table of segments, which a cut reads and does not repeat."""
+    """Bytes of the table of segment lengths, which a cut reads but does not contain."""
     data = jpeg.tobytes()
     at = 4 + int.from_bytes(data[4:6], "big") if data[2:4] == b"\xff\xe0" else 2
     start = at
@@ -97,7 +98,7 @@ def table_bytes(jpeg: Bytes) -> int:
 
 
 def pages_loaded(file: Path, offset: int, count: int, window: list[int], advice: int) -> int | None:
-    """Pages of a shard in memory once one of its images was cut with none there before; None if they cannot be dropped."""
+    """Pages of a shard that cutting one of its images loads into an empty page cache; None if pages cannot be dropped."""
     drop_pages([file])
     with file.open("rb") as stream, mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as mapped:
         mapped.madvise(advice)
@@ -105,7 +106,7 @@ def pages_loaded(file: Path, offset: int, count: int, window: list[int], advice:
         before = resident(content)
         cut(content[offset : offset + count], *window)
         after = resident(content)
-        del content  # or the map could not be closed
+        del content  # else the map cannot be closed
     return None if before else after
 
 

@@ -1,9 +1,9 @@
 """NVIDIA DALI on the CPU: three graphs behind the same WebDataset reader.
 
-Settings follow DALI's documentation: the WebDataset example (fn.readers.webdataset with the index files of wds2idx, fn.decoders
-.image, fn.resize, fn.crop_mirror_normalize), one thread a core, prefetching of two batches, and the decoder's use_fast_idct,
-which trades a little quality for speed as FFCV's decoder does. Bare `Pipeline.run` with zero-copy arrays is at least as fast as
-DALI's PyTorch iterator.
+Settings follow DALI's documentation: the WebDataset example (fn.readers.webdataset with the index files of wds2idx,
+fn.decoders.image, fn.resize, fn.crop_mirror_normalize), one thread per core, prefetching of two batches, and the decoder's
+use_fast_idct, which trades a little quality for speed, as FFCV's decoder does. `Pipeline.run` with zero-copy arrays is at least
+as fast as DALI's PyTorch iterator.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from nvidia.dali import fn, pipeline_def, types
 
 from tools.bench.peers.job import Job
 
-AHEAD = 2  # batches that DALI makes in advance
-Graph = Callable[[Any, Job], Any]  # encoded images -> crops
+AHEAD = 2  # batches that DALI prefetches
+Graph = Callable[[Any, Job], Any]  # from encoded images to crops
 
 
 def plain(job: Job) -> Iterator[tuple[Any, Any]]:
-    """Decode, resize, crop: as the documentation shows it."""
+    """Decode, resize, crop, as in the documentation."""
     return batches(job, decode_resize_crop)
 
 
@@ -33,7 +33,7 @@ def resize_crop_mirror(job: Job) -> Iterator[tuple[Any, Any]]:
 
 
 def roi(job: Job) -> Iterator[tuple[Any, Any]]:
-    """fn.peek_image_shape and fn.decoders.image_slice: only the crop is decoded, then resampled at sub-pixel places."""
+    """fn.peek_image_shape and fn.decoders.image_slice: only the crop is decoded, then resampled at sub-pixel positions."""
     return batches(job, decode_roi)
 
 
@@ -42,7 +42,7 @@ def batches(job: Job, graph: Graph) -> Iterator[tuple[Any, Any]]:
     pipe.build()
     while True:
         images, labels = pipe.run()
-        yield np.from_dlpack(images.as_tensor()), np.from_dlpack(labels.as_tensor())  # labels: digits of our .cls texts
+        yield np.from_dlpack(images.as_tensor()), np.from_dlpack(labels.as_tensor())  # labels: the digits in our .cls files
 
 
 def pipeline(job: Job, graph: Graph) -> Any:
@@ -67,7 +67,7 @@ decode = partial(fn.decoders.image, device="cpu", output_type=types.RGB, use_fas
 
 
 def short_side(job: Job) -> Any:
-    """S: floor of a uniform float, as DALI draws no integers from a range."""
+    """S: the floor of a uniform float, because DALI draws no integers from a range."""
     low, high = job.scale
     return dmath.floor(fn.random.uniform(range=[float(low), float(high + 1)]))
 
@@ -101,9 +101,9 @@ def decode_fused(encoded: Any, job: Job) -> Any:
 
 
 def decode_roi(encoded: Any, job: Job) -> Any:
-    """The crop's window in source pixels, decoded with a margin for the resampling filter, so that the picture is the same.
+    """The crop's window in source pixels, decoded with a margin for the resampling filter, so that the result is the same.
 
-    All of height and width: nodes of two numbers. Mirroring is free: the window's left and right ends are swapped.
+    The nodes hold two numbers, for height and width. Mirroring is free: the window's left and right ends are swapped.
     """
     size = float(job.size)
     sides = fn.cast(fn.peek_image_shape(encoded, adjust_orientation=False)[0:2], dtype=types.FLOAT)
@@ -111,8 +111,8 @@ def decode_roi(encoded: Any, job: Job) -> Any:
     target = short_side(job)
     scale = short / target
     resized = dmath.floor(sides * (target / short) + 0.5)
-    place = fn.random.uniform(range=[0.0, 1.0], shape=(2,))
-    corner = dmath.min(dmath.floor(place * (resized - (size - 1.0))), resized - size)
+    position = fn.random.uniform(range=[0.0, 1.0], shape=(2,))
+    corner = dmath.min(dmath.floor(position * (resized - (size - 1.0))), resized - size)
     low = (corner - resized * 0.5) * scale + sides * 0.5
     high = low + size * scale
     margin = dmath.max(scale, 1.0) + 1.0

@@ -1,9 +1,10 @@
-"""What the contenders read, written into a folder from one set of images, so that all of them read the same bytes.
+"""The contenders' data, all made from one set of images: in each kind of data, all contenders read the same JPEGs.
 
     original    the files as they are            500       longest side at most 500 pixels, quality 90, 4:2:0
-    lossless    our default profile              compact   our small one
+    lossless    Cropfeed's default profile       compact   Cropfeed's small profile
 
-Each is a folder with shards/ (tars, indices and a .beton of the same JPEGs) and, the first two, images/ (files in class folders).
+Each is a folder with shards/: tars, indices and a .beton of the same JPEGs. original and 500 also have images/: files in class
+folders.
 """
 
 from __future__ import annotations
@@ -25,15 +26,21 @@ from pipeline.jpeg.region import Bytes
 from pipeline.store.shards import ShardSet
 
 KINDS = ("original", "500", "lossless", "compact")
-LONGEST, QUALITY = 500, 90  # what ffcv-imagenet's published results use
-SHARDS = 8  # at least so many tars: WebDataset deals tars to workers
+LONGEST, QUALITY = 500, 90  # as in ffcv-imagenet's published results
+SHARDS = 8  # at least: WebDataset distributes tars over workers
 
 
 def prepare(images: Path, folder: Path, kinds: set[str], betons_of: set[str]) -> dict[str, str]:
-    """Write these kinds of data into `folder`, with a .beton for some. Returns kind -> why it has none, where it cannot be."""
+    """Write these kinds of data into `folder`, some with a .beton. Returns kind -> why its .beton could not be written.
+
+    images: a folder of class folders of JPEGs, a tar of one, or a folder of shards.
+    """
+    if (images / "manifest.json").exists():
+        write_files(images, folder / "stored", np.ndarray.tobytes)
+        images = folder / "stored"
     count, source = find_images(images, folder)
     size = max(1, count // SHARDS)
-    impossible = {}
+    without_beton = {}
     for kind in tqdm([kind for kind in KINDS if kind in kinds | {"original"}], "preparing", unit=" data sets"):
         out = folder / kind
         if kind == "500":
@@ -44,17 +51,17 @@ def prepare(images: Path, folder: Path, kinds: set[str], betons_of: set[str]) ->
         if kind == "original":
             write_files(out / "shards", out / "images", np.ndarray.tobytes)
         if kind in betons_of and (why := write_beton(out / "shards")):
-            impossible[kind] = why
-    return impossible
+            without_beton[kind] = why
+    return without_beton
 
 
 def convert(source: Path, out: Path, profile: str, size: int) -> None:
-    """Shards of `size` images."""
+    """Write shards of `size` images."""
     make_shards(ConvertOptions(str(source), str(out), profile, shard_size=size))
 
 
 def write_files(shards: Path, out: Path, change: Callable[[Bytes], bytes]) -> None:
-    """The images of shards as files, OUT/<class>/<number>.JPEG, each as `change` makes it."""
+    """Write the training images of shards as files, OUT/<class>/<number>.JPEG, after applying `change` to each."""
     stored = ShardSet(shards, "train")
     for index, label in enumerate(stored.samples["label"].tolist()):
         path = out / stored.manifest.classes[label] / f"{index:08d}.JPEG"
@@ -63,7 +70,7 @@ def write_files(shards: Path, out: Path, change: Callable[[Bytes], bytes]) -> No
 
 
 def shrink(jpeg: Bytes) -> bytes:
-    """As FFCV's RGBImageField with max_resolution 500 and jpeg_quality 90: area average (Pillow's BOX), sides rounded down."""
+    """Shrink like FFCV's RGBImageField with max_resolution 500 and jpeg_quality 90: area average (BOX), sides rounded down."""
     image = Image.open(io.BytesIO(jpeg.tobytes())).convert("RGB")
     ratio = LONGEST / max(image.size)
     if ratio < 1:
@@ -72,7 +79,7 @@ def shrink(jpeg: Bytes) -> bytes:
 
 
 def write_beton(shards: Path) -> str | None:
-    """FFCV's file of the very bytes in the tars, which stock FFCV opens. Returns why there is none, or None."""
+    """Write a .beton with the JPEGs of the tars, which stock FFCV can read. Returns why that failed, or None."""
     try:
         write_betons(str(shards), BetonSettings(), os.cpu_count() or 1)
     except UserError as error:

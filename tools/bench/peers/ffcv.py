@@ -1,8 +1,8 @@
 """Stock FFCV on a .beton of JPEGs.
 
-Settings follow FFCV's documentation and ffcv-imagenet: a worker a core, the file in the page cache (os_cache), random order,
-flips and the decoder compiled by numba; NormalizeImage before ToTensor, where it runs on a CPU. FFCV decodes every image whole
-and resamples with OpenCV's area average, which is antialiased.
+Settings follow FFCV's documentation and ffcv-imagenet: one worker per core, the file in the page cache (os_cache), random order,
+flips and the decoder compiled by numba; NormalizeImage before ToTensor, so that it runs on the CPU. FFCV decodes every image
+whole and resamples with OpenCV's area average, which is antialiased.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from tools.bench.peers.job import Job
 
 
 def random_resized_crop(job: Job) -> Iterator[tuple[Any, Any]]:
-    """ffcv-imagenet's own recipe, another distribution of crops: 8 to 100 % of the area, aspect 3/4 to 4/3."""
+    """ffcv-imagenet's own recipe, with another distribution of crops: 8 to 100 % of the area, aspect 3/4 to 4/3."""
     return batches(job, RandomResizedCropRGBImageDecoder((job.size, job.size)))
 
 
@@ -30,7 +30,7 @@ def scale_jitter(job: Job) -> Iterator[tuple[Any, Any]]:
 
 
 class ScaleJitterDecoder(ResizedCropRGBImageDecoder):
-    """FFCV's random crop decoder with other draws."""
+    """FFCV's random crop decoder with the draws of `Job`."""
 
     def __init__(self, job: Job) -> None:
         super().__init__((job.size, job.size))
@@ -42,7 +42,7 @@ class ScaleJitterDecoder(ResizedCropRGBImageDecoder):
 
 
 def jitter_crop(height: Any, width: Any, scale: Any, ratio: Any) -> Any:
-    """top, left, height, width of a crop in source pixels; FFCV compiles this.
+    """Draw a crop: top, left, height, width in source pixels. FFCV compiles this function.
 
     scale: S, lowest and highest. ratio: the crop's side, twice.
     """

@@ -1,6 +1,6 @@
-"""What every contender is asked for (`Job`), and the draw of one image's crop for those that draw in Python (`draw`).
+"""What every contender has to make (`Job`), and the draw of one image's crop, for contenders that draw in Python (`draw`).
 
-Standard library only: a contender may run in another Python, without torch or our own packages.
+It imports only the standard library: a contender may run in another Python, without torch or our packages.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ from typing import Any, NamedTuple
 class Job(NamedTuple):
     """Batches of random crops, endlessly.
 
-    Per image: the short side resized to S, uniform on the whole numbers scale[0]..scale[1], then a crop of size x size pixels at
-    a uniform whole-pixel place, mirrored left to right with probability 1/2.
+    For each image: resize the short side to S, uniform on the integers scale[0]..scale[1]; crop size x size pixels at a uniform
+    integer position; mirror left to right with probability 1/2.
 
     data: a folder with images/<class>/*.JPEG and, with the same images, shards/train/*.tar (WebDataset, each with DALI's index
     *.idx) and shards/train.beton. images: how many there are. out: "uint8", or "float32" with `mean` (per channel, in 0..255)
@@ -33,7 +33,7 @@ class Job(NamedTuple):
 
     @staticmethod
     def of(values: list[Any]) -> Job:
-        """From JSON, which has no tuples."""
+        """A Job from JSON, which has no tuples."""
         fields: list[Any] = [tuple(value) if isinstance(value, list) else value for value in values]
         return Job(*fields)
 
@@ -44,13 +44,13 @@ class Job(NamedTuple):
         return str(Path(self.data) / "shards" / "train.beton")
 
     def files(self) -> list[tuple[str, int]]:
-        """Path and label of every image: a label is its folder's place in sorted order."""
+        """Path and label of every image. A label is the index of the image's folder in sorted order."""
         folders = sorted(Path(self.data).glob("images/*"))
         return [(str(path), label) for label, folder in enumerate(folders) for path in sorted(folder.iterdir())]
 
 
 class Window(NamedTuple):
-    """The part of an image that a crop shows, in pixels of the image, and whether it is mirrored."""
+    """The part of an image that a crop shows, in pixels of the image, and whether the crop is mirrored."""
 
     left: float
     top: float
@@ -59,13 +59,13 @@ class Window(NamedTuple):
     flip: bool
 
     def whole(self) -> tuple[int, int, int, int]:
-        """left, top, right, bottom in whole pixels, for libraries that crop before they resize."""
+        """left, top, right, bottom, rounded to whole pixels, for libraries that crop before they resize."""
         left, top = floor(self.left + 0.5), floor(self.top + 0.5)
         return left, top, max(left + 1, floor(self.right + 0.5)), max(top + 1, floor(self.bottom + 0.5))
 
 
 def draw(height: int, width: int, job: Job) -> Window:
-    """A random crop of an image of height x width pixels: the window that, resized to size x size, is the crop of `Job`."""
+    """Draw a crop of an image of height x width pixels: the window that, resized to size x size, is a crop of `Job`."""
     side = min(height, width)
     short = random.randint(*job.scale)
     scale = side / short

@@ -1,10 +1,10 @@
-"""The comparison's figures: rows of tools/bench/results/compare.csv, what a JSON file holds of them, a table.
+"""The comparison's figures: as rows of tools/bench/results/compare.csv, as a table, and as the content of a JSON file.
 
-That is {"compared", "rows", "bytes_touched"}: compared says in words what was asked for. A row: name; data (original, 500,
-lossless, compact); images_per_s, the median of the repeats, with its low and high; cpu_ms_per_image, user and system time over
-the process tree, median; ratio to the fastest peer on the same data, median; cpu_over_decode, CPU time over that of decoding the
-same cuts alone, median, for ours on lossless and compact; versions; error, why it was not measured. What does not apply is null.
-bytes_touched (null without `lossless`): name -> mean over the images and ratio of the sums, see `bytes_touched`.
+The JSON is {"compared", "rows", "bytes_touched"}. compared: the options, as text. rows: one for each contender, with name; data
+(original, 500, lossless, compact); images_per_s, low and high, the median, minimum and maximum of the repeats; cpu_ms_per_image,
+user and system time of the process tree, median; ratio to the fastest peer on the same data, median; cpu_over_decode, CPU time
+over that of decoding the same cuts alone, median, for Cropfeed on lossless and compact; versions; error, why the contender could
+not be measured. Fields that do not apply are null. bytes_touched (null without `lossless`): see the function.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ from tools.bench.recording import Figure, record
 CACHE = "warm"
 COLUMNS = f"{'':30}{'images/s':>9}  {'low to high':15}{'CPU ms':>8}{'× fastest peer':>16}{'× decoding':>12}"
 TITLES = {
-    "original": "original files, and our shards of them",
-    "500": "longest side 500, quality 90, 4:2:0, and our compact shards",
+    "original": "original files, and Cropfeed's shards of them",
+    "500": "longest side 500, quality 90, 4:2:0, and Cropfeed's compact shards",
 }
 
 
 @dataclass(frozen=True)
 class Row:
-    """One contender's figures, each with a value a repeat; empty where it failed, or where they do not apply."""
+    """One contender's figures, each with one value per repeat. Empty if the contender failed or the figure does not apply."""
 
     result: Result
     ratios: list[float]  # to the fastest peer on the same data
@@ -56,7 +56,7 @@ class Row:
         }
 
     def figures(self) -> Iterator[Figure]:
-        """What goes into the CSV file."""
+        """The figures for the CSV file."""
         if self.result.error is None:
             yield Figure("images_per_s", self.result.images_per_s)
             yield Figure("cpu_ms_per_image", self.result.cpu_ms)
@@ -71,7 +71,7 @@ def middle(values: list[float]) -> float | None:
 
 
 def figures(results: list[Result]) -> list[Row]:
-    """The rows with their ratios, each taken inside a repeat."""
+    """The contenders' rows. Ratios are taken within each repeat."""
     measured = [result for result in results if result.error is None]
     peers = [result for result in measured if result.contender.kind == "peer"]
     rows = []
@@ -95,7 +95,10 @@ def divided(values: list[float], by: list[float]) -> list[float]:
 
 
 def bytes_touched(touched: Touched) -> dict[str, dict[str, float]]:
-    """Bytes of what a crop reads over the image's: of the cut itself, and in the pages that a cold page cache loads for it."""
+    """Bytes read for a crop over the bytes of the image: of the cut itself, and of the pages read into a cold page cache.
+
+    Returns name -> mean over the images, and ratio of the sums.
+    """
     kinds = {
         "cut": touched.needed,
         f"cold page cache, reading {touched.read_ahead} ahead": touched.loaded,
@@ -109,21 +112,20 @@ def bytes_touched(touched: Touched) -> dict[str, dict[str, float]]:
 
 
 def write_csv(file: Path, rows: list[Row], touched: Touched | None, spec: str) -> None:
-    """Append the measured rows. `record` also prints them, which the table does better."""
-    with redirect_stdout(None):
+    """Append the measured rows."""
+    with redirect_stdout(None):  # `record` prints them, and so does the table
         for row in rows:
             contender = row.result.contender
-            for figure in row.figures():
+            if found := list(row.figures()):
                 of = f"{contender.data}: {spec}; {row.result.versions}"
-                record(file, "compare", figure, engine=contender.name, spec=of, cache=CACHE)
+                record(file, "compare", *found, engine=contender.name, spec=of, cache=CACHE)
         for name, ratios in bytes_touched(touched).items() if touched else ():
-            for kind, value in ratios.items():
-                figure = Figure(f"{kind}_to_image", [value])
-                record(file, "bytes touched", figure, engine=name, spec=f"lossless: {spec}", cache="cold")
+            found = [Figure(f"{kind}_to_image", [value]) for kind, value in ratios.items()]
+            record(file, "bytes touched", *found, engine=name, spec=f"lossless: {spec}", cache="cold")
 
 
 def content(rows: list[Row], touched: Touched | None, spec: str) -> dict[str, Any]:
-    """What a JSON file is to hold."""
+    """The content of a JSON file."""
     return {
         "compared": spec,
         "rows": [row.summary() for row in rows],
@@ -132,7 +134,7 @@ def content(rows: list[Row], touched: Touched | None, spec: str) -> dict[str, An
 
 
 def table(rows: list[Row], touched: Touched | None) -> str:
-    """The fastest first, those not measured last, each with its reason."""
+    """Text for a terminal: the fastest contenders first; those that failed last, with the reason."""
     lines = []
     for group, title in TITLES.items():
         summaries = [row.summary() for row in rows if row.result.contender.group == group]
@@ -140,12 +142,12 @@ def table(rows: list[Row], touched: Touched | None) -> str:
             summaries.sort(key=lambda row: -(row["images_per_s"] or 0.0))
             lines += [title, COLUMNS, *map(line, summaries), ""]
     for name, ratios in bytes_touched(touched).items() if touched else ():
-        lines.append(f"bytes touched over the image's, {name}: {ratios['mean']:.3f} (of the sums {ratios['ratio_of_sums']:.3f})")
+        lines.append(f"bytes read over the image's, {name}: {ratios['mean']:.3f} (ratio of sums {ratios['ratio_of_sums']:.3f})")
     return "\n".join(lines)
 
 
 def line(row: dict[str, Any]) -> str:
-    """A line under COLUMNS."""
+    """A line of the table, under COLUMNS."""
     if row["error"] is not None:
         return f"  {row['name']:28} {row['error']}"
     spread = f"[{row['low']:.0f} to {row['high']:.0f}]"

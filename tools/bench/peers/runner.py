@@ -1,4 +1,4 @@
-"""A contender's process, from outside: started, given orders, killed with all its children."""
+"""Starts a contender's process, sends it orders, and kills it with all its children."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from tools.bench.peers.contenders import Contender
 from tools.bench.peers.job import Job
 
 OPENING = 120.0  # seconds at most to import, compile and run an epoch
-PATIENCE = 60.0  # seconds at most beyond those that a run is asked to take
-WARM = 1.0  # seconds at least of warming up
+PATIENCE = 60.0  # seconds at most beyond the duration of a run
+WARM = 1.0  # seconds of warm-up, at least
 
 
 class ContenderError(Exception):
@@ -25,7 +25,7 @@ class ContenderError(Exception):
 
 
 class Runner:
-    """One contender in a process of its own, a session of its own: `close` kills whatever it started."""
+    """One contender in its own process and session, so that `close` kills everything that it has started."""
 
     def __init__(self, contender: Contender, python: str) -> None:
         self.contender = contender
@@ -49,23 +49,24 @@ class Runner:
             other.close()
 
     def open(self, job: Job) -> None:
-        """Make the pipeline and warm it up. Raises ContenderError."""
+        """Make the pipeline, check its batches and warm it up. Raises ContenderError."""
         order = {"open": self.contender.function, "job": job, "packages": self.contender.packages, "warm": WARM}
         self.versions = self.ask(order, OPENING)["versions"]
 
     def run(self, seconds: float) -> tuple[float, float]:
-        """Images a second, and CPU milliseconds an image, over about so many seconds. Raises ContenderError."""
+        """Images per second, and CPU milliseconds per image, over about so many seconds. Raises ContenderError."""
         found = self.ask({"run": seconds, "ahead": self.contender.ahead}, seconds + PATIENCE)
         return found["images"] / found["seconds"], found["cpu_seconds"] / found["images"] * 1e3
 
     def ask(self, order: dict[str, Any], timeout: float) -> dict[str, Any]:
+        """Send an order; returns the answer. timeout: seconds."""
         try:
             self._connection.send_bytes(json.dumps(order).encode())
             if not self._connection.poll(timeout):
                 raise ContenderError(f"hangs: no answer within {timeout:.0f} s")
             answer: dict[str, Any] = json.loads(self._connection.recv_bytes())
         except (EOFError, OSError) as error:
-            raise ContenderError(f"its process died: {self._last_words()}") from error
+            raise ContenderError(f"its process died: {self._last_line()}") from error
         if "missing" in answer:
             raise ContenderError(f"not installed: {self.contender.install} ({answer['missing']})")
         if "error" in answer:
@@ -79,8 +80,8 @@ class Runner:
         self._connection.close()
         self._log.close()
 
-    def _last_words(self) -> str:
-        """The last line that it printed, or else its exit code."""
+    def _last_line(self) -> str:
+        """The last line that the process printed, or its exit code if it printed none."""
         code = self._process.wait(10)
         self._log.seek(0)
         lines = self._log.read().decode(errors="replace").strip().splitlines()

@@ -1,8 +1,8 @@
 """SPDL: FFmpeg's decoder and filters in threads.
 
 Settings follow SPDL's documentation and its image_dataloading example: paths are aggregated to batches, a stage decodes whole
-batches with a thread a core (`load_image_batch` taken apart, since each image has a filter of its own), FFmpeg's own threads
-off, and the sink holds batches in advance. FFmpeg crops before it scales; swscale's bilinear is antialiased.
+batches with one thread per core (as `load_image_batch` does, but with a filter for each image), FFmpeg's own threads are off, and
+the sink prefetches batches. FFmpeg crops before it scales; swscale's bilinear is antialiased.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """TensorFlow's tf.data with tf.image.decode_and_crop_jpeg.
 
 Settings follow the tf.data performance guide and the ImageNet input of the official models: only the crop is decoded, by
-libjpeg-turbo's partial decoding with INTEGER_FAST; parallel map and prefetch tuned by AUTOTUNE, order not kept; a private
-thread pool of a thread a core, so that the tuning has the machine it sees.
+libjpeg-turbo's partial decoding with INTEGER_FAST; AUTOTUNE for parallel map and prefetch, in any order; a private thread pool
+with one thread per core, so that the tuning sees the cores that it may use.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from tools.bench.peers.job import Job
 
 def decode_and_crop(job: Job) -> Iterator[tuple[Any, Any]]:
     tf.config.threading.set_inter_op_parallelism_threads(job.threads)
-    tf.config.threading.set_intra_op_parallelism_threads(1)  # parallel over images, not inside them
+    tf.config.threading.set_intra_op_parallelism_threads(1)  # parallel over images, not within an image
     paths, labels = zip(*job.files(), strict=True)
     options = tf.data.Options()
     options.deterministic = False
@@ -47,7 +47,7 @@ def load(path: Any, job: Job) -> Any:
 
 
 def window(contents: Any, job: Job) -> Any:
-    """top, left, height, width of a random crop in whole source pixels."""
+    """Draw a crop: top, left, height, width in whole source pixels."""
     sides = tf.cast(tf.image.extract_jpeg_shape(contents)[:2], tf.float32)
     low, high = job.scale
     scale = tf.reduce_min(sides) / tf.cast(tf.random.uniform([], low, high + 1, tf.int32), tf.float32)

@@ -1,13 +1,13 @@
-"""PyTorch's DataLoader with worker processes: WebDataset or files in front, OpenCV, Pillow or libvips behind.
+"""PyTorch's DataLoader with worker processes: WebDataset or files as the source, decoded by OpenCV, Pillow or libvips.
 
 Settings follow these projects' documentation:
-- WebDataset: shards resampled endlessly by each worker, a shuffle buffer, whole batches made in the workers (`batched`, and
-  batch_size=None in the loader), so that only batches cross between processes;
-- PyTorch and timm: a worker a core, persistent_workers, prefetch_factor 2; timm's fast_collate, which fills one uint8 tensor,
-  and its normalisation behind the loader;
-- OpenCV: one thread in each worker, since the workers share the cores; bilinear, without the antialiasing that it does not have;
-  RGB straight from the decoder; crop before resizing, as albumentations' crops do;
-- Pillow: `resize(box=)`, which resamples only the crop; `draft`, which lets libjpeg reduce an image to no less than is needed;
+- WebDataset: each worker resamples shards endlessly, a shuffle buffer, batching in the workers (`batched`, and batch_size=None in
+  the loader), so that processes exchange only batches;
+- PyTorch and timm: one worker per core, persistent_workers, prefetch_factor 2; timm's fast_collate, which fills one uint8 tensor,
+  and its normalization after the loader;
+- OpenCV: one thread in each worker, since the workers share the cores; bilinear without antialiasing, which OpenCV lacks; RGB
+  directly from the decoder; crop before resizing, as albumentations' crops do;
+- Pillow: `resize(box=)`, which resamples only the crop; `draft`, which lets libjpeg decode at a reduced size;
 - libvips: sequential access (decoding ends below the crop), one thread in each worker, no operation cache.
 """
 
@@ -30,9 +30,9 @@ from torch.utils.data import DataLoader, Dataset
 
 from tools.bench.peers.job import Job, Window, draw
 
-PREFETCH = 2  # batches that each worker makes in advance, the default
+PREFETCH = 2  # batches that each worker prefetches, the default
 Pixels = npt.NDArray[np.uint8]  # (size, size, 3)
-Transform = Callable[[Job, bytes], Pixels]  # an encoded image -> its crop
+Transform = Callable[[Job, bytes], Pixels]  # from an encoded image to its crop
 Sample = tuple[Pixels, int]
 
 
@@ -85,7 +85,7 @@ def pillow(job: Job, encoded: bytes) -> Pixels:
 
 
 def pillow_draft(job: Job, encoded: bytes) -> Pixels:
-    """`draft` reduces by 2, 4 or 8 while decoding, as long as the result is no smaller than asked for, in both directions."""
+    """`draft` reduces by 2, 4 or 8 while decoding, if the result is no smaller than asked for in both dimensions."""
     image = Image.open(io.BytesIO(encoded))
     width, height = image.size
     window = draw(height, width, job)
@@ -141,7 +141,7 @@ def webdataset_batches(
 
 
 class ImageFolder(Dataset[Sample]):
-    """A folder of class folders, as torchvision's ImageFolder reads it."""
+    """A folder of class folders, read as torchvision's ImageFolder reads it."""
 
     def __init__(self, job: Job, transform: Transform) -> None:
         self.job = job
@@ -158,7 +158,7 @@ class ImageFolder(Dataset[Sample]):
 
 
 class Endless(torch.utils.data.Sampler[int]):
-    """Every epoch in a new random order, epoch behind epoch, so that workers need not stop between them."""
+    """Epoch after epoch, each in a new random order, so that workers do not stop between epochs."""
 
     def __init__(self, count: int) -> None:
         self.count = count
@@ -192,7 +192,7 @@ def fast_collate(samples: list[Sample]) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def normalized(loader: Any, job: Job) -> Iterator[tuple[Any, Any]]:
-    """Behind the loader, as timm's PrefetchLoader does."""
+    """Normalizes after the loader, as timm's PrefetchLoader does."""
     mean = torch.tensor(job.mean)
     for images, labels in loader:
         yield (images.float().sub_(mean) if job.out == "float32" else images), labels

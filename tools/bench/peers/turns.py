@@ -1,4 +1,4 @@
-"""Taking turns: each contender warmed up once, then in every repeat each for some seconds, in an order drawn anew."""
+"""Measures contenders in turns: each is warmed up once, and runs for some seconds in every repeat, in an order drawn anew."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from tools.bench.peers.runner import ContenderError, Runner
 
 @dataclass
 class Result:
-    """A contender's figures, one a repeat: images_per_s, and cpu_ms per image. error: why there are none, in one line.
+    """A contender's figures, a value per repeat: images_per_s, and cpu_ms per image. error: why there are none, in one line.
 
-    runner: its process, as long as it is measured.
+    runner: its process, until it is stopped.
     """
 
     contender: Contender
@@ -31,7 +31,7 @@ class Result:
 
     @contextmanager
     def trying(self) -> Iterator[None]:
-        """A failure in here ends this contender; the others go on."""
+        """A failure inside stops only this contender."""
         try:
             yield
         except ContenderError as error:
@@ -47,8 +47,8 @@ class Result:
 def measure(
     chosen: list[Contender], jobs: dict[str, Job], repeats: int, seconds: float, pythons: dict[str, str], errors: dict[str, str]
 ) -> list[Result]:
-    """jobs: one for each kind of data. pythons: name -> interpreter, where it is not this one. errors: name:data -> why it cannot
-    take part."""
+    """Measure the chosen contenders. seconds: of each turn. jobs: by the kind of data. pythons: interpreters by a contender's
+    name, if not this one. errors: by name:data, why a contender cannot take part."""
     results = [Result(contender, error=errors.get(contender.key)) for contender in chosen]
     try:
         for result in tqdm(results, "warming up", unit=" contenders"):

@@ -1,14 +1,14 @@
 """The process of one contender: python -m tools.bench.peers.worker FD
 
-Its other end is runner.py, which sends JSON orders through the socket FD and gets one JSON answer to each:
+It is controlled by runner.py, which sends JSON orders through the socket FD and gets one JSON answer to each:
 
     {"open": function, "job": Job, "packages": [...], "warm": seconds}    -> {"versions": "name version, ..."}
     {"run": seconds, "ahead": batches}                                    -> {"images", "seconds", "cpu_seconds"}
 
-or {"missing": why} if a package is not there, {"error": why} if anything else went wrong. The contender idles between orders: an
-answer is sent once its threads and workers have filled their queues and come to rest.
+or {"missing": reason} if a package is not installed, {"error": reason} if anything else fails. The contender is idle between
+orders: an answer is sent once its threads and workers have filled their queues and use no more CPU time.
 
-Standard library and psutil alone, so that it runs in any Python.
+It imports only the standard library and psutil, so that it runs in any Python.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ from typing import Any
 
 from tools.bench.peers.job import Job
 
-RESTING = 0.2  # seconds in which a process at rest uses no CPU time that its clock (of 10 ms) shows
+RESTING = 0.2  # seconds in which an idle process uses no CPU time, as shown by its clock with a resolution of 10 ms
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
 class Tree:
-    """This process and those below it, as they are now."""
+    """This process and its current descendants."""
 
     def __init__(self) -> None:
         import psutil
@@ -48,7 +48,7 @@ class Tree:
 
 
 class Contender:
-    """Batches, drawn on order."""
+    """A contender's batches."""
 
     def __init__(self, function: str, job: Job) -> None:
         module, name = function.split(":")
@@ -57,12 +57,12 @@ class Contender:
         self.batches = make(job)
 
     def next(self) -> int:
-        """Wait for a batch; its number of images."""
+        """Wait for a batch; returns its number of images."""
         images, _ = next(self.batches)
         return len(images)
 
     def check(self) -> None:
-        """The next batch is what the job asks for."""
+        """Raise ValueError unless the next batch is what the job asks for."""
         images, labels = next(self.batches)
         shape, dtype = tuple(images.shape), str(images.dtype).rpartition(".")[2]
         expected = (self.job.batch_size, self.job.size, self.job.size, 3)
@@ -70,13 +70,13 @@ class Contender:
             raise ValueError(f"its batch is {dtype} {shape} with {len(labels)} labels, not {self.job.out} {expected}")
 
     def warm(self, seconds: float) -> None:
-        """An epoch, and at least so long."""
+        """Run for an epoch, and for at least so many seconds."""
         began, images = time.perf_counter(), 0
         while images < self.job.images or time.perf_counter() - began < seconds:
             images += self.next()
 
     def run(self, seconds: float, ahead: int) -> dict[str, float]:
-        """Whole batches for about so long. The first `ahead` were made before and do not count."""
+        """Take batches for about so many seconds. The first `ahead`, which may have been prefetched, do not count."""
         for _ in range(ahead):
             self.next()
         tree = Tree()
@@ -88,7 +88,7 @@ class Contender:
 
 
 def rest(limit: float = 10.0) -> None:
-    """Return when this process and those below it use no CPU time."""
+    """Wait until this process and its descendants use no CPU time, for at most `limit` seconds."""
     tree, deadline = Tree(), time.perf_counter() + limit
     used = -1.0
     while (now := tree.cpu_seconds()) != used and time.perf_counter() < deadline:
@@ -101,13 +101,13 @@ def versions(packages: list[str]) -> str:
     for package in packages:
         try:
             found.append(f"{package} {version(package)}")
-        except PackageNotFoundError:  # comes under another name, as opencv-python-headless does
+        except PackageNotFoundError:  # installed under another name, such as opencv-python-headless
             continue
     return ", ".join(found)
 
 
 def serve(connection: Connection) -> None:
-    """Answer orders until the other end is closed."""
+    """Answer orders until the runner closes the connection."""
     contender: Contender | None = None
     while True:
         try:
@@ -126,13 +126,13 @@ def serve(connection: Connection) -> None:
             rest()
         except ImportError as error:
             answer = {"missing": first_line(error)}
-        except Exception as error:  # whatever a contender raises is its row
+        except Exception as error:  # whatever a contender raises goes into its row
             answer = {"error": first_line(error)}
         connection.send_bytes(json.dumps(answer).encode())
 
 
 def report_threads(connection: Connection) -> None:
-    """An exception in any thread is an answer: FFCV's main thread would wait for ever for one that died."""
+    """Answer with the exception of any thread: FFCV's main thread would wait without end for a thread that died."""
 
     def answer(failure: threading.ExceptHookArgs) -> None:
         error = failure.exc_value or failure.exc_type()
@@ -148,7 +148,7 @@ def first_line(error: BaseException) -> str:
 
 
 def main() -> None:
-    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)  # die with the benchmark, even where it is killed
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)  # end with the benchmark, even if that is killed
     connection = Connection(int(sys.argv[1]))
     report_threads(connection)
     serve(connection)

@@ -1,4 +1,4 @@
-"""Pictures for plain_train.py: a folder of images and torchvision's transforms, by Pillow."""
+"""Images for plain_train.py: a folder of images, and torchvision's transforms, both with Pillow."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ Transform = Callable[[Image.Image], torch.Tensor]
 
 
 class ImageFolder(Dataset[tuple[torch.Tensor, int]]):
-    """A folder of class folders. transform: RGB image -> float32 (3, size, size); may be replaced between epochs."""
+    """A folder of class folders. transform: from an RGB image to float32 (3, size, size); may be replaced between epochs."""
 
     def __init__(self, root: Path, transform: Transform) -> None:
         self.transform = transform
@@ -32,7 +32,7 @@ class ImageFolder(Dataset[tuple[torch.Tensor, int]]):
             if path.suffix.lower() in SUFFIXES
         ]
         if not self.files:
-            raise UserError(f"{root}: no images there; give --data a folder of train/CLASS/IMAGE and val/CLASS/IMAGE")
+            raise UserError(f"{root}: no images there", "give --data a folder of train/CLASS/IMAGE and val/CLASS/IMAGE")
 
     def __len__(self) -> int:
         return len(self.files)
@@ -44,14 +44,14 @@ class ImageFolder(Dataset[tuple[torch.Tensor, int]]):
 
 
 def resize(image: Image.Image, short: int) -> Image.Image:
-    """torchvision's Resize: the short side to so many pixels, antialiased bilinear."""
+    """torchvision's Resize: the short side becomes `short` pixels; antialiased bilinear."""
     longer = int(short * max(image.size) / min(image.size))
     size = (short, longer) if image.width <= image.height else (longer, short)
     return image.resize(size, Image.Resampling.BILINEAR)
 
 
 def jitter(image: Image.Image, size: int, low: int, high: int) -> Image.Image:
-    """The short side uniform on low..high, then RandomCrop."""
+    """Resize to a short side uniform on low..high, then RandomCrop."""
     resized = resize(image, random.randint(low, high))
     left, top = random.randint(0, resized.width - size), random.randint(0, resized.height - size)
     return resized.crop((left, top, left + size, top + size))
@@ -66,7 +66,7 @@ def resized_crop(image: Image.Image, size: int, low: float, high: float) -> Imag
         if 0 < width <= image.width and 0 < height <= image.height:
             left, top = random.randint(0, image.width - width), random.randint(0, image.height - height)
             break
-    else:  # none of ten fits: the largest central one in range
+    else:  # none of ten fits: the largest central crop within the range of aspect ratios
         width, height = min(image.width, round(image.height * 4 / 3)), min(image.height, round(image.width / (3 / 4)))
         left, top = (image.width - width) // 2, (image.height - height) // 2
     return image.crop((left, top, left + width, top + height)).resize((size, size), Image.Resampling.BILINEAR)
@@ -79,13 +79,13 @@ def to_tensor(image: Image.Image) -> torch.Tensor:
 
 
 def training_transform(image: Image.Image, crop: Callable[[Image.Image], Image.Image]) -> torch.Tensor:
-    """A random crop, mirrored half the time."""
-    picture = crop(image)
-    return to_tensor(picture.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if random.random() < 0.5 else picture)
+    """A random crop, mirrored with probability 1/2."""
+    cropped = crop(image)
+    return to_tensor(cropped.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if random.random() < 0.5 else cropped)
 
 
 def validation_transform(image: Image.Image, size: int, short: int) -> torch.Tensor:
-    """The central crop of the image with its short side at `short`."""
+    """The central crop of the image resized to a short side of `short`."""
     resized = resize(image, short)
     left, top = round((resized.width - size) / 2), round((resized.height - size) / 2)
     return to_tensor(resized.crop((left, top, left + size, top + size)))

@@ -1,4 +1,4 @@
-"""Cropfeed, as its users open it: `pipeline.open_loader`."""
+"""Cropfeed, opened as users open it: with `pipeline.open_loader`."""
 
 from __future__ import annotations
 

@@ -1,7 +1,8 @@
-"""For gpu_check.py: feeds into GPU memory in turns, Cropfeed's engines on every kind of shards and the stock DALI pipeline.
+"""For gpu_check.py: loaders into GPU memory in turns, Cropfeed's engines on every kind of shards and the stock DALI pipeline.
 
-Every way makes the same batches: scale jitter, crop, flip; plain pixels, uint8, on the device. "stock" is the pipeline of DALI's
-documentation over the original files: fn.readers.webdataset, fn.decoders.image, fn.resize, fn.crop_mirror_normalize.
+All loaders make the same batches: scale jitter, crop, flip; uint8 pixels without normalization, on the device. The stock pipeline
+is that of DALI's documentation over the original files: fn.readers.webdataset, fn.decoders.image, fn.resize,
+fn.crop_mirror_normalize.
 """
 
 from __future__ import annotations
@@ -25,25 +26,17 @@ from pipeline.store.shards import ShardSet
 from tools.bench.recording import Figure, record
 from tools.profiler.loaders import endless, synchronise
 
-SHARES = (0.0, 0.5, 0.9)  # of the images, for the GPU's JPEG decoder in hardware
+SHARES = (0.0, 0.5, 0.9)  # share of the images that the GPU's hardware JPEG decoder gets
 STOCK = "stock DALI, original"
-Feed = Callable[[], int]  # waits for a batch on the device; its number of images
+NextBatch = Callable[[], int]  # waits for a batch on the device; returns its number of images
 
 
-class WholeStreams(DaliLoader):
-    """The DALI engine without cutting: DALI gets whole files and decodes the region its own way."""
-
-    def __init__(self, spec: LoaderSpec) -> None:
-        super().__init__(spec)
-        self._cuts, self._slices = False, True
-
-
-def of_loader(loader: Loader) -> Feed:
+def batches_of(loader: Loader) -> NextBatch:
     batches = endless(loader)
     return lambda: len(next(batches).ids)
 
 
-def stock(spec: LoaderSpec) -> Feed:
+def stock(spec: LoaderSpec) -> NextBatch:
     """The stock pipeline over a folder of shards of profile "original", at DALI's default share for the hardware decoder."""
     assert isinstance(spec.geometry, ScaleJitter)
     device = torch.device(spec.device)
@@ -61,7 +54,7 @@ def stock(spec: LoaderSpec) -> Feed:
         )
         pixels = fn.decoders.image(components[0], device="mixed" if gpu else "cpu", output_type=types.RGB)
         short = dali_math.floor(fn.random.uniform(range=[float(spec.geometry.low), float(spec.geometry.high + 1)]))
-        pictures = fn.crop_mirror_normalize(
+        images = fn.crop_mirror_normalize(
             fn.resize(pixels, resize_shorter=short),
             crop=(size, size),
             crop_pos_x=fn.random.uniform(range=[0.0, 1.0]),
@@ -70,61 +63,65 @@ def stock(spec: LoaderSpec) -> Feed:
             dtype=types.UINT8,
             output_layout="HWC",
         )
-        pipe.set_outputs(pictures)
+        pipe.set_outputs(images)
     pipe.build()
 
-    def feed() -> int:
+    def next_batch() -> int:
         stream = torch.cuda.current_stream(device) if gpu else None
         return len(torch.from_dlpack(pipe.run(stream)[0].as_tensor()))
 
-    return feed
+    return next_batch
 
 
-def ways(data: dict[str, Path], spec: LoaderSpec) -> Iterator[tuple[str, Callable[[], Feed]]]:
-    """Name and what opens it. data: profile -> folder of shards."""
+def loaders(data: dict[str, Path], spec: LoaderSpec) -> Iterator[tuple[str, NextBatch]]:
+    """Each loader's name, and the loader itself. data: profile -> folder of shards."""
     plain = replace(spec, dtype=torch.uint8)
-    yield STOCK, lambda: stock(replace(plain, data=data["original"]))
+    yield STOCK, stock(replace(plain, data=data["original"]))
     for profile, folder in data.items():
         for share in SHARES:
             chosen = replace(plain, data=folder, engine="dali", hw_decoder_load=share)
-            yield f"dali, {profile}, hardware share {share}", lambda chosen=chosen: of_loader(open_loader(chosen))  # type: ignore[misc]
+            yield f"dali, {profile}, hardware share {share}", batches_of(open_loader(chosen))
     whole = replace(plain, data=data["lossless"], engine="dali")
-    yield "dali, lossless, whole streams", lambda: of_loader(WholeStreams(whole))
+    yield "dali, lossless, whole streams", batches_of(DaliLoader(whole, cuts=False))
     for profile in ("lossless", "compact"):
         cpu = replace(plain, data=data[profile], engine="cpu")
-        yield f"cpu, {profile}", lambda cpu=cpu: of_loader(open_loader(cpu))  # type: ignore[misc]
+        yield f"cpu, {profile}", batches_of(open_loader(cpu))
 
 
-def measure_feeds(
+def measure_loaders(
     data: dict[str, Path], spec: LoaderSpec, results: Path, seconds: float, repeats: int, images: str
 ) -> dict[str, float]:
-    """Images/s of every way, in turns, and its ratio to the stock pipeline; returns the median ratios. images: what they are."""
+    """Record images/s of every loader, in turns, and its ratio to the stock pipeline. Returns the median ratios by name.
+
+    seconds: of each repeat. images: what they are.
+    """
     device = torch.device(spec.device)
-    feeds = {name: opened() for name, opened in ways(data, spec)}
-    rates: dict[str, list[float]] = {name: [] for name in feeds}
+    opened = dict(loaders(data, spec))
+    rates: dict[str, list[float]] = {name: [] for name in opened}
     for repeat in range(repeats + 1):  # the first is warm-up
-        for name, feed in feeds.items():
-            rate = images_per_second(feed, seconds, device, ahead=spec.prefetch + 1)
+        for name, next_batch in opened.items():
+            rate = images_per_second(next_batch, seconds, device, ahead=spec.prefetch + 1)
             if repeat:
                 rates[name].append(rate)
     medians = {}
     low, high = (spec.geometry.low, spec.geometry.high) if isinstance(spec.geometry, ScaleJitter) else (0, 0)
     described = f"{images}, S {low}..{high}, {spec.final_size} crop, uint8, batch {spec.batch_size}, {spec.threads} threads"
     for name, found in rates.items():
-        ratios = [ours / theirs for ours, theirs in zip(found, rates[STOCK], strict=True)]
+        ratios = [rate / stock_rate for rate, stock_rate in zip(found, rates[STOCK], strict=True)]
         medians[name] = sorted(ratios)[len(ratios) // 2]
-        for figure in (Figure("images_per_s", found), Figure("ratio_to_stock_dali", ratios)):
-            record(results, f"feed: {name}", figure, engine=name.split(",")[0], spec=described, cache="warm")
+        figures = Figure("images_per_s", found), Figure("ratio_to_stock_dali", ratios)
+        record(results, f"feed: {name}", *figures, engine=name.split(",")[0], spec=described, cache="warm")
     return medians
 
 
-def images_per_second(feed: Feed, seconds: float, device: torch.device, ahead: int) -> float:
-    """For about so long, the device's queue empty at both ends. The first `ahead` batches, which may lie ready, do not count."""
+def images_per_second(next_batch: NextBatch, seconds: float, device: torch.device, ahead: int) -> float:
+    """Throughput over about `seconds`, with the device idle at both ends. The first `ahead` batches, which may have been
+    prefetched, do not count."""
     for _ in range(ahead):
-        feed()
+        next_batch()
     synchronise(str(device))
     began, count = time.perf_counter(), 0
     while time.perf_counter() - began < seconds:
-        count += feed()
+        count += next_batch()
     synchronise(str(device))
     return count / (time.perf_counter() - began)

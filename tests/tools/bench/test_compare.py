@@ -1,4 +1,4 @@
-"""tools/profile_pipeline.py --compare, and its contenders' pictures, against what they should show."""
+"""tools/bench/compare.py, and the images that its contenders make."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ import sys
 import tarfile
 import time
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +19,11 @@ import psutil
 import pytest
 import simplejpeg
 
+from pipeline.convert.make import find_images
 from pipeline.errors import UserError
 from tests.helpers import assert_refused, jpeg, run_script, without_progress, write_image_folder
 from tools.bench.peers import cuts, dali, data, torch_loaders
-from tools.bench.peers.compare import Options, check
+from tools.bench.peers.compare import CompareOptions
 from tools.bench.peers.contenders import CONTENDERS, DECODE, Contender
 from tools.bench.peers.job import Job, draw
 from tools.bench.peers.runner import ContenderError, Runner
@@ -45,14 +45,14 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def compare(images: Path, out: Path, *options: object) -> Any:
     return without_progress(
         run_script(
-            "tools/profile_pipeline.py", "--compare", images, "--json", out / "compare.json", "--results", out / "compare.csv",
+            "tools/bench/compare.py", images, "--json", out / "compare.json", "--results", out / "compare.csv",
             "--image-size", SIZE, "--scale", LOW, HIGH, "--batch-size", 8, "--repeats", 2, "--seconds", 0.2, *options,
         )
     )  # fmt: skip
 
 
-def test_figures_failures_and_what_is_missing(images: Path, tmp_path: Path) -> None:
-    """`false` in place of Python dies at once; this Python has no tensorflow."""
+def test_figures_failures_and_missing_packages(images: Path, tmp_path: Path) -> None:
+    """`false` as Python exits at once; tensorflow is not installed."""
     only = ["dali-roi:original", "dali-plain:original", "dali-plain:500", "tf-data:original", f"{DECODE}:lossless"]
     pythons = ["--python-for", "dali-plain=/bin/false"]
     before = set(Path("/tmp").glob("cropfeed-compare-*"))
@@ -88,47 +88,43 @@ def test_figures_failures_and_what_is_missing(images: Path, tmp_path: Path) -> N
     assert set(Path("/tmp").glob("cropfeed-compare-*")) <= before
 
 
-def test_with_shards_the_peers_stand_beside_the_profile(small_shards: Path, tmp_path: Path) -> None:
-    """--compare without IMAGES takes those of the shards."""
-    result = without_progress(
-        run_script(
-            "tools/profile_pipeline.py", small_shards, "--compare", "--only", "dali-roi:original", "cropfeed-cpu-original",
-            "--json", tmp_path / "p.json", "--results", tmp_path / "compare.csv", "--image-size", SIZE, "--scale", LOW, HIGH,
-            "--batch-size", 8, "--repeats", 2, "--seconds", 0.1, "--engines", "cpu",
-        )
-    )  # fmt: skip
+def test_images_of_shards(small_shards: Path, tmp_path: Path) -> None:
+    result = compare(small_shards, tmp_path, "--only", "dali-roi:original", "cropfeed-cpu-original", "--seconds", 0.1)
     assert result.returncode == 0, result.stderr
-    found = json.loads((tmp_path / "p.json").read_text())
-    assert found["images_per_s"] > 0
-    assert found["verdict"]["limit"] == "input"
+    found = json.loads((tmp_path / "compare.json").read_text())
+    assert found["compared"].startswith(f"{small_shards.name}, 60 images, ")
     ratios = {row["name"]: row["ratio"] for row in found["rows"]}
     assert ratios.keys() == {"dali-roi", "cropfeed-cpu-original"}
     assert ratios["dali-roi"] == 1
     assert ratios["cropfeed-cpu-original"] > 0
 
 
-def test_what_is_asked_wrongly(images: Path, tmp_path: Path) -> None:
+def test_wrong_options_are_refused(images: Path, tmp_path: Path) -> None:
     assert_refused(compare(images, tmp_path, "--only", "nobody"), "--only nobody", "dali-roi")
     (tmp_path / "x.tar").write_text("no tar")
     with pytest.raises(UserError, match=r"x\.tar: cannot be unpacked"):
-        data.find_images(tmp_path / "x.tar", tmp_path)
+        find_images(tmp_path / "x.tar", tmp_path)
     with pytest.raises(UserError, match=r"holds no <class>/\*\.JPEG"):
-        data.find_images(tmp_path, tmp_path)
-    good = Options(images, tmp_path / "x.csv", 1, 1.0, 8, (), "uint8", SIZE, (LOW, HIGH), 1, {})
-    check(good)
-    for wrong, words in (
-        (replace(good, scale=(20, 30)), "--scale 20 30"),
-        (replace(good, pythons={"nobody": "python"}), "--python-for nobody"),
-        (replace(good, threads=1000), "--threads 1000"),
-    ):
+        find_images(tmp_path, tmp_path)
+    assert CompareOptions(images, threads=1).only == ()
+    wrong: list[tuple[dict[str, Any], str]] = [
+        ({"scale": (20, 30), "image_size": SIZE}, "`scale` 20 30"),
+        ({"python_for": {"nobody": "python"}}, "`python_for` nobody"),
+        ({"threads": 1000}, "`threads` 1000"),
+        ({"out": "float16"}, "`out` is uint8 or float32"),
+        ({"repeats": 1}, "`repeats` must be at least 2"),
+        ({"seconds": 0.0}, "`seconds`"),
+        ({"only": ("nobody",)}, "`only` nobody"),
+    ]
+    for changes, words in wrong:
         with pytest.raises(UserError, match=words):
-            check(wrong)
+            CompareOptions(images, **{"threads": 1, **changes})
 
 
-def test_a_tar_of_the_folder_is_as_good(images: Path, tmp_path: Path) -> None:
+def test_images_may_come_as_a_tar(images: Path, tmp_path: Path) -> None:
     with tarfile.open(tmp_path / "x.tar", "w") as tar:
         tar.add(images, "some/folder")
-    count, found = data.find_images(tmp_path / "x.tar", tmp_path)
+    count, found = find_images(tmp_path / "x.tar", tmp_path)
     assert count == 24
     assert {path.name for path in found.iterdir()} == {path.name for path in images.iterdir()}
 
@@ -176,7 +172,7 @@ def contender(name: str) -> Contender:
     return Contender(name, "original", f"unruly:{name}", ("nothing",), 0)
 
 
-def test_one_that_fails_does_not_stop_the_others(unruly: Job) -> None:
+def test_a_failing_contender_does_not_stop_the_others(unruly: Job) -> None:
     names = ["dies", "batches", "raises", "in_a_thread", "other_shape", "leaves_a_child"]
     results = measure([contender(name) for name in names], {"original": unruly}, 3, 0.3, {}, {})
     errors = dict(zip(names, (result.error for result in results), strict=True))
@@ -190,13 +186,13 @@ def test_one_that_fails_does_not_stop_the_others(unruly: Job) -> None:
     }
     good = results[1]
     assert len(good.images_per_s) == len(good.cpu_ms) == 3
-    assert min(good.images_per_s) > 300  # 8 images in 10 ms and what the machine adds
+    assert min(good.images_per_s) > 300  # 8 images per 10 ms, and overhead
     assert max(good.images_per_s) <= 800
     child = int(Path(unruly.data).read_text())
     assert not psutil.pid_exists(child) or psutil.Process(child).status() == psutil.STATUS_ZOMBIE
 
 
-def test_one_that_hangs_is_given_up(unruly: Job) -> None:
+def test_a_hanging_contender_is_abandoned(unruly: Job) -> None:
     runner = Runner(contender("batches"), sys.executable)
     try:
         began = time.monotonic()
@@ -207,12 +203,12 @@ def test_one_that_hangs_is_given_up(unruly: Job) -> None:
         runner.close()
 
 
-# What the contenders' pictures show
+# The contenders' images
 
 
 @pytest.fixture(scope="module")
 def ramps(tmp_path_factory: pytest.TempPathFactory) -> Job:
-    """48 equal images whose colours say where a pixel comes from, as files, tars and (if FFCV is there) a .beton."""
+    """48 equal images, as files, tars and (with FFCV) a .beton. A pixel's red and green channels encode its column and row."""
     root = tmp_path_factory.mktemp("ramps")
     pixels = np.zeros((HEIGHT, WIDTH, 3), np.uint8)
     pixels[..., 0] = STEP * np.arange(WIDTH)
@@ -220,18 +216,18 @@ def ramps(tmp_path_factory: pytest.TempPathFactory) -> Job:
     for number in range(48):
         path = root / "source" / f"n{number % 2}" / f"{number}.JPEG"
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(jpeg(pixels, "444", 100) + bytes(number))  # or the converter would call them duplicates
+        path.write_bytes(jpeg(pixels, "444", 100) + bytes(number))  # the converter would report duplicates
     with_ffcv = os.environ.get("CROPFEED_WITHOUT") != "ffcv"
     assert data.prepare(root / "source", root, {"original"}, {"original"} if with_ffcv else set()) == {}
     return Job(str(root / "original"), 48, 16, SIZE, (LOW, HIGH), 2, "uint8", (100.0, 110.0, 120.0))
 
 
 def shown(images: npt.NDArray[Any]) -> npt.NDArray[np.float64]:
-    """Of each crop of ramp images: left and top edge of its window in source pixels, pixels of the source to one of the crop
-    along x and along y, and 1 if it is mirrored: (N, 5)."""
+    """The windows of crops of ramp images, (N, 5): left and top edge in source pixels, source pixels per crop pixel along x and
+    along y, and 1 if the crop is mirrored."""
     found = []
     for image in images.astype(np.float64):
-        inner = slice(2, -2)  # at the image's border, filters lean inwards
+        inner = slice(2, -2)  # at the border of the image, filters are asymmetric
         places = np.arange(SIZE)[inner] + 0.5
         across, along_x = np.polyfit(places, image[:, inner, 0].mean(0) / STEP + 0.5, 1)
         down, along_y = np.polyfit(places, image[inner, :, 1].mean(1) / STEP + 0.5, 1)
@@ -241,10 +237,10 @@ def shown(images: npt.NDArray[Any]) -> npt.NDArray[np.float64]:
 
 
 def assert_windows(windows: npt.NDArray[np.float64], slack: float = 1.2) -> None:
-    """They are what `Job` asks for.
+    """Check that the windows have the distribution that `Job` describes.
 
-    slack: of a window's ends, source pixels. Half a pixel where whole ones are cut; and where the resized side is rounded up, its
-    window reaches over the image's edges by a quarter of a crop's pixel, 0.7 here.
+    slack: tolerance of a window's edges, source pixels. It is half a pixel for windows of whole pixels. In addition, a window of
+    a resized side that was rounded up exceeds the image by a quarter of a crop pixel, 0.7 here.
     """
     left, top, across, down, flip = windows.T
     short = min(HEIGHT, WIDTH) / down
@@ -253,10 +249,10 @@ def assert_windows(windows: npt.NDArray[np.float64], slack: float = 1.2) -> None
     assert short.max() < HIGH + 1 + HIGH * slack / SIZE
     assert abs(short.mean() - (LOW + HIGH) / 2) < 2.5  # 4 standard errors of 192
     for start, side in ((left, WIDTH), (top, HEIGHT)):
-        room = side - SIZE * down
+        free = side - SIZE * down
         assert start.min() > -slack
-        assert (start - room).max() < slack
-        relative = start[room > side / 3] / room[room > side / 3]
+        assert (start - free).max() < slack
+        relative = start[free > side / 3] / free[free > side / 3]
         assert 0.35 < relative.mean() < 0.65
         assert relative.min() < 0.1
         assert relative.max() > 0.9
@@ -280,7 +276,7 @@ IN_PYTHON = {
 
 
 @pytest.mark.parametrize("name", IN_PYTHON)
-def test_peers_make_the_crops_they_claim(ramps: Job, name: str) -> None:
+def test_crops_of_peers(ramps: Job, name: str) -> None:
     if "opencv" in name:
         pytest.importorskip("cv2")
     images = first(IN_PYTHON[name](ramps))
@@ -291,15 +287,15 @@ def test_peers_make_the_crops_they_claim(ramps: Job, name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["dali-plain", "dali-resize-crop-mirror", "dali-roi", "torch-pillow"])
-def test_float32_has_the_mean_subtracted(ramps: Job, name: str) -> None:
+def test_the_mean_is_subtracted_from_float32(ramps: Job, name: str) -> None:
     images = first(IN_PYTHON[name](ramps._replace(out="float32")))
     assert images.dtype == np.float32
     assert_windows(shown(images + np.array(ramps.mean, np.float32)))
 
 
 @pytest.mark.skipif(os.environ.get("CROPFEED_WITHOUT") == "ffcv", reason="FFCV is not installed")
-def test_ffcv_makes_the_crops_it_claims(ramps: Job) -> None:
-    """Its generator of crops, uncompiled; that FFCV compiles it is the other half."""
+def test_crops_of_ffcv(ramps: Job) -> None:
+    """Tests the function that draws crops, without FFCV's compilation."""
     from tools.bench.peers.ffcv import jitter_crop
 
     found = np.array([jitter_crop(HEIGHT, WIDTH, ramps.scale, (SIZE, SIZE)) for _ in range(192)], float)
@@ -308,7 +304,7 @@ def test_ffcv_makes_the_crops_it_claims(ramps: Job) -> None:
     assert_windows(np.stack([left, top, width / SIZE, height / SIZE, flips], axis=1))
 
 
-def test_windows_in_python(ramps: Job) -> None:
+def test_windows_drawn_in_python(ramps: Job) -> None:
     windows = [draw(HEIGHT, WIDTH, ramps) for _ in range(192)]
     found = [(w.left, w.top, (w.right - w.left) / SIZE, (w.bottom - w.top) / SIZE, w.flip) for w in windows]
     assert_windows(np.array(found, float))
@@ -319,7 +315,7 @@ def test_windows_in_python(ramps: Job) -> None:
 
 
 def test_draft_changes_little() -> None:
-    """Of an image reduced sixfold, Pillow's `draft` decodes a half or a quarter: the same picture, nearly."""
+    """For an image reduced sixfold, Pillow's `draft` decodes at half or quarter size, with nearly the same result."""
     pixels = np.add.outer(np.arange(400), np.arange(600))[..., None].repeat(3, 2) / 4
     data = jpeg(pixels.astype(np.uint8), "420", 95)
     job = Job("", 1, 1, SIZE, (66, 66), 1, "uint8", (0.0, 0.0, 0.0))
@@ -331,7 +327,7 @@ def test_draft_changes_little() -> None:
         assert np.abs(plain.astype(int) - drafted).max() <= 3
 
 
-def test_bytes_that_a_cut_touches(images: Path, tmp_path: Path) -> None:
+def test_bytes_read_for_a_cut(images: Path, tmp_path: Path) -> None:
     data.prepare(images, tmp_path, {"lossless"}, set())
     job = Job(str(tmp_path / "lossless"), 24, 8, SIZE, (LOW, HIGH), 2, "uint8", (0.0, 0.0, 0.0))
     touched = cuts.touched(job)
@@ -345,13 +341,13 @@ def test_bytes_that_a_cut_touches(images: Path, tmp_path: Path) -> None:
         assert touched.loaded.sum() >= touched.loaded_randomly.sum()
 
 
-def test_every_contender_names_what_installs_it() -> None:
+def test_every_contender_has_an_install_command() -> None:
     keys = [contender.key for contender in CONTENDERS]
     assert len(set(keys)) == len(keys)
     assert all(contender.install.startswith("pip install ") for contender in CONTENDERS)
     assert {contender.group for contender in CONTENDERS} == {"original", "500"}
 
 
-def test_shrunk_images_are_ffcvs() -> None:
+def test_images_shrink_as_in_ffcv() -> None:
     stored = data.shrink(np.frombuffer(jpeg(np.zeros((600, 801, 3), np.uint8), "444"), np.uint8))
     assert simplejpeg.decode_jpeg_header(stored)[:4] == (374, 500, "YCbCr", "420")

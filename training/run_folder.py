@@ -1,4 +1,4 @@
-"""A run's folder: whether it may be written to, and config.json, which says what was run, with what, on what.
+"""The folder of a run, and its config.json: what was run, with which versions, on which machine and data.
 
 RUN/ holds config.json, metrics.csv, tensorboard/, checkpoints/{last,best} and, at the end, model.safetensors.
 """
@@ -8,9 +8,9 @@ from __future__ import annotations
 import json
 import os
 import sys
+from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
 from uuid import uuid4
 
 from accelerate import Accelerator
@@ -19,30 +19,32 @@ from pipeline.errors import UserError
 from pipeline.loader import Loader
 from pipeline.store import files
 from training.loaders import scale_of
+from training.options import TrainOptions
 from training.provenance import commit, environment, hardware, versions
 
 
-def check_output(args: Any, output: Path) -> bool:
-    """Whether the run goes on from a checkpoint: with --resume, and after torchrun has started its processes again.
+def check_output(resume: str | None, output: Path) -> bool:
+    """Whether to continue from the checkpoint in `output`: yes with `resume`, and after torchrun has restarted its processes.
 
-    Raises UserError where there is nothing to resume, or something that a new run would overwrite.
+    resume: TrainOptions.resume. Raises UserError if there is nothing to resume from, or if a new run would overwrite something.
     """
     last = output / "checkpoints" / "last"
     restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
-    if args.resume or restarted:
+    if resume or restarted:
         if last.exists():
             return True
-        if args.resume == "last" and not restarted:
-            raise UserError(f"{last}: no checkpoint to resume from; start without --resume")
-    is_ours = (restarted or args.resume == "auto") and (output / "config.json").exists()  # it died before its first checkpoint
-    if output.exists() and any(output.iterdir()) and not is_ours:
-        raise UserError(f"{output}: exists already; continue it with --resume, or give another --output")
+        if resume == "last" and not restarted:
+            raise UserError(f"{last}: no checkpoint to resume from", "start without `resume`")
+    died_early = (restarted or resume == "auto") and (output / "config.json").exists()  # before its first checkpoint
+    if output.exists() and any(output.iterdir()) and not died_early:
+        raise UserError(f"{output}: exists already", "continue it with `resume`, or give another `output`")
     return False
 
 
-def write_config(output: Path, args: Any, accelerator: Accelerator, loader: Loader, step: int) -> str:
-    """RUN/config.json, with a line for each start of the run; returns the run's id, the same for all starts. step: where this
-    one begins.
+def write_config(output: Path, options: TrainOptions, accelerator: Accelerator, loader: Loader, step: int) -> str:
+    """Write RUN/config.json, with an entry for each start of the run. Returns the run's id, which all its starts share.
+
+    step: where this start begins.
     """
     path = output / "config.json"
     before = json.loads(path.read_text()) if step and path.exists() else {}
@@ -57,7 +59,8 @@ def write_config(output: Path, args: Any, accelerator: Accelerator, loader: Load
     config = {
         "id": run_id,
         "command": sys.argv,
-        "arguments": vars(args) | {"scale": scale_of(loader.spec.geometry)},
+        # "list" is a key that the file has had since version 0.1.
+        "arguments": {"list": None} | asdict(options) | {"scale": scale_of(loader.spec.geometry)},
         "precision": accelerator.mixed_precision,
         "processes": accelerator.num_processes,
         "engine": loader.engine,

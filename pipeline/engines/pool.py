@@ -1,0 +1,64 @@
+"""Worker threads that fill batches in chunks, several batches ahead. The CPU engine and `multiview` share them."""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Generic, TypeVar
+
+Job = TypeVar("Job")
+Worker = TypeVar("Worker")
+
+
+class WorkerPool(Generic[Job, Worker]):
+    """Jobs in progress, in order. Each job is one batch; threads make its images in chunks.
+
+    fill(worker, job, indices): make the images `indices` of a job. worker: the thread's own state, from `make_worker()`.
+    Threads start with the first job and end with `close`, after which the pool can be used again.
+    """
+
+    def __init__(
+        self, threads: int, chunk: int, make_worker: Callable[[], Worker], fill: Callable[[Worker, Job, range], None]
+    ) -> None:
+        self._count, self._chunk, self._make_worker, self._fill = threads, chunk, make_worker, fill
+        self._local = threading.local()
+        self._threads: ThreadPoolExecutor | None = None
+        self._jobs: deque[tuple[Job, list[Future[None]]]] = deque()
+
+    def __len__(self) -> int:
+        """Jobs in progress."""
+        return len(self._jobs)
+
+    def submit(self, job: Job, images: int) -> None:
+        """Hand a job to the threads. images: how many it has."""
+        self._threads = self._threads or ThreadPoolExecutor(self._count, "cropfeed")
+        chunks = [
+            self._threads.submit(self._run, job, range(first, min(first + self._chunk, images)))
+            for first in range(0, images, self._chunk)
+        ]
+        self._jobs.append((job, chunks))
+
+    def next(self) -> Job:
+        """Wait for the oldest job and remove it. Raises what its threads raised."""
+        job, chunks = self._jobs.popleft()
+        for chunk in chunks:
+            chunk.result()
+        return job
+
+    def ready(self) -> int:
+        """Jobs that are done. For any thread."""
+        return sum(all(chunk.done() for chunk in chunks) for _, chunks in self._jobs.copy())
+
+    def close(self) -> None:
+        """Drop all jobs and end the threads, after the chunks that they are working on."""
+        self._jobs.clear()
+        if self._threads:
+            self._threads.shutdown(cancel_futures=True)
+            self._threads = None
+
+    def _run(self, job: Job, indices: range) -> None:
+        if not hasattr(self._local, "worker"):
+            self._local.worker = self._make_worker()
+        self._fill(self._local.worker, job, indices)

@@ -1,0 +1,61 @@
+"""What to profile, and how: `ProfileOptions`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from model import ARCHS
+from pipeline import ENGINES
+from pipeline.errors import UserError
+from pipeline.spec import PRECISIONS, LoaderSpec
+from tools.profiler.planted import Planted
+
+CACHE_STATES = ("auto", "warm", "cold")
+
+
+@dataclass(frozen=True)
+class ProfileOptions:
+    """spec: what to load. name: the data's name in the report, by default its path.
+
+    arch, precision: the model to train; the precision by Accelerate's name. demand: images per second of an emulated accelerator
+    instead of a model; with `gpus` or `hosts`, of each GPU. cache_state: of the page cache. engines: those to measure beside the
+    spec's; empty for all that run here. repeats, seconds: number and duration of each measurement. apply: try the remedy.
+    tune: find threads and prefetch depth for train.py. gpus (per host), hosts: a cluster to plan. planted: a deliberate fault.
+    Raises UserError for values outside their ranges.
+    """
+
+    spec: LoaderSpec
+    name: str = ""
+    arch: str | None = None
+    precision: str = "no"
+    demand: float | None = None
+    cache_state: str = "auto"
+    engines: tuple[str, ...] = ()
+    repeats: int = 5
+    seconds: float = 0.5
+    apply: bool = False
+    tune: bool = False
+    gpus: int | None = None
+    hosts: int | None = None
+    planted: Planted | None = None
+
+    def __post_init__(self) -> None:
+        choices = [("precision", self.precision, PRECISIONS), ("cache_state", self.cache_state, CACHE_STATES)]
+        choices += [("arch", self.arch, ARCHS)] if self.arch is not None else []
+        choices += [("engines", engine, ENGINES) for engine in self.engines]
+        for name, value, known in choices:
+            if value not in known:
+                raise UserError(f"`{name}`: there is no {value!r}", f"choose from {', '.join(known)}")
+        if self.repeats < 2:
+            raise UserError(f"`repeats` must be at least 2 for a confidence interval, not {self.repeats}")
+        for name, number in (("demand", self.demand), ("seconds", self.seconds), ("gpus", self.gpus), ("hosts", self.hosts)):
+            if number is not None and not 0 < number < float("inf"):
+                raise UserError(f"`{name}` must be above 0, not {number}")
+        plans_cluster = self.gpus is not None or self.hosts is not None
+        if self.arch and self.demand and not plans_cluster:
+            raise UserError("`arch` measures a demand and `demand` gives one", "leave out one of them")
+        if plans_cluster and not (self.arch or self.demand):
+            raise UserError(
+                "`gpus` and `hosts` need the demand of a GPU",
+                "give `demand`, or `arch` on a machine with a GPU",
+            )
