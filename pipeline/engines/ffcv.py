@@ -14,6 +14,7 @@ The engine works around three problems of FFCV:
 
 from __future__ import annotations
 
+import atexit
 import ctypes
 import ctypes.util
 from collections.abc import Callable, Iterator
@@ -173,6 +174,8 @@ class _PlannedBatches(EpochIterator):
 
     def __init__(self, owner: FfcvLoader, stock: StockLoader, schedule: Iterator[BatchRange]) -> None:
         self._owner, self._schedule, self._decoder = owner, schedule, Decoder()
+        # It is a daemon thread. Python ends those during finalization, which aborts the process if compiled code runs in them.
+        atexit.register(self.stop)
         super().__init__(stock, np.empty(0, np.uint64))  # starts the thread
 
     def run(self) -> None:
@@ -197,6 +200,7 @@ class _PlannedBatches(EpochIterator):
 
     def stop(self) -> None:
         """End the thread and wait until it has ended."""
+        atexit.unregister(self.stop)
         self.close()
         while self.is_alive():
             with suppress(Empty):

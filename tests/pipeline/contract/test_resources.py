@@ -65,9 +65,11 @@ def test_interrupts_are_raised_and_the_position_is_kept(small: Path, engine: str
     loader.close()
 
 
-# Iterates over sys.argv[1] with engine sys.argv[2], and ends in the way sys.argv[3], without closing the loader.
+# Iterates over sys.argv[1] with engine sys.argv[2], and ends in the way sys.argv[3], without closing the loader. Last it prints
+# which of our threads are alive: compiled code that runs while the interpreter is finalized aborts the process.
 PROGRAM = f"""
-import sys
+import atexit, sys, threading
+atexit.register(lambda: print([t.name for t in threading.enumerate() if type(t).__module__.startswith("pipeline")]))
 sys.path.insert(0, {str(ROOT)!r})
 from pathlib import Path
 import torch
@@ -104,11 +106,12 @@ def test_a_program_ends_at_once(small: Path, engine: str, end: str, code: int, w
             time.sleep(0.2)
             process.send_signal(signal.SIGINT)
         try:
-            _, errors = process.communicate(timeout=20)
+            printed, errors = process.communicate(timeout=20)
         finally:
             process.kill()
     assert process.returncode == code, errors
     assert words in errors
+    assert printed == "[]\n"
     assert "Exception ignored" not in errors
     assert time.monotonic() - began < 10
     assert not any(child.is_running() for child in children)
