@@ -59,6 +59,18 @@ def positive(text: str) -> int:
     return value
 
 
+def add_cache_flags(parser: argparse._ActionsContainer) -> None:
+    """The flags of `LoaderSpec.cache` and `cache_gb`. parser: or a group of one."""
+    parser.add_argument(
+        "--cache",
+        type=Path,
+        help="folder for copies of remote shards, or of shards on a slow disk (default: $CROPFEED_CACHE, else ~/.cache/cropfeed)",
+    )
+    parser.add_argument(
+        "--cache-gb", type=float, help="size limit of the cache in GB (default: $CROPFEED_CACHE_GB, else 80 %% of the free disk)"
+    )
+
+
 def check_writable(file: Path) -> None:
     """Make the file's folder. Raises UserError if the file could not be written there."""
     try:
@@ -69,11 +81,6 @@ def check_writable(file: Path) -> None:
         raise UserError(f"{file}: is a folder", "name a file")
     if not os.access(file if file.exists() else file.parent, os.W_OK):
         raise UserError(f"{file}: cannot be written", "name another place")
-
-
-def one_line(error: UserError) -> str:
-    """The line that a command line prints for an error."""
-    return with_flags(str(error))
 
 
 def _show_flags(record: logging.LogRecord) -> bool:
@@ -88,7 +95,7 @@ def run_cli(main: Callable[[], None]) -> NoReturn:
     try:
         main()
     except UserError as error:
-        print(f"error: {one_line(error)}", file=sys.stderr)
+        print(f"error: {with_flags(str(error))}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)

@@ -30,7 +30,7 @@ import torch
 
 from model import ARCHS
 from pipeline import ENGINES
-from pipeline.cli import Parser, check_writable, positive, run_cli
+from pipeline.cli import Parser, add_cache_flags, check_writable, positive, run_cli
 from pipeline.errors import UserError
 from pipeline.plan import sampling
 from pipeline.plan.geometry import GEOMETRIES, choose_geometry
@@ -92,8 +92,7 @@ def parser() -> Parser:
     loader.add_argument("--engine", default="auto", help=f"the loader's engine: {', '.join(('auto', *ENGINES))} (default: auto)")
     loader.add_argument("--threads", type=positive, help="decoding threads (default: as tuned, else all cores)")
     loader.add_argument("--prefetch", type=positive, help="batches to prefetch (default: as tuned, else 2)")
-    loader.add_argument("--cache", type=Path, help="folder for copies of remote shards, or of shards on a slow disk")
-    loader.add_argument("--cache-gb", type=float, help="size limit of the cache, GB")
+    add_cache_flags(loader)
     loader.add_argument(
         "--device", default="cuda" if torch.cuda.is_available() else "cpu", help="where batches go (default: %(default)s)"
     )

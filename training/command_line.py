@@ -13,7 +13,7 @@ from typing import Any
 from model import ARCHS
 from model.describe import describe, table
 from pipeline import ENGINES
-from pipeline.cli import Parser, positive
+from pipeline.cli import Parser, add_cache_flags, positive
 from pipeline.errors import UserError
 from training.optimizers import REFERENCE_BATCH
 from training.options import CHOICES, DEFAULT_EPOCHS, RAMP, TrainOptions
@@ -140,10 +140,7 @@ def _add_loading(parse: Parser) -> None:
                          "profile_pipeline.py --tune, else this process's share of the cores)")  # fmt: skip
     loading.add_argument("--prefetch", type=positive, help="batches to prepare ahead (default: as found by profile_pipeline.py "
                          "--tune, else 2)")  # fmt: skip
-    loading.add_argument("--cache", type=Path, help="folder for copies of remote shards (default: $CROPFEED_CACHE, else "
-                         "~/.cache/cropfeed)")  # fmt: skip
-    loading.add_argument("--cache-gb", type=float, help="size limit of the cache in GB (default: $CROPFEED_CACHE_GB, else 80 %% "
-                         "of the free disk)")  # fmt: skip
+    add_cache_flags(loading)
 
 
 def _add_records(parse: Parser) -> None:

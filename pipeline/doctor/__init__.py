@@ -18,7 +18,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-from ..cli import Parser
+from ..cli import Parser, add_cache_flags
 from ..errors import UserError
 from . import gpu, machine, packages
 from .lines import PACKAGES, DoctorOptions, Line
@@ -92,14 +92,7 @@ def main(arguments: Sequence[str] | None = None, prog: str = "python tools/docto
     """`cropfeed doctor` and tools/doctor.py. Exits with the code of `exit_code`."""
     parser = Parser(__doc__, prog)
     parser.add_argument("data", nargs="?", metavar="SHARDS", help="folder or URL (s3://...) of shards")
-    parser.add_argument(
-        "--cache", type=Path, help="folder for copies of remote shards (default: $CROPFEED_CACHE, or ~/.cache/cropfeed)"
-    )
-    parser.add_argument(
-        "--cache-gb",
-        type=float,
-        help="size limit of the cache in GB (default: $CROPFEED_CACHE_GB, or 80 %% of the free disk space)",
-    )
+    add_cache_flags(parser)
     parser.add_argument("--strict", action="store_true", help="treat warnings as failures")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the lines to this file, as JSON")
     args = parser.parse_args(arguments)

@@ -34,7 +34,7 @@ def check(options: DoctorOptions, data: str) -> list[Line]:
 
 def failed(name: str, error: UserError) -> Line:
     """The line of a UserError, with its fields as the flags of this command."""
-    found, remedy = (with_flags(" ".join(text.split())) for text in (error.problem, error.remedy))
+    found, remedy = (with_flags(text) for text in (error.problem, error.remedy))
     if not remedy and isinstance(error.__cause__, ImportError):
         remedy = "install the package that it names"
     return Line("failed", name, found, remedy or "check the address, the credentials and the network")

@@ -40,7 +40,7 @@ from tools import ROOT
 from tools.bench.accuracy import Run, figures, ratios, read_run
 from tools.bench.peers import plain_train
 from tools.bench.peers.plain_train import PlainOptions
-from tools.bench.recording import record
+from tools.bench.recording import RESULTS, record
 from training.command_line import parse_arguments
 from training.metrics import read_metrics
 from training.options import TrainOptions, make_schedule
@@ -232,7 +232,7 @@ def parse(words: Sequence[str]) -> AccuracyOptions:
     parser.add_argument("--cores", nargs="+", type=int, default=cores, help="numbers of the cores to run on (default: all)")
     parser.add_argument("--workers", type=positive, help="workers of the plain script's DataLoader (default: one per core)")
     parser.add_argument("--rows-only", action="store_true", help="train nothing; record the runs in --work that have finished")
-    parser.add_argument("--results", type=Path, default=ROOT / "tools" / "bench" / "results" / "accuracy.csv",
+    parser.add_argument("--results", type=Path, default=RESULTS / "accuracy.csv",
                         help="file to append figures to; descriptions of the runs go to NAME_runs.csv beside it")  # fmt: skip
     args = vars(parser.parse_args(words[:at]))
     args["workers"] = args["workers"] or len(args["cores"])

@@ -26,8 +26,7 @@ from pipeline.convert.images import PROFILES
 from pipeline.convert.sources import Source
 from pipeline.convert.task import ShardTask, read_record, run
 from pipeline.errors import UserError
-from tools import ROOT
-from tools.bench.recording import Figure, record
+from tools.bench.recording import RESULTS, Figure, record
 
 REPEATS = 5
 IMAGENET = 1_281_167  # training images
@@ -113,7 +112,7 @@ def shard_writer(files: list[str], out: Path) -> Callable[[], float]:
 def main() -> None:
     parser = Parser(__doc__)
     parser.add_argument("images", type=Path, metavar="IMAGES", help="folder of JPEGs")
-    parser.add_argument("--results", type=Path, default=ROOT / "tools" / "bench" / "results" / "convert.csv")
+    parser.add_argument("--results", type=Path, default=RESULTS / "convert.csv")
     args = parser.parse_args()
     files = sorted(str(path) for path in args.images.rglob("*") if path.suffix.lower() in (".jpeg", ".jpg"))
     if not files:

@@ -25,7 +25,7 @@ from tqdm import tqdm
 from pipeline.cli import Parser, positive, run_cli
 from pipeline.errors import UserError
 from tools import ROOT
-from tools.bench.recording import Figure, record
+from tools.bench.recording import RESULTS, Figure, record
 
 STARTING, WORKING = 1.5, 0.02  # seconds: longest random delay of a kill during start-up, and after a shard
 
@@ -75,7 +75,7 @@ def main() -> None:
     parser = Parser(__doc__)
     parser.add_argument("images", type=Path, metavar="IMAGES", help="what make_shards.py is to convert")
     parser.add_argument("--seed", type=int, default=0, help="seed of the random delays")
-    parser.add_argument("--results", type=Path, default=ROOT / "tools" / "bench" / "results" / "kills.csv")
+    parser.add_argument("--results", type=Path, default=RESULTS / "kills.csv")
     parser.add_argument("--kills", type=positive, default=100, help="number of kills (default: 100)")
     parser.add_argument("--shard-size", type=positive, default=1, help="images in a shard (default: 1)")
     args = parser.parse_args()

@@ -25,7 +25,7 @@ from pipeline.cli import Parser, run_cli
 from pipeline.errors import UserError
 from pipeline.spec import LoaderSpec
 from tools import ROOT
-from tools.bench.recording import Figure, record
+from tools.bench.recording import RESULTS, Figure, record
 from tools.profiler.loaders import grid, measure_loaders
 from tools.profiler.profile import PREFETCHES
 from training.launch import cores_per_process
@@ -109,7 +109,7 @@ def check_tuning(data: str, results: Path) -> bool:
 def main() -> None:
     parser = Parser(__doc__)
     parser.add_argument("data", metavar="DATA", help="folder of shards")
-    parser.add_argument("--results", type=Path, default=ROOT / "tools" / "bench" / "results" / "profile.csv")
+    parser.add_argument("--results", type=Path, default=RESULTS / "profile.csv")
     parser.add_argument("--only", choices=("faults", "tuning"), help="do only this part")
     args = parser.parse_args()
     good = []

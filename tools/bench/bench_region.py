@@ -35,8 +35,7 @@ from pipeline.jpeg.region import Bytes, RegionError, cut
 from pipeline.jpeg.transcode import transcode
 from pipeline.plan import sampling
 from pipeline.store.shards import ShardSet
-from tools import ROOT
-from tools.bench.recording import Figure, record
+from tools.bench.recording import RESULTS, Figure, record
 
 REPEATS = 5
 PASSES = 3  # over the images in a repeat; the shortest time of each image counts
@@ -238,7 +237,7 @@ def main() -> None:
     for name in ("original", "lossless", "compact"):
         parser.add_argument(name, type=Path, metavar=name.upper(), help=f"folder of shards of profile {name}")
     parser.add_argument("--images", type=positive, default=1000, help="images to measure, at most (default: %(default)s)")
-    parser.add_argument("--results", type=Path, default=ROOT / "tools" / "bench" / "results" / "region.csv")
+    parser.add_argument("--results", type=Path, default=RESULTS / "region.csv")
     args = parser.parse_args()
     os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
     folders = read_folders([args.original, args.lossless, args.compact], args.images)

@@ -26,8 +26,7 @@ from pipeline.loader import Batch, BatchRange, Loader
 from pipeline.plan.sampling import Ints
 from pipeline.spec import LoaderSpec
 from pipeline.store.shards import SAMPLE, Manifest
-from tools import ROOT
-from tools.bench.recording import Figure, record
+from tools.bench.recording import RESULTS, Figure, record
 
 COUNTS = (10_000, 1_281_167, 1_000_000_000)
 SHARDS = 10_000  # at most: the manifest has a line per shard, and start-up time grows with their number
@@ -98,7 +97,7 @@ def measure(folder: Path) -> dict[str, float]:
 def main() -> None:
     parser = Parser(__doc__)
     parser.add_argument("shards", type=Path, metavar="SHARDS", help="any folder of shards")
-    parser.add_argument("--results", type=Path, default=ROOT / "tools" / "bench" / "results" / "scale.csv")
+    parser.add_argument("--results", type=Path, default=RESULTS / "scale.csv")
     parser.add_argument("--measure", action="store_true", help="measure SHARDS itself, in this process, and print JSON")
     args = parser.parse_args()
     if args.measure:

@@ -25,7 +25,7 @@ import _path  # noqa: F401
 from pipeline.cli import Parser, check_writable, positive, run_cli
 from pipeline.plan import sampling
 from pipeline.store import files
-from tools.bench.peers.compare import OUT, RESULTS, CompareOptions, compare
+from tools.bench.peers.compare import OUT, ROWS, CompareOptions, compare
 
 
 def python_for(text: str) -> tuple[str, str]:
@@ -55,7 +55,7 @@ def parser() -> Parser:
     parser.add_argument("--threads", type=positive, default=2, help="cores for each contender (default: %(default)s)")
     parser.add_argument("--repeats", type=positive, default=5, help="measurements of each contender (default: %(default)s)")
     parser.add_argument("--seconds", type=float, default=3.0, help="duration of each measurement (default: %(default)s)")
-    parser.add_argument("--results", type=Path, default=RESULTS, metavar="FILE", help="CSV file to which rows are appended")
+    parser.add_argument("--results", type=Path, default=ROWS, metavar="FILE", help="CSV file to which rows are appended")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the figures to this file")
     return parser
 

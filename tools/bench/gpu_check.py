@@ -49,7 +49,7 @@ from pipeline.spec import LoaderSpec
 from tools import ROOT
 from tools.bench.gpu_loader import measure_loaders
 from tools.bench.gpu_train import measure_steps, measure_train
-from tools.bench.recording import Figure, record
+from tools.bench.recording import RESULTS, Figure, record
 from tools.make_demo_data import make_demo_data
 from tools.profiler.options import ProfileOptions
 from tools.profiler.profile import profile
@@ -60,7 +60,7 @@ MEAN_LIMIT, PERCENTILE_LIMIT = 1.0, 4.0  # of 255; JPEG decoders differ in their
 REPEATS = 5
 PARTS = ("pixels", "train", "steps", "loader", "profile", "models", "imagenette")  # most important first
 TORCHVISION_ARCHS = ("resnet18", "resnet34", "resnet50", "resnet101", "resnet152")
-RESULTS = ROOT / "tools" / "bench" / "results" / "gpu.csv"
+ROWS = RESULTS / "gpu.csv"
 
 
 @dataclass(frozen=True)
@@ -77,12 +77,12 @@ class GpuCheckOptions:
     imagenette: Path | None = None
     images: int = 250
     seconds: float = 2.0
-    results: Path = RESULTS
+    results: Path = ROWS
 
     def __post_init__(self) -> None:
         if self.device.startswith("cuda") and not torch.cuda.is_available():
             raise UserError("torch sees no CUDA GPU", "run this on a machine that has one")
-        if self.device == "cpu" and self.results == RESULTS:
+        if self.device == "cpu" and self.results == ROWS:
             raise UserError("`device` cpu measures no GPU", "give another `results` file")
 
     @property

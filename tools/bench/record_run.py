@@ -21,11 +21,9 @@ import _path  # noqa: F401
 
 from pipeline.cli import Parser, run_cli
 from pipeline.errors import UserError
-from tools import ROOT
-from tools.bench.recording import Figure, record
+from tools.bench.recording import RESULTS, Figure, record
 from training.metrics import read_metrics
 
-RESULTS = ROOT / "tools" / "bench" / "results"
 WITHOUT_SCALE = {"rrc": "random resized crops", "pad": "crops of the padded image"}  # geometries
 
 

@@ -10,8 +10,10 @@ from datetime import UTC, datetime
 from pathlib import Path
 from statistics import median
 
+from tools import ROOT
 from training.provenance import commit, hardware, versions
 
+RESULTS = ROOT / "tools" / "bench" / "results"  # the default folder of rows
 ORIGIN = ("date", "commit", "command", "hardware", "versions", "benchmark", "engine", "spec", "cache")
 VALUES = ("metric", "value", "low", "high", "repeats")
 COLUMNS = (*ORIGIN, *VALUES)

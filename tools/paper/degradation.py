@@ -34,7 +34,7 @@ import numpy.typing as npt
 from model import ARCHS
 from pipeline.cli import Parser, run_cli
 from pipeline.errors import UserError
-from tools.bench.recording import Figure, record
+from tools.bench.recording import RESULTS, Figure, record
 from training.metrics import read_metrics
 
 MODELS = ("plain18", "plain34", "resnet18_a", "resnet34_a")
@@ -141,7 +141,7 @@ def main() -> None:
     parser.add_argument("--nets", nargs="+", default=MODELS, metavar="ARCH", help=f"default: {' '.join(MODELS)}")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1], help="seeds to train with (default: 0 1)")
     parser.add_argument("--launch", default=sys.executable, help="what starts train.py (default: python)")
-    parser.add_argument("--results", type=Path, default=ROOT / "tools" / "bench" / "results" / "degradation.csv")
+    parser.add_argument("--results", type=Path, default=RESULTS / "degradation.csv")
     args = parser.parse_args(own)
     for arch in args.nets:
         if arch not in ARCHS:

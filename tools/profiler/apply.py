@@ -8,6 +8,7 @@ from contextlib import ExitStack
 from dataclasses import replace
 from typing import Any
 
+from pipeline.cli import with_flags
 from pipeline.errors import UserError
 from pipeline.spec import LoaderSpec
 from pipeline.store.shards import ShardSet
@@ -36,7 +37,7 @@ def apply(
             spec = cached_in_memory(remedy.spec, situation, stack) if remedy.kind == "cache" else remedy.spec
             gains = measure_gains(remedy, situation, spec, cold, repeats, seconds, consumer)
         except UserError as error:
-            return found | {"error": " ".join(str(error).split())}
+            return found | {"error": with_flags(str(error))}
     gain = Estimate.of(gains)
     return found | {"measured_gain": gain.mean, "low": gain.low, "high": gain.high, "gains": gains}
 

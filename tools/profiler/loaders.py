@@ -13,6 +13,7 @@ import torch
 from tqdm import tqdm
 
 from pipeline import open_loader
+from pipeline.cli import with_flags
 from pipeline.errors import UserError
 from pipeline.loader import Batch, Loader
 from pipeline.spec import LoaderSpec
@@ -135,7 +136,7 @@ def measure_loaders(specs: Sequence[LoaderSpec], cold: bool, repeats: int, secon
             try:
                 speed, used = measure_once(opened[id(one)], one.spec, seconds / 4 if is_warmup else seconds)
             except UserError as error:
-                one.error = " ".join(str(error).split())
+                one.error = with_flags(str(error))
                 return
             if not is_warmup:
                 one.speeds.append(speed)

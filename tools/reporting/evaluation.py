@@ -14,7 +14,7 @@ import torch
 from model import ARCHS
 from model.schemes import SCHEMES
 from pipeline import open_loader
-from pipeline.cli import Parser, positive
+from pipeline.cli import Parser, add_cache_flags, positive
 from pipeline.engines.multiview import MultiViewBatch, MultiViewLoader, ViewSpec
 from pipeline.errors import UserError
 from pipeline.spec import PRECISIONS, LoaderSpec
@@ -84,10 +84,7 @@ def add_loading_flags(parser: Parser) -> None:
     parser.add_argument("--engine", help="engine that loads the images; several schemes, scales or image sizes need cpu "
                         "(default: %(default)s)")  # fmt: skip
     parser.add_argument("--threads", type=positive, help="decoding threads (default: %(default)s, the CPU cores)")
-    parser.add_argument("--cache", type=Path, help="folder for copies of remote shards (default: CROPFEED_CACHE, or "
-                        "~/.cache/cropfeed)")  # fmt: skip
-    parser.add_argument("--cache-gb", type=float, help="size limit of the cache (default: CROPFEED_CACHE_GB, or 80 %% of the "
-                        "free disk)")  # fmt: skip
+    add_cache_flags(parser)
 
 
 def options_from(args: argparse.Namespace) -> EvaluateOptions:

@@ -17,7 +17,7 @@ from tqdm import tqdm
 from model.loading import load_model
 from model.schemes import MultiViewClassifier
 from model.testing import Accuracy, AccuracyMeter
-from pipeline.cli import one_line
+from pipeline.cli import with_flags
 from pipeline.engines.multiview import MultiViewBatch
 from pipeline.errors import UserError
 from pipeline.spec import check_device
@@ -116,7 +116,7 @@ def evaluate_runs(runs: Sequence[Run], options: EvaluateOptions, worst: int) -> 
         try:
             found |= _evaluate_group(members, data, options, worst)
         except UserError as error:
-            found |= {run.name: one_line(error) for run, _ in members}
+            found |= {run.name: with_flags(str(error)) for run, _ in members}
     return found
 
 
@@ -131,7 +131,7 @@ def _evaluate_group(
         try:
             evaluators[run.name] = _evaluator(run, weights, manifest.classes, options, worst)
         except UserError as error:  # a run that is still training may just have replaced its checkpoint
-            found[run.name] = one_line(error)
+            found[run.name] = with_flags(str(error))
     if not evaluators:
         return found
     view_specs = list(dict.fromkeys(view for one in evaluators.values() for view in one.classifier.view_specs))
@@ -163,7 +163,7 @@ def _update_all(evaluators: dict[str, RunEvaluator], batches: Iterable[MultiView
             try:
                 evaluators[name].update(batch)
             except UserError as error:
-                failed[name] = one_line(error)
+                failed[name] = with_flags(str(error))
     return failed
 
 

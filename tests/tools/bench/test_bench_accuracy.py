@@ -18,7 +18,7 @@ from pipeline.errors import UserError
 from tests.helpers import ROOT
 from tools.bench import bench_accuracy as bench
 from tools.bench.peers import plain_train
-from tools.bench.recording import COLUMNS
+from tools.bench.recording import COLUMNS, RESULTS
 from training.command_line import parse_arguments
 from training.metrics import read_metrics
 from training.options import make_schedule, make_sizes
@@ -135,7 +135,7 @@ def test_a_row_for_each_run_and_rows_are_appended(tmp_path: Path, recipe: Path, 
 
 def test_the_recorded_results_are_whole() -> None:
     """424 rows were recorded before accuracy.csv was split into two tables: joined, they are the same bytes."""
-    rows = joined(ROOT / "tools" / "bench" / "results" / "accuracy.csv")
+    rows = joined(RESULTS / "accuracy.csv")
     assert len(rows) >= 424
     text = io.StringIO(newline="")
     writer = csv.DictWriter(text, COLUMNS)

@@ -17,7 +17,7 @@ import jsonschema
 import pytest
 import torch
 
-from pipeline.cli import one_line
+from pipeline.cli import with_flags
 from pipeline.errors import UserError
 from pipeline.pixels.decoder import Decoder
 from pipeline.plan.geometry import ScaleJitter
@@ -190,7 +190,7 @@ def test_wrong_command_lines_are_refused(small_shards: Path, tmp_path: Path) -> 
     ):
         with pytest.raises(UserError) as refused:
             profile_pipeline.run(profile_pipeline.parse([str(argument) for argument in arguments]))
-        assert all(word in one_line(refused.value) for word in words), refused.value
+        assert all(word in with_flags(str(refused.value)) for word in words), refused.value
 
 
 def test_options_are_validated() -> None:

@@ -17,14 +17,14 @@ from typing import Any
 from pipeline.errors import UserError
 from pipeline.plan import sampling
 from pipeline.store.shards import ShardSet
-from tools import ROOT
 from tools.bench.peers import cuts, data, report
 from tools.bench.peers.contenders import CONTENDERS, Contender
 from tools.bench.peers.job import Job
 from tools.bench.peers.turns import measure
+from tools.bench.recording import RESULTS
 
 OUT = ("uint8", "float32")
-RESULTS = ROOT / "tools" / "bench" / "results" / "compare.csv"
+ROWS = RESULTS / "compare.csv"
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class CompareOptions:
     """
 
     images: Path
-    results: Path = RESULTS
+    results: Path = ROWS
     repeats: int = 5
     seconds: float = 3.0
     batch_size: int = 64

@@ -19,6 +19,7 @@ import simplejpeg
 from PIL import Image
 from tqdm import tqdm
 
+from pipeline.cli import with_flags
 from pipeline.convert.beton import BetonSettings
 from pipeline.convert.make import ConvertOptions, find_images, make_shards, write_betons
 from pipeline.errors import UserError
@@ -45,19 +46,13 @@ def prepare(images: Path, folder: Path, kinds: set[str], betons_of: set[str]) ->
         out = folder / kind
         if kind == "500":
             write_files(folder / "original" / "shards", out / "images", shrink)
-            convert(out / "images", out / "shards", "original", size)
-        else:
-            convert(source, out / "shards", kind, size)
+        given, profile = (out / "images", "original") if kind == "500" else (source, kind)
+        make_shards(ConvertOptions(str(given), str(out / "shards"), profile, shard_size=size))
         if kind == "original":
             write_files(out / "shards", out / "images", np.ndarray.tobytes)
         if kind in betons_of and (why := write_beton(out / "shards")):
             without_beton[kind] = why
     return without_beton
-
-
-def convert(source: Path, out: Path, profile: str, size: int) -> None:
-    """Write shards of `size` images."""
-    make_shards(ConvertOptions(str(source), str(out), profile, shard_size=size))
 
 
 def write_files(shards: Path, out: Path, change: Callable[[Bytes], bytes]) -> None:
@@ -83,5 +78,5 @@ def write_beton(shards: Path) -> str | None:
     try:
         write_betons(str(shards), BetonSettings(), os.cpu_count() or 1)
     except UserError as error:
-        return " ".join(str(error).split())
+        return with_flags(str(error))
     return None
