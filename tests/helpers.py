@@ -19,6 +19,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import psutil
 import simplejpeg
 from PIL import Image
 
@@ -240,3 +241,11 @@ class FakeTime:
 
     def sleep(self, seconds: float) -> None:
         self.now += seconds
+
+
+def assert_ends(process: int, seconds: float = 30) -> None:
+    """A killed process takes a moment to end, and may stay behind as a zombie until its parent waits for it."""
+    deadline = time.monotonic() + seconds
+    while psutil.pid_exists(process) and psutil.Process(process).status() != psutil.STATUS_ZOMBIE:
+        assert time.monotonic() < deadline, f"process {process} still runs after {seconds} s"
+        time.sleep(0.05)

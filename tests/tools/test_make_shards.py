@@ -18,7 +18,17 @@ from PIL import Image
 
 from pipeline.errors import UserError
 from pipeline.store.shards import ShardSet
-from tests.helpers import ROOT, assert_refused, clean_environment, jpeg, open_image, picture, run_script, without_progress
+from tests.helpers import (
+    ROOT,
+    assert_ends,
+    assert_refused,
+    clean_environment,
+    jpeg,
+    open_image,
+    picture,
+    run_script,
+    without_progress,
+)
 
 
 def digests(folder: Path) -> dict[str, str]:
@@ -390,7 +400,7 @@ def test_a_killed_worker_ends_the_run_with_a_remedy(tmp_path: Path) -> None:
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 2
     assert "a worker process was killed" in errors
-    assert not psutil.pid_exists(worker.pid) or psutil.Process(worker.pid).status() == psutil.STATUS_ZOMBIE
+    assert_ends(worker.pid)
 
 
 def test_help_has_runnable_examples() -> None:

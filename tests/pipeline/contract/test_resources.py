@@ -17,7 +17,7 @@ import pytest
 
 from pipeline import open_loader
 from pipeline.plan import sampling
-from tests.helpers import ROOT, clean_environment
+from tests.helpers import ROOT, assert_ends, clean_environment
 from tests.pipeline.contract.helpers import ids, spec_for
 
 EPOCHS, WARM_UP = 50, 15
@@ -114,4 +114,5 @@ def test_a_program_ends_at_once(small: Path, engine: str, end: str, code: int, w
     assert printed == "[]\n"
     assert "Exception ignored" not in errors
     assert time.monotonic() - began < 10
-    assert not any(child.is_running() for child in children)
+    for child in children:
+        assert_ends(child.pid)

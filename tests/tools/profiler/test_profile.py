@@ -84,14 +84,14 @@ def assert_predicted(found: dict[str, Any], repeats: int = 3) -> None:
 
 
 def test_slow_storage(small_shards: Path) -> None:
-    """A copy in memory is not slowed down."""
-    found = checked(profile(options(small_shards, demand=2 * DEMAND, planted=Planted("reader", 0.5))))
+    """A copy in memory is not slowed down. The demand limits its loader, and waits instead of computing."""
+    found = checked(profile(options(small_shards, demand=DEMAND / 2, planted=Planted("reader", 0.2))))
     verdict = found["verdict"]
     assert (verdict["limit"], verdict["stage"], verdict["remedy"]) == ("input", "read warm", "cache")
     assert "The slowest stage is reading" in verdict["text"]
     assert found["demand"]["wait_share"] > 0.5
-    assert 0.3e6 < found["storage"]["bytes_per_s"] < 0.6e6
-    assert found["made"]["planted"] == "a storage of 0.5 MB/s"
+    assert 0.12e6 < found["storage"]["bytes_per_s"] < 0.24e6
+    assert found["made"]["planted"] == "a storage of 0.2 MB/s"
     assert_predicted(found)
 
 
