@@ -1,10 +1,13 @@
 """Train a ResNet from shards: accelerate launch train.py --arch resnet50 --data /data/shards
 
-Runs on one GPU, on many GPUs or on the CPU, as configured in accelerate. For two processes on the CPU use
-ACCELERATE_USE_CPU=true torchrun --nproc_per_node 2 train.py ... Batch size and learning rate are global: a run is the same for
-any number of processes. The folder --output gets config.json, metrics.csv, tensorboard/, checkpoints/{last,best} and, at the end,
-model.safetensors. --resume continues a stopped run at the exact step, with the same samples and the same random draws. On
-SIGTERM the run saves a checkpoint and stops.
+Runs on one GPU, on several GPUs or on the CPU, as configured in Accelerate (accelerate config). To train with two processes on
+the CPU: ACCELERATE_USE_CPU=true torchrun --nproc_per_node 2 train.py ...
+
+Batch size and learning rate are global: a run is the same for any number of processes. The run writes config.json, metrics.csv,
+tensorboard/, checkpoints/{last,best} and, at the end, model.safetensors to the folder --output.
+
+--resume continues a stopped run at the exact step, with the same samples and the same random draws. On SIGTERM, the run saves a
+checkpoint and stops.
 """
 
 from __future__ import annotations
@@ -27,6 +30,7 @@ from model.testing import evaluate
 from model.weights import ModelConfig, load_weights, save_weights
 from pipeline.cli import run_cli
 from pipeline.errors import UserError
+from pipeline.progress import progress_bar
 from training.checkpoint import load_checkpoint, save_checkpoint
 from training.command_line import parse_arguments
 from training.launch import check_launch, cores_per_process, rejoin_process_group, terminate_with_launcher
@@ -38,14 +42,14 @@ from training.run_folder import check_output, write_config
 from training.stopping import Stopped, StopRequest
 from training.trackers import make_trackers, start_trackers
 
-MAX_WAIT_SHARE = 0.05  # above this share of time waiting for data, the profiler is suggested
+MAX_WAIT_SHARE = 0.05  # if training waits for data for more than this share of the time, the run suggests the profiler
 STATE_OPTIONS = ("batch_size", "optimizer", "no_norm_decay", "ema")  # options that must not change when a run is resumed
 
 
 @dataclass
 class Progress:
-    """The progress of a run, saved as JSON. seconds: spent on training. errors: of all validations so far. validated: the step of
-    the last one."""
+    """The progress of a run, as saved in checkpoints. seconds: time spent on training. errors: top-1 error of each validation.
+    validated: step of the last validation."""
 
     step: int = 0
     seconds: float = 0.0
@@ -83,7 +87,7 @@ class Run:
         if accelerator.is_main_process:
             loader, spec = self.loader, self.loader.spec
             print(
-                f"engine {loader.engine}: {loader.engine_reason}; {spec.threads} threads, {spec.prefetch} batches ahead",
+                f"engine {loader.engine}: {loader.engine_reason}; {spec.threads} threads, prefetch {spec.prefetch}",
                 flush=True,
             )
             output.mkdir(parents=True, exist_ok=True)
@@ -94,25 +98,25 @@ class Run:
         start_trackers(accelerator, asdict(options), output, run_id, step)
 
     def restore(self) -> dict[str, Any]:
-        """Load weights, loader state and progress from the last checkpoint, and return the rest of it. Raises UserError if it
-        belongs to another model, to other data or to other options.
+        """Load weights, loader state and progress from the last checkpoint. Returns the remaining state, for `Learner.prepare`.
+        Raises UserError if the checkpoint belongs to another model or data set, or was saved with other options.
         """
         path = self.output / "checkpoints" / "last"
         weights, header = load_weights(path / "model.safetensors")
         config = ModelConfig.from_header(header)
         if config is None or config.arch != self.options.arch:
-            raise UserError(f"{path}: is a checkpoint of {config.arch if config else '?'}, not of `arch` {self.options.arch}")
+            raise UserError(f"{path}: is a checkpoint of {config.arch if config else '?'}, but `arch` is {self.options.arch}")
         if config.classes != self.loader.classes:
             raise UserError(
-                f"{path}: was trained on {len(config.classes)} classes, {self.options.data} has {len(self.loader.classes)} "
-                "(or others)",
+                f"{path}: its {len(config.classes)} classes differ from the {len(self.loader.classes)} of {self.options.data}",
                 "resume with the same data",
             )
         saved, state = load_checkpoint(path)
         for name in STATE_OPTIONS:
             if state[name] != getattr(self.options, name):
                 value = f" {state[name]}" if state[name] and state[name] is not True else ""
-                raise UserError(f"{path}: was made with{'' if state[name] else 'out'} `{name}`{value}", "resume with the same")
+                option = f"with{'' if state[name] else 'out'} `{name}`{value}"
+                raise UserError(f"{path}: was saved {option}", f"resume {option}")
         self.loader.load_state_dict(state["loader"])
         self.learner.model.load_state_dict(weights)
         self.progress = Progress(**state["progress"])
@@ -143,9 +147,11 @@ class Run:
         self.accelerator.log(values, step=self.progress.step)
 
     def train(self) -> None:
-        """Train to the end or until SIGTERM, after which a checkpoint is saved."""
+        """Train to the last step or until SIGTERM, and save a checkpoint."""
         quiet = not self.accelerator.is_main_process
-        with tqdm(total=self.schedule.steps, initial=self.progress.step, unit=" steps", disable=quiet) as bar:
+        with progress_bar(
+            total=self.schedule.steps, initial=self.progress.step, unit=" steps", disable=quiet, delayed=False
+        ) as bar:
             try:
                 while self.progress.step < self.schedule.steps or self.validation_due():
                     self.train_epoch(bar)
@@ -160,17 +166,17 @@ class Run:
         self.accelerator.end_training()
 
     def validation_due(self) -> bool:
-        """Whether to validate now, at the end of an epoch or of the run. `loader.epoch` is already that of the next epoch."""
+        """Whether to validate at this end of an epoch or of the run. `loader.epoch` is already the number of the next epoch."""
         is_time = self.loader.epoch % self.options.eval_every == 0 or self.progress.step == self.schedule.steps
         return self.val_loader is not None and is_time and self.progress.validated < self.progress.step
 
     def train_epoch(self, bar: Any) -> None:
-        """Train to the end of the loader's epoch or of the run, with a row every `log_every` steps and a checkpoint every
+        """Train to the end of the loader's epoch or of the run. Logs metrics every `log_every` steps and saves a checkpoint every
         `checkpoint_every` steps.
         """
         options, progress = self.options, self.progress
         if progress.step == self.schedule.steps:
-            return  # the run was stopped between its last step and its last validation
+            return  # the run had been stopped between its last step and its last validation
         meter = Meter(self.accelerator.device)
         for batch in meter.timed(self.loader):
             rate = self.schedule.rate(progress.step, progress.errors)
@@ -202,7 +208,7 @@ class Run:
         )
 
     def check_finite(self) -> None:
-        """Raise UserError if the loss of any step was not finite, after writing that step's images to RUN/not-finite.json."""
+        """Raise UserError if the loss of a step was not finite, after listing the images of that step in RUN/not-finite.json."""
         step = self.non_finite.read(self.accelerator.gather)
         if step is None:
             return
@@ -214,34 +220,36 @@ class Run:
             found = {"step": step, "epoch": epoch, "ids": ids, "images": [self.loader.locate(sample) for sample in ids]}
             path.write_text(json.dumps(found, indent=1))
         raise UserError(
-            f"the loss of step {step} is not finite; its images are listed in {path}",
-            "look at them, or lower `lr`, then continue with `resume`",
+            f"the loss of step {step} is not finite; the images of that step are listed in {path}",
+            "inspect them or lower `lr`, then continue with `resume`",
         )
 
     def report_data_wait(self, share: float) -> None:
-        """Suggest the profiler, once, if training waits for data. The first row is ignored, as the loader starts during it."""
+        """Suggest the profiler, once, if training waits for data. The first row is ignored: it includes the loader's start-up."""
         self.rows_logged += 1
         if share > MAX_WAIT_SHARE and self.rows_logged > 1 and not self.wait_reported:
             self.wait_reported = True
             if self.accelerator.is_main_process:
                 command = profile_command(self.options, self.accelerator.mixed_precision)
-                tqdm.write(f"waiting for data {share:.0%} of the time; to see what to change, run: {command}")
+                tqdm.write(f"training waits for data {share:.0%} of the time; to find out what to change, run: {command}")
 
     def report_replaced(self) -> None:
-        """Report how many corrupt images have been replaced since the start, over all ranks, if any."""
+        """Print how many corrupt images have been replaced since the start, over all ranks, if any."""
         count = torch.tensor(self.loader.replaced, device=self.accelerator.device)
         replaced = int(self.accelerator.reduce(count, "sum"))
         if replaced and self.accelerator.is_main_process:
-            tqdm.write(f"epoch {self.loader.epoch}: {replaced} images that could not be decoded were replaced so far")
+            tqdm.write(f"epoch {self.loader.epoch}: {replaced} images that could not be decoded have been replaced so far")
 
     def validate(self) -> bool:
         """Evaluate on the validation split; returns whether this is the lowest error so far."""
         loader = self.val_loader
         assert loader is not None
+        checked = self.stop.checked(loader, len(loader))
+        batches = progress_bar(checked, total=len(loader), desc="validation", unit=" batches", leave=False)
         try:
             result = evaluate(
                 self.learner.eval_model,
-                ((batch.images, batch.labels) for batch in self.stop.checked(loader, len(loader))),
+                ((batch.images, batch.labels) for batch in batches),
                 len(self.loader.classes),
                 self.accelerator.device,
                 self.accelerator.autocast,
@@ -273,7 +281,7 @@ def main() -> None:
         project_config=ProjectConfiguration(str(output), str(output)),
     )
     if accelerator.device.type == "cpu" and accelerator.mixed_precision == "fp16":  # a CPU would also accumulate in fp16
-        raise UserError("precision fp16: is not supported for training on a CPU", "use --amp bf16 or --amp no")
+        raise UserError("training in fp16 is not supported on a CPU", "use --amp bf16 or --amp no")
     check_launch(accelerator.num_processes)
     if accelerator.device.type == "cuda":
         torch.backends.cudnn.benchmark = True

@@ -11,16 +11,16 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-MIN_CHANNELS = 16  # fewest input channels of a blurred convolution: a model's first one sees the image unblurred
+MIN_CHANNELS = 16  # convolutions with fewer input channels are not blurred, such as a model's first one
 
 
 class BlurredConv2d(nn.Conv2d):
-    """A convolution whose input is blurred by [1, 2, 1] x [1, 2, 1] / 16, zero-padded. forward: as nn.Conv2d's."""
+    """A convolution that first blurs its zero-padded input by [1, 2, 1] x [1, 2, 1] / 16. forward: as in nn.Conv2d."""
 
     blur: torch.Tensor
 
     def __init__(self, conv: nn.Conv2d) -> None:
-        """conv: gives the settings and the weight, which is shared: square, 3x3 or 1x1 without padding, without a bias."""
+        """conv: the convolution to replace: square, 3x3 or 1x1 without padding, without bias. Its weight is shared."""
         kernel_size, stride, padding = conv.kernel_size[0], conv.stride[0], int(conv.padding[0])
         super().__init__(conv.in_channels, conv.out_channels, kernel_size, stride, padding, bias=False)
         self.weight = conv.weight
@@ -29,7 +29,7 @@ class BlurredConv2d(nn.Conv2d):
         self.register_buffer("blur", kernel.repeat(conv.in_channels, 1, 1, 1), persistent=False)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if self.kernel_size == (1, 1):  # it reads only every stride-th pixel, so only these are blurred
+        if self.kernel_size == (1, 1):  # only every stride-th pixel is read, so only these are blurred
             blurred = F.conv2d(x, self.blur, None, self.stride, 1, groups=self.in_channels)
             return F.conv2d(blurred, self.weight)
         return super().forward(F.conv2d(x, self.blur, None, 1, 1, groups=self.in_channels))

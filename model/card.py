@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
+from html import escape
 from typing import Any
 
 from model.resnet import ResNet
 from model.weights import ModelConfig
 from pipeline.pixels.normalize import Normalization
+from pipeline.store.class_names import class_name
 
 # The models that torchvision and timm have under the same names.
 SHARED_ARCHS = ("resnet18", "resnet34", "resnet50", "resnet101", "resnet152")
@@ -16,10 +18,10 @@ SHARED_ARCHS = ("resnet18", "resnet34", "resnet50", "resnet101", "resnet152")
 
 @dataclass(frozen=True)
 class CardDetails:
-    """What a card says beyond the model and its config.
+    """The content of a model card beyond the model and its config.
 
-    formats: those written. repo: user/name on the Hub. license: its SPDX name. figures: top-1 and top-5 rates by testing scheme,
-    measured on `images` validation images.
+    formats: the exported formats. dataset, repo: user/name on the Hub. license: the SPDX identifier of the weights' license.
+    figures: top-1 and top-5 rates by testing scheme, measured on `images` validation images.
     """
 
     formats: tuple[str, ...]
@@ -31,7 +33,7 @@ class CardDetails:
 
 
 def timm_config(model: ResNet, config: ModelConfig) -> dict[str, Any]:
-    """The content of config.json. A mean image becomes its mean per channel, as timm can subtract no other."""
+    """The content of config.json. A mean image becomes its mean per channel, the only kind of mean that timm can subtract."""
     normalization = Normalization.of(config.mean, config.std).per_channel()
     crop = config.image_size / config.eval_short
     if math.floor(config.image_size / crop) != config.eval_short:  # a rounding error
@@ -103,6 +105,7 @@ def _text(name: str, model: ResNet, config: ModelConfig, details: CardDetails) -
         "## Use",
         *(_safetensors(model, config, details) if "safetensors" in details.formats else []),
         *_graphs(config, details),
+        *_classes(config),
     ]
     return "\n\n".join(parts) + "\n"
 
@@ -127,7 +130,7 @@ def _preprocessing(config: ModelConfig) -> str:
 
 
 def _loader(config: ModelConfig) -> str:
-    """How to do the preprocessing with the library."""
+    """The same preprocessing as code that uses the library."""
     has_mean_image = config.mean.ndim == 3
     mean = 'numpy.load("mean.npy")' if has_mean_image else _three(config.mean)
     return (
@@ -148,7 +151,7 @@ def _three(values: Any) -> str:
 def _safetensors(model: ResNet, config: ModelConfig, details: CardDetails) -> list[str]:
     source = f"hf://{details.repo}" if details.repo else "FOLDER"
     parts = [
-        "In a checkout of Cropfeed (its models are not part of the package); the header of `model.safetensors` holds the config:",
+        "With a checkout of Cropfeed (the pip package contains no models). The header of `model.safetensors` holds the config:",
         f'```python\nfrom model.loading import load_model\n\nmodel, config = load_model("{source}", None, None)\n```',
     ]
     if config.arch not in SHARED_ARCHS:
@@ -158,7 +161,7 @@ def _safetensors(model: ResNet, config: ModelConfig, details: CardDetails) -> li
         *parts,
         "With timm:",
         f'```python\nimport timm\n\nmodel = timm.create_model("{hub}", pretrained=True)\n```',
-        "With torchvision, which has the same keys:",
+        "With torchvision, which has the same state-dict keys:",
         "```python\nfrom safetensors.torch import load_file\nfrom torchvision.models import "
         f"{config.arch}\n\nmodel = {config.arch}(num_classes={model.fc.out_features})\n"
         'model.load_state_dict(load_file("model.safetensors"))\n```',
@@ -176,3 +179,11 @@ def _graphs(config: ModelConfig, details: CardDetails) -> list[str]:
         f"Graphs that contain the normalization: {' and '.join(written)}. Input `images`: uint8 (N, 3, {shape}), RGB, "
         f"resized and cropped. Output `logits`: float32 (N, classes)."
     ]
+
+
+def _classes(config: ModelConfig) -> list[str]:
+    """The classes with their labels, in a table that the reader unfolds."""
+    names = [escape(class_name(one, config.class_names), quote=False).replace("|", "\\|") for one in config.classes]
+    rows = "\n".join(f"| {label} | {name} |" for label, name in enumerate(names))
+    table = f"| label | class |\n| --- | --- |\n{rows}"
+    return ["## Classes", f"<details><summary>{len(names):,} classes</summary>", table, "</details>"] if names else []

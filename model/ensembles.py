@@ -21,11 +21,12 @@ from pipeline.errors import UserError
 from pipeline.store import files
 
 _FORMAT = "cropfeed-predictions 1"
-_BLOCK = 4096  # images in a batch without pixels
+_BLOCK = 4096  # batch size for saved predictions
 
 
 class EvalSet(NamedTuple):
-    """The images that predictions belong to. fingerprint: see `Manifest`. classes: names in label order. images: in the split."""
+    """The images that were predicted. fingerprint: of the data set, see `Manifest`. classes: names in label order. images: their
+    number."""
 
     fingerprint: str
     split: str
@@ -37,19 +38,19 @@ _EVAL_SET_FIELDS = ("data set", "split", "list of classes", "number of images") 
 
 
 class EnsembleMember(Protocol):
-    """A source of predictions. name: for people."""
+    """A source of predictions. name: shown in tables."""
 
     name: str
 
     def probabilities(self, batch: MultiViewBatch) -> dict[str, torch.Tensor]:
-        """For each scheme float32 (N, classes) for the images in `batch`, on the device of its labels."""
+        """For each scheme, the probabilities of the N images in `batch`: float32 (N, classes), on the device of its labels."""
 
 
 class SavedPredictions:
-    """A file of predictions as an ensemble member. schemes: those it has probabilities of. eval_set: the images it is about."""
+    """A file of predictions as an ensemble member. schemes: its testing schemes. eval_set: the images that were predicted."""
 
     def __init__(self, path: str) -> None:
-        """Raises UserError for a file that does not exist or is not such a file."""
+        """Raises UserError for a file that does not exist or does not hold predictions."""
         content = io.BytesIO(files.read(path))
         try:
             with np.load(content, allow_pickle=False) as file:
@@ -64,9 +65,9 @@ class SavedPredictions:
             if any(probabilities.shape != shape for probabilities in self._probabilities.values()):
                 raise ValueError("its arrays differ in length")
         except (ValueError, KeyError, TypeError, AttributeError, IndexError, EOFError, zipfile.BadZipFile, zlib.error) as error:
-            raise UserError(f"{path}: no predictions that evaluate.py --save wrote ({error})", "save them again") from error
+            raise UserError(f"{path}: was not written by evaluate.py --save ({error})", "save the predictions again") from error
         if not np.array_equal(ids, np.arange(len(ids))):
-            raise UserError(f"{path}: its ids are not a whole split's, 0 to {len(ids) - 1}", "save the predictions again")
+            raise UserError(f"{path}: its ids are not 0 to {len(ids) - 1}, a whole split", "save the predictions again")
 
     def select(self, schemes: Sequence[str]) -> None:
         """Keep only these schemes."""
@@ -77,18 +78,18 @@ class SavedPredictions:
         return {scheme: torch.from_numpy(array[batch.ids]).to(device) for scheme, array in self._probabilities.items()}
 
     def batches(self) -> Iterator[MultiViewBatch]:
-        """The split's images without pixels, for ensembles that consist of saved predictions."""
+        """Batches of labels and ids, without pixels, for ensembles of saved predictions only."""
         for first in range(0, len(self._labels), _BLOCK):
             labels = self._labels[first : first + _BLOCK]
             yield MultiViewBatch({}, torch.from_numpy(labels), np.arange(first, first + len(labels)))
 
     def check(self, expected: EvalSet, source: str) -> None:
-        """Raise UserError unless the predictions are about the images of `expected`. source: its name in the message."""
+        """Raise UserError unless the images of `expected` were predicted. source: the name of `expected` in the message."""
         for what, own, other in zip(_EVAL_SET_FIELDS, self.eval_set, expected, strict=True):
             if own != other:
                 values = "" if what == "list of classes" else f" ({own}, not {other})"
                 raise UserError(
-                    f"{self._path}: predictions of another {what} than {source}{values}", "give predictions of the same images"
+                    f"{self._path}: was saved for another {what} than {source}{values}", "give predictions for the same images"
                 )
 
 
@@ -107,7 +108,7 @@ class PredictionWriter:
             array[batch.ids] = probabilities[scheme].cpu().numpy()
 
     def save(self, path: str, name: str) -> None:
-        """Write a .npz atomically. name: of the model or ensemble.
+        """Write a .npz file atomically. name: the name of the model or ensemble.
 
         It holds for each scheme probabilities/SCHEME, float32 (images, classes); labels and ids, int64 (images,); classes,
         schemes, fingerprint and split of the data; net: `name`.
@@ -130,8 +131,8 @@ def evaluate_ensemble(
 ) -> list[dict[str, Accuracy]]:
     """The accuracy of each member by scheme and, last, of their average if there are several. One pass over `batches`.
 
-    shares: each member's weight in the average, above 0. schemes: those to average; members may give further ones. writer: gets
-    the predictions of the average, or of the only member.
+    shares: each member's weight in the average, above 0. schemes: the schemes to average; members may return further ones.
+    writer: receives the predictions of the average, or of the only member.
     """
     meters: list[dict[str, AccuracyMeter]] = [{} for _ in range(len(members) + (len(members) > 1))]
     for batch in batches:

@@ -1,8 +1,8 @@
-"""Models as graphs that other programs can run: ONNX and torch.export, both with raw pixels as input.
+"""Export of models as graphs that other programs can run: ONNX and torch.export, both with raw pixels as input.
 
 Input "images": uint8 (N, 3, H, W), RGB, decoded, resized and cropped. The graph subtracts the config's mean and divides by its
-standard deviation. Output "logits": float32 (N, classes). N is dynamic. H and W are dynamic, too, as the models are fully
-convolutional, unless the config has a mean image: that fits a crop only, so H and W are then fixed to image_size.
+standard deviation. Output "logits": float32 (N, classes). N is dynamic. H and W are dynamic, too, because the models are fully
+convolutional. If the config has a mean image, H and W are fixed to image_size, because a mean image fits only crops of that size.
 """
 
 from __future__ import annotations
@@ -24,15 +24,15 @@ from model.weights import ModelConfig
 from pipeline.errors import UserError
 from pipeline.pixels.normalize import Normalization
 
-TOLERANCE = 1e-4  # of a graph's logits, relative to torch's greatest: float32 sums in another order
+TOLERANCE = 1e-4  # for differences from torch's logits, relative to the largest one: float32 sums in another order
 _NEEDS = {"onnx": ("onnx", "onnxruntime", "onnxscript"), "safetensors": ("huggingface_hub",)}
 
 
 def check_packages(formats: Sequence[str]) -> None:
-    """Raises UserError if a package is missing that writing these formats needs."""
+    """Raise UserError if a package that these formats need is missing."""
     missing = [name for form in formats for name in _NEEDS.get(form, ()) if importlib.util.find_spec(name) is None]
     if missing:
-        raise UserError(f"needs {', '.join(missing)}: pip install -e '.[export]'")
+        raise UserError(f"exporting needs {', '.join(missing)}", "pip install -e '.[export]'")
 
 
 class ExportedModel(nn.Module):
@@ -59,16 +59,15 @@ class ExportedModel(nn.Module):
 
 
 def export_onnx(model: ResNet, config: ModelConfig, path: Path) -> float:
-    """Write one ONNX file. Returns the greatest difference between ONNX Runtime's logits and torch's; raises UserError if it is
-    too great.
+    """Write one ONNX file. Its metadata holds arch, classes, image_size and eval_short.
 
-    The file's metadata holds arch, classes, image_size and eval_short.
+    Returns the largest difference between ONNX Runtime's logits and torch's. Raises UserError if it exceeds TOLERANCE.
     """
     import onnx
     import onnxruntime
 
     exported = ExportedModel(model, config)
-    # The last feature map of the traced images must have more than one pixel, or the exporter would assume exactly one.
+    # The traced images' last feature map must have more than one pixel, otherwise the exporter would assume exactly one.
     side = config.image_size if exported.has_mean_image else max(config.image_size, 64)
     names = {0: "batch"} if exported.has_mean_image else {0: "batch", 2: "height", 3: "width"}
     with _quiet():
@@ -94,10 +93,11 @@ def export_onnx(model: ResNet, config: ModelConfig, path: Path) -> float:
 
 
 def export_program(model: ResNet, config: ModelConfig, path: Path) -> float:
-    """Write a torch.export program (.pt2). Returns the greatest difference of its logits, read back, as `export_onnx` does.
+    """Write a torch.export program (.pt2). Its extra file recipe.json holds the same metadata as the ONNX file.
 
-    Its extra file recipe.json holds what ONNX's metadata does. H and W are dynamic as long as the last feature map has more than
-    one pixel (from 33 on, for CIFAR's models from 5). If it has one pixel at image_size, torch.export fixes H and W to that.
+    Returns the largest difference between the logits of the program, loaded from the file, and torch's; raises UserError as
+    `export_onnx` does. H and W are dynamic as long as the last feature map has more than one pixel (from 33 pixels on, for CIFAR
+    models from 5 on). If it has one pixel at image_size, torch.export fixes H and W to image_size.
     """
     exported, side = ExportedModel(model, config), config.image_size
     fixed = exported.has_mean_image or _last_map(exported, side) == 1
@@ -132,7 +132,8 @@ def _last_map(exported: ExportedModel, side: int) -> int:
 def _greatest_difference(
     exported: ExportedModel, run: Callable[[torch.Tensor], torch.Tensor], side: int, any_shape: bool, name: str
 ) -> float:
-    """On batches of one and three images, and with any_shape on two of another shape. Raises UserError above TOLERANCE."""
+    """The largest difference between logits, for batches of one and three images and, with any_shape, for a batch of another
+    height and width. Raises UserError above TOLERANCE."""
     shapes = [(1, side, side), (3, side, side), *([(2, side + 32, side + 7)] if any_shape else [])]
     greatest = 0.0
     for shape in shapes:
@@ -140,7 +141,10 @@ def _greatest_difference(
         expected = exported(images)
         difference = float((run(images) - expected).abs().max())
         if not difference <= TOLERANCE * max(1.0, float(expected.abs().max())):  # catches NaN, too
-            raise UserError(f"{name} gives other logits than torch, by up to {difference:.2g}", "do not use it, and report this")
+            raise UserError(
+                f"the logits of {name} differ from torch's by up to {difference:.2g}",
+                "do not use it; report this as a bug",
+            )
         greatest = max(greatest, difference)
     return greatest
 

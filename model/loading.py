@@ -1,16 +1,15 @@
-"""Models from weight files: identify the architecture, fit the weights, find the preprocessing.
+"""Models from weight files: identifies the architecture, loads the weights, finds the preprocessing.
 
 A source is one of
 
 - a file that Cropfeed wrote (.safetensors with the model's config in its header), a run's folder, or a folder that
   tools/export.py wrote;
-- any .pth, .pt, .bin or .safetensors file with torchvision's keys. Its name gives the architecture (resnet50-0676ba61.pth,
-  resnet18.a1_in1k.safetensors) unless `arch` does. Preprocessing is torchvision's;
+- any .pth, .pt, .bin or .safetensors file with torchvision's keys. The architecture is `arch` or, if that is None, taken from
+  the file's name (resnet50-0676ba61.pth, resnet18.a1_in1k.safetensors). Preprocessing is torchvision's;
 - a folder in timm's format: config.json with model.safetensors or pytorch_model.bin;
 - hf://user/repo or hf://user/repo@revision: any of these on the Hugging Face Hub, or in its local cache.
 
-Labels: the ImageNet models of torchvision and timm number the classes by sorted synset names (n01440764 is 0), as shards
-do.
+Labels: the ImageNet models of torchvision and timm number the classes by sorted synset IDs (n01440764 is 0), as shards do.
 """
 
 from __future__ import annotations
@@ -44,15 +43,18 @@ def weights_file(source: str | Path) -> Path:
     for name in ("model.safetensors", "checkpoints/last/model.safetensors", "pytorch_model.bin"):
         if (path / name).is_file():
             return path / name
-    raise UserError(f"{source}: no weights there", "give a run's or timm's folder, hf://user/repo, a .safetensors or .pth file")
+    raise UserError(
+        f"{source}: contains no weights",
+        "give a run's folder, a folder in timm's format, hf://user/repo, a .safetensors or a .pth file",
+    )
 
 
 def load_model(source: str | Path, arch: str | None, classes: list[str] | None) -> tuple[ResNet, ModelConfig]:
     """The model in a weight file, and its config.
 
-    arch: its name in ARCHS; needed if the file does not give it. classes: the data's, in label order. The file must have been
-    trained on the same classes; if it names none, their number must match. None accepts any classes.
-    Raises UserError for a mismatch.
+    arch: its name in ARCHS; needed if the file does not tell. classes: the classes of the data, in label order. The model must
+    have been trained on the same classes; if the file does not name its classes, their number must match. None accepts any
+    classes. Raises UserError for a mismatch.
     """
     path = weights_file(source)
     weights, header = load_weights(path)
@@ -64,21 +66,21 @@ def load_model(source: str | Path, arch: str | None, classes: list[str] | None) 
         short = 256 if model.image_size == 224 else model.image_size  # CIFAR's images are not cropped
         config = ModelConfig(arch, [], model.image_size, short, TORCHVISION.mean, TORCHVISION.std)
     if config.classes and len(config.classes) != outputs:
-        raise UserError(f"{path}: names {len(config.classes)} classes and has {outputs} outputs", "give an undamaged file")
+        raise UserError(f"{path}: names {len(config.classes)} classes, but has {outputs} outputs", "give an undamaged file")
     if classes is None:
         return model, config
     if outputs != len(classes) or config.classes not in ([], classes):
         raise UserError(
-            f"{path}: was trained on {outputs} classes, the data has {len(classes)} (or others)", "give the data it belongs to"
+            f"{path}: its {outputs} classes differ from the {len(classes)} of the data", "give the data that it was trained on"
         )
     return model, replace(config, classes=classes)
 
 
 def initial_weights(source: str | Path, arch: str, model: ResNet, classes: list[str]) -> str:
-    """Load a file's weights into `model`, an `arch` for these classes, to fine-tune it. Returns one line about what was loaded.
+    """Load a file's weights into `model`, to fine-tune it on these classes. Returns one line that says what was loaded.
 
-    The classifier keeps its own new weights if the file's classifier is missing, has another number of outputs, or belongs to
-    other class names. Everything else must match, or UserError is raised.
+    arch: the model's name in ARCHS. The model keeps its newly initialized classifier if the file's classifier is missing, has
+    another number of outputs, or belongs to other class names. Raises UserError if anything else does not match.
     """
     path = weights_file(source)
     weights, header = load_weights(path)
@@ -86,21 +88,24 @@ def initial_weights(source: str | Path, arch: str, model: ResNet, classes: list[
     outputs, names = _outputs(weights), config.classes if config else []
     if outputs == len(classes) and names in ([], classes):
         _load_state(model, weights, path, arch)
-        return f"{path}: starting from its {arch}, classifier included"
+        return f"{path}: training starts from these {arch} weights, including the classifier"
     why = f"the file's is for {outputs} {'other ' if outputs == len(classes) else ''}classes" if outputs else "the file has none"
     new = {"fc.weight": model.fc.weight.detach().clone(), "fc.bias": model.fc.bias.detach().clone()}
     _load_state(model, weights, path, arch, new)
-    return f"{path}: starting from its {arch}; the classifier of {len(classes)} classes is new, as {why}"
+    return (
+        f"{path}: training starts from these {arch} weights, except for the classifier: "
+        f"it is initialized anew for {len(classes)} classes, because {why}"
+    )
 
 
 def arch_of_name(name: str) -> str | None:
-    """The longest architecture that a file's name starts with, followed by its end or by neither a letter nor a digit."""
+    """The longest architecture name that a file's name starts with. The next character must not be a letter or a digit."""
     found = [arch for arch in ARCHS if name == arch or (name.startswith(arch) and not name[len(arch)].isalnum())]
     return max(found, key=len, default=None)
 
 
 def _identify(path: Path, header: dict[str, str], arch: str | None) -> tuple[str, ModelConfig | None]:
-    """A file's architecture, from its header, its config.json, `arch` or its name; and the config if it has one."""
+    """A file's architecture (from its header, its config.json, `arch` or its name), and its config, if it has one."""
     if arch is not None and arch not in ARCHS:
         raise UserError(f"unknown `arch` {arch!r}", f"choose from {', '.join(ARCHS)}")
     try:
@@ -113,17 +118,17 @@ def _identify(path: Path, header: dict[str, str], arch: str | None) -> tuple[str
             raise UserError(f"{path}: does not say which model it holds", "give `arch`")
         return arch, None
     if config.arch not in ARCHS:
-        raise UserError(f"{path}: holds a {config.arch}, which is not a model of the paper", f"give one of {', '.join(ARCHS)}")
+        raise UserError(f"{path}: holds a {config.arch}, which is not supported", f"give one of {', '.join(ARCHS)}")
     if arch not in (None, config.arch):
-        raise UserError(f"{path}: holds a {config.arch}, not `arch` {arch}")
+        raise UserError(f"{path}: holds a {config.arch}, but `arch` is {arch}")
     return config.arch, config
 
 
 def _timm_config(path: Path) -> ModelConfig | None:
-    """The config in a timm folder's config.json; None if there is none.
+    """The config in the config.json of a folder in timm's format; None if there is none.
 
-    Preprocessing is timm's evaluation at the training size: `input_size` (not `test_input_size`), short side
-    floor(size / crop_pct), mean and std times 255. Resizing is bilinear, where timm's may be bicubic.
+    Preprocessing is timm's evaluation preprocessing at the training size: `input_size` (not `test_input_size`), short side
+    floor(size / crop_pct), mean and std times 255. Resizing is always bilinear, while timm may use bicubic.
     """
     file = path.with_name("config.json")
     if path.name not in _HUB_FILES or not file.is_file():
@@ -142,7 +147,7 @@ def _timm_config(path: Path) -> ModelConfig | None:
         names = [str(name) for name in content.get("label_names") or preprocessing.get("label_names") or []]
         if content.get("model_args"):
             raise UserError(
-                f"holds a {content['architecture']} with model_args, which is not a model of the paper", "give a plain one"
+                f"holds a {content['architecture']} with model_args, which are not supported", "give a model without model_args"
             )
         return ModelConfig(str(content["architecture"]).partition(".")[0], names, size, short, mean, std)
     except (OSError, ValueError, TypeError, LookupError, AttributeError, ArithmeticError) as error:
@@ -156,21 +161,21 @@ def _outputs(weights: Weights) -> int:
 
 
 def _load_state(model: ResNet, weights: Weights, path: Path, arch: str, classifier: Weights | None = None) -> None:
-    """Load a state dict into a model, after checking that keys and shapes match. classifier: replaces the state dict's own.
+    """Load a state dict into a model, after checking that keys and shapes match. classifier: replaces the file's classifier.
 
-    BN's batch counters, which old files lack, become 0.
+    The batch counters of BN, which old files lack, become 0.
     """
     layers = [name.removesuffix(".running_mean") for name in weights if name.endswith(".running_mean")]
     weights = {f"{layer}.num_batches_tracked": torch.tensor(0) for layer in layers} | weights
     state = weights | (classifier or {})
     mismatch = _mismatch(model.state_dict(), state)
     if mismatch:
-        raise UserError(f"{path}: holds no {arch} ({mismatch})", _remedy(weights))
+        raise UserError(f"{path}: does not fit {arch} ({mismatch})", _remedy(weights))
     model.load_state_dict(state)
 
 
 def _mismatch(expected: Weights, weights: Weights) -> str | None:
-    """The first key or shape that differs, in words."""
+    """A description of the first key or shape that differs."""
     extra = next((name for name in weights if name not in expected), None)
     for name, tensor in expected.items():
         if name not in weights:
@@ -192,7 +197,7 @@ def _remedy(weights: Weights) -> str:
             fitting.append(arch)
     if fitting:
         return f"it fits `arch` {' or '.join(fitting)}"
-    return "it is not a model of the paper, or does not have torchvision's keys: give one of " + ", ".join(ARCHS)
+    return "its model is not supported, or its keys are not torchvision's; supported models: " + ", ".join(ARCHS)
 
 
 def _hub_folder(source: str) -> Path:

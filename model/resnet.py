@@ -62,8 +62,8 @@ def option_c(channels_in: int, channels_out: int, stride: int) -> nn.Module:
 
 
 def drop_rows(x: torch.Tensor, probability: float, uniform: torch.Tensor | None = None) -> torch.Tensor:
-    """Stochastic depth per image: each row of x (N, C, H, W) becomes zeros with `probability`; otherwise it is scaled to keep the
-    expectation. The same as torchvision's StochasticDepth in mode "row".
+    """Stochastic depth per image: each row of x (N, C, H, W) becomes zeros with `probability`. The other rows are scaled so that
+    the expectation stays the same. The same as torchvision's StochasticDepth in mode "row".
 
     uniform: (N,), in [0, 1). Rows with a value below `probability` become zeros. None: drawn from the device's default generator.
     """
@@ -73,9 +73,9 @@ def drop_rows(x: torch.Tensor, probability: float, uniform: torch.Tensor | None 
 
 
 class Block(nn.Module):
-    """What both blocks of Figure 5 share: the layers' output plus the shortcut's (none in plain networks), then ReLU.
+    """Base class of both blocks of Figure 5: ReLU(layers(x) + shortcut(x)). Plain networks have no shortcut.
 
-    drop_path: the probability, in training, that an image takes only the shortcut; 0 <= drop_path < 1.
+    drop_path: in training, the probability that an image takes only the shortcut; 0 <= drop_path < 1.
     """
 
     expansion: int
@@ -165,11 +165,11 @@ class ResNet(nn.Module):
     """A network of blocks in stages. Each stage except the first halves the resolution and doubles the channels.
 
     forward: images (N, 3, H, W) -> logits (N, num_classes), for any H and W: the classifier sees the mean over positions, so the
-    model is fully convolutional on images larger than the training crop. For stochastic depth it also takes uniforms (N, blocks)
-    in [0, 1), which decide what is dropped. Without them torch's generator decides.
+    model is fully convolutional on images larger than the training crop. For stochastic depth, forward also takes uniforms
+    (N, blocks) in [0, 1), which decide what is dropped. Without them, torch's generator draws them.
 
     - depths: blocks in each stage.
-    - shortcut: one of the options, None for a plain network.
+    - shortcut: `option_a`, `option_b` or `option_c`; None for a plain network.
     - width: channels of the first stage.
     - small: CIFAR's 3x3 stem for images of 32 pixels, instead of 7x7, stride 2 and max pooling for 224.
     - blur: blur the input of strided convolutions, except the first.
@@ -196,7 +196,7 @@ class ResNet(nn.Module):
         super().__init__()
         if not 0 <= drop_path < 1 or (drop_path and shortcut is None):
             raise ValueError(f"drop_path must lie in [0, 1), and be 0 in a plain network, not {drop_path}")
-        self.image_size = 32 if small else 224  # side of the images it is designed for, pixels
+        self.image_size = 32 if small else 224  # side of the images that the model is designed for, pixels
         self.depths = depths
         self.conv1 = nn.Conv2d(3, width, 3, 1, 1, bias=False) if small else nn.Conv2d(3, width, 7, 2, 3, bias=False)
         self.bn1 = nn.BatchNorm2d(width)

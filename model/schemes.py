@@ -1,6 +1,6 @@
-"""Testing schemes of He et al. 2015, section 3.4: the views of an image that a model sees, and how their scores are averaged.
+"""Testing schemes of He et al. 2015, section 3.4. A scheme defines the views of an image that are averaged into a prediction.
 
-- `centre`: the central crop of the image, resized to the model's short side for evaluation.
+- `centre`: the central crop, after resizing the image to the model's short side for evaluation.
 - `centre-flip`: the same and its mirror image, as with train.py's --flip-test (not in the paper).
 - `ten-crop`: the four corner crops, the central one, and their mirror images (Krizhevsky et al. 2012, section 4.1), which He et
   al. use for comparison studies (Table 3).
@@ -10,8 +10,8 @@
 
 Scores are softmax probabilities. He et al. do not say so, but the two papers that they follow do: Krizhevsky et al. average "the
 predictions made by the network's softmax layer on the ten patches", Simonyan and Zisserman "the soft-max class posteriors" over
-mirror images, scales (section 4.2) and models (section 4.5). Within one image of the fully convolutional form the class scores
-before the softmax are averaged over positions (their section 3.2). A model's forward pass does exactly that: averaging the last
+mirror images, scales (section 4.2) and models (section 4.5). In the fully convolutional form, the class scores before the softmax
+are averaged over the positions of an image (their section 3.2). A model's forward pass does exactly that: averaging the last
 feature map and then applying fc equals applying fc at each position, as a 1x1 convolution, and averaging the results.
 """
 
@@ -60,8 +60,8 @@ class MultiViewClassifier:
         dtype: torch.dtype = torch.float32,
         batch_size: int = 256,
     ) -> None:
-        """name: for people. dtype: of the images; below float32 the forward pass is autocast to it. batch_size: most crops in one
-        forward pass; whole images are limited to as many pixels.
+        """name: shown in tables. dtype: of the images; if it is not float32, the forward pass runs in autocast to it. batch_size:
+        largest number of crops in one forward pass; whole images are limited to the same number of pixels.
         """
         self.name = name
         self._device, self._dtype = torch.device(device), dtype
@@ -79,8 +79,8 @@ class MultiViewClassifier:
 
     @torch.inference_mode()
     def probabilities(self, batch: MultiViewBatch) -> dict[str, torch.Tensor]:
-        """Each scheme's probabilities for N images, float32 (N, classes) on the device. For multi-scale also those of each scale,
-        named as in `view_specs_of`. The batch may hold further views, for other models."""
+        """Each scheme's probabilities for N images, float32 (N, classes) on the device; for multi-scale also those of each scale,
+        named as in `view_specs_of`. The batch may contain further views, for other models."""
         by_view = {view: self._of_view(batch.images[view], view).view(len(batch.ids), -1) for view in self.view_specs}
         found: dict[str, torch.Tensor] = {}
         for scheme, view_specs in self._schemes.items():
@@ -102,7 +102,7 @@ class MultiViewClassifier:
         return probabilities.view(-1, view.geometry.crops, probabilities.shape[1]).mean(dim=1)
 
     def _normalizer(self, stored: Normalization, view: ViewSpec) -> tuple[torch.Tensor, torch.Tensor]:
-        """Mean and standard deviation for a view, on the device. A mean image fits crops only; whole images get its average."""
+        """Mean and standard deviation for a view, on the device. A mean image fits crops only: whole images use its average."""
         whole = isinstance(view.geometry, WholeImage)
         normalization = stored.per_channel() if whole else stored.at(view.size)
         return torch.from_numpy(normalization.mean).to(self._device), torch.from_numpy(normalization.std).to(self._device)

@@ -1,4 +1,4 @@
-"""Accuracy of a classifier: one pass over batches gives the counts that every figure comes from."""
+"""Accuracy of a classifier: one pass over the batches counts the confusion matrix and the top-5 hits of each class."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ def _one_process(counts: torch.Tensor) -> torch.Tensor:
 
 @dataclass(frozen=True, eq=False)
 class Accuracy:
-    """Counts over images.
+    """Counts of images.
 
-    confusion: int64 (classes, classes), rows are labels, columns predictions. top5_correct: int64 (classes,), for each label its
-    images with the label among the five highest scores (all of them, if there are fewer than five classes).
+    confusion: int64 (classes, classes), rows are labels, columns predictions. top5_correct: int64 (classes,), for each label the
+    number of its images with the label among the five highest scores (with fewer than five classes: all of them).
     """
 
     confusion: torch.Tensor

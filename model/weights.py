@@ -10,7 +10,7 @@ import base64
 import json
 import os
 import zlib
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
 from pipeline.errors import UserError
+from pipeline.progress import announce_if_slow
 
 
 @dataclass(frozen=True)
@@ -28,11 +29,12 @@ class ModelConfig:
     """A model's architecture, classes and preprocessing.
 
     - arch: its name in ARCHS.
-    - classes: their names in label order; empty if unknown.
+    - classes: their IDs (folder names, wnids) in label order; empty if unknown.
     - image_size: side of the crop, pixels.
     - eval_short: short side to which images are resized for evaluation, pixels.
     - mean: float32 (3,), or (H, W, 3) for a mean image, in units of 0..255.
     - std: float32 (3,), in units of 0..255.
+    - class_names: class -> its name for people, where the data has one. Headers have this key only if it is not empty.
     """
 
     arch: str
@@ -41,6 +43,7 @@ class ModelConfig:
     eval_short: int
     mean: npt.NDArray[np.float32]
     std: npt.NDArray[np.float32]
+    class_names: dict[str, str] = field(default_factory=dict)
 
     def header(self) -> dict[str, str]:
         """The strings for a file's header."""
@@ -51,7 +54,7 @@ class ModelConfig:
             "eval_short": str(self.eval_short),
             "mean": _pack(self.mean),
             "std": _pack(self.std),
-        }
+        } | ({"class_names": json.dumps(self.class_names)} if self.class_names else {})
 
     @staticmethod
     def from_header(header: dict[str, str]) -> ModelConfig | None:
@@ -66,6 +69,7 @@ class ModelConfig:
                 int(header["eval_short"]),
                 _unpack(header["mean"]),
                 _unpack(header["std"]),
+                json.loads(header.get("class_names", "{}")),
             )
         except (KeyError, ValueError, TypeError, zlib.error) as error:
             raise UserError(f"the header is damaged ({error})", "give another file") from error
@@ -96,18 +100,19 @@ _PREFIXES = ("module.", "_orig_mod.")  # from DistributedDataParallel (and Avera
 
 
 def load_weights(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
-    """A file's state dict, float32 (counts int64) on the CPU, and the strings of its header, which only safetensors have.
+    """A file's state dict, float32 (BN's batch counters int64) on the CPU, and the strings of its header (safetensors only).
 
     A .pth, .pt or .bin is read with weights_only. It may hold the state dict itself or a checkpoint that contains it: an
     exponential moving average ("state_dict_ema", "model_ema") takes precedence over "state_dict" and "model", as in timm's
     evaluation. The prefixes "module." and "_orig_mod." are removed from keys. Raises UserError for a file that cannot be read.
     """
     try:
-        if path.suffix == ".safetensors":
-            with safe_open(path, framework="pt") as file:
-                metadata = file.metadata() or {}
-            return _as_float32(load_file(path)), metadata
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        with announce_if_slow(f"reading {path.stat().st_size / 1e9:.2g} GB from {path}"):
+            if path.suffix == ".safetensors":
+                with safe_open(path, framework="pt") as file:
+                    metadata = file.metadata() or {}
+                return _as_float32(load_file(path)), metadata
+            content = torch.load(path, map_location="cpu", weights_only=True)
     except (OSError, SafetensorError, RuntimeError, EOFError, ValueError) as error:
         raise UserError(f"{path}: cannot be read ({str(error).splitlines()[0]})", "give a .safetensors or .pth file") from error
     except Exception as error:  # pickle.UnpicklingError and related errors

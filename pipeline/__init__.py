@@ -1,15 +1,31 @@
-"""Cropfeed: labelled images as shards that decode at the crop, and batches from them by one deterministic augmentation plan.
+"""Cropfeed: an image loader for training that decodes only the crop, in a deterministic order with deterministic augmentation.
 
     from cropfeed import LoaderSpec, open_loader
 
     loader = open_loader(LoaderSpec("/data/shards", batch_size=256))
     for images, labels, ids in loader: ...
 
-`cropfeed.spec` says what can be loaded and `cropfeed.loader` what comes out; `plan` draws samples and augmentation, `jpeg` opens
-images at the crop, `pixels` resamples and normalizes, `store` reads shards, `engines` put these together, `convert` makes shards.
-(In a checkout of the repository this package is named `pipeline`.)
+Images are first converted into shards: tar files of JPEGs that can be decoded region by region. The loader decodes the region of
+each crop, augments it and returns batches. Samples and augmentation depend only on the data, the seed and the epoch. Any engine,
+any number of workers and ranks, and any restart therefore give the same samples with the same augmentation.
 
-Names here are imported when first used: `import cropfeed` takes no time and needs no other package.
+The modules, in the order to read them:
+
+- `spec`: what to load, `LoaderSpec`.
+- `loader`: what a loader returns, `Batch`, and the contract of all engines, `Loader`.
+- `plan`: which sample comes when, and the random draws of its augmentation.
+- `store`: shards on a local disk or in an object store, with a cache and prefetching.
+- `jpeg`: the region-addressable JPEG format, its transcoder and its decoder.
+- `pixels`: from an encoded image to normalized pixels.
+- `engines`: implementations of `Loader` (CPU, DALI, FFCV), and `open_loader`, which chooses one.
+- `convert`: from labelled images to shards.
+- `cli`: the command `cropfeed`. `doctor`: its checks of the machine.
+- `errors`, `buffers`, `jit`, `progress`: user errors, recycled host buffers, the numba decorator of all compiled functions, and
+  progress bars.
+
+In a checkout of the repository, this package is named `pipeline`.
+
+The names below are imported on first use, so `import cropfeed` is fast and needs no other package.
 """
 
 from __future__ import annotations

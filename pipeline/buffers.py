@@ -1,6 +1,6 @@
 """Recycled host buffers for batches, and their copies to the device.
 
-Newly allocated memory for a batch of 40 MB costs the kernel 10,000 page faults, 10 ms of one core.
+Newly allocated memory for a batch of 40 MB costs 10,000 page faults, which take 10 ms of one core.
 """
 
 from __future__ import annotations
@@ -16,21 +16,21 @@ import torch
 
 
 def to_device(array: npt.NDArray[Any], device: torch.device | str) -> torch.Tensor:
-    """An array on the device, without waiting for the copy; on a CPU, a tensor on the array's memory."""
+    """Copy an array to the device, without waiting for the copy. On a CPU, the tensor shares the array's memory."""
     tensor = torch.from_numpy(array)
     if torch.device(device).type != "cuda":
         return tensor
-    return tensor.pin_memory().to(device, non_blocking=True)  # from other memory the host would wait for the copy
+    return tensor.pin_memory().to(device, non_blocking=True)  # copies from pageable memory block the host
 
 
 class BufferPool:
-    """Hands out arrays with tensors on them, and recycles an array once no tensor on its memory exists any more.
+    """Provides host arrays with tensors that share their memory. An array is recycled once no tensor on its memory exists.
 
-    A batch is therefore never overwritten while anybody keeps it, and memory is not freed and allocated again for every batch.
+    So a batch is never overwritten while it is referenced, and memory is not allocated anew for every batch.
     """
 
     def __init__(self, device: str) -> None:
-        """device: of the finished batches; for a GPU, memory is pinned."""
+        """device: of the finished batches. For a GPU, uint8 buffers are pinned."""
         self._device = torch.device(device)
         self._copies = torch.cuda.Stream(self._device) if self._device.type == "cuda" else None
         self._bytes = 0  # size of each array
@@ -39,10 +39,10 @@ class BufferPool:
         self._lock = threading.Lock()
 
     def acquire(self, shape: tuple[int, ...], dtype: npt.DTypeLike) -> tuple[npt.NDArray[Any], torch.Tensor]:
-        """An array of undefined content and a tensor on the same memory, on the host."""
+        """An uninitialized array and a tensor that share memory on the host."""
         dtype = np.dtype(dtype)
         wanted = math.prod(shape) * dtype.itemsize
-        if self._copies and dtype == np.uint8:  # torch recycles pinned memory itself, once copies from it have ended
+        if self._copies and dtype == np.uint8:  # torch itself recycles pinned memory once the copies from it have ended
             pinned = torch.empty(shape, dtype=torch.uint8, pin_memory=True)
             return pinned.numpy(), pinned
         with self._lock:

@@ -2,9 +2,9 @@
 
     cropfeed shards /imagenet --out /data/shards      convert labelled images
     cropfeed verify /data/shards                      re-read every byte of a data set
-    cropfeed doctor [/data/shards]                    is this machine ready?
+    cropfeed doctor [/data/shards]                    check whether this machine is ready
 
-`cropfeed COMMAND --help` has the rest.
+`cropfeed COMMAND --help` shows the options of a command.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ _parser: Parser | None = None  # the parser of this process's arguments
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse with errors as UserErrors; --help shows the module's docstring unchanged."""
+    """An ArgumentParser that raises UserErrors. --help shows the description with its line breaks."""
 
     def __init__(self, description: str | None, prog: str | None = None, fields: dict[str, str] | None = None) -> None:
-        """fields: field of the library -> flag, for flags with another name than the field."""
+        """fields: library field -> flag, for flags that are not named like their field."""
         super().__init__(prog, description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
         self._fields = fields or {}
 
@@ -52,7 +52,7 @@ def with_flags(text: str) -> str:
 
 
 def positive(text: str) -> int:
-    """The type of an integer option of at least 1."""
+    """The argparse type of an integer of at least 1."""
     value = int(text)
     if value < 1:
         raise argparse.ArgumentTypeError(f"must be at least 1, not {value}")
@@ -60,7 +60,7 @@ def positive(text: str) -> int:
 
 
 def add_cache_flags(parser: argparse._ActionsContainer) -> None:
-    """The flags of `LoaderSpec.cache` and `cache_gb`. parser: or a group of one."""
+    """Add the flags of `LoaderSpec.cache` and `cache_gb` to a parser or an argument group."""
     parser.add_argument(
         "--cache",
         type=Path,
@@ -72,19 +72,19 @@ def add_cache_flags(parser: argparse._ActionsContainer) -> None:
 
 
 def check_writable(file: Path) -> None:
-    """Make the file's folder. Raises UserError if the file could not be written there."""
+    """Create the file's folder. Raises UserError if the file could not be written."""
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UserError(f"{file.parent}: cannot be made ({error.strerror})", "name another place") from error
+        raise UserError(f"{file.parent}: cannot be created ({error.strerror})", "choose another folder") from error
     if file.is_dir():
-        raise UserError(f"{file}: is a folder", "name a file")
+        raise UserError(f"{file}: is a folder", "give the name of a file")
     if not os.access(file if file.exists() else file.parent, os.W_OK):
-        raise UserError(f"{file}: cannot be written", "name another place")
+        raise UserError(f"{file}: cannot be written", "choose another folder")
 
 
 def _show_flags(record: logging.LogRecord) -> bool:
-    """A filter of the library's logger: its messages name flags, too."""
+    """A logging filter: messages of the library show flags instead of field names."""
     record.msg, record.args = with_flags(record.getMessage()), ()
     return True
 
@@ -106,7 +106,7 @@ def run_cli(main: Callable[[], None]) -> NoReturn:
 SHARDS = """Turn ImageNet, or any labelled images, into shards.
 
     {prog} /imagenet --out /data/shards
-    {prog} /imagenet --out /data/compact --profile compact     half the bytes, half the decoding
+    {prog} /imagenet --out /data/compact --profile compact     half the size, half the decoding time
     {prog} /imagenet --out /data/both --format both            tars, and a .beton file for FFCV
     {prog} s3://bucket/tars --out s3://bucket/shards --workers 32
     {verify} /data/shards     verify every byte
@@ -115,16 +115,18 @@ SRC, a local path or any fsspec URL, is one of
   - folders of images: SRC/train/<class>/*.JPEG and SRC/val/<class>/*.JPEG, or SRC/<class>/*.JPEG (then training only);
   - the official tars: ILSVRC2012_img_train.tar, ILSVRC2012_img_val.tar with ILSVRC2012_devkit_t12.tar.gz, never unpacked;
   - WebDataset tars: SRC/train/*.tar and SRC/val/*.tar, or SRC/*.tar with "val" in the names of the validation tars.
-Labels are the indices of the sorted class names (WebDataset: the number in .cls).
+Labels are the indices of the sorted class folders (WebDataset: the number in .cls). Reports show readable names of ImageNet's
+classes beside their wnids. For other classes, names are read from SRC/classes.txt, with one line per class folder: folder, tab,
+name; or from SRC/classes.json, {{"folder": "name"}}; or from Kaggle's LOC_synset_mapping.txt.
 
-Every image is decoded once in full. Images that cannot be decoded are left out and listed with the reason in OUT/report.json,
-which also names CMYK images, PNGs named .JPEG, broken metadata and exact duplicates.
+Every image is decoded once in full. Images that cannot be decoded are left out. OUT/report.json lists them with the reason. It
+also lists CMYK images, PNGs named .JPEG, broken metadata and exact duplicates.
 
 If a run was stopped or killed, the same command resumes it: finished shards are verified and kept. The same source and options
-give the same bytes, for any number of workers, on one machine or many, interrupted or not.
+give the same bytes, with any number of workers, on one machine or many, interrupted or not.
 
-On many machines: --shards 0-63 makes only these shards (numbered over all splits), in a job array with a shared OUT. The job that
-ends last completes the data set. --engine ray distributes the shards over a running Ray cluster.
+To use many machines, run a job array with a shared OUT: --shards 0-63 makes only these shards (numbered over all splits). The job
+that ends last completes the data set. Or use --engine ray, which distributes the shards over a running Ray cluster.
 """
 
 
@@ -143,31 +145,39 @@ def _shards_parser(prog: str, verify: str) -> Parser:
 
     parser = Parser(SHARDS.format(prog=prog, verify=verify), prog, {"check_md5": "--skip-md5", "mode": "--ffcv-mode"})
     parser.add_argument("src", metavar="SRC", nargs="?", help="images to convert")
-    parser.add_argument("--out", help="folder or URL to make")
+    parser.add_argument("--out", help="folder or URL for the shards")
     what = parser.add_argument_group("what is stored")
     what.add_argument(
         "--profile", choices=PROFILES, default="lossless",
-        help="lossless (default): the same pixels, about the same bytes, decodes at the crop; compact: short side at most 480, "
-        "quality 90, 4:2:0, half the bytes, decodes at the crop; original: unchanged files, which are decoded as a whole",
+        help="how images are stored. lossless (default): the same pixels in about the same size; only the crop is decoded. "
+        "compact: resized to a short side of at most 480, JPEG quality 90, 4:2:0: half the size; only the crop is decoded. "
+        "original: the files unchanged; every image is decoded in full",
     )  # fmt: skip
-    formats = "webdataset (default): tars; ffcv: one .beton file per split, for FFCV; or both"
+    formats = "webdataset (default): tar files; ffcv: one .beton file per split, for FFCV; both: tar files and .beton files"
     what.add_argument("--format", choices=FORMATS, default="webdataset", help=formats)
     what.add_argument("--shard-size", type=positive, default=1000, help="images in a shard (default: 1000)")
     what.add_argument("--seed", type=int, default=0, help="seed of the order of the training images (default: 0)")
     what.add_argument("--strict", action="store_true", help="stop at an image that cannot be used, instead of leaving it out")
     what.add_argument("--skip-md5", action="store_true", help="do not verify the official tars first")
-    ffcv = parser.add_argument_group("--format ffcv")
+    ffcv = parser.add_argument_group("for --format ffcv and both")
     modes = (
-        "region (default): the JPEGs of the tars, which stock FFCV decodes as a whole and Cropfeed at the crop; jpg, raw, "
-        "proportion: the modes of FFCV's RGBImageField"
+        "region (default): the same JPEGs as in the tar files; stock FFCV decodes them in full, Cropfeed only the crop. jpg, raw "
+        "and proportion: the modes of FFCV's RGBImageField"
     )
     ffcv.add_argument("--ffcv-mode", choices=MODES, default="region", help=modes)
     ffcv.add_argument(
-        "--ffcv-max-resolution", type=positive, help="longest side for jpg, raw and proportion, pixels (default: no limit)"
+        "--ffcv-max-resolution",
+        type=positive,
+        help="with the modes jpg, raw and proportion: shrink larger images to this longest side, pixels (default: no limit)",
     )
-    ffcv.add_argument("--ffcv-quality", type=positive, default=90, help="JPEG quality for jpg and proportion (default: 90)")
     ffcv.add_argument(
-        "--ffcv-proportion", type=float, default=0.5, help="fraction of the images that proportion compresses (default: 0.5)"
+        "--ffcv-quality", type=positive, default=90, help="with the modes jpg and proportion: JPEG quality (default: 90)"
+    )
+    ffcv.add_argument(
+        "--ffcv-proportion",
+        type=float,
+        default=0.5,
+        help="with the mode proportion: fraction of the images that are stored as JPEG, the others raw (default: 0.5)",
     )
     how = parser.add_argument_group("how it runs")
     how.add_argument("--workers", type=positive, default=os.cpu_count() or 1, help="worker processes (default: one per core)")
@@ -177,7 +187,7 @@ def _shards_parser(prog: str, verify: str) -> Parser:
     how.add_argument(
         "--ray-address", default="auto", help="address of the Ray cluster (default: the one that this machine belongs to)"
     )
-    how.add_argument("--shards", type=shard_range, metavar="FIRST-LAST", help="make only these shards")
+    how.add_argument("--shards", type=shard_range, metavar="FIRST-LAST", help="make only these shards, such as 0-63")
     return parser
 
 
@@ -222,7 +232,7 @@ def _verify(data: str, workers: int) -> None:
     problems = verified(files.absolute(data), workers)
     print("\n".join(problems) or f"{data}: every byte is as it was written")
     if problems:
-        raise UserError(f"{data}: {len(problems)} damaged", "repeat the command that made it: it makes damaged shards again")
+        raise UserError(f"{data}: {len(problems)} damaged", "repeat the command that made it: it replaces damaged shards")
 
 
 def doctor(arguments: Sequence[str]) -> None:

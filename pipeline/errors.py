@@ -1,19 +1,19 @@
-"""User errors: what a user can cause and correct. And the command that installs what is missing."""
+"""`UserError`, for mistakes that the user can correct, and the pip command that installs what is missing."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
 
-# Before requirements of pip: in a checkout, the versions that Cropfeed is tested with.
+# An option of pip: in a checkout, install the versions that Cropfeed is tested with.
 PIP_CONSTRAINT = "--constraint constraints.txt " if (Path(__file__).resolve().parents[1] / "constraints.txt").exists() else ""
 
 
 class UserError(Exception):
-    """Something the user gave is wrong; one line without a traceback should say what, where, and what would help.
+    """An error that the user can correct. Programs show it in one line, without a traceback.
 
-    problem: names the file or the value. remedy: what to do, or nothing. Both name fields of a spec or of options in backticks
-    (`cache_gb`); a command line shows these as its own flags.
+    problem: what is wrong, with the file or the value. remedy: what would help, or "". Names of fields (of a spec or of options)
+    are in backticks, such as `cache_gb`; command lines replace them by their flags.
     """
 
     def __init__(self, problem: str, remedy: str = "") -> None:
@@ -25,6 +25,6 @@ class UserError(Exception):
 
 
 def install_command(extra: str = "") -> str:
-    """The pip command that installs Cropfeed with an extra; in a checkout, the checkout."""
+    """The pip command that installs Cropfeed with an optional extra. In a checkout, it installs the checkout."""
     extra = f"[{extra}]" if extra else ""
     return f"pip install {PIP_CONSTRAINT}-e '.{extra}'" if PIP_CONSTRAINT else f"pip install 'cropfeed{extra}'"

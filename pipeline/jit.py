@@ -1,4 +1,4 @@
-"""How functions of this package are compiled: once on a machine, and again when the source of any of them has changed."""
+"""`jit`, the numba decorator of this package. Its disk cache is invalidated when the source of any compiled function changes."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from numba import njit
 from numba.core.caching import CompileResultCacheImpl, FunctionCache, IndexDataCacheFile
 
 F = TypeVar("F", bound=Callable[..., Any])
-Int = int | np.integer[Any]  # in signatures of compiled functions, which pass NumPy's integers on
+Int = int | np.integer[Any]  # an integer argument of a compiled function, called from Python or from compiled code
 
 
 @overload
@@ -21,30 +21,36 @@ def jit(function: F) -> F: ...
 @overload
 def jit(**options: Any) -> Callable[[F], F]: ...
 def jit(function: Any = None, **options: Any) -> Any:
-    """A decorator: numba's `njit` without the GIL, cached where numba caches. options: njit's own, such as `parallel=True`.
+    """A decorator: numba's `njit` without the GIL, cached in numba's cache folder. options: njit's, such as `parallel=True`.
 
-    Compiled code contains the code of the functions that it calls, but numba only looks at a function's own file for changes:
-    after a `git pull` that changed the resampling, the decoder that calls it would keep using the old one.
+    Unlike `cache=True`, the cache is invalidated by a change in any file with compiled functions. numba only checks the
+    function's own file, but compiled code includes the functions that it calls: after a change to the resampling, the cached
+    decoder would still contain the old resampling.
     """
     if function is None:
         return lambda function: jit(function, **options)
     dispatcher = njit(nogil=True, **options)(function)
-    dispatcher._cache = _Cache(function)  # all that `cache=True` does, with another class
+    dispatcher._cache = _Cache(function)  # as `cache=True` does, with another class
     return dispatcher
+
+
+def is_cached(function: Any) -> bool:
+    """Whether numba's cache on disk holds compiled code of a `jit` function, from the present sources."""
+    return bool(function._cache._cache_file._load_index())
 
 
 @cache
 def _sources() -> str:
-    """SHA-256 of the sources of all modules here that compile functions."""
+    """SHA-256 of all modules of this package that contain compiled functions."""
     sources = [path.read_bytes() for path in sorted(Path(__file__).parent.rglob("*.py"))]
     return hashlib.sha256(b"".join(source for source in sources if b"@jit" in source)).hexdigest()
 
 
 class _OfAllSources:
-    """Overrides for numba's locators."""
+    """A mixin for numba's cache locators."""
 
     def get_source_stamp(self) -> Any:
-        """Compiled code with another stamp is not used: that of the function's own file, and of all sources."""
+        """The stamp of the function's file and the hash of all sources. numba ignores cached code with another stamp."""
         return super().get_source_stamp(), _sources()  # type: ignore[misc]
 
 
@@ -54,14 +60,16 @@ class _CacheImpl(CompileResultCacheImpl):
     )
 
     def get_filename_base(self, fullname: str, abiflags: str) -> str:
-        """Cached types name their modules: in an editable checkout, `pipeline` and `cropfeed` must not share files."""
+        """Names of cache files. In an editable checkout, `pipeline` and `cropfeed` have the same sources, but must not share
+        cache files: cached types contain their module's name.
+        """
         base: str = super().get_filename_base(f"{__name__.partition('.')[0]}.{fullname}", abiflags)
         return base
 
 
 class _IndexFile(IndexDataCacheFile):
     def _load_index(self) -> Any:
-        """What another version cached may name classes that no longer exist; numba would fail to unpickle it."""
+        """An empty index if another version of Cropfeed wrote one with classes that no longer exist. numba would raise."""
         try:
             return super()._load_index()
         except (ImportError, AttributeError):

@@ -1,13 +1,15 @@
-"""What comes out (`Batch`), and the contract that every engine keeps (`Loader`). `pipeline.spec` says what can be loaded.
+"""What a loader returns (`Batch`), and the contract of all engines (`Loader`). `LoaderSpec` in `spec` describes what to load.
 
-The sequence of global batches depends only on the data and on the spec's seed, order, geometry and batch size. Rank r of R gets
-its range of each global batch, so the sequence does not depend on R. Training drops the incomplete batch at the end of an epoch
-(each time with other samples, as the order changes). Evaluation counts every sample exactly once, for any R and batch size.
+The sequence of global batches depends only on the data and on the spec's seed, order, geometry and batch size. Each rank gets
+its range of every global batch, so the sequence does not depend on the number of ranks. Training drops the incomplete batch at
+the end of an epoch; since the order changes, each epoch drops other samples. Evaluation returns every sample exactly once, for
+any number of ranks and any batch size.
 
-The checkpoint of a loader is two integers: the epoch, and how many samples of it have been handed out over all ranks.
+The position of a loader is two integers: the epoch, and the number of its samples that have been returned, over all ranks. Its
+checkpoint is these two and a fingerprint of the settings.
 
-A sample that cannot be decoded at its drawn crop is replaced by the sample that `sampling.substitute` names, with that sample's
-own draws. Which samples these are follows from data and plan alone, so the batches still depend on nothing else.
+A sample that cannot be decoded at its crop is replaced by another sample, with that sample's own draws. `sampling.substitute`
+chooses it. The choice depends only on the data and the plan, so the batches remain reproducible.
 """
 
 from __future__ import annotations
@@ -16,7 +18,7 @@ import hashlib
 import json
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -37,10 +39,12 @@ from .store.shards import Manifest, ShardSet
 
 
 class Batch(NamedTuple):
-    """This rank's range of a global batch: N images, each in the geometry's `crops` views.
+    """This rank's range of a global batch: N images, with `geometry.crops` views each.
 
-    images: (N * crops, 3, H, W) in channels-last memory, of the spec's dtype, on its device; the views of an image are adjacent.
-    labels: int64 (N,), same device. ids: int64 (N,), NumPy: the samples' indices in the split.
+    - images: (N * crops, 3, H, W) in channels-last memory, of the spec's dtype, on its device; the views of an image are
+      adjacent.
+    - labels: int64 (N,), same device.
+    - ids: int64 (N,), NumPy: the samples' indices in the split.
     """
 
     images: torch.Tensor
@@ -60,7 +64,7 @@ class BatchRange(NamedTuple):
 class BatchPlan(NamedTuple):
     """What an engine has to make for a batch range.
 
-    ids: int64 (N,). views: of V = N * crops. heights, widths: int64 (N,), source pixels. size: height and width of each view.
+    ids: int64 (N,). views: V = N * crops. heights, widths: int64 (N,), source pixels. size: height and width of each view.
     """
 
     batch_range: BatchRange
@@ -72,16 +76,17 @@ class BatchPlan(NamedTuple):
 
 
 class Loader(ABC):
-    """Iterates over the rest of the current epoch; the next iteration begins with the next epoch.
+    """An iterable over the batches of one epoch. Iterating again yields the next epoch.
 
-    `epoch` and `consumed` (samples of the epoch handed out, over all ranks) are the whole state. A batch counts as consumed
-    once it is yielded. Iterating again after a `break` continues where it stopped; `seek` goes anywhere.
-    `substitutes.corrupt`: the samples found so far that cannot be decoded. `replaced`: samples handed out in place of corrupt
-    ones.
+    The state is `epoch` and `consumed`, the number of samples of the epoch that have been returned, over all ranks. A batch
+    counts as consumed once it is yielded. Iterating again after a `break` continues with the next batch. `seek` goes to any
+    position.
+    `substitutes.corrupt`: the samples found so far that cannot be decoded. `replaced`: how many samples were returned in place of
+    corrupt ones.
     """
 
-    engine: str  # its name in `pipeline.ENGINES`
-    engine_reason: str = ""  # why `open_loader` has chosen the engine
+    engine: str  # its name in `ENGINES`
+    engine_reason: str = ""  # why `open_loader` chose this engine
 
     def __init__(self, spec: LoaderSpec) -> None:
         check(spec)
@@ -113,10 +118,10 @@ class Loader(ABC):
 
     @abstractmethod
     def _make_batch(self, batch_range: BatchRange) -> Batch:
-        """The batch of a range: `finish` of the views that `plan` asks for.
+        """Make the batch of a range: `plan` says which views are needed, `finish` turns their pixels into a batch.
 
-        Ranges come in the order of `upcoming`, except after `close`, which `seek` calls. For a sample that cannot be decoded the
-        engine calls `replace`, or it calls `substitutes.mark` and then `plan` again.
+        Ranges are requested in the order of `upcoming`, except after `close`, which `seek` calls. If a sample cannot be decoded,
+        the engine calls `replace`, or `substitutes.mark` and then `plan` again.
         """
 
     def close(self) -> None:
@@ -125,7 +130,7 @@ class Loader(ABC):
         self._prefetched_block = None
 
     def ready(self) -> int | None:
-        """How many batches, of `prefetch`, are ready now; None if the engine cannot tell."""
+        """How many prefetched batches are ready now; None if the engine cannot tell."""
         return None
 
     # --- What users call
@@ -136,12 +141,18 @@ class Loader(ABC):
             return self.total // self.spec.batch_size
         return int((-(-self.order.runs() // self.spec.batch_size)).sum())
 
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
     def __iter__(self) -> Iterator[Batch]:
         for batch_range in self.batch_ranges(self.epoch, self.consumed):
             try:
                 batch = self._make_batch(batch_range)
                 self.consumed = batch_range.stop
-            except BaseException:  # an interrupt, too: the batches in progress may be out of step
+            except BaseException:  # including KeyboardInterrupt: the batches in progress may not fit the position
                 self.close()
                 raise
             if self.substitutes.corrupt:
@@ -158,7 +169,7 @@ class Loader(ABC):
         self.epoch, self.consumed = epoch, consumed
 
     def state_dict(self) -> dict[str, Any]:
-        """The position, and a fingerprint of everything that decides what comes next. Plain integers and a string."""
+        """The position, as two integers, and a fingerprint of everything that determines the following batches, as a string."""
         return {"epoch": self.epoch, "consumed": self.consumed, "fingerprint": self.fingerprint()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -166,12 +177,12 @@ class Loader(ABC):
         if state["fingerprint"] != self.fingerprint():
             raise UserError(
                 f"{self.spec.data}: the checkpoint was made with other data, seed, order, image size or augmentation",
-                "resume with the same, or start a new run",
+                "resume with the same settings, or start a new run",
             )
         self.seek(state["epoch"], state["consumed"])
 
     def fingerprint(self) -> str:
-        """Of the data and of every setting that decides samples or draws; not of batch size, ranks, engine, dtype or device."""
+        """A hash of the data and of all settings that affect samples or draws: not batch size, ranks, engine, dtype or device."""
         spec = self.spec
         order = [spec.order, spec.block_shards] if spec.order == "blocks" else [spec.order]
         geometry = [repr(spec.geometry), spec.alpha_std if spec.geometry.random else 0]
@@ -182,20 +193,20 @@ class Loader(ABC):
     # --- What engines call
 
     def batch_ranges(self, epoch: int, start: int) -> Iterator[BatchRange]:
-        """This rank's ranges of an epoch's global batches, from sample `start` on, without empty ones."""
+        """This rank's ranges of an epoch's global batches, from position `start` on. Empty ranges are left out."""
         ends = np.cumsum(self.order.runs())
         while start < self.total:
             end = int(ends[np.searchsorted(ends, start, "right")])
             stop = min(start + self.spec.batch_size, end, self.total)
             if self.spec.training and stop - start < self.spec.batch_size:
-                return  # resumed with another batch size: dropped, since ranks must not differ in their number of batches
+                return  # resumed with another batch size; dropped, as all ranks must have the same number of batches
             low, high = sampling.rank_range(start, stop, self.spec.rank, self.spec.world_size)
             if low < high:
                 yield BatchRange(epoch, low, high, stop)
             start = stop
 
     def upcoming(self, batch_range: BatchRange) -> Iterator[BatchRange]:
-        """This range and all that follow, epoch after epoch without end, so that engines prefetch across epochs."""
+        """This range and all that follow, epoch after epoch without end, so that engines can prefetch across epochs."""
         yield batch_range
         epoch, start = batch_range.epoch, batch_range.stop
         while True:
@@ -203,15 +214,15 @@ class Loader(ABC):
             epoch, start = epoch + 1, 0
 
     def plan(self, batch_range: BatchRange) -> BatchPlan:
-        """The samples of a range, known corrupt ones replaced, and their views."""
+        """The samples of a range, and their views. Samples that are known to be corrupt are replaced."""
         if isinstance(self.order, Blocks):
             self._prefetch(self.order, batch_range)
         return self._plan(batch_range, np.arange(batch_range.low, batch_range.high))
 
     def replace(self, plan: BatchPlan, index: int, reason: str) -> None:
-        """Replace the sample at `index` of a plan, which cannot be decoded, by its substitute with its own size and views.
+        """Replace the sample at `index` of a plan, which cannot be decoded, by its substitute. Updates ids, sizes and views.
 
-        Thread-safe if each thread replaces samples of its own. Raises UserError as `Substitutes` does.
+        Thread-safe for different samples. Raises UserError as `Substitutes` does.
         """
         self.substitutes.mark(plan.batch_range.epoch, int(plan.ids[index]), reason)
         one = self._plan(plan.batch_range, np.array([plan.batch_range.low + index]))
@@ -228,7 +239,7 @@ class Loader(ABC):
         decoder.make_views(encoded, int(plan.heights[index]), int(plan.widths[index]), windows, flip, out)
 
     def make_or_replace(self, decoder: Decoder, plan: BatchPlan, index: int, out: Pixels) -> None:
-        """The same, but an image that cannot be decoded is replaced in `plan`, until a substitute can be decoded."""
+        """Like `make_views`, but replaces an image that cannot be decoded in `plan`, until a substitute can be decoded."""
         while True:
             try:
                 return self.make_views(decoder, plan, index, out)
@@ -238,8 +249,8 @@ class Loader(ABC):
     def finish(self, pixels: torch.Tensor, plan: BatchPlan) -> Batch:
         """The batch of a plan's views, without waiting for the device.
 
-        pixels: (V, H, W, 3) on the spec's device: uint8, before the views' shift; or of the spec's floating point dtype, if the
-        engine has applied shift, lighting and normalization.
+        pixels: (V, H, W, 3) on the spec's device. If they are uint8, shift, lighting and normalization are applied here. If they
+        have the spec's floating-point dtype, the engine has applied them.
         """
         labels = self._to_device(self.shards.samples["label"][plan.ids].astype(np.int64))
         if plan.views.shift is not None and pixels.dtype == torch.uint8:
@@ -264,7 +275,7 @@ class Loader(ABC):
         return self._normalizers[size]
 
     def normalization_at(self, size: tuple[int, int]) -> Normalization:
-        """The normalization of views of `size` (height, width). Whole images, which differ in size, get the channel mean."""
+        """The normalization for views of `size` (height, width). Whole images differ in size, so they get the channel mean."""
         if isinstance(self.spec.geometry, WholeImage):
             return self._stored_normalization.per_channel()
         return self._stored_normalization.at(size[0])
@@ -288,7 +299,7 @@ class Loader(ABC):
         return records["height"].astype(np.int64), records["width"].astype(np.int64)
 
     def _data_fingerprint(self) -> str:
-        """Of the stored bytes and sizes."""
+        """A hash of the stored bytes and image sizes."""
         return self.shards.manifest.fingerprint
 
     # --- Implementation
@@ -300,7 +311,7 @@ class Loader(ABC):
         size = spec.size_at(batch_range.epoch)
         geometry = spec.geometry_at(size)
         views = geometry.views(spec.seed, batch_range.epoch, ids, heights, widths, size, spec.alpha_std)
-        height, width = geometry.shapes(heights[:1], widths[:1], size)[0].tolist()  # the same for all, see ByShape
+        height, width = geometry.shapes(heights[:1], widths[:1], size)[0].tolist()  # equal for all samples, see ByShape
         return BatchPlan(batch_range, ids, views, heights, widths, (height, width))
 
     def _open_order(self, count: int) -> Order:
@@ -311,7 +322,7 @@ class Loader(ABC):
             return Full(count, spec.seed)
         if spec.order == "blocks":
             if not self.shards.sizes:
-                raise UserError(f"{spec.data}: holds only FFCV files, which have no shards to make blocks of", "use `order` full")
+                raise UserError(f"{spec.data}: holds only FFCV files; blocks need shards", "use `order` full")
             return Blocks(self.shards.sizes, spec.seed, spec.block_shards)
         return Sequential(count)
 
@@ -329,13 +340,13 @@ class Loader(ABC):
 
 
 def choose_normalization(spec: LoaderSpec, manifest: Manifest) -> Normalization:
-    """The spec's normalization. A mean image has the size at which it is stored."""
+    """The spec's normalization. A mean image has its stored size."""
     if isinstance(spec.normalization, Normalization):
         return spec.normalization
     return Normalization.of(manifest.mean_image() if spec.normalization == "pixel" else manifest.channel_mean())
 
 
 def check_in_order(plan: BatchPlan, batch_range: BatchRange) -> None:
-    """Raise RuntimeError unless an engine's next batch is the one that is asked for, as when two iterations take turns."""
+    """Raise RuntimeError unless the engine's next batch is the requested one, which it is not if two iterations take turns."""
     if plan.batch_range != batch_range:
-        raise RuntimeError("two iterations over one loader at a time; open a loader for each")
+        raise RuntimeError("two iterations run over one loader at the same time; open a loader for each")

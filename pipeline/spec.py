@@ -19,38 +19,38 @@ CORRUPT = ("replace", "stop")
 
 @dataclass(frozen=True)
 class LoaderSpec:
-    """What to load. It is validated when a loader opens.
+    """What to load. A spec is validated when a loader opens.
 
-    These fields decide which samples and pixels come, and in which order:
+    These fields determine the samples, their pixels and their order:
 
     - data: folder or URL of the shards.
     - split: name of a split, such as "train" or "val".
-    - training: drop the incomplete batch at the end of an epoch. Otherwise every sample comes exactly once.
+    - training: if True, drop the incomplete batch at the end of an epoch; if False, return every sample exactly once.
     - batch_size: images in a *global* batch, over all ranks.
     - order: "full", "blocks" or "sequential", see `plan.order`.
     - block_shards: shards in a block, for the order "blocks".
     - image_size: side of the crop, pixels. For progressive resizing, steps of (first epoch, size), such as
       ((0, 128), (6, 160), (12, 224)).
-    - geometry: which views are taken of an image, see `plan.geometry`. It is meant for the final image size and scaled in
-      proportion for the others.
+    - geometry: which views (crops) are taken of an image, see `plan.geometry`. It refers to the final image size, and is scaled
+      in proportion for the others.
     - seed: of the order and of every random draw, 0 <= seed < 2^64.
-    - normalization: what is subtracted and divided by. "pixel" and "channel" subtract the data set's own mean and divide by
-      nothing.
-    - alpha_std: standard deviation of the PCA lighting coefficients, where the geometry is random; 0 for none.
+    - normalization: a `Normalization` with mean and standard deviation, or "pixel" or "channel" to subtract the data set's own
+      mean, per pixel or per channel, without dividing.
+    - alpha_std: standard deviation of the PCA lighting coefficients; 0 turns lighting off. Only random geometries use it.
     - dtype: of the images: float32, float16, bfloat16, or uint8 for pixels without lighting and normalization.
     - corrupt: "replace" a sample that cannot be decoded by another one, or "stop" with an error.
-    - rank, world_size: of this process.
+    - rank, world_size: this process's rank, and the number of processes.
 
-    These fields decide only where batches go and how fast they come:
+    These fields only determine where batches are placed and how fast they are made:
 
     - device: of the batches: "cpu", "cuda" or "cuda:N".
     - engine: a name in `ENGINES`, or "auto" for the fastest one, see `choose_engine`.
     - threads: decoding threads.
     - prefetch: batches prepared ahead.
-    - hw_decoder_load: share of the JPEGs that go to the GPU's hardware decoder, where there is one. The name and the default are
-      DALI's. The best value has to be measured.
+    - hw_decoder_load: fraction of the JPEGs to decode on the GPU's hardware decoder, if it has one. Name and default are DALI's;
+      the best value has to be measured.
     - cache: folder for local copies of remote shards. Defaults: see `store.cache.choose_cache`.
-    - cache_gb: limit of the cache, in gigabytes (10^9 bytes).
+    - cache_gb: size limit of the cache, in gigabytes (10^9 bytes).
     """
 
     data: str | Path
@@ -95,10 +95,10 @@ class LoaderSpec:
         return self.geometry if size == self.final_size else self.geometry.scaled(size, self.final_size)
 
     def evaluation(self, split: str = "val", batch_size: int | None = None, geometry: Geometry | None = None) -> LoaderSpec:
-        """The same spec for evaluation: every sample once, as stored, at the final size. A corrupt sample is an error.
+        """The same spec for evaluation: every sample once, in stored order, at the final size. A corrupt sample is an error.
 
-        geometry: by default the central crop after resizing the short side to 256 for crops of 224, in proportion for others.
-        After training on padded crops, the short side is the crop's side.
+        geometry: by default the central crop after resizing the short side. For crops of 224 the short side is 256; for other
+        sizes it is in proportion; after training on padded crops it is the side of the crop.
         """
         size = self.final_size
         centre = CentreCrop(size) if isinstance(self.geometry, PaddedCrop) else CentreCrop().scaled(size, sampling.CROP)
@@ -145,13 +145,13 @@ def check(spec: LoaderSpec) -> None:
 
 
 def _check_sizes(spec: LoaderSpec) -> None:
-    """Raise UserError for bad image sizes, or a geometry that does not go with them."""
+    """Raise UserError for invalid image sizes, or a geometry that does not fit them."""
     first_epochs = [first for first, _ in spec.sizes]
     if not first_epochs or first_epochs[0] != 0 or first_epochs != sorted(set(first_epochs)):
-        raise UserError(f"`image_size` {spec.image_size}: steps are (epoch, size), the first at epoch 0, then ascending")
+        raise UserError(f"`image_size` {spec.image_size}: steps must be (epoch, size), from epoch 0 on, in ascending order")
     for _, size in spec.sizes:
         if size < 1:
             raise UserError(f"`image_size` must be at least 1, not {size}")
         spec.geometry_at(size).check(size)
     if isinstance(spec.geometry, WholeImage) and (spec.training, spec.order, spec.corrupt) != (False, "sequential", "stop"):
-        raise UserError("whole images differ in size and are for evaluation", "use spec.evaluation(geometry=WholeImage(...))")
+        raise UserError("`geometry` WholeImage is for evaluation only", "use spec.evaluation(geometry=WholeImage(...))")

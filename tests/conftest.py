@@ -20,7 +20,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 @pytest.fixture(scope="module")
 def one_core() -> Iterator[None]:
-    """Under pytest-xdist, run this worker and its children on one core, a different core for each worker.
+    """Under pytest-xdist, run this worker and its children on one core. Each worker has a different core.
 
     For modules that train models: if two processes with two threads each share two cores, their threads mostly wait for
     each other, and a step takes up to twenty times as long.
@@ -37,7 +37,7 @@ def one_core() -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def image_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """3 classes, 20 training and 7 validation images each, of every subsampling, sides 40 to 90."""
+    """3 classes with 20 training and 7 validation images each, of every subsampling, with sides of 40 to 90 pixels."""
     root = tmp_path_factory.mktemp("images")
     write_image_folder(root, classes=3, train=20, val=7)
     return root
@@ -45,7 +45,7 @@ def image_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def small_shards(image_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Shards of `image_folder`, 16 unchanged files each, made by the script."""
+    """Shards of `image_folder`, made by the script: 16 unchanged files each."""
     out = tmp_path_factory.mktemp("shards") / "data"
     result = run_script("tools/make_shards.py", image_folder, "--out", out, "--profile", "original", "--shard-size", 16)
     assert result.returncode == 0, result.stderr
@@ -54,7 +54,7 @@ def small_shards(image_folder: Path, tmp_path_factory: pytest.TempPathFactory) -
 
 @pytest.fixture(scope="module")
 def finished(small_shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An uninterrupted run in fp32 in one process, with its trace beside it."""
+    """An uninterrupted run of one process in float32, with its trace beside it."""
     folder = tmp_path_factory.mktemp("finished")
     result = run_forked("tests/traced_train.py", *arguments(small_shards, folder / "run"), TRACE=str(folder / "trace"))
     assert result.returncode == 0, result.stderr
@@ -63,7 +63,7 @@ def finished(small_shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Pa
 
 @pytest.fixture(scope="session")
 def s3_endpoint(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """The address of a local S3 server (moto) in a process of its own."""
+    """The address of a local S3 server (moto), which runs in its own process."""
     with s3_server(tmp_path_factory.mktemp("moto") / "log") as endpoint:
         yield endpoint
 

@@ -1,8 +1,8 @@
-"""Runs our scripts in processes forked from this one, which has imported what they need: a start takes no seven seconds then.
+"""Runs our scripts in processes forked from this one, which has already imported their modules. That saves seven seconds a start.
 
-A request is a line of JSON on stdin: command (script, arguments), environment, folder (to run in), cores (numbers), stdout and
-stderr (files). The answers are two lines: the process's number when it has begun, and when it has ended its exit code, as
-subprocess has it. `tests.helpers.Forked` is the client.
+A request is a line of JSON on stdin: command (script, arguments), environment, folder (working directory), cores (numbers),
+stdout and stderr (files). The answers are two lines: the process ID when the process has started, and its exit code, as in
+subprocess, when it has ended. `tests.helpers.Forked` is the client.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 def run(request: dict[str, Any]) -> int:
-    """In the forked process: become the script; its exit code."""
+    """In the forked process: run the script; returns its exit code."""
     os.setsid()
     os.sched_setaffinity(0, request["cores"])
     os.environ.clear()
@@ -38,7 +38,7 @@ def run(request: dict[str, Any]) -> int:
         runpy.run_path(sys.argv[0], run_name="__main__")
     except SystemExit as ended:
         return ended.code if isinstance(ended.code, int) else int(ended.code is not None)
-    except BaseException:  # as the interpreter does
+    except BaseException:  # handled as by the interpreter
         traceback.print_exc()
         return 1
     return 0
@@ -46,10 +46,10 @@ def run(request: dict[str, Any]) -> int:
 
 def main() -> None:
     sys.path.insert(0, str(ROOT))
-    # What takes long; all but train is otherwise imported when it is first needed.
+    # The slow imports. All except train are otherwise imported when they are first needed.
     for name in ("torch._dynamo", "torch.utils.tensorboard", "pipeline.engines.cpu", "train"):
         importlib.import_module(name)
-    importlib.import_module("pipeline.plan.sampling").order(0, 0, range(2), 4)  # numba gets ready at the first call
+    importlib.import_module("pipeline.plan.sampling").order(0, 0, range(2), 4)  # the first call initializes numba
 
     for line in sys.stdin:
         pid = os.fork()

@@ -1,4 +1,4 @@
-"""What several test files need: images with structure, JPEGs of every subsampling, running our scripts as a user does."""
+"""Helpers for several test files: images with structure, JPEGs of every subsampling, and running our scripts as a user does."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ SHARED = ROOT.parent / "shared" / "data"  # real images, on the project's own ma
 SUBSAMPLINGS = ("444", "422", "440", "420", "411", "Gray")
 
 
-def picture(height: int, width: int, seed: int = 0) -> npt.NDArray[np.uint8]:
+def random_image(height: int, width: int, seed: int = 0) -> npt.NDArray[np.uint8]:
     """uint8 (height, width, 3) with smooth colour, edges and some noise, as photographs have."""
     rng = np.random.default_rng(seed)
     coarse = Image.fromarray(rng.integers(0, 256, (4, 5, 3), np.uint8)).resize((width, height), Image.Resampling.BICUBIC)
@@ -49,7 +49,7 @@ def jpeg(pixels: npt.NDArray[np.uint8], subsampling: str = "420", quality: int =
 
 
 def mutate(data: bytes, rng: np.random.Generator, kind: int) -> bytes:
-    """Damage a JPEG behind its first two bytes: kind 0 to 2 flips one to seven bits, 3 truncates, 4 puts a stray marker in."""
+    """Damage a JPEG after its first two bytes. kind: 0 to 2 flip one to seven bits, 3 truncates, 4 inserts a stray marker."""
     mutant = bytearray(data)
     at = int(rng.integers(2, len(mutant)))
     if kind < 3:
@@ -63,9 +63,9 @@ def mutate(data: bytes, rng: np.random.Generator, kind: int) -> bytes:
 
 
 def run_mutants(code: str, folder: Path) -> list[int]:
-    """Run `code` over $CROPFEED_MUTANTS trials with numba's bounds checking on; the numbers that it prints. folder: scratch.
+    """Run `code` for $CROPFEED_MUTANTS trials with numba's bounds checking on. Returns the numbers that it prints.
 
-    code finds ROOT, a seed and the number of trials in sys.argv, and numba compiled for it alone.
+    code: gets ROOT, a seed and the number of trials in sys.argv. folder: for numba's cache, which only this run uses.
     """
     environment = clean_environment() | {"NUMBA_BOUNDSCHECK": "1", "NUMBA_CACHE_DIR": str(folder)}
     result = subprocess.run(
@@ -81,7 +81,7 @@ def open_image(data: bytes) -> Image.Image:
 
 
 def write_image_folder(root: Path, classes: int, train: int, val: int, sides: tuple[int, int] = (40, 90)) -> None:
-    """An ImageFolder whose images differ in size and subsampling, and whose classes differ in colour and pattern.
+    """Write an ImageFolder. Images differ in size and subsampling, and classes also in colour and pattern.
 
     train, val: images per class. sides: range of heights and widths.
     """
@@ -92,7 +92,7 @@ def write_image_folder(root: Path, classes: int, train: int, val: int, sides: tu
             folder.mkdir(parents=True)
             for index in range(count):
                 height, width = rng.integers(sides[0], sides[1] + 1, 2)
-                pixels = picture(int(height), int(width), int(rng.integers(1 << 30)))
+                pixels = random_image(int(height), int(width), int(rng.integers(1 << 30)))
                 pixels[..., label % 3] //= 2
                 data = jpeg(pixels, SUBSAMPLINGS[index % len(SUBSAMPLINGS)])
                 (folder / f"{split}_{label}_{index}.JPEG").write_bytes(data)
@@ -101,7 +101,7 @@ def write_image_folder(root: Path, classes: int, train: int, val: int, sides: tu
 def run_script(
     *command: Any, launcher: tuple[str, ...] = (), cwd: Path = Path("/tmp"), **environment: str
 ) -> subprocess.CompletedProcess[str]:
-    """Run one of our scripts as a user would, from another folder and without PYTHONPATH. command: script, arguments."""
+    """Run one of our scripts as a user would, from another folder and without PYTHONPATH. command: the script, its arguments."""
     script, *arguments = [str(part) for part in command]
     prefix = [sys.executable, *launcher] if launcher else [sys.executable]
     return subprocess.run(
@@ -116,9 +116,9 @@ def run_script(
 
 
 class Forked:
-    """A process of one of our scripts, forked from a server that has imported what they need; the server is started at the first.
+    """A process of one of our scripts, forked from fork_server.py. The first process starts the server.
 
-    One at a time: the next begins when this has ended. Arguments as `run_script` has them.
+    Only one process runs at a time: the next one begins when this one has ended. Arguments as in `run_script`.
     """
 
     _server: subprocess.Popen[str] | None = None
@@ -154,7 +154,7 @@ class Forked:
         os.kill(self.pid, number)
 
     def wait(self) -> subprocess.CompletedProcess[str]:
-        """Its end: exit code, -N after signal N, and what it wrote. Killed after five minutes."""
+        """Wait for its end. Returns its exit code, which is -N after signal N, and its output. Kills it after five minutes."""
         timer = threading.Timer(300, self.kill)
         timer.start()
         code = int(self._answer())
@@ -165,12 +165,12 @@ class Forked:
 
 
 def run_forked(*command: Any, cwd: Path = Path("/tmp"), **environment: str) -> subprocess.CompletedProcess[str]:
-    """As `run_script`, but of a script whose imports train.py has, too, and without their seconds."""
+    """Like `run_script`, but without the seconds of imports. For scripts that import no more than train.py does."""
     return Forked(*command, cwd=cwd, **environment).wait()
 
 
 def clean_environment() -> dict[str, str]:
-    """This process's environment without what would change how scripts find modules or launch."""
+    """This process's environment without the variables that change how scripts find modules or are launched."""
     return {
         name: value
         for name, value in os.environ.items()
@@ -179,7 +179,7 @@ def clean_environment() -> dict[str, str]:
 
 
 def assert_refused(result: subprocess.CompletedProcess[str], *words: str) -> None:
-    """The script ended with exit code 2 and one line that holds all `words`."""
+    """Assert that the script ended with exit code 2 and one line of error that contains all `words`."""
     assert result.returncode == 2, result.stderr
     lines = [line for line in result.stderr.splitlines() if not line.startswith("dlopen libcuda")]
     assert len(lines) == 1, result.stderr
@@ -190,7 +190,7 @@ def assert_refused(result: subprocess.CompletedProcess[str], *words: str) -> Non
 
 @contextmanager
 def s3_server(log: Path) -> Iterator[str]:
-    """Run moto's S3 server on a free port of 127.0.0.1; gives its address. log: a file for what it says."""
+    """Run moto's S3 server on a free port of 127.0.0.1; yields its address. log: a file for its output."""
     with log.open("wb") as stream:
         process = subprocess.Popen(
             [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", "0"], stdout=stream, stderr=stream
@@ -207,14 +207,14 @@ def s3_server(log: Path) -> Iterator[str]:
 
 
 def s3_client() -> Any:
-    """boto3's S3 client of what the environment names: the fixture `s3` sets it."""
+    """boto3's S3 client, for the endpoint in the environment, which the fixture `s3` sets."""
     import boto3
 
     return boto3.client("s3")
 
 
 def upload(folder: Path, url: str) -> str:
-    """Put all files of a folder below an s3:// URL, by boto3; returns the URL."""
+    """Upload all files of a folder below an s3:// URL with boto3; returns the URL."""
     bucket, _, prefix = url.removeprefix("s3://").partition("/")
     client = s3_client()
     for path in sorted(folder.rglob("*")):
@@ -231,7 +231,7 @@ def without_progress(result: subprocess.CompletedProcess[str]) -> subprocess.Com
 
 
 class FakeTime:
-    """In place of a module's `time`: seconds pass only while somebody sleeps."""
+    """Replaces a module's `time`. Time passes only in `sleep`."""
 
     def __init__(self) -> None:
         self.now = 0.0
@@ -244,7 +244,7 @@ class FakeTime:
 
 
 def assert_ends(process: int, seconds: float = 30) -> None:
-    """A killed process takes a moment to end, and may stay behind as a zombie until its parent waits for it."""
+    """Wait until a killed process has ended. It may remain as a zombie until its parent waits for it."""
     deadline = time.monotonic() + seconds
     while psutil.pid_exists(process) and psutil.Process(process).status() != psutil.STATUS_ZOMBIE:
         assert time.monotonic() < deadline, f"process {process} still runs after {seconds} s"

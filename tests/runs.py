@@ -19,7 +19,7 @@ EPOCHS, STEPS = 5, 7  # 60 images in batches of 8
 
 
 def torchrun(port: int) -> tuple[str, ...]:
-    """The launcher of two processes. port: a different one in each test file, as files run in parallel."""
+    """The launcher of two processes. port: each test file needs another one, because files run in parallel."""
     return ("-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", str(port))
 
 
@@ -50,7 +50,7 @@ def wait_for_rows(run: Path, rows: int, is_running: Callable[[], bool]) -> None:
 
 
 def traces(stem: Path) -> dict[tuple[int, int], dict[str, Any]]:
-    """Global batches by position: ids and draws, concatenated over ranks. Repeated batches must be equal."""
+    """Global batches by position: ids and draws, concatenated over ranks. Asserts that repeated batches are equal."""
     parts: dict[tuple[int, int], dict[str, dict[int, dict[str, Any]]]] = {}
     for path in stem.parent.glob(stem.name + ".*"):
         for line in path.read_text().splitlines():
@@ -76,7 +76,7 @@ def metrics(run: Path) -> list[tuple[str, ...]]:
 
 
 def assert_same_result(run: Path, trace: Path, finished: Path) -> None:
-    """The run's weights, metrics and batches are bit-identical to those of the uninterrupted run."""
+    """Assert that the run's weights, metrics and batches are bit-identical to those of the uninterrupted run."""
     weights, expected = load_file(run / "model.safetensors"), load_file(finished / "model.safetensors")
     assert all(torch.equal(weights[name], expected[name]) for name in expected)
     assert metrics(run) == metrics(finished)
@@ -84,7 +84,7 @@ def assert_same_result(run: Path, trace: Path, finished: Path) -> None:
 
 
 def assert_checkpoints_are_complete(run: Path) -> int:
-    """The checkpoints `last` and `best` can be read. Returns the step of `last`, 0 if there is none."""
+    """Assert that the checkpoints `last` and `best` can be read. Returns the step of `last`, 0 if there is none."""
     for link in (run / "checkpoints").glob("[lb]*"):
         _, state = load_checkpoint(link)
         load_weights(link / "model.safetensors")

@@ -1,4 +1,4 @@
-"""train.py with storage slowed to $MEGABYTES_PER_S."""
+"""train.py with storage slowed down to $MEGABYTES_PER_S."""
 
 from __future__ import annotations
 

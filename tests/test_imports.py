@@ -1,4 +1,4 @@
-"""Imports run one way, so that the library can be read and installed without the application, and both without the laboratory."""
+"""Imports run one way: the library does not need the application, and neither needs the laboratory."""
 
 from __future__ import annotations
 
@@ -13,14 +13,15 @@ import pytest
 from tests.helpers import ROOT
 
 OURS = ("pipeline", "model", "training", "tools", "tests", "train")
-# A place -> the places that it may import from; the first that a file lies in counts. A place may always import from itself.
+# Path -> the paths from which its files may import. The first rule for a file counts. A path may always import from itself.
 RULES: dict[str, tuple[str, ...]] = {
     "pipeline/jit.py": (),
     "pipeline/errors.py": (),
+    "pipeline/progress.py": (),
     "pipeline/plan/": ("pipeline/jit.py", "pipeline/errors.py"),
     "pipeline/jpeg/": ("pipeline/jit.py", "pipeline/errors.py"),
     "pipeline/pixels/": ("pipeline/jpeg/", "pipeline/jit.py", "pipeline/errors.py"),
-    "pipeline/store/": ("pipeline/pixels/normalize.py", "pipeline/errors.py"),
+    "pipeline/store/": ("pipeline/pixels/normalize.py", "pipeline/progress.py", "pipeline/errors.py"),
     "pipeline/": ("pipeline/",),
     "model/": ("pipeline/",),
     "training/": ("model/", "pipeline/"),
@@ -39,7 +40,7 @@ def sources() -> list[Path]:
 
 
 def imported(path: Path) -> set[str]:
-    """The files of ours that a file imports, as paths from the root."""
+    """The files of this repository that a file imports, as paths from the root."""
     found = set()
     for node in ast.walk(ast.parse((ROOT / path).read_text())):
         if isinstance(node, ast.Import):
@@ -70,14 +71,14 @@ def test_imports_run_one_way(path: Path) -> None:
 
 @pytest.mark.parametrize("path", [path for path in sources() if path.parts[0] == "pipeline"], ids=str)
 def test_the_library_imports_itself_relatively(path: Path) -> None:
-    """It is installed under another name than it has in a checkout."""
+    """The installed library has another name than its folder in a checkout."""
     for node in ast.walk(ast.parse((ROOT / path).read_text())):
         if isinstance(node, ast.ImportFrom) and not node.level:
             assert node.module is not None
             assert node.module.split(".")[0] not in (*OURS, "cropfeed")
 
 
-def test_the_rules_see_imports() -> None:
+def test_imports_are_found() -> None:
     assert "pipeline/plan/sampling.py" in imported(Path("pipeline/loader.py"))
     assert "pipeline/plan/random.py" in imported(Path("pipeline/plan/order.py"))
     assert "pipeline/engines/dali.py" not in imported(Path("pipeline/__init__.py"))
@@ -93,19 +94,19 @@ def test_importing_the_library_needs_no_other_package() -> None:
 
 @pytest.mark.parametrize("folder", ["", "tools", "tools/bench", "tools/paper"])
 def test_no_script_hides_another_module(folder: str) -> None:
-    """A script's folder is first in sys.path when Python starts: `profiling` is a standard module since Python 3.15 (PEP 799)."""
+    """A script's folder comes first in sys.path. `profiling` is a standard module since Python 3.15 (PEP 799)."""
     names = {path.stem for path in (ROOT / folder).iterdir() if path.suffix == ".py" or (path / "__init__.py").exists()}
     assert not names & (sys.stdlib_module_names | {"profiling"})
     assert not names & set(metadata.packages_distributions()) - {"tools"} - set(OURS)
 
 
 @pytest.mark.parametrize("path", sources(), ids=str)
-def test_no_private_name_crosses_a_module(path: Path) -> None:
+def test_no_private_name_is_used_outside_its_module(path: Path) -> None:
     tree = ast.parse((ROOT / path).read_text())
     froms = [node for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)]
-    ours = [alias for node in froms if node.level or (node.module or "").split(".")[0] in OURS for alias in node.names]
-    assert not [alias.name for alias in ours if alias.name.startswith("_")]
-    names = {alias.asname or alias.name for alias in ours}
+    internal = [alias for node in froms if node.level or (node.module or "").split(".")[0] in OURS for alias in node.names]
+    assert not [alias.name for alias in internal if alias.name.startswith("_")]
+    names = {alias.asname or alias.name for alias in internal}
     for node in ast.walk(tree):
         if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id in names:
             assert not node.attr.startswith("_") or node.attr.startswith("__"), f"{node.value.id}.{node.attr}"

@@ -1,4 +1,4 @@
-"""Whole runs of train.py: what they learn, write, print and refuse."""
+"""Whole runs of train.py: their accuracy, files, output and errors."""
 
 from __future__ import annotations
 
@@ -57,20 +57,20 @@ def test_a_run_learns_and_writes_all_files(small_shards: Path, finished: Path) -
 
 
 def test_initial_weights(small_shards: Path, finished: Path, tmp_path: Path) -> None:
-    """With a negligible learning rate a run ends with its initial weights, except for BN's statistics."""
+    """With a negligible learning rate, a run ends with its initial weights, except for BN's statistics."""
     options = [*arguments(small_shards, tmp_path / "run"), "--epochs", 1, "--lr", 1e-12, "--weights"]
     result = run_forked("train.py", *options, finished)
     assert result.returncode == 0, result.stderr
-    assert "starting from its resnet20, classifier included" in result.stdout
+    assert "training starts from these resnet20 weights, including the classifier" in result.stdout
     before, after = load_file(finished / "model.safetensors"), load_file(tmp_path / "run" / "model.safetensors")
     assert all(torch.allclose(after[name], before[name], atol=1e-7) for name in before if name.endswith(("weight", "bias")))
     refused = run_forked("train.py", *options, finished, "--output", tmp_path / "other", "--arch", "resnet34")
-    assert_refused(refused, "holds a resnet20, not --arch resnet34")
+    assert_refused(refused, "holds a resnet20, but --arch is resnet34")
     assert not (tmp_path / "other").exists()
 
 
 def test_padded_crops_in_the_recipe_cifar110(small_shards: Path, tmp_path: Path) -> None:
-    """The run follows the recipe's rates, can be recorded, and is evaluated on the centre crop of the full short side."""
+    """The run follows the recipe's learning rates, can be recorded, and is evaluated on centre crops of the full short side."""
     run = tmp_path / "run"
     result = run_forked(
         "train.py", "--data", small_shards, "--output", run, "--recipe", "cifar110", "--arch", "resnet20", "--iterations", 8,
@@ -108,7 +108,7 @@ def test_two_processes_share_the_epoch(small_shards: Path, tmp_path: Path) -> No
 
 
 def test_without_an_output_the_run_is_the_latest(small_shards: Path, tmp_path: Path) -> None:
-    """As in the README: train without --output, then evaluate runs/latest."""
+    """Train without --output, then evaluate runs/latest, as in the README."""
     options = ("--data", small_shards, "--arch", "resnet18", "--epochs", 1, "--batch-size", 20, "--image-size", 32)
     launcher = ("-m", "accelerate.commands.launch")
     result = run_script("train.py", *options, launcher=launcher, cwd=tmp_path)
@@ -121,7 +121,7 @@ def test_without_an_output_the_run_is_the_latest(small_shards: Path, tmp_path: P
 
 
 def test_blocks_random_resized_crops_and_a_corrupt_image(small_shards: Path, tmp_path: Path) -> None:
-    """A run over damaged shards reports replaced images once an epoch, and can be recorded."""
+    """A run on damaged shards reports replaced images once per epoch, and can be recorded."""
     data, run = tmp_path / "data", tmp_path / "run"
     shutil.copytree(small_shards, data)
     shards = ShardSet(data, "train")
@@ -135,8 +135,8 @@ def test_blocks_random_resized_crops_and_a_corrupt_image(small_shards: Path, tmp
     )  # fmt: skip
     result = run_forked("train.py", *options)
     assert result.returncode == 0, result.stderr
-    assert "epoch 1: 1 images that could not be decoded were replaced so far" in result.stdout
-    assert "epoch 2: 2 images that could not be decoded were replaced so far" in result.stdout
+    assert "epoch 1: 1 images that could not be decoded have been replaced so far" in result.stdout
+    assert "epoch 2: 2 images that could not be decoded have been replaced so far" in result.stdout
     assert result.stderr.count(": cannot be decoded (") == 1
     assert json.loads((run / "config.json").read_text())["arguments"]["scale"] is None
     assert run_forked("tools/bench/record_run.py", run, "--results", tmp_path / "rows.csv").returncode == 0
@@ -148,7 +148,7 @@ def test_blocks_random_resized_crops_and_a_corrupt_image(small_shards: Path, tmp
 def test_tuned_settings_and_the_profilers_command_when_a_run_waits(
     small_shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Tuned settings are read from the file, options override them, and a run from slow storage suggests the profiler."""
+    """Tuned settings are read from the file, and options override them. A run from slow storage suggests the profiler."""
     monkeypatch.setenv("CROPFEED_TUNED", str(tmp_path / "tuned.json"))
     device = "cuda" if torch.cuda.is_available() else "cpu"
     tuned.save(LoaderSpec(small_shards, device=device), 3, 5, 100.0)
@@ -158,19 +158,19 @@ def test_tuned_settings_and_the_profilers_command_when_a_run_waits(
     )  # fmt: skip
     result = run_forked("train.py", *options, "--output", tmp_path / "tuned")
     assert result.returncode == 0, result.stderr
-    assert "; 3 threads, 5 batches ahead\n" in result.stdout
+    assert "; 3 threads, prefetch 5\n" in result.stdout
 
     more = ("--threads", 2, "--prefetch", 1, "--order", "blocks", "--engine", "cpu", "--output", tmp_path / "slow")
     # About 6 images/s, slower than any machine trains.
     result = run_forked("tests/slowed_train.py", *options, *more, MEGABYTES_PER_S="0.02")
     assert result.returncode == 0, result.stderr
-    assert "; 2 threads, 1 batches ahead\n" in result.stdout
+    assert "; 2 threads, prefetch 1\n" in result.stdout
     rows = read_metrics(tmp_path / "slow" / "metrics.csv")
     waits = [float(row["wait_share"]) for row in rows if row["wait_share"]]
     assert len(waits) == 5
-    waited = next(share for share in waits[1:] if share > 0.05)  # without the first row, in which the loader starts
-    (suggestion,) = (line for line in result.stdout.splitlines() if "waiting for data" in line)
-    assert f"waiting for data {waited:.0%} of the time" in suggestion
+    waited = next(share for share in waits[1:] if share > 0.05)  # the first row includes the loader's start
+    (suggestion,) = (line for line in result.stdout.splitlines() if "training waits for data" in line)
+    assert f"training waits for data {waited:.0%} of the time" in suggestion
     python, script, *words = shlex.split(suggestion.split("what to change, run: ")[1])
     assert (python, script) == ("python", "tools/profile_pipeline.py")
     command = profile_pipeline.parse(words)
@@ -180,7 +180,7 @@ def test_tuned_settings_and_the_profilers_command_when_a_run_waits(
     assert (spec.engine, command.threads, command.prefetch) == ("cpu", 2, 1)
 
 
-def test_launches_that_only_look_parallel_are_refused(small_shards: Path, tmp_path: Path) -> None:
+def test_launches_that_would_not_train_in_parallel_are_refused(small_shards: Path, tmp_path: Path) -> None:
     if torch.cuda.is_available():
         pytest.skip("these launches are correct on a machine with a GPU")
     run = tmp_path / "run"
@@ -217,7 +217,7 @@ def test_bad_input_is_refused_and_writes_nothing(small_shards: Path, finished: P
     refused("--scale", 20, 30, words="image size")
     refused("--geometry", "rrc", words="--scale belongs to --geometry jitter")
     refused("--order", "sequential", words="--order")
-    refused("--weights", tmp_path / "none.pth", words="no weights there")
+    refused("--weights", tmp_path / "none.pth", words="contains no weights")
     refused("--recipe", "none", words="no recipe 'none'; choose from cifar")
     refused("--block-shards", 0, words="--block-shards")
     refused(
@@ -225,7 +225,7 @@ def test_bad_input_is_refused_and_writes_nothing(small_shards: Path, finished: P
     )
     refused("--start-size", 16, "--ramp", 1, 5, words="the last epoch must have --image-size 32")
     if not torch.cuda.is_available():
-        refused("--amp", "fp16", words="precision fp16: is not supported for training on a CPU; use --amp bf16 or --amp no")
+        refused("--amp", "fp16", words="training in fp16 is not supported on a CPU; use --amp bf16 or --amp no")
     before = {path: path.stat().st_mtime_ns for path in finished.rglob("*")}
     assert_refused(run_forked("train.py", *arguments(small_shards, finished)), "exists already")
     assert_refused(
@@ -236,6 +236,7 @@ def test_bad_input_is_refused_and_writes_nothing(small_shards: Path, finished: P
         run_forked("train.py", *arguments(small_shards, finished, "--resume", "--batch-size", 16)), "with --batch-size 8"
     )
     assert_refused(
-        run_forked("train.py", *arguments(small_shards, finished, "--resume", "--ema", 0.9)), "was made without --ema; resume"
+        run_forked("train.py", *arguments(small_shards, finished, "--resume", "--ema", 0.9)),
+        "was saved without --ema; resume without --ema",
     )
     assert {path: path.stat().st_mtime_ns for path in finished.rglob("*")} == before

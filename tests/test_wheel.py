@@ -1,4 +1,4 @@
-"""The library as users get it: the wheel, installed with its dependencies into an empty environment, away from the checkout."""
+"""The wheel, installed with its dependencies into an empty environment outside the checkout, as users install the library."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def environment(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The scripts' folder of a new environment."""
+    """The bin folder of a new environment with the wheel."""
     folder = tmp_path_factory.mktemp("environment")
     venv.create(folder, with_pip=True)
     bin_folder = folder / "bin"
@@ -85,7 +85,7 @@ def test_the_wheel_holds_the_library_and_nothing_else(wheel: Path) -> None:
     assert {name.split("/")[0] for name in names} == {"cropfeed", f"{wheel.name.split('-py3')[0]}.dist-info"}
     inside = {name.removeprefix("cropfeed/") for name in names if name.startswith("cropfeed/")}
     there = {str(path.relative_to(ROOT / "pipeline")) for path in (ROOT / "pipeline").rglob("*.py")}
-    assert inside == there | {"py.typed"}
+    assert inside == there | {"py.typed", "store/imagenet_classes.txt"}
 
 
 def test_a_wheel_can_be_built_from_the_sdist(tmp_path: Path) -> None:
@@ -95,7 +95,7 @@ def test_a_wheel_can_be_built_from_the_sdist(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(tmp_path / "wheel"), str(source)]
     subprocess.run(command, check=True, capture_output=True)
     (made,) = (tmp_path / "wheel").iterdir()
-    assert "cropfeed/engines/cpu.py" in zipfile.ZipFile(made).namelist()
+    assert {"cropfeed/engines/cpu.py", "cropfeed/store/imagenet_classes.txt"} <= set(zipfile.ZipFile(made).namelist())
 
 
 def test_images_are_converted_loaded_and_a_loader_resumed(environment: Path, tmp_path: Path) -> None:
@@ -119,7 +119,7 @@ def test_images_are_converted_loaded_and_a_loader_resumed(environment: Path, tmp
     assert "damaged" in damaged.stderr
 
 
-def test_a_command_that_does_not_exist_is_refused_in_a_line(environment: Path, tmp_path: Path) -> None:
+def test_an_unknown_command_is_refused_in_one_line(environment: Path, tmp_path: Path) -> None:
     result = run(environment / "cropfeed", "shard", cwd=tmp_path)
     assert (result.returncode, result.stderr) == (
         2,

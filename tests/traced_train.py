@@ -1,7 +1,8 @@
 """train.py, which also writes the position, ids and views of each training batch to $TRACE.<process>.<rank>.
 
-The views are those that the engine received, not a second evaluation of the plan. With $KILL_AT it kills itself with SIGKILL
-before that rename, link, fsync or removal of a checkpoint (counted from 1), with $TERM_IN_VALIDATION with SIGTERM in validation.
+The views are those that the engine received, not a second evaluation of the plan. If $KILL_AT is a number N, the process kills
+itself with SIGKILL before the Nth rename, link, fsync or removal of a checkpoint. If $TERM_IN_VALIDATION is set, it sends itself
+SIGTERM in validation.
 """
 
 from __future__ import annotations

@@ -1,4 +1,13 @@
-"""Scripts around training: shards, profiler, doctor, evaluation, export, report. `python tools/NAME.py --help` describes each."""
+"""Scripts for users; `python tools/NAME.py --help` describes each. In the order of use:
+
+- doctor.py: checks the machine. make_shards.py: converts images to shards. make_demo_data.py: draws a small data set.
+- profile_pipeline.py: finds the bottleneck of input and training; its parts are in profiler/.
+- evaluate.py: accuracy of models and ensembles. export.py: safetensors, ONNX and torch.export. report.py: training runs on one
+  HTML page; its parts are in reporting/.
+- pages.py: what HTML pages share. launch/: configurations for accelerate and Slurm. install.sh: installs all packages.
+
+bench/ and paper/ are the laboratory: benchmarks and the paper's experiments. Nothing else imports them.
+"""
 
 from pathlib import Path
 

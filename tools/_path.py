@@ -1,6 +1,7 @@
-"""Imported first by every script in this folder, so that Python finds the checkout's packages without an install.
+"""Imported first by every script in this folder, so that Python finds the checkout's packages without installation.
 
-Python puts a script's folder first in sys.path. This moves it to the end, so that no module here shadows another of its name.
+Python puts a script's folder first in sys.path. This module moves the folder to the end, so that its modules do not shadow others
+of the same name.
 """
 
 import sys

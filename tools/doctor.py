@@ -1,6 +1,6 @@
-"""Is this machine ready to load and train? python tools/doctor.py [SHARDS]
+"""Check whether this machine is ready to load and train: python tools/doctor.py [SHARDS]
 
-The same as `cropfeed doctor`, from a checkout, before anything is installed; --help has the rest.
+The same as `cropfeed doctor`, but it runs from a checkout, before anything is installed. For details see --help.
 """
 
 import _path  # noqa: F401

@@ -1,16 +1,18 @@
 """Evaluate models on a split: python tools/evaluate.py runs/latest --data /data/shards --schemes centre multi-scale
 
-WEIGHTS_OR_RUN is a run's folder (its model.safetensors, or its last checkpoint while it is still training), a .safetensors or
-.pth file, a folder in timm's format, or hf://user/repo (see model/loading.py). Cropfeed's files and timm's folders give their
-architecture and preprocessing. All other files get torchvision's preprocessing, and the architecture that their name or --arch
-gives.
+WEIGHTS_OR_RUN is one of
+  - the folder of a run: its model.safetensors, or its last checkpoint while it is still training;
+  - a .safetensors or .pth file;
+  - a folder in timm's format, or hf://user/repo on the Hugging Face Hub.
+Files of Cropfeed and folders in timm's format contain architecture and preprocessing. For other files, --arch or the file's name
+gives the architecture, and the preprocessing is torchvision's. Details: model/loading.py.
 
-The schemes are those of He et al. 2015: the central crop, ten crops, and whole images at five scales (see model/schemes.py). All
-of them are computed in one pass over the data, which decodes each image once.
+The testing schemes are those of He et al. 2015: the central crop, ten crops, and whole images at five scales (model/schemes.py).
+All schemes are computed in one pass over the data, which decodes each image once.
 
-Several models form an ensemble: the figures of each are printed, then those of their averaged probabilities. --save writes the
-predictions (of the ensemble, if there is one) to a .npz file. Such files can be members in place of models; an ensemble of them
-needs no data.
+Several models form an ensemble. The script prints the accuracy of each model, then that of their averaged probabilities. --save
+writes the predictions (of the ensemble, if there is one) to a .npz file. Such files can replace models as members. An ensemble of
+such files needs no --data:
 
     python tools/evaluate.py runs/r50 --data /data/shards --save r50.npz
     python tools/evaluate.py r50.npz r101.npz r152.npz --shares 1 1 2
@@ -26,7 +28,6 @@ from pathlib import Path
 from typing import Any
 
 import _path  # noqa: F401
-from tqdm import tqdm
 
 from model import ARCHS
 from model.ensembles import EnsembleMember, EvalSet, PredictionWriter, SavedPredictions, evaluate_ensemble
@@ -36,6 +37,8 @@ from model.testing import Accuracy
 from pipeline.cli import Parser, positive, run_cli
 from pipeline.engines.multiview import MultiViewBatch
 from pipeline.errors import UserError
+from pipeline.progress import progress_bar
+from pipeline.store.class_names import class_name
 from pipeline.store.shards import Manifest
 from tools.reporting.evaluation import EvaluateOptions, add_loading_flags, open_batches, options_from
 
@@ -44,39 +47,43 @@ AVERAGE = "all, averaged"  # the ensemble's name
 
 def parser() -> Parser:
     parser = Parser(__doc__)
-    parser.add_argument("weights", nargs="+", metavar="WEIGHTS_OR_RUN", help="a model, or a .npz that --save wrote; several form "
-                        "an ensemble")  # fmt: skip
-    parser.add_argument("--data", help="folder or URL (s3://...) of shards; not needed for .npz files only")
-    parser.add_argument("--schemes", nargs="+", choices=SCHEMES, help="testing schemes (default: centre, or those of the .npz "
-                        "files)")  # fmt: skip
-    parser.add_argument("--scales", nargs="+", type=positive, help="short sides for multi-scale (default: "
-                        f"{' '.join(map(str, SCALES))} for crops of 224, otherwise in proportion)")  # fmt: skip
-    parser.add_argument("--shares", nargs="+", type=float, help="weight of each member in the ensemble, in their order (default: "
-                        "equal)")  # fmt: skip
-    parser.add_argument("--save", help="write the predictions to this .npz file")
-    parser.add_argument("--json", type=Path, help="write top1, top5 and images to this file, with all schemes and members")
-    parser.add_argument("--per-class", type=Path, help="write the first scheme's figures for each class to this CSV file")
-    parser.add_argument("--confusion", type=Path, help="write the first scheme's confusion matrix to this CSV file")
-    parser.add_argument("--arch", help=f"architecture of weights that do not name it: {', '.join(ARCHS)}")
+    parser.add_argument("weights", nargs="+", metavar="WEIGHTS_OR_RUN", help="model, or .npz file written by --save; several "
+                        "form an ensemble")  # fmt: skip
+    parser.add_argument("--data", metavar="SHARDS", help="folder or URL (s3://...) of shards; not needed if all members are "
+                        ".npz files")  # fmt: skip
+    parser.add_argument("--schemes", nargs="+", choices=SCHEMES, metavar="SCHEME", help=f"testing schemes: {', '.join(SCHEMES)} "
+                        "(default: centre, or those of the .npz files)")  # fmt: skip
+    parser.add_argument("--scales", nargs="+", type=positive, metavar="N", help="short sides for multi-scale, in pixels "
+                        f"(default: {' '.join(map(str, SCALES))} for crops of 224, in proportion for other sizes)")  # fmt: skip
+    parser.add_argument("--shares", nargs="+", type=float, metavar="X", help="weights of the members in the ensemble, in their "
+                        "order (default: equal weights)")  # fmt: skip
+    parser.add_argument("--save", metavar="FILE", help="write the predictions to this .npz file")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the accuracies of all schemes and members to this JSON "
+                        "file")  # fmt: skip
+    parser.add_argument("--per-class", type=Path, metavar="FILE", help="write the first scheme's accuracy for each class to "
+                        "this CSV file")  # fmt: skip
+    parser.add_argument("--confusion", type=Path, metavar="FILE", help="write the first scheme's confusion matrix to this "
+                        "CSV file")  # fmt: skip
+    parser.add_argument("--arch", help=f"architecture, for weights that do not name it: {', '.join(ARCHS)}")
     add_loading_flags(parser)
     return parser
 
 
 def choose_schemes(requested: Sequence[str], saved: Sequence[SavedPredictions]) -> list[str]:
-    """The requested schemes, or those of the saved predictions, or the central crop. Saved predictions are reduced to these.
-    Raises UserError if a file lacks one."""
+    """The requested schemes, or else those of the saved predictions, or else the central crop. Saved predictions are reduced to
+    these schemes. Raises UserError if a file lacks one of them."""
     schemes = list(dict.fromkeys(requested or (saved[0].schemes if saved else ["centre"])))
     for one in saved:
         missing = [scheme for scheme in schemes if scheme not in one.schemes]
         if missing or (not requested and set(one.schemes) != set(schemes)):
             held, wanted = ", ".join(one.schemes), ", ".join(schemes)
-            raise UserError(f"{one.name}: holds {held}, not {wanted}", "give --schemes that all members have")
+            raise UserError(f"{one.name}: contains the schemes {held}, not {wanted}", "give --schemes that all members have")
         one.select(schemes)
     return schemes
 
 
 def choose_eval_set(options: EvaluateOptions, saved: Sequence[SavedPredictions]) -> EvalSet:
-    """The images that all predictions must be about: the data's, or without data those of the first file."""
+    """The images that all members predict: those of the data, or without data, those of the first file of predictions."""
     if options.data is None:
         eval_set, source = saved[0].eval_set._replace(split=options.split), f"{saved[0].name}, --split {options.split}"
     else:
@@ -92,16 +99,16 @@ def choose_eval_set(options: EvaluateOptions, saved: Sequence[SavedPredictions])
 
 
 def check_options(options: EvaluateOptions, weights: Sequence[str], schemes: Sequence[str], save: str | None) -> None:
-    """Raise UserError for options that do not fit the weights or each other. schemes: those that are used."""
+    """Raise UserError for options that do not fit the weights or each other. schemes: the schemes to compute."""
     models = [path for path in weights if not path.endswith(".npz")]
     if models and options.data is None:
         raise UserError(f"{models[0]}: running a model needs --data", "give it the folder of shards")
     if options.scales and not (models and "multi-scale" in schemes):
-        raise UserError("--scales only applies to models with --schemes multi-scale", "leave it out, or give that")
+        raise UserError("--scales only applies to models with --schemes multi-scale", "leave it out, or add multi-scale")
     if save and not save.endswith(".npz"):
-        raise UserError(f"--save {save}: the name must end with .npz", "the ending tells predictions from weights")
+        raise UserError(f"--save {save}: the name must end with .npz", "the suffix distinguishes predictions from weights")
     if options.shares and len(options.shares) != len(weights):
-        raise UserError(f"{len(options.shares)} --shares for {len(weights)} members", "give one for each, in their order")
+        raise UserError(f"{len(options.shares)} --shares for {len(weights)} members", "give one for each member, in their order")
 
 
 def open_members(
@@ -111,7 +118,7 @@ def open_members(
     schemes: Sequence[str],
     classes: list[str],
 ) -> tuple[list[EnsembleMember], Iterable[MultiViewBatch]]:
-    """The members in the given order, and the batches that they need."""
+    """The members, in the given order, and the batches to evaluate them on."""
     models = {path: load_model(path, options.arch, classes) for path in weights if path not in saved}
     if not models:
         return [saved[path] for path in weights], next(iter(saved.values())).batches()
@@ -121,12 +128,14 @@ def open_members(
         for scheme in schemes
         for view in view_specs_of(scheme, config, options.scales).values()
     )
-    batches, count = open_batches(options, list(view_specs))  # before the models move to the device, as it checks that
+    batches, count = open_batches(options, list(view_specs))  # checks the device, so it comes before the models move there
     classifiers = {
         path: MultiViewClassifier(path, model, config, schemes, options.scales, options.device, options.dtype, options.batch_size)
         for path, (model, config) in models.items()
     }
-    return [(saved | classifiers)[path] for path in weights], tqdm(batches, total=count, unit=" batches")
+    return [(saved | classifiers)[path] for path in weights], progress_bar(
+        batches, total=count, desc="evaluating", unit=" batches"
+    )
 
 
 def rates(results: dict[str, Accuracy]) -> dict[str, dict[str, float]]:
@@ -137,7 +146,7 @@ def rates(results: dict[str, Accuracy]) -> dict[str, dict[str, float]]:
 def summary(
     options: EvaluateOptions, names: Sequence[str], shares: Sequence[float], results: Sequence[dict[str, Accuracy]], scheme: str
 ) -> dict[str, Any]:
-    """The content of --json. top1, top5, images: of `scheme`, for the ensemble or the only member."""
+    """The content of --json. Its top1, top5 and images are those of `scheme`, for the ensemble or the only member."""
     result = results[-1][scheme]
     found: dict[str, Any] = {"top1": result.top1_rate, "top5": result.top5_rate, "images": result.images}
     found |= {"schemes": rates(results[-1]), "name": AVERAGE if len(names) > 1 else names[0], "command": sys.argv}
@@ -159,7 +168,8 @@ def print_table(names: Sequence[str], results: Sequence[dict[str, Accuracy]]) ->
 
 
 def write_tables(result: Accuracy, classes: list[str], per_class: Path | None, confusion: Path | None) -> None:
-    """per_class: for each class its name, images, top-1 and top-5 rates. confusion: rows are labels, columns predictions."""
+    """per_class: for each class its name, images, top-1 and top-5 rates. confusion: rows are labels, columns predictions.
+    classes: their names for people, in label order."""
     counts = result.confusion
     if per_class:
         with per_class.open("w", newline="") as stream:
@@ -191,7 +201,9 @@ def main() -> None:
     names = [member.name for member in members]
     if writer:
         writer.save(args.save, " + ".join(names))
-    write_tables(results[-1][schemes[0]], eval_set.classes, args.per_class, args.confusion)
+    names_of_data = Manifest(options.data).class_names if options.data else {}
+    classes = [class_name(one, names_of_data) for one in eval_set.classes]
+    write_tables(results[-1][schemes[0]], classes, args.per_class, args.confusion)
     if args.json:
         args.json.write_text(json.dumps(summary(options, names, shares, results, schemes[0])) + "\n")
     print_table([*names, AVERAGE][: len(results)], results)

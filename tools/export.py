@@ -1,14 +1,17 @@
 """Export weights for other programs: python tools/export.py runs/latest --out exported --formats safetensors onnx torch-export
 
-WEIGHTS_OR_RUN is the same as for tools/evaluate.py: a run's folder, a weight file, a timm folder, hf://user/repo. FOLDER gets
-README.md (a model card) and config.json in timm's format, mean.npy if the model subtracts a mean image, and for each format
+WEIGHTS_OR_RUN is the same as for tools/evaluate.py: the folder of a run, a weight file, a folder in timm's format, or
+hf://user/repo. The script writes to the folder --out: README.md (a model card); config.json in timm's format; mean.npy, if the
+model subtracts a mean image; and for each of the --formats
 
-- safetensors: model.safetensors, with torchvision's keys, and Cropfeed's config in its header;
-- onnx: model.onnx, whose logits in ONNX Runtime are compared with torch's;
-- torch-export: model.pt2, read back and compared in the same way.
+- safetensors: model.safetensors, with torchvision's keys. Its header contains the model's config;
+- onnx: model.onnx. The script runs it in ONNX Runtime and compares the logits with torch's;
+- torch-export: model.pt2. The script loads it again and compares the logits in the same way.
 
-The graphs take raw pixels, uint8 (N, 3, H, W) in RGB, and subtract the mean themselves. N is dynamic, and so are H and W except
-with a mean image. FOLDER is written atomically. --push uploads it to the Hugging Face Hub (needs HF_TOKEN, or `hf auth login`).
+The graphs (onnx, torch-export) take raw pixels, uint8 (N, 3, H, W) in RGB, and normalize them. N is dynamic. H and W are dynamic,
+too, unless the model subtracts a mean image. The folder is written atomically. --push uploads it to the Hugging Face Hub; this
+needs HF_TOKEN, or `hf auth login`.
+
 Needs the extra `export`: pip install -e '.[export]'
 """
 
@@ -33,19 +36,20 @@ from model.weights import ModelConfig, save_weights
 from pipeline.cli import Parser, run_cli
 from pipeline.errors import UserError
 from pipeline.pixels.normalize import Normalization
+from pipeline.progress import announce_if_slow
 from pipeline.store.files import PARTIAL
 
 FORMATS = ("safetensors", "onnx", "torch-export")
 
 
 def read_figures(path: Path) -> tuple[dict[str, tuple[float, float]], int]:
-    """The figures that tools/evaluate.py --json wrote for one model: top-1 and top-5 rates by testing scheme, and the number of
-    images."""
+    """The accuracies that tools/evaluate.py --json wrote for one model: top-1 and top-5 rates by testing scheme, and the number
+    of images."""
     remedy = "give a file that tools/evaluate.py --json wrote"
     try:
         content = json.loads(path.read_text())
         if "members" in content:
-            raise UserError(f"{path}: holds the figures of an ensemble", "give those of one model")
+            raise UserError(f"{path}: holds the accuracies of an ensemble", "give those of one model")
         schemes = content.get("schemes") or {"centre": content}
         return {name: (float(rates["top1"]), float(rates["top5"])) for name, rates in schemes.items()}, int(content["images"])
     except OSError as error:
@@ -62,7 +66,7 @@ def dataset_of(config: ModelConfig) -> str | None:
 
 @contextmanager
 def atomic_folder(out: Path) -> Iterator[Path]:
-    """A folder to fill, which becomes `out` when the block ends without an error. Otherwise it is removed."""
+    """A temporary folder to fill. If the block ends without an error, it is renamed to `out`, otherwise it is removed."""
     scratch = out.with_name(f".{out.name}.{uuid.uuid4().hex}{PARTIAL}")
     try:
         scratch.mkdir(parents=True)
@@ -78,7 +82,7 @@ def atomic_folder(out: Path) -> Iterator[Path]:
 
 
 def write_files(model: ResNet, config: ModelConfig, details: CardDetails, folder: Path) -> list[str]:
-    """Write all files of an export to `folder`. Returns lines that say how far the graphs' logits are from torch's."""
+    """Write all files of an export to `folder`. Returns lines to print: how much the graphs' logits differ from torch's."""
     lines = []
     if "safetensors" in details.formats:
         save_weights(folder / "model.safetensors", model.state_dict(), config.header())
@@ -88,28 +92,30 @@ def write_files(model: ResNet, config: ModelConfig, details: CardDetails, folder
     (folder / "README.md").write_text(model_card(model, config, details))
     for form, name, export in (("onnx", "model.onnx", export_onnx), ("torch-export", "model.pt2", export_program)):
         if form in details.formats:
-            lines.append(f"{name}: its logits differ from torch's by at most {export(model, config, folder / name):.2g}")
+            with announce_if_slow(f"exporting {name} and comparing it with torch, which takes up to a minute"):
+                difference = export(model, config, folder / name)
+            lines.append(f"{name}: its logits differ from torch's by at most {difference:.2g}")
     return lines
 
 
 def check_out(out: Path, formats: tuple[str, ...]) -> None:
-    """Raise UserError, before any work, for a missing package and a folder that exists."""
-    check_packages(["safetensors", *formats])  # every folder gets a card
+    """Raise UserError, before any work, if a package is missing or the folder exists."""
+    check_packages(["safetensors", *formats])  # the model card needs the package of safetensors in any case
     if os.path.lexists(out):
         raise UserError(f"{out}: exists already", "give another --out")
 
 
 def check_push(repo: str) -> None:
-    """Raise UserError, before any work, for a name that the Hub does not allow, and for a missing token."""
+    """Raise UserError, before any work, if the Hub does not allow the name, or if there is no token."""
     from huggingface_hub import get_token
     from huggingface_hub.utils import HFValidationError, validate_repo_id
 
     try:
         validate_repo_id(repo)
         if repo.count("/") != 1:
-            raise UserError(f"--push {repo}: is not a name on the Hugging Face Hub", "give user/name")
+            raise UserError(f"--push {repo}: is not a valid name on the Hugging Face Hub", "give user/name")
     except HFValidationError as error:
-        raise UserError(f"--push {repo}: is not a name on the Hugging Face Hub ({error})", "give user/name") from error
+        raise UserError(f"--push {repo}: is not a valid name on the Hugging Face Hub ({error})", "give user/name") from error
     if get_token() is None:
         raise UserError(f"--push {repo}: no token for the Hugging Face Hub", "run `hf auth login`, or set HF_TOKEN")
 
@@ -120,12 +126,14 @@ def push(folder: Path, repo: str, private: bool) -> str:
 
     try:
         api = HfApi()
-        address = str(api.create_repo(repo, private=private or None, exist_ok=True))
-        api.upload_folder(repo_id=repo, folder_path=folder, commit_message="Exported by Cropfeed")
+        size = sum(file.stat().st_size for file in folder.iterdir()) / 1e6
+        with announce_if_slow(f"uploading {size:,.0f} MB to {repo}, a minute at {size / 60:.2g} MB/s"):
+            address = str(api.create_repo(repo, private=private or None, exist_ok=True))
+            api.upload_folder(repo_id=repo, folder_path=folder, commit_message="Exported by Cropfeed")
     except Exception as error:  # from the network, the server, the token's rights
         why = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UserError(
-            f"--push {repo}: failed ({why})", f"{folder} is complete, try again: hf upload {repo} {folder}"
+            f"--push {repo}: the upload failed ({why})", f"{folder} is complete; try again: hf upload {repo} {folder}"
         ) from error
     return address
 
@@ -133,14 +141,17 @@ def push(folder: Path, repo: str, private: bool) -> str:
 def parser() -> Parser:
     parser = Parser(__doc__)
     parser.add_argument("weights", metavar="WEIGHTS_OR_RUN", help="model to export")
-    parser.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="new folder to write")
-    parser.add_argument("--formats", nargs="+", choices=FORMATS, default=["safetensors"], help="formats (default: safetensors)")
-    parser.add_argument("--arch", help=f"architecture of weights that do not name it: {', '.join(ARCHS)}")
-    parser.add_argument("--results", type=Path, help="figures for the card, from tools/evaluate.py --json")
-    parser.add_argument("--dataset", help="name of the data on the Hub, for the card (default: imagenet-1k for its classes)")
-    parser.add_argument("--license", help="license of the weights, for the card: apache-2.0, cc-by-nc-4.0, ...")
+    parser.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="folder to create; required")
+    parser.add_argument("--formats", nargs="+", choices=FORMATS, default=["safetensors"], metavar="FORMAT", help="formats to "
+                        f"write: {', '.join(FORMATS)} (default: safetensors)")  # fmt: skip
+    parser.add_argument("--arch", help=f"architecture, for weights that do not name it: {', '.join(ARCHS)}")
+    parser.add_argument("--results", type=Path, metavar="FILE", help="accuracies for the model card, written by "
+                        "tools/evaluate.py --json")  # fmt: skip
+    parser.add_argument("--dataset", metavar="NAME", help="name of the training data on the Hub, for the model card (default: "
+                        "imagenet-1k if the model has its classes)")  # fmt: skip
+    parser.add_argument("--license", help="license of the weights, for the model card: apache-2.0, cc-by-nc-4.0, ...")
     parser.add_argument("--push", metavar="USER/NAME", help="upload the folder to this repository of the Hugging Face Hub")
-    parser.add_argument("--private", action="store_true", help="make a repository that --push creates private")
+    parser.add_argument("--private", action="store_true", help="if --push creates the repository, make it private")
     return parser
 
 

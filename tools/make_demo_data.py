@@ -1,7 +1,8 @@
 """Draw a small data set whose classes differ only in shape: python tools/make_demo_data.py demo/images
 
-Eight classes in random colours on random backgrounds, as an ImageFolder with train and val. The JPEGs are mixed like ImageNet's:
-sizes around 500 x 375 with a long tail, 76 % 4:4:4, 20 % 4:2:0, 2 % 4:2:2, 2 % grey. The same seed draws the same images.
+Eight classes of shapes in random colours on random backgrounds, in folders train/CLASS and val/CLASS. The JPEGs resemble those of
+ImageNet: sizes around 500 x 375 with a long tail; 76 % 4:4:4, 20 % 4:2:0, 2 % 4:2:2, 2 % grey. The same seed draws the same
+images.
 """
 
 from __future__ import annotations
@@ -17,11 +18,11 @@ from pathlib import Path
 import _path  # noqa: F401
 import numpy as np
 from PIL import Image, ImageDraw
-from tqdm import tqdm
 
 from pipeline.cli import Parser, positive, run_cli
 from pipeline.convert.run import end_with_parent
 from pipeline.errors import UserError
+from pipeline.progress import progress_bar
 
 Canvas = ImageDraw.ImageDraw
 
@@ -129,7 +130,7 @@ def draw_class(job: tuple[Path, str, int, int, int]) -> int:
 def make_demo_data(out: Path, train: int, val: int, seed: int, workers: int) -> None:
     """Write `out` atomically. train, val: images per class."""
     if out.exists():
-        raise UserError(f"{out}: exists already", "remove it or give another folder")
+        raise UserError(f"{out}: exists already", "remove it, or give another folder")
     partial = out.with_name(out.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     jobs = [
@@ -138,7 +139,8 @@ def make_demo_data(out: Path, train: int, val: int, seed: int, workers: int) -> 
         for shape in SHAPES
     ]
     total = (train + val) * len(SHAPES)
-    with multiprocessing.get_context("spawn").Pool(workers, end_with_parent) as pool, tqdm(total=total, unit=" images") as bar:
+    bar = progress_bar(total=total, desc="drawing", unit=" images", delayed=False)
+    with multiprocessing.get_context("spawn").Pool(workers, end_with_parent) as pool, bar:
         for count in pool.imap_unordered(draw_class, jobs):
             bar.update(count)
     partial.rename(out)
@@ -146,11 +148,12 @@ def make_demo_data(out: Path, train: int, val: int, seed: int, workers: int) -> 
 
 def main() -> None:
     parser = Parser(__doc__)
-    parser.add_argument("out", type=Path, metavar="OUT", help="folder to write")
-    parser.add_argument("--train", type=positive, default=250, help="training images per class (default: 250)")
-    parser.add_argument("--val", type=positive, default=50, help="validation images per class (default: 50)")
-    parser.add_argument("--seed", type=int, default=0, help="seed of the drawings (default: 0)")
-    parser.add_argument("--workers", type=positive, default=os.cpu_count() or 1, help="processes (default: one per core)")
+    parser.add_argument("out", type=Path, metavar="OUT", help="folder to create")
+    parser.add_argument("--train", type=positive, default=250, metavar="N", help="training images per class (default: 250)")
+    parser.add_argument("--val", type=positive, default=50, metavar="N", help="validation images per class (default: 50)")
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="seed of the random numbers (default: 0)")
+    parser.add_argument("--workers", type=positive, default=os.cpu_count() or 1, metavar="N", help="processes that draw images "
+                        "(default: one per core)")  # fmt: skip
     args = parser.parse_args()
     make_demo_data(args.out.absolute(), args.train, args.val, args.seed, args.workers)
     print(f"{args.out}: {len(SHAPES)} classes, {args.train} training and {args.val} validation images each")

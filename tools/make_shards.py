@@ -1,6 +1,6 @@
 """Turn ImageNet, or any labelled images, into shards: python tools/make_shards.py /imagenet --out /data/shards
 
-The same as `cropfeed shards`, from a checkout; --help has the rest.
+The same as `cropfeed shards`, but it runs from a checkout. For details see --help.
 """
 
 import _path  # noqa: F401

@@ -1,4 +1,4 @@
-"""Self-contained HTML pages: what the profiler's report and the report on runs share."""
+"""Self-contained HTML pages: style and helpers that the profiler's report and the report on training runs share."""
 
 from __future__ import annotations
 

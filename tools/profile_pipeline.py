@@ -1,16 +1,19 @@
-"""Is the input pipeline the bottleneck, and what should be changed?
+"""Find out whether the input pipeline is the bottleneck of training, and what to change.
 
-    python tools/profile_pipeline.py DATA                             measure all stages and loaders, and find the bottleneck
-    python tools/profile_pipeline.py DATA --arch resnet50             compare with the demand of this model; --precision bf16
+    python tools/profile_pipeline.py DATA                             measure all stages and loaders, and find the slowest stage
+    python tools/profile_pipeline.py DATA --arch resnet50             compare with the demand of a model (--precision bf16)
     python tools/profile_pipeline.py DATA --demand 3000               compare with an emulated accelerator of 3000 images/s
-    python tools/profile_pipeline.py DATA --demand 3000 --apply       also try the remedy; predicted and measured gain
-    python tools/profile_pipeline.py DATA --tune                      find threads and prefetch depth for train.py
-    python tools/profile_pipeline.py DATA --gpus 8 --hosts 16 --demand 3000     plan such a cluster
+    python tools/profile_pipeline.py DATA --demand 3000 --apply       also try the proposed change, and measure its gain
+    python tools/profile_pipeline.py DATA --tune                      find the best threads and prefetch depth for train.py
+    python tools/profile_pipeline.py DATA --gpus 8 --hosts 16 --demand 3000     plan a cluster: what each host needs
 
-DATA is a folder or URL of shards. It may also be a folder of class folders of JPEGs, or a tar of one; these are first converted
-to shards in a temporary folder.
+DATA is a folder or URL of shards. It may also be a folder with one folder of JPEGs per class, or a tar of such a folder; these
+are first converted to shards in a temporary folder.
 
-The script prints the verdict, one paragraph, and tables. --json FILE writes all figures, in the form described by
+The demand is the number of images per second that training could process if data were always ready. Without --arch or --demand,
+the loader is measured on its own.
+
+The script prints the verdict (one paragraph) and tables. --json FILE writes all figures, in the format described in
 tools/profiler/schema.json. --report FOLDER writes an HTML page with charts, report.html.
 """
 
@@ -48,7 +51,7 @@ from training.launch import cores_per_process
 
 @dataclass(frozen=True)
 class Command:
-    """A command line. threads, prefetch: None for the tuned ones. json, report: where to write the profile, if anywhere."""
+    """A command line. threads, prefetch: None for the tuned values. json, report: where to write the profile, None: nowhere."""
 
     options: ProfileOptions
     threads: int | None
@@ -59,58 +62,75 @@ class Command:
 
 def parser() -> Parser:
     parser = Parser(__doc__)
-    parser.add_argument("data", metavar="DATA", help="shards, or images")
-    parser.add_argument("--split", default="train", help="the split to load (default: %(default)s)")
+    parser.add_argument("data", metavar="DATA", help="folder or URL (s3://...) of shards, or images")
+    parser.add_argument("--split", default="train", help="split to load (default: %(default)s)")
 
     demand = parser.add_argument_group("demand")
-    demand.add_argument("--arch", help=f"measure the demand of this model: {', '.join(ARCHS)}")
-    demand.add_argument("--precision", choices=PRECISIONS, default="no", help="the model's precision (default: no, float32)")
+    demand.add_argument("--arch", help=f"measure the training speed of this model on this machine: {', '.join(ARCHS)}")
     demand.add_argument(
-        "--demand", type=float, metavar="IMAGES_PER_S", help="emulate an accelerator of this speed; with --gpus, of each GPU"
+        "--precision", choices=PRECISIONS, default="no", help="precision of training; no is float32 (default: %(default)s)"
     )
+    demand.add_argument("--demand", type=float, metavar="IMAGES_PER_S", help="instead of --arch: emulate an accelerator that "
+                        "trains at this speed; with --gpus or --hosts: the speed of each GPU")  # fmt: skip
 
     tasks = parser.add_argument_group("further tasks")
-    tasks.add_argument("--apply", action="store_true", help="try the remedy and measure its gain")
-    tasks.add_argument("--tune", action="store_true", help="find threads and prefetch depth, and save them for train.py")
-    tasks.add_argument("--gpus", type=positive, help="plan for hosts with this number of GPUs")
-    tasks.add_argument("--hosts", type=positive, help="plan for this number of hosts")
+    tasks.add_argument("--apply", action="store_true", help="try the proposed change, and measure its gain")
     tasks.add_argument(
-        "--plant",
-        type=Planted.parse,
-        metavar="FAULT",
-        help="add a fault for the profiler to find: reader=MB/S, model=MS, threads=N",
+        "--tune", action="store_true", help="find the best threads and prefetch depth in a minute, and save them for train.py"
     )
+    tasks.add_argument("--gpus", type=positive, metavar="N", help="plan for hosts with this number of GPUs (default: 1)")
+    tasks.add_argument("--hosts", type=positive, metavar="N", help="plan for this number of hosts (default: 1)")
+    tasks.add_argument("--plant", type=Planted.parse, metavar="FAULT", help="inject a fault, to test the profiler: reader=MB/S "
+                       "limits the storage, model=MS slows training down by so many ms per image, threads=N limits the threads"
+                       )  # fmt: skip
 
-    loader = parser.add_argument_group("what to load, as for train.py")
-    loader.add_argument("--batch-size", type=positive, help="images per batch (default: 64 on a CPU, 256 on a GPU)")
-    loader.add_argument("--image-size", type=positive, default=sampling.CROP, help="side of the crop (default: %(default)s)")
-    loader.add_argument("--geometry", default="jitter", choices=GEOMETRIES, help="how to crop (default: %(default)s)")
+    loader = parser.add_argument_group("what to load (use the same options as for train.py)")
+    loader.add_argument("--batch-size", type=positive, metavar="N", help="images per batch (default: 64 on a CPU, 256 on a GPU)")
     loader.add_argument(
-        "--scale", type=positive, nargs=2, metavar=("LOW", "HIGH"), help="range of the resized short side (256 480 at size 224)"
+        "--image-size",
+        type=positive,
+        default=sampling.CROP,
+        metavar="N",
+        help="side of the crop, in pixels (default: %(default)s)",
     )
-    loader.add_argument("--order", default="full", choices=("full", "blocks"), help="how to shuffle (default: %(default)s)")
-    loader.add_argument("--engine", default="auto", help=f"the loader's engine: {', '.join(('auto', *ENGINES))} (default: auto)")
-    loader.add_argument("--threads", type=positive, help="decoding threads (default: as tuned, else all cores)")
-    loader.add_argument("--prefetch", type=positive, help="batches to prefetch (default: as tuned, else 2)")
+    loader.add_argument("--geometry", default="jitter", choices=GEOMETRIES, help="training crops: scale jitter, random resized "
+                        "crops (rrc) or crops of the padded image (default: %(default)s)")  # fmt: skip
+    loader.add_argument("--scale", type=positive, nargs=2, metavar=("LO", "HI"), help="jitter: range of the short side, in "
+                        "pixels (default: 256 480 for crops of 224, in proportion for other sizes)")  # fmt: skip
+    loader.add_argument("--order", default="full", choices=("full", "blocks"), help="shuffle over the whole data set, or within "
+                        "blocks of shards (default: %(default)s)")  # fmt: skip
+    loader.add_argument("--engine", default="auto", help=f"what decodes and augments: {', '.join(ENGINES)}, or auto for the "
+                        "fastest one on this machine (default: %(default)s)")  # fmt: skip
+    loader.add_argument(
+        "--threads", type=positive, metavar="N", help="decoding threads (default: as found by --tune, otherwise one per core)"
+    )
+    loader.add_argument(
+        "--prefetch", type=positive, metavar="N", help="batches to prefetch (default: as found by --tune, otherwise 2)"
+    )
     add_cache_flags(loader)
     loader.add_argument(
-        "--device", default="cuda" if torch.cuda.is_available() else "cpu", help="where batches go (default: %(default)s)"
+        "--device",
+        default="cuda" if torch.cuda.is_available() else "cpu",
+        help="device that receives the batches: cpu, cuda or cuda:N (default: %(default)s)",
     )
 
     how = parser.add_argument_group("how to measure, and where to write")
-    how.add_argument(
-        "--engines", nargs="+", default=[], choices=ENGINES, help="engines to compare with the configured one (default: all)"
-    )
-    how.add_argument("--cache-state", default="auto", choices=CACHE_STATES, help="state of the page cache (default: %(default)s)")
-    how.add_argument("--repeats", type=positive, default=5, help="repeats of each measurement (default: %(default)s)")
-    how.add_argument("--seconds", type=float, default=0.5, help="duration of each measurement (default: %(default)s)")
-    how.add_argument("--json", type=Path, metavar="FILE", help="write all figures to this file")
-    how.add_argument("--report", type=Path, metavar="FOLDER", help="write an HTML report to this folder")
+    how.add_argument("--engines", nargs="+", default=[], choices=ENGINES, metavar="ENGINE", help="engines to compare with the "
+                     f"configured one: {', '.join(ENGINES)} (default: all that can run here)")  # fmt: skip
+    how.add_argument("--cache-state", default="auto", choices=CACHE_STATES, help="page cache during measurements: warm (images "
+                     "are in memory) or cold (images are read from the storage); auto is warm if the split fits into memory "
+                     "(default: %(default)s)")  # fmt: skip
+    how.add_argument("--repeats", type=positive, default=5, metavar="N", help="repeats of each measurement, at least 2 (default: "
+                     "%(default)s)")  # fmt: skip
+    how.add_argument("--seconds", type=float, default=0.5, metavar="X", help="duration of each measurement, in seconds (default: "
+                     "%(default)s)")  # fmt: skip
+    how.add_argument("--json", type=Path, metavar="FILE", help="write all figures to this JSON file")
+    how.add_argument("--report", type=Path, metavar="FOLDER", help="write an HTML report, report.html, to this folder")
     return parser
 
 
 def parse(arguments: Sequence[str] | None = None) -> Command:
-    """Check a command line, before anything is measured. Raises UserError."""
+    """Parse and check a command line, before anything is measured. Raises UserError."""
     args = parser().parse_args(arguments)
     if args.device.startswith("cuda") and not torch.cuda.is_available():
         raise UserError(f"--device {args.device}: torch sees no CUDA GPU", "run python tools/doctor.py to find out why")
@@ -134,12 +154,12 @@ def parse(arguments: Sequence[str] | None = None) -> Command:
         if file:
             check_writable(file)
     if args.report and importlib.util.find_spec("matplotlib") is None:
-        raise UserError("--report draws with matplotlib, which is not installed", "pip install -e '.[report]'")
+        raise UserError("--report needs matplotlib, which is not installed", "pip install -e '.[report]'")
     return Command(options, args.threads, args.prefetch, args.json, args.report)
 
 
 def run(command: Command) -> dict[str, Any]:
-    """The profile, in the schema's form."""
+    """The profile, in the format of schema.json."""
     options = command.options
     engines = {options.spec.engine, *(options.engines or ENGINES)}
     with shards_of(str(options.spec.data), beton="ffcv" in engines) as data:

@@ -1,8 +1,8 @@
-"""An exponential moving average of a model's weights, to evaluate in place of the weights themselves.
+"""An exponential moving average (EMA) of a model's weights, which is evaluated in place of the weights themselves.
 
 After Polyak and Juditsky 1992, "Acceleration of stochastic approximation by averaging". The decay warms up as in TensorFlow's
-ExponentialMovingAverage, so that short runs do not retain the initial weights. The arithmetic is torch.optim.swa_utils's. Its
-AveragedModel is not used, because it copies its counter to the device in each step and synchronizes.
+ExponentialMovingAverage, so that the initial weights do not dominate the average of a short run. The arithmetic comes from
+torch.optim.swa_utils. Its AveragedModel is not used: it copies its counter to the device in each step, which synchronizes.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ class WeightEMA:
     """
 
     def __init__(self, model: nn.Module, decay: float) -> None:
-        """The average starts as a copy of `model`, which must be the bare module (neither compiled nor in DDP) on its training
-        device. decay: its value after the warm-up, 0 <= decay < 1.
+        """The average starts as a copy of `model`, which must be the unwrapped module (neither compiled nor in DDP), already on
+        its training device. decay: its value after the warm-up, 0 <= decay < 1.
         """
         if not 0 <= decay < 1:
             raise ValueError(f"the decay must lie in [0, 1), not {decay}")

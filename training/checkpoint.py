@@ -1,4 +1,4 @@
-"""Checkpoints, written atomically: whenever the process dies, the last one is complete.
+"""Checkpoints, written atomically: `last` is a complete checkpoint even if the process is killed while it saves.
 
 RUN/checkpoints/step-00001200/ holds model.safetensors, optimizer.pt and state.json. It is written under a temporary name and
 renamed. Then the symbolic links `last` and `best` are replaced, also by renaming, and all other checkpoints are deleted.
@@ -15,6 +15,8 @@ from typing import Any
 
 import torch
 
+from pipeline.progress import announce_if_slow
+
 
 def save_checkpoint(
     folder: Path,
@@ -29,7 +31,7 @@ def save_checkpoint(
     write_weights: writes model.safetensors to the given path. optimizer: tensors and plain values. state: JSON values.
     """
     name = f"step-{step:08d}"
-    while (folder / name).exists():  # saved at this step before; a folder cannot be replaced atomically
+    while (folder / name).exists():  # a checkpoint of this step exists; a folder cannot be replaced atomically
         name += "+"
     temporary = folder / f".{name}.partial"
     shutil.rmtree(temporary, ignore_errors=True)
@@ -50,8 +52,10 @@ def save_checkpoint(
 
 
 def load_checkpoint(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The optimizer's state (tensors on the CPU) and the JSON state in the checkpoint folder `path`."""
-    optimizer = torch.load(path / "optimizer.pt", map_location="cpu", weights_only=True)
+    """The content of optimizer.pt (tensors on the CPU) and of state.json in the checkpoint folder `path`."""
+    file = path / "optimizer.pt"
+    with announce_if_slow(f"reading {file.stat().st_size / 1e9:.2g} GB from {file}"):
+        optimizer = torch.load(file, map_location="cpu", weights_only=True)
     return optimizer, json.loads((path / "state.json").read_text())
 
 

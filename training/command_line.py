@@ -20,7 +20,7 @@ from training.options import CHOICES, DEFAULT_EPOCHS, RAMP, TrainOptions
 
 RECIPES = Path(__file__).with_name("recipes")
 METAVARS = {int: "N", positive: "N", float: "X", Path: "FOLDER"}
-FLAGS = {"arch": "--arch", "amp": "--amp", "threads": "--threads", "normalization": "--mean"}  # named in error messages
+FLAGS = {"arch": "--arch", "amp": "--amp", "threads": "--threads", "normalization": "--mean"}  # field -> flag, for messages
 
 
 class _ListModels(argparse.Action):
@@ -42,120 +42,130 @@ def parser(description: str | None = None) -> Parser:
 
 
 def _add_run(parse: Parser) -> None:
-    parse.add_argument("--list", action=_ListModels, nargs=0, default=argparse.SUPPRESS, help="list all models with their "
+    parse.add_argument("--list", action=_ListModels, nargs=0, default=argparse.SUPPRESS, help="print all models with their "
                        "parameters and multiply-adds, and exit")  # fmt: skip
-    parse.add_argument("--recipe", metavar="NAME", help=f"read options from a recipe: {', '.join(recipes())}, or a .toml file; "
-                       "options on the command line override it")  # fmt: skip
-    parse.add_argument("--data", metavar="SHARDS", required=True, help="folder or URL (s3://...) of shards, as made by "
-                       "tools/make_shards.py")  # fmt: skip
-    parse.add_argument("--output", type=Path, help="folder that this run writes to (default: runs/ARCH)")
+    parse.add_argument("--recipe", metavar="NAME", help=f"read options from a recipe: {', '.join(recipes())}, or the path of a "
+                       ".toml file; options on the command line take precedence")  # fmt: skip
+    parse.add_argument("--data", metavar="SHARDS", required=True, help="folder or URL (s3://...) of shards, made by "
+                       "tools/make_shards.py; required")  # fmt: skip
+    parse.add_argument("--output", type=Path, help="folder for the results of this run (default: runs/ARCH)")
     parse.add_argument("--resume", nargs="?", const="last", choices=CHOICES["resume"], help="continue from the last checkpoint "
-                       "in --output; auto: start a new run if there is none")  # fmt: skip
-    parse.add_argument("--seed", type=int, help="seed of the initial weights and of all random draws (default: %(default)s)")
+                       "in --output; auto: start a new run if there is no checkpoint")  # fmt: skip
+    parse.add_argument("--seed", type=int, help="seed of all random numbers: initial weights, order of the images, augmentation "
+                       "(default: %(default)s)")  # fmt: skip
 
 
 def _add_model(parse: Parser) -> None:
     model = parse.add_argument_group("model")
-    model.add_argument("--arch", "--model", metavar="ARCH", help="model to train; --list shows all (default: %(default)s)")
-    model.add_argument("--blurpool", action="store_true", help="blur before each strided layer (anti-aliasing): the model's "
-                       "_blur variant")  # fmt: skip
-    model.add_argument("--weights", metavar="FILE", help="start from these weights: a run, a weights file, a timm folder or "
-                       "hf://user/repo; the classifier is new if the classes differ")  # fmt: skip
+    model.add_argument("--arch", "--model", metavar="ARCH", help="model to train; --list prints all (default: %(default)s)")
+    model.add_argument("--blurpool", action="store_true", help="train the _blur variant of the model, which blurs the input of "
+                       "strided convolutions")  # fmt: skip
+    model.add_argument("--weights", metavar="FILE", help="start from these weights: a run's folder, a weight file, a folder in "
+                       "timm's format or hf://user/repo; if its classes differ from the data's, the classifier is initialized "
+                       "anew (default: random weights)")  # fmt: skip
     model.add_argument("--amp", "--mixed-precision", nargs="?", const="bf16", choices=CHOICES["amp"], help="train in mixed "
-                       "precision, without a value in bf16 (default: as configured in accelerate)")  # fmt: skip
+                       "precision; no is float32 (default: as configured in accelerate; without a value: bf16)")  # fmt: skip
     model.add_argument("--compile", nargs="?", const="default", choices=CHOICES["compile"], help="compile the model with "
-                       "torch.compile, in this mode; reduce-overhead uses CUDA graphs")  # fmt: skip
+                       "torch.compile in this mode; reduce-overhead uses CUDA graphs (default: eager mode)")  # fmt: skip
 
 
 def _add_optimization(parse: Parser) -> None:
     group = parse.add_argument_group("optimization (the defaults are those of He et al. 2015, section 3.4)")
-    group.add_argument("--epochs", type=positive, help=f"length of the run, in epochs (default: {DEFAULT_EPOCHS})")
+    group.add_argument("--epochs", type=positive, help=f"length of the run in epochs (default: {DEFAULT_EPOCHS})")
     group.add_argument("--iterations", type=positive, help="length of the run in steps, instead of --epochs")
-    group.add_argument("-b", "--batch-size", type=positive, help="images per step, over all processes (default: %(default)s)")
+    group.add_argument("-b", "--batch-size", type=positive, help="global batch size: images per step, summed over all processes "
+                       "(default: %(default)s)")  # fmt: skip
     group.add_argument("--accumulate", type=positive, help="split each batch into this many parts and accumulate their "
-                       "gradients, to save memory")  # fmt: skip
+                       "gradients, to save memory (default: %(default)s)")  # fmt: skip
     group.add_argument("--optimizer", choices=CHOICES["optimizer"], help="sgd, or lars for batches of many thousands of images "
                        "(default: %(default)s)")  # fmt: skip
     group.add_argument("--lr", type=float, help="learning rate for the global batch (default: %(default)s)")
-    group.add_argument("--scale-lr", action="store_true", help=f"--lr is for batches of {REFERENCE_BATCH} images; scale it in "
-                       "proportion to --batch-size")  # fmt: skip
-    group.add_argument("--schedule", choices=CHOICES["schedule"], help="how the rate falls: step divides it by 10 at "
-                       "--milestones; plateau divides it by 10 when the validation error stops falling; cosine and linear end "
-                       "at 0 (default: %(default)s)")  # fmt: skip
-    group.add_argument("--milestones", type=float, nargs="+", metavar="T", help="where --schedule step divides: epochs (steps "
-                       "if --iterations is given), or shares of the run if below 1 (default: 1/3 2/3)")  # fmt: skip
-    group.add_argument("--patience", type=positive, help="patience of --schedule plateau, in validations (default: %(default)s)")
-    group.add_argument("--warmup", type=float, help="length of a linear warm-up from 0, in epochs (steps if --iterations is "
-                       "given)")  # fmt: skip
-    group.add_argument("--warmup-lr", type=float, help="constant learning rate during warm-up, instead of the linear rise")
+    group.add_argument("--scale-lr", action="store_true", help=f"linear scaling rule: multiply --lr by --batch-size / "
+                       f"{REFERENCE_BATCH}")  # fmt: skip
+    group.add_argument("--schedule", choices=CHOICES["schedule"], help="learning-rate schedule: step divides the rate by 10 at "
+                       "--milestones; plateau divides it by 10 when the validation error stops falling; cosine and linear decay "
+                       "to 0 (default: %(default)s)")  # fmt: skip
+    group.add_argument("--milestones", type=float, nargs="+", metavar="T", help="when --schedule step divides the rate, in "
+                       "epochs (with --iterations: in steps); below 1: as fractions of the run (default: 1/3 2/3)")  # fmt: skip
+    group.add_argument("--patience", type=positive, help="validations without improvement that --schedule plateau tolerates "
+                       "before it divides the rate (default: %(default)s)")  # fmt: skip
+    group.add_argument("--warmup", type=float, help="length of a linear warm-up from rate 0, in epochs (with --iterations: in "
+                       "steps) (default: %(default)g)")  # fmt: skip
+    group.add_argument("--warmup-lr", type=float, help="constant learning rate during the warm-up, instead of the linear rise")
     group.add_argument("--momentum", type=float, help="momentum of the optimizer (default: %(default)s)")
-    group.add_argument("--weight-decay", type=float, help="weight decay of all parameters (default: %(default)s)")
-    group.add_argument("--no-norm-decay", action="store_true", help="apply no weight decay to batch norm and biases")
+    group.add_argument("--weight-decay", type=float, help="weight decay (L2 penalty) (default: %(default)s)")
+    group.add_argument("--no-norm-decay", action="store_true", help="exclude batch-norm parameters and biases from weight decay")
 
 
 def _add_images(parse: Parser) -> None:
     images = parse.add_argument_group("images")
     images.add_argument("--image-size", type=positive, help="side of the training crop, in pixels (default: %(default)s)")
-    images.add_argument("--start-size", type=positive, help="progressive resizing: side of the crop in the first epochs")
-    images.add_argument("--ramp", type=float, nargs=2, metavar=("FROM", "TO"), help="epochs between which the side grows to "
-                        f"--image-size, or shares of the run if below 1 (default: {RAMP[0]:g} {RAMP[1]:g})")  # fmt: skip
-    images.add_argument("--geometry", choices=CHOICES["geometry"], help="training crops: scale jitter, random resized crops "
-                        "(rrc), or crops of the image padded by 4 pixels, as for CIFAR (default: %(default)s)")  # fmt: skip
-    images.add_argument("--scale", type=int, nargs=2, metavar=("LO", "HI"), help="range of the short side in pixels, for jitter "
-                        "(default: 256 480, in proportion to --image-size)")  # fmt: skip
-    images.add_argument("--area", type=float, nargs=2, metavar=("LO", "HI"), help="range of the crop's share of the image, for "
-                        "rrc (default: 0.08 1)")  # fmt: skip
-    images.add_argument("--alpha-std", type=float, help="strength of PCA lighting: the standard deviation of its coefficients, "
-                        "0 for none (default: %(default)s)")  # fmt: skip
-    images.add_argument("--mean", choices=CHOICES["mean"], help="subtract the data's mean image (pixel) or mean color (channel) "
-                        "(default: %(default)s)")  # fmt: skip
+    images.add_argument("--start-size", type=positive, help="progressive resizing: side of the crop in the first epochs, in "
+                        "pixels (default: --image-size)")  # fmt: skip
+    images.add_argument("--ramp", type=float, nargs=2, metavar=("FROM", "TO"), help="epochs between which the crop grows from "
+                        "--start-size to --image-size; values below 1 are fractions of the run (default: "
+                        f"{RAMP[0]:g} {RAMP[1]:g})")  # fmt: skip
+    images.add_argument("--geometry", choices=CHOICES["geometry"], help="training crops: jitter resizes the short side to a "
+                        "random length and crops (scale jitter); rrc is the random resized crop; pad crops from the image "
+                        "padded by 4 pixels, as for CIFAR (default: %(default)s)")  # fmt: skip
+    images.add_argument("--scale", type=int, nargs=2, metavar=("LO", "HI"), help="jitter: range of the short side, in pixels "
+                        "(default: 256 480 for crops of 224, in proportion for other sizes)")  # fmt: skip
+    images.add_argument("--area", type=float, nargs=2, metavar=("LO", "HI"), help="rrc: range of the crop's area, as fractions "
+                        "of the image's area (default: 0.08 1)")  # fmt: skip
+    images.add_argument("--alpha-std", type=float, help="PCA lighting (color augmentation): standard deviation of its "
+                        "coefficients; 0 turns it off (default: %(default)s)")  # fmt: skip
+    images.add_argument("--mean", choices=CHOICES["mean"], help="subtract the data set's mean image (pixel) or its mean color "
+                        "(channel) (default: %(default)s)")  # fmt: skip
     images.add_argument("--eval-size", type=positive, help="side of the validation crop, in pixels (default: --image-size)")
-    images.add_argument("--flip-test", action="store_true", help="in validation, average over the crop and its mirror image")
+    images.add_argument("--flip-test", action="store_true", help="in validation, average the predictions for the crop and its "
+                        "mirror image")  # fmt: skip
 
 
 def _add_regularization(parse: Parser) -> None:
-    group = parse.add_argument_group("regularization (none in He et al. 2015)")
-    group.add_argument("--label-smoothing", type=float, metavar="SHARE", help="smooth labels: this share goes to all classes "
-                       "alike")  # fmt: skip
-    group.add_argument("--mixup", type=float, metavar="ALPHA", help="blend images in pairs, with shares from Beta(ALPHA, ALPHA)")
-    group.add_argument("--cutmix", type=float, metavar="ALPHA", help="paste a box of one image into another; with --mixup, one "
-                       "of the two per pair")  # fmt: skip
-    group.add_argument("--drop-path", type=float, metavar="P", help="stochastic depth: the probability of dropping the last "
-                       "block, in proportion for earlier ones")  # fmt: skip
-    group.add_argument(
-        "--ema", type=float, metavar="DECAY", help="validate and save an exponential moving average of the weights"
-    )
+    group = parse.add_argument_group("regularization (all off by default, as in He et al. 2015)")
+    group.add_argument("--label-smoothing", type=float, metavar="SHARE", help="fraction of each target that is spread evenly "
+                       "over all classes, for example 0.1")  # fmt: skip
+    group.add_argument("--mixup", type=float, metavar="ALPHA", help="blend pairs of images, with weights drawn from Beta(ALPHA, "
+                       "ALPHA)")  # fmt: skip
+    group.add_argument("--cutmix", type=float, metavar="ALPHA", help="paste a box of one image into another, with an area drawn "
+                       "from Beta(ALPHA, ALPHA); with --mixup, each pair gets one of the two at random")  # fmt: skip
+    group.add_argument("--drop-path", type=float, metavar="P", help="stochastic depth: the probability of skipping the last "
+                       "block; it is linearly lower for earlier blocks")  # fmt: skip
+    group.add_argument("--ema", type=float, metavar="DECAY", help="validate and save an exponential moving average of the "
+                       "weights with this decay, for example 0.9999")  # fmt: skip
 
 
 def _add_loading(parse: Parser) -> None:
     loading = parse.add_argument_group("data loading")
-    loading.add_argument("--order", choices=CHOICES["order"], help="shuffle over the whole data set, or within blocks of shards "
-                         "(default: %(default)s)")  # fmt: skip
-    loading.add_argument("--block-shards", type=positive, help="shards in a block; the cache should hold two blocks (default: "
-                         "%(default)s)")  # fmt: skip
+    loading.add_argument("--order", choices=CHOICES["order"], help="shuffle over the whole data set (full), or within blocks of "
+                         "shards, so that only two blocks of a remote data set are needed at a time (default: %(default)s)"
+                         )  # fmt: skip
+    loading.add_argument("--block-shards", type=positive, help="shards per block of --order blocks; the cache should have room "
+                         "for two blocks (default: %(default)s)")  # fmt: skip
     loading.add_argument("--corrupt", choices=CHOICES["corrupt"], help="replace an image that cannot be decoded by another one, "
                          "or stop (default: %(default)s)")  # fmt: skip
-    loading.add_argument("--engine", help=f"what decodes and augments: {', '.join(('auto', *ENGINES))} (default: %(default)s)")
+    loading.add_argument("--engine", help=f"what decodes and augments: {', '.join(ENGINES)}, or auto for the fastest one on this "
+                         "machine (default: %(default)s)")  # fmt: skip
     loading.add_argument("-j", "--threads", "--workers", type=positive, help="decoding threads per process (default: as found by "
-                         "profile_pipeline.py --tune, else this process's share of the cores)")  # fmt: skip
-    loading.add_argument("--prefetch", type=positive, help="batches to prepare ahead (default: as found by profile_pipeline.py "
-                         "--tune, else 2)")  # fmt: skip
+                         "profile_pipeline.py --tune, otherwise this process's share of the cores)")  # fmt: skip
+    loading.add_argument("--prefetch", type=positive, help="batches to prefetch (default: as found by profile_pipeline.py "
+                         "--tune, otherwise 2)")  # fmt: skip
     add_cache_flags(loading)
 
 
 def _add_records(parse: Parser) -> None:
     records = parse.add_argument_group("validation, checkpoints and logging")
-    records.add_argument("--eval-every", type=positive, help="epochs between validations; there is always one at the end "
+    records.add_argument("--eval-every", type=positive, help="epochs between validations; the run always ends with one "
                          "(default: %(default)s)")  # fmt: skip
     records.add_argument("--log-every", type=positive, help="steps between rows of metrics.csv (default: %(default)s)")
-    records.add_argument("--checkpoint-every", type=positive, help="steps between checkpoints within an epoch (default: "
-                         "%(default)s)")  # fmt: skip
-    records.add_argument("--trackers", nargs="+", metavar="NAME", help="trackers of Accelerate to log to, beside metrics.csv: "
-                         "tensorboard, wandb, trackio, ..., or none (default: tensorboard)")  # fmt: skip
+    records.add_argument("--checkpoint-every", type=positive, help="steps between checkpoints within an epoch; there is always "
+                         "one at its end (default: %(default)s)")  # fmt: skip
+    records.add_argument("--trackers", nargs="+", metavar="NAME", help="experiment trackers of Accelerate that also receive the "
+                         "metrics: tensorboard, wandb, trackio, ..., or none (default: tensorboard)")  # fmt: skip
 
 
 def parse_arguments(description: str | None, given: Sequence[str]) -> TrainOptions:
-    """Options from the command line and from the recipe that it names. The command line overrides the recipe."""
+    """The options given on the command line and in its recipe. The command line takes precedence."""
     parse = parser(description)
     named = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     named.add_argument("--recipe")
@@ -177,8 +187,8 @@ def recipes() -> list[str]:
 
 
 def read_recipe(name: str, parse: argparse.ArgumentParser) -> dict[str, Any]:
-    """The options in a recipe, by their flags without the leading dashes. name: one of `recipes()`, or the path of a .toml file.
-    Raises UserError.
+    """The options in a recipe: flag without the leading dashes -> value. name: one of `recipes()`, or the path of a .toml file.
+    Raises UserError for a recipe that does not exist, cannot be read or sets an unknown option.
     """
     path = Path(name) if name.endswith(".toml") else RECIPES / f"{name}.toml"
     if not path.is_file():

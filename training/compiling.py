@@ -1,4 +1,4 @@
-"""torch.compile that falls back to eager mode and says so."""
+"""torch.compile with a fallback: if compiling fails, the model trains in eager mode, and a message says why."""
 
 from __future__ import annotations
 
@@ -17,9 +17,12 @@ def compile_model(
     """The compiled model, after a trial forward and backward pass. If these fail, reports why and returns the model itself.
 
     torch.compile compiles at the first call, so only a call shows whether it works: it needs a C++ compiler on a CPU, and Triton
-    on a GPU. mode: one of MODES. inputs: of the model's forward, as in training. autocast: makes the context of the forward pass.
-    report: prints a line. The trial changes neither weights nor gradients nor BN's statistics.
+    on a GPU. The trial leaves weights, gradients and BN statistics unchanged.
+
+    mode: one of MODES. inputs: arguments of the forward pass, as in training. autocast: returns the context manager of the
+    forward pass. report: prints a line.
     """
+    report(f"torch.compile ({mode}) compiles the model; this takes one to ten minutes")
     before = [buffer.clone() for buffer in model.buffers()]
     compiled = cast(nn.Module, torch.compile(model, mode=mode))
     try:

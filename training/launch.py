@@ -1,5 +1,5 @@
 """Launcher pitfalls: commands that look parallel but are not, too few threads on a CPU, processes that outlive their launcher,
-and stale addresses after a restart."""
+and stale addresses in torchrun's store after a restart."""
 
 from __future__ import annotations
 
@@ -16,12 +16,15 @@ from pipeline.errors import UserError
 
 
 def cores_per_process() -> int:
-    """This process's share of the usable cores: all of them, divided by the number of processes of this launch on the machine."""
+    """This process's share of the CPU cores: the usable ones, divided by the number of training processes on the machine."""
     return max(1, len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
 
 
 def check_launch(processes: int) -> None:
-    """Raise UserError for a launch of several processes that would train independently. processes: as counted by Accelerate."""
+    """Raise UserError if several processes were requested but would train independently, or only one was started.
+
+    processes: the number of processes according to Accelerate.
+    """
     environment = os.environ
     started = int(environment.get("WORLD_SIZE", 1))
     if started > 1 and processes == 1:
@@ -42,8 +45,8 @@ def check_launch(processes: int) -> None:
 def rejoin_process_group() -> None:
     """Initialize the process group after torchrun has restarted its processes; Accelerate then uses this group.
 
-    Torchrun gives restarted processes the store of their predecessors, which still holds the addresses of these (seen in torch
-    2.13), so connecting would fail. A prefix for each restart hides the stale entries.
+    Restarted processes get the same key-value store as before. It still holds the addresses of the dead processes (seen in torch
+    2.13), so connecting would fail. A key prefix for each restart hides these stale entries.
     """
     environment = os.environ
     restarts = environment.get("TORCHELASTIC_RESTART_COUNT", "0")
@@ -58,8 +61,8 @@ def rejoin_process_group() -> None:
 
 
 def terminate_with_launcher() -> None:
-    """Under `accelerate launch` with one process: receive SIGTERM when the launcher ends. The launcher does not forward its own
-    SIGTERM, so training would continue as an orphan and occupy its GPU.
+    """Under `accelerate launch` with one process: receive SIGTERM when the launcher ends. The launcher does not forward the
+    SIGTERM that it receives, so training would continue as an orphan process and occupy its GPU.
     """
     launcher = psutil.Process().parent()
     if sys.platform == "linux" and launcher is not None and _is_accelerate(launcher):

@@ -1,4 +1,4 @@
-"""The training step: a model and its optimizer, with mixup and CutMix, stochastic depth and weight averaging."""
+"""The training step: forward and backward pass and update, with mixup, CutMix, stochastic depth and weight averaging."""
 
 from __future__ import annotations
 
@@ -25,8 +25,10 @@ from training.uniforms import Stream, uniforms
 
 
 class Learner:
-    """model: the bare module, which holds the weights. prepared: the same, compiled and wrapped by Accelerate, for training.
-    eval_model: what is validated and saved, which is the model or the moving average of its weights.
+    """A model and its optimizer.
+
+    model: the unwrapped module, which holds the weights. prepared: the same module, compiled and wrapped by Accelerate, for
+    training. eval_model: the module that is validated and saved: `model`, or the moving average of its weights.
     """
 
     def __init__(self, options: TrainOptions, accelerator: Accelerator, loader: Loader) -> None:
@@ -43,7 +45,10 @@ class Learner:
         self.average: WeightEMA | None = None
 
     def prepare(self, loader: Loader, saved: dict[str, Any] | None) -> None:
-        """Prepare to train from the model's present weights. saved: the rest of a checkpoint, from `state_dict`."""
+        """Create the optimizer and the moving average, and compile and wrap the model, which must hold its weights already.
+
+        saved: the `state_dict` of a checkpoint to continue from.
+        """
         options, accelerator = self.options, self.accelerator
         if options.ema is not None:
             self.average = WeightEMA(self.model, options.ema)
@@ -65,7 +70,7 @@ class Learner:
                 accelerator.scaler.load_state_dict(saved["scaler"])
 
     def _example_inputs(self, loader: Loader) -> list[torch.Tensor]:
-        """Inputs of one forward pass in training, of the present epoch's image size."""
+        """Inputs of one forward pass in training, with the image size of the current epoch."""
         options, device = self.options, self.accelerator.device
         count = options.batch_size // self.accelerator.num_processes // options.accumulate
         side = loader.spec.size_at(loader.epoch)
@@ -78,7 +83,7 @@ class Learner:
         return self.model if self.average is None else self.average.model
 
     def state_dict(self) -> dict[str, Any]:
-        """What a checkpoint holds beside the weights of `eval_model`: tensors and plain values."""
+        """The state that a checkpoint holds in addition to the weights of `eval_model`: tensors and plain values."""
         scaler = self.accelerator.scaler
         state = {"optimizer": self.optimizer.state_dict(), "scaler": scaler.state_dict() if scaler else None}
         if self.average is not None:
@@ -86,10 +91,10 @@ class Learner:
         return state
 
     def step(self, batch: Batch, epoch: int, start: int, rate: float) -> tuple[torch.Tensor, torch.Tensor]:
-        """One update at a learning rate, from this rank's part of a global batch. Returns this rank's mean loss and top-1 share,
-        each (), on the device.
+        """One optimizer step on a global batch. Returns this rank's mean loss and top-1 accuracy, scalar tensors on the device.
 
-        epoch, start: the position of the global batch's first image.
+        batch: this rank's part of the global batch. epoch, start: the position of the global batch's first image. rate: the
+        learning rate.
         """
         for group in self.optimizer.param_groups:
             group["lr"] = rate
@@ -105,7 +110,7 @@ class Learner:
             shares = share.chunk(parts)
         mean, top1 = torch.zeros(2, device=images.device)
         for part, targets, share_of_part, drop in zip(images.chunk(parts), labels.chunk(parts), shares, drops, strict=True):
-            with self.accelerator.accumulate(self.prepared):  # all-reduces in the last part only
+            with self.accelerator.accumulate(self.prepared):  # gradients are all-reduced in the last part only
                 logits = self.prepared(part, *drop)
                 loss = self._loss(logits, targets, share_of_part)
                 self.accelerator.backward(loss)  # divides by the number of parts

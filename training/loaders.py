@@ -1,4 +1,4 @@
-"""The loaders of a run, as its options describe them."""
+"""The training and the validation loader of a run, made from its options."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from pipeline.store.shards import Manifest
 from training.options import TrainOptions, make_sizes
 from training.tuned import with_tuned
 
-# The options of tools/profile_pipeline.py that decide throughput.
+# The options that affect throughput; tools/profile_pipeline.py has them, too.
 PROFILED = ("batch_size", "image_size", "geometry", "scale", "order", "engine", "threads", "prefetch", "cache", "cache_gb")
 
 
@@ -50,12 +50,12 @@ def open_loaders(options: TrainOptions, accelerator: Accelerator) -> tuple[Loade
     )
     spec = with_tuned(spec, options.threads, options.prefetch)
     if options.schedule == "plateau" and "val" not in splits:
-        raise UserError(f"{options.data}: has no split val, whose error `schedule` plateau needs", "choose another schedule")
+        raise UserError(f"{options.data}: has no split val, but `schedule` plateau needs validation", "choose another schedule")
     return open_loader(spec), open_loader(eval_spec(options, spec)) if "val" in splits else None
 
 
 def eval_spec(options: TrainOptions, spec: LoaderSpec) -> LoaderSpec:
-    """What validation loads: the central crop of `eval_size`, and its mirror image if `flip_test` is set."""
+    """The spec of the validation loader: the central crop of `eval_size`, and its mirror image if `flip_test` is set."""
     spec = spec.evaluation()
     geometry = spec.geometry
     assert isinstance(geometry, CentreCrop)
@@ -71,7 +71,8 @@ def model_config_of(options: TrainOptions, loader: Loader) -> ModelConfig:
     geometry, size = spec.geometry, spec.final_size
     assert isinstance(geometry, CentreCrop)
     normalization = loader.normalization_at((size, size))
-    return ModelConfig(options.arch, loader.classes, size, geometry.short, normalization.mean, normalization.std)
+    names = loader.shards.manifest.class_names
+    return ModelConfig(options.arch, loader.classes, size, geometry.short, normalization.mean, normalization.std, names)
 
 
 def profile_command(options: TrainOptions, precision: str) -> str:

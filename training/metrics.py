@@ -1,4 +1,4 @@
-"""Metrics of a run: measured over each log interval, written to RUN/metrics.csv."""
+"""The metrics of a run, measured over each log interval and written to RUN/metrics.csv."""
 
 from __future__ import annotations
 
@@ -19,8 +19,10 @@ COLUMNS = (
 
 
 class Clock:
-    """Timestamps as a device sees them. The host runs ahead of a GPU, so its own wait for a batch costs nothing while the GPU is
-    still busy. On a GPU a timestamp is therefore an event in the current stream, reached once all earlier work has finished.
+    """Timestamps on the timeline of a device.
+
+    The host runs ahead of a GPU. If the host waits for a batch while the GPU is still busy, the wait costs no time. On a GPU, a
+    timestamp is therefore a CUDA event in the current stream, which is reached once all earlier work has finished.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -43,11 +45,11 @@ class Clock:
 
 
 class Meter:
-    """Mean loss and top-1 share, throughput and data wait of the steps since construction or since the last `read`. Adding a step
+    """Mean loss, top-1 accuracy, throughput and data wait of the steps since construction or since the last `read`. Adding a step
     does not synchronize with the device."""
 
     def __init__(self, device: torch.device) -> None:
-        self._sums = torch.zeros(2, device=device)  # of losses and of top-1 shares
+        self._sums = torch.zeros(2, device=device)  # of losses and of top-1 accuracies
         self._clock = Clock(device)
         self._start()
 
@@ -68,14 +70,15 @@ class Meter:
             yield batch
 
     def add(self, loss: torch.Tensor, top1: torch.Tensor) -> None:
-        """Add a step: its mean loss and the share of its images that were classified correctly, () each, on the device."""
+        """Add a step's mean loss and top-1 accuracy (0..1), scalar tensors on the device."""
         self._sums += torch.stack((loss, top1))
         self._steps += 1
 
     def read(self, batch_size: int, gather: Callable[[torch.Tensor], torch.Tensor]) -> dict[str, float]:
-        """Return train_loss, train_top1 (0..1), images_per_s and wait_share (0..1), and reset. batch_size: global. gather: stacks
-        a tensor over all ranks. Loss and top-1 are means over ranks. The wait share is the maximum over ranks, as all ranks wait
-        for the slowest one."""
+        """Return train_loss, train_top1 (0..1), images_per_s and wait_share (0..1), and reset. Loss and top-1 are means over
+        ranks. The wait share is the maximum over ranks, because all ranks wait for the slowest one.
+
+        batch_size: global. gather: concatenates a tensor of all ranks."""
         loss, top1 = (gather(self._sums).view(-1, 2).mean(0) / self._steps).tolist()
         elapsed = time.perf_counter() - self._began
         waited = sum(self._clock.seconds(*wait) for wait in self._waits)
@@ -98,19 +101,19 @@ class NonFiniteLoss:
         self._first = torch.full((), self._NEVER, dtype=torch.int64, device=device)
 
     def add(self, step: int, loss: torch.Tensor) -> None:
-        """Add a step's loss: (), on the device."""
+        """Add a step's loss, a scalar tensor on the device."""
         self._first = torch.where(torch.isfinite(loss), self._first, self._first.clamp(max=step))
 
     def read(self, gather: Callable[[torch.Tensor], torch.Tensor]) -> int | None:
-        """The first such step on any rank, None if there was none. gather: stacks a tensor over all ranks."""
+        """The first such step on any rank, None if there was none. gather: concatenates a tensor of all ranks."""
         first = int(gather(self._first).min())
         return None if first == self._NEVER else first
 
 
 class MetricsFile:
-    """RUN/metrics.csv: a row per log interval and per validation. A cell is empty if the row has no such metric.
+    """RUN/metrics.csv: one row per log interval and one per validation. A metric that a row does not have is an empty cell.
 
-    Opening it at step n drops the rows after n, which a killed run has written after its last checkpoint.
+    When a run resumes at step n, the rows after step n are dropped: a killed run wrote them after its last checkpoint.
     """
 
     def __init__(self, path: Path, step: int) -> None:
@@ -129,6 +132,6 @@ class MetricsFile:
 
 
 def read_metrics(path: Path) -> list[dict[str, str]]:
-    """The rows, as text, without a last line that was truncated by a kill."""
+    """The rows as text. A last line that is incomplete, because the run was killed, is dropped."""
     with path.open(newline="") as stream:
         return [row for row in csv.DictReader(stream) if row["step"] and None not in row.values()]

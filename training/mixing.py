@@ -1,7 +1,7 @@
-"""Mixup and CutMix as pure functions: what is mixed depends only on (seed, epoch, position in the epoch).
+"""Mixup and CutMix as pure functions: the mixture depends only on (seed, epoch, position in the epoch).
 
-The image at an even position of the epoch and the next one form a pair, and each is mixed with the other. Pairs are never split
-between ranks or parts of a batch, so the mixed images are the same for any number of these, and after any restart.
+Each image at an even position of the epoch forms a pair with the next one, and the two are mixed with each other. Pairs are never
+split between ranks or parts of a batch, so the mixed images do not depend on the number of ranks or parts, nor on restarts.
 
 Sources:
 - Mixup, a x + (1 - a) y with a ~ Beta(alpha, alpha): Zhang, Cisse, Dauphin, Lopez-Paz 2018, "mixup: beyond empirical risk
@@ -30,11 +30,11 @@ Floats = npt.NDArray[np.float32]
 
 
 class Mixes(NamedTuple):
-    """How each of N images is mixed with the other one of its pair.
+    """How each of N images is mixed with the other image of its pair.
 
-    share: float32 (N,), the image's own share in the mixed image, and so its label's weight (lambda in the papers). opacity:
-    float32 (N,), the image's own weight outside of the box: 1 in CutMix, `share` in mixup. boxes: float32 (N, 4), top, left,
-    bottom, right in whole pixels, where the other image is pasted; empty in mixup.
+    share: float32 (N,), the image's own share of the mixed image, which is also the weight of its label (lambda in the papers).
+    opacity: float32 (N,), the image's own weight outside of the box: 1 in CutMix, `share` in mixup. boxes: float32 (N, 4), the
+    box in which the other image is pasted: top, left, bottom, right in whole pixels; empty in mixup.
     """
 
     share: Floats
@@ -43,7 +43,7 @@ class Mixes(NamedTuple):
 
 
 class Mixing:
-    """Draws mixup or CutMix for each pair; if both are on, either with equal probability."""
+    """Draws the parameters of mixup or CutMix for each pair. If both are on, each has probability 1/2."""
 
     def __init__(self, mixup: float, cutmix: float, seed: int, batch_size: int, processes: int = 1, accumulate: int = 1) -> None:
         """mixup, cutmix: their alphas, 0 for off. batch_size: global. Raises UserError if a rank or part would split a pair."""

@@ -1,11 +1,11 @@
-"""Optimizers: SGD as in He et al. 2015, LARS for large batches, and the choice of parameters with weight decay.
+"""Optimizers: SGD as in He et al. 2015, LARS for large batches, and the parameter groups with and without weight decay.
 
 Sources:
 - SGD with momentum 0.9 and weight decay 0.0001 of all parameters: He et al. 2015, section 3.4.
-- No weight decay of BN's parameters and of biases, and learning rates in proportion to the batch size: He, Zhang, et al. 2019,
-  "Bag of tricks for image classification", section 3.1; Goyal et al. 2017, "Accurate, large minibatch SGD", sections 2.1 and 5.1.
-- LARS: You, Gitman, Ginsburg 2017, "Large batch training of convolutional networks" (arXiv 1708.03888), Algorithm 1. None of the
-  dependencies has it.
+- No weight decay for BN parameters and biases, and the linear scaling rule for learning rates: He, Zhang, et al. 2019, "Bag of
+  tricks for image classification", section 3.1; Goyal et al. 2017, "Accurate, large minibatch SGD", sections 2.1 and 5.1.
+- LARS: You, Gitman, Ginsburg 2017, "Large batch training of convolutional networks" (arXiv 1708.03888), Algorithm 1. It is
+  implemented here because no dependency provides it.
 """
 
 from __future__ import annotations
@@ -27,15 +27,16 @@ Group = dict[str, Any]
 
 
 def scaled_rate(lr: float, batch_size: int) -> float:
-    """The learning rate for a global batch, in proportion to `lr`, which is for REFERENCE_BATCH images."""
+    """The learning rate for a global batch, by the linear scaling rule. lr: the rate for REFERENCE_BATCH images."""
     return lr * batch_size / REFERENCE_BATCH
 
 
 def parameter_groups(model: nn.Module, weight_decay: float, norm_and_bias: bool) -> list[Group]:
-    """Parameter groups for an optimizer. norm_and_bias: whether BN's parameters and biases, which are all vectors, decay, too.
+    """Parameter groups for an optimizer. norm_and_bias: whether weight decay also applies to BN parameters and biases, which are
+    all vectors.
 
-    If so there is one group, else two: weights, and vectors without decay. Both are in the order of `model.parameters()`, as an
-    optimizer's state goes by position.
+    If it does, there is one group. Otherwise there are two: weights with decay, and vectors without. Each group keeps the order
+    of `model.parameters()`, because an optimizer's state refers to parameters by position.
     """
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     if norm_and_bias:
@@ -62,31 +63,33 @@ def make_optimizer(
 def load_state(optimizer: torch.optim.Optimizer, saved: dict[str, Any]) -> None:
     """Load the momentum from a checkpoint. saved: the state_dict of the optimizer there.
 
-    The learning rate, the weight decay and the choice of kernels are kept: torch's load_state_dict would take the checkpoint's,
-    which may come from another machine. Raises UserError for a checkpoint of another optimizer or of other groups.
+    The optimizer keeps its learning rate, weight decay and choice of kernels. torch's load_state_dict would replace them by those
+    of the checkpoint, which may come from another machine. Raises UserError for a checkpoint of another optimizer or of other
+    parameter groups.
     """
     current = [{key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups]
     if ["trust" in group for group in current] != ["trust" in group for group in saved["param_groups"]]:
         raise UserError(
-            "the checkpoint is of another optimizer, or of another choice of parameters with weight decay", "resume with the same"
+            "the checkpoint was saved with another optimizer, or with weight decay on other parameters",
+            "resume with the same options",
         )
     try:
         optimizer.load_state_dict(saved)
     except ValueError as error:
-        raise UserError(f"the checkpoint's optimizer is of another model ({error})", "resume with the same options") from error
+        raise UserError(f"the checkpoint belongs to another model ({error})", "resume with the same options") from error
     for group, options in zip(optimizer.param_groups, current, strict=True):
         group.update(options)
 
 
 class LARS(torch.optim.Optimizer):
-    """Layer-wise adaptive rate scaling, Algorithm 1 of You et al. 2017. For a layer's weights w and gradient g, at the rate lr:
+    """Layer-wise adaptive rate scaling, Algorithm 1 of You et al. 2017. For a layer's weights w, gradient g and learning rate lr:
 
         local = trust * |w| / (|g| + weight_decay * |w|)
         v = momentum * v + lr * local * (g + weight_decay * w);    w = w - v
 
-    The rate is part of v, unlike in torch's SGD, which matters when the rate changes. Vectors (BN's parameters and biases) have
-    local = 1, and so do weights that are all zero, which would otherwise never change. Gradients must be unscaled, as
-    torch.amp.GradScaler and Accelerate leave them, and averaged over processes, as in DDP.
+    Unlike in torch's SGD, lr is part of v, which matters when lr changes. local is 1 for vectors (BN parameters and biases), and
+    for weights that are all zero, which would otherwise never change. Gradients must be unscaled, as torch.amp.GradScaler and
+    Accelerate leave them, and averaged over processes, as in DDP.
     """
 
     def __init__(

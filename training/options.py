@@ -1,4 +1,4 @@
-"""The options of a training run, and the learning rates and image sizes that follow from them."""
+"""The options of a training run, and the schedules of learning rate and image size that they define."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from training.schedule import MILESTONES, PATIENCE, SCHEDULES, Schedule, image_s
 from training.trackers import check_trackers
 
 DEFAULT_EPOCHS = 90
-RAMP = (0.3, 0.7)  # shares of the way from the first epoch to the last
+RAMP = (0.3, 0.7)  # fractions of the way from the first epoch to the last
 
 CHOICES: dict[str, tuple[str, ...]] = {
     "resume": ("last", "auto"),
@@ -39,8 +39,8 @@ POSITIVE = (
 class TrainOptions:
     """The options of a training run. `train.py --help` describes each of them.
 
-    Completed on construction: either `epochs` or `iterations` is set, and `arch` ends in _blur if `blurpool` is set. Raises
-    UserError for a value out of range and for options that contradict each other.
+    The constructor completes them: either `epochs` or `iterations` is set, and `arch` ends in _blur if `blurpool` is set. It
+    raises UserError for a value out of range and for options that contradict each other.
     """
 
     recipe: str | None = None
@@ -113,13 +113,13 @@ class TrainOptions:
                 raise UserError(f"`{name}` must be one of {', '.join(choices)}, not {value!r}")
         self._complete_arch()
         if self.epochs and self.iterations:
-            raise UserError("`epochs` and `iterations` both give the length of the run", "leave one out")
+            raise UserError("`epochs` and `iterations` both set the length of the run", "leave one out")
         if self.epochs is None and self.iterations is None:
             object.__setattr__(self, "epochs", DEFAULT_EPOCHS)
         self._check_optimization()
         self._check_regularization()
         if self.ramp and not self.start_size:
-            raise UserError("`ramp` needs `start_size`", "give that, or leave `ramp` out")
+            raise UserError("`ramp` needs `start_size`", "set `start_size`, or leave `ramp` out")
         check_trackers(self.trackers)
 
     def _complete_arch(self) -> None:
@@ -135,7 +135,9 @@ class TrainOptions:
     def _check_optimization(self) -> None:
         length, unit = self.iterations or self.epochs or 0, "iterations" if self.iterations else "epochs"
         if self.lr <= 0 or self.weight_decay < 0 or not 0 <= self.momentum < 1 or self.alpha_std < 0:
-            raise UserError("`lr` must be positive, `weight_decay` and `alpha_std` not negative, `momentum` in [0, 1)")
+            raise UserError(
+                "`lr` must be positive, `weight_decay` and `alpha_std` must not be negative, and `momentum` must lie in [0, 1)"
+            )
         if not 0 <= self.warmup < length or (self.warmup_lr is not None and self.warmup_lr <= 0):
             raise UserError(
                 f"`warmup` {self.warmup:g} must be shorter than the run's {length} {unit}, and `warmup_lr` must be positive"

@@ -1,4 +1,4 @@
-"""What is recorded so that a result can be trusted and a run repeated: commit, versions, hardware and environment."""
+"""The provenance of a result: the commit, versions, hardware and environment variables of its run."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def hardware() -> str:
 @cache
 def commit() -> str:
     """The checkout's commit, with a + if tracked files have changed; "unknown" outside git. Cached at the first call, so that
-    rows which a program writes to a tracked file do not count as a change.
+    results which a program then writes to a tracked file do not count as a change.
     """
     try:
         found = subprocess.run(

@@ -1,4 +1,4 @@
-"""The folder of a run, and its config.json: what was run, with which versions, on which machine and data.
+"""The folder of a run and its config.json, which records options, versions, hardware and data.
 
 RUN/ holds config.json, metrics.csv, tensorboard/, checkpoints/{last,best} and, at the end, model.safetensors.
 """
@@ -24,7 +24,7 @@ from training.provenance import commit, environment, hardware, versions
 
 
 def check_output(resume: str | None, output: Path) -> bool:
-    """Whether to continue from the checkpoint in `output`: yes with `resume`, and after torchrun has restarted its processes.
+    """Whether to continue from the checkpoint in `output`: with `resume`, and after torchrun has restarted its processes.
 
     resume: TrainOptions.resume. Raises UserError if there is nothing to resume from, or if a new run would overwrite something.
     """
@@ -34,7 +34,7 @@ def check_output(resume: str | None, output: Path) -> bool:
         if last.exists():
             return True
         if resume == "last" and not restarted:
-            raise UserError(f"{last}: no checkpoint to resume from", "start without `resume`")
+            raise UserError(f"{last}: there is no checkpoint to resume from", "start without `resume`")
     died_early = (restarted or resume == "auto") and (output / "config.json").exists()  # before its first checkpoint
     if output.exists() and any(output.iterdir()) and not died_early:
         raise UserError(f"{output}: exists already", "continue it with `resume`, or give another `output`")

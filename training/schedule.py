@@ -7,11 +7,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 FACTOR = 0.1  # He et al. 2015, section 3.4: "divided by 10"
-MILESTONES = (1 / 3, 2 / 3)  # shares of the run: epochs 30 and 60 of 90
+MILESTONES = (1 / 3, 2 / 3)  # fractions of the run: epochs 30 and 60 of 90
 PATIENCE = 3
 THRESHOLD = 1e-4  # relative improvement that counts as a new minimum, as in torch's ReduceLROnPlateau
 
-SIZE_STEP = 16  # pixels that progressive resizing adds at once
+SIZE_STEP = 16  # pixels; progressive resizing grows the image by multiples of this
 
 SCHEDULES = ("step", "plateau", "cosine", "linear")
 
@@ -20,10 +20,10 @@ SCHEDULES = ("step", "plateau", "cosine", "linear")
 class Schedule:
     """The learning rate of every step of a run.
 
-    kind: "step" divides the rate by 10 at `milestones`, "plateau" when the validation error stops falling (see `plateaus`);
-    "cosine" and "linear" fall from `base` to 0. base: the rate after warm-up. steps: of the whole run. milestones, warmup: in
-    steps. warmup_lr: a constant rate during warm-up (He et al. 2015, section 4.2, for ResNet-110); by default the rate rises
-    linearly from 0. patience: of "plateau", in validations.
+    kind: "step" divides the rate by 10 at `milestones`; "plateau" divides it by 10 when the validation error stops falling (see
+    `plateaus`); "cosine" and "linear" decay from `base` to 0. base: the rate after warm-up. steps: number of steps of the run.
+    milestones, warmup: in steps. warmup_lr: a constant rate during warm-up (He et al. 2015, section 4.2, for ResNet-110); by
+    default the rate rises linearly from 0. patience: of "plateau", in validations.
     """
 
     kind: str
@@ -52,8 +52,8 @@ class Schedule:
 
 
 def plateaus(errors: Sequence[float], patience: int) -> int:
-    """The number of plateaus: of times that more than `patience` validations in a row had no new minimum. The count restarts
-    after each plateau. The same as in torch.optim.lr_scheduler.ReduceLROnPlateau, but computed from the whole history.
+    """The number of plateaus so far. A plateau is reached when more than `patience` validations in a row bring no new minimum;
+    then their count restarts. The same rule as torch.optim.lr_scheduler.ReduceLROnPlateau, computed from the whole history.
     """
     count, waited, lowest = 0, 0, math.inf
     for error in errors:

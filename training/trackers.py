@@ -1,4 +1,4 @@
-"""Trackers that metrics go to beside metrics.csv: those of Accelerate, by name."""
+"""Experiment trackers (TensorBoard, W&B, ...), which receive the metrics in addition to metrics.csv, through Accelerate."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from accelerate.tracking import LOGGER_TYPE_TO_CLASS, GeneralTracker, TensorBoar
 
 from pipeline.errors import UserError
 
-PROJECT = "cropfeed"  # the name for trackers with projects
+PROJECT = "cropfeed"  # the project's name in trackers that have projects
 
 
 def check_trackers(names: Sequence[str]) -> None:
@@ -25,7 +25,7 @@ def check_trackers(names: Sequence[str]) -> None:
 
 
 def make_trackers(names: Sequence[str], output: Path, step: int) -> list[str | GeneralTracker]:
-    """The trackers, as Accelerator's log_with takes them. TensorBoard writes to `output`/tensorboard and hides what a killed run
+    """The trackers, in the form of Accelerator's log_with. TensorBoard writes to `output`/tensorboard and hides what a killed run
     wrote there after `step`.
     """
     board = TensorBoardTracker("tensorboard", output, purge_step=step)
@@ -33,10 +33,10 @@ def make_trackers(names: Sequence[str], output: Path, step: int) -> list[str | G
 
 
 def start_trackers(accelerator: Accelerator, config: dict[str, Any], output: Path, run_id: str, step: int) -> None:
-    """Start the trackers and store the run's options in each but TensorBoard, which has config.json beside it.
+    """Start the trackers and store the run's options in them (not in TensorBoard, because config.json lies beside its files).
 
-    The run is named after its folder, `output`, where W&B's files go, too. A run that continues at a `step` continues as the same
-    run in W&B (found by `run_id`) and in Trackio (by its name).
+    The run is named after its folder, `output`, to which W&B also writes its files. If `step` is above 0, W&B continues the run
+    with the same `run_id`, and Trackio the run with the same name.
     """
     named = {
         "wandb": {"name": output.name, "dir": str(output), "id": run_id, "resume": "allow"},

@@ -1,4 +1,4 @@
-"""The best number of threads and prefetch depth, as found by `tools/profile_pipeline.py --tune`, stored for train.py.
+"""Tuned settings: the number of threads and the prefetch depth that `tools/profile_pipeline.py --tune` found, for train.py.
 
 They are stored in one JSON file per user, with an entry for each combination of machine, data set, engine, device and number of
 cores. $CROPFEED_TUNED names the file; the default is ~/.config/cropfeed/tuned.json ($XDG_CONFIG_HOME). Entries are only hints: an
@@ -67,8 +67,8 @@ def save(spec: LoaderSpec, threads: int, prefetch: int, images_per_s: float) -> 
 
 
 def with_tuned(spec: LoaderSpec, threads: int | None, prefetch: int | None) -> LoaderSpec:
-    """The spec with the given threads and prefetch depth. For None: the tuned value; if there is none, this process's share of
-    the cores and the default depth.
+    """The spec with the given threads and prefetch depth. None stands for the tuned value or, without one, for this process's
+    share of the cores and the default depth.
     """
     found = load(spec) if threads is None or prefetch is None else None
     best_threads, best_prefetch = found or (cores_per_process(), spec.prefetch)

@@ -1,4 +1,4 @@
-"""Random numbers of the training step, a pure function of (seed, epoch, position in the epoch) and their purpose.
+"""Random numbers of the training step, as a pure function of (seed, purpose, epoch, position in the epoch).
 
 They come from NumPy's Philox (Salmon et al. 2011). The key is (seed, stream), the counter (position, epoch). The draws of the
 augmentation, which depend on the sample, are in `pipeline.plan.sampling`.
@@ -13,7 +13,7 @@ import numpy.typing as npt
 
 
 class Stream(Enum):
-    """The purpose of the numbers: the second word of the key, in ASCII."""
+    """The purpose of the random numbers. Its value, an ASCII word, is the second word of Philox's key."""
 
     MIX = int.from_bytes(b"mixi")
     DROP = int.from_bytes(b"drop")

@@ -1,6 +1,12 @@
 """From labelled images to shards.
 
-`sources` and `tars` list the images to convert, `conversion` divides them into shard tasks (`task`), and `run` runs these on this
-machine or on Ray. `images` decides how an image is stored, `statistics` computes the mean image and the colour covariance, and
-`report` says what was found. `beton` writes FFCV files, `verify` re-reads everything. `make` puts it all together.
+- `make`: `make_shards`, a whole conversion, and its options.
+- `sources`, `tars`, `names`: list the images to convert, their labels and the names of their classes.
+- `conversion`: divides them into shard tasks; resumes and completes a conversion.
+- `task`, `run`: make one shard; run many tasks on this machine or on Ray.
+- `images`: checks an image and converts it to its stored form.
+- `statistics`: the mean image and the RGB covariance of training crops.
+- `report`: report.json, with unusable images, duplicates and other findings.
+- `beton`: writes FFCV's .beton files.
+- `verify`: re-reads every byte of a data set.
 """

@@ -4,11 +4,12 @@ A beton (https://docs.ffcv.io/file_format.html; `ffcv.types` has the records) is
 record per sample, pages of data, and an allocation table. Files written here have two fields, as in ffcv-imagenet: `image`
 (RGBImageField) and `label` (IntField). Sample i of the file is sample i of the split.
 
-FFCV's DatasetWriter hangs once a sample raises or a worker dies, leaves a readable but incomplete file after a crash, and orders
-pages by the race of its workers. So only its parts are used here. Worker processes run the stock field's `encode` into memory;
-one process allocates and writes, in the split's order. The same split and options give the same bytes for any number of workers:
-those of DatasetWriter with one worker. Speed relative to DatasetWriter in the same run (400 full-size ImageNet images, 2 busy x86
-cores, verification included): jpg 0.9 to 1.3, raw 0.6 to 0.8; "region" writes 700 images/s.
+FFCV's DatasetWriter hangs if a sample raises or a worker dies. After a crash it leaves a readable but incomplete file. And the
+order of its pages depends on the timing of its workers. So only parts of it are used here. Worker processes encode images in
+memory with the stock field's `encode`; one process allocates and writes, in the split's order. The same split and options give
+the same bytes with any number of workers: those of DatasetWriter with one worker. Speed relative to DatasetWriter in the same run
+(400 full-size ImageNet images, 2 busy x86 cores, verification included): jpg 0.9 to 1.3, raw 0.6 to 0.8; "region" writes 700
+images/s.
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ from PIL import Image
 
 from ..engines.ffcv_field import StoredImage, region_field, store_encoded
 from ..errors import UserError, install_command
+from ..progress import announce_if_slow, progress_bar
 from ..store.files import atomic_write, sha256
 from ..store.shards import ShardSet
 
@@ -47,10 +49,11 @@ Sizes = npt.NDArray[np.int64]
 class BetonSettings:
     """How an FFCV file stores images; part of the manifest.
 
-    mode: "region" stores the bytes of the shards' JPEGs unchanged; stock FFCV decodes them as a whole, `engines.ffcv_field` at
-    the crop. The other modes are those of FFCV's RGBImageField, from the RGB pixels that Pillow decodes: "jpg" (re-encoded at
-    `quality`), "raw" (pixels), "proportion" (that fraction as jpg, drawn per sample, the rest raw). max_resolution: longest side
-    in pixels, larger images are shrunk; not for "region". Raises UserError for an unknown mode.
+    mode: "region" stores the bytes of the shards' JPEGs unchanged. Stock FFCV decodes them as a whole, `engines.ffcv_field` only
+    the crop. The other modes are those of FFCV's RGBImageField, applied to the RGB pixels that Pillow decodes: "jpg" (re-encoded
+    with `quality`), "raw" (pixels), "proportion" (the fraction `proportion` of the images, drawn per sample, as jpg, the others
+    raw). max_resolution: larger images are shrunk to this longest side, pixels; not for "region". Raises UserError for an unknown
+    mode.
     """
 
     mode: str = "region"
@@ -72,9 +75,8 @@ def write_beton(
 ) -> str:
     """Write a split as a .beton file and verify it; return the SHA-256 of the file. The write is atomic.
 
-    workers: processes; "region", which encodes nothing, needs none. progress: called with the number of newly written samples.
-
-    Raises UserError, which names the image, if one cannot be stored, and for a full disk or a killed worker.
+    workers: number of processes; "region" encodes nothing and uses none. progress: called with the number of newly written
+    samples. Raises UserError if an image cannot be stored (the message names it), the disk is full, or a worker was killed.
     """
     if not len(shards):
         raise UserError(f"{path}: the split has no samples")
@@ -83,8 +85,8 @@ def write_beton(
         try:
             with _encoded(shards, settings, workers) as images:
                 checksums = _write(scratch, shards, settings, images, progress)
-            _verify(scratch, shards, settings, checksums)
-            return sha256(str(scratch))
+            _verify(scratch, path.name, shards, settings, checksums)
+            return sha256(str(scratch), f"SHA-256 of {path.name}")
         except OSError as error:
             raise UserError(f"{path}: cannot be written ({error.strerror or error})") from error
 
@@ -92,7 +94,8 @@ def write_beton(
 def require_ffcv() -> None:
     """Import FFCV, which takes seconds. Raises UserError if that fails."""
     try:
-        import ffcv.writer  # noqa: F401
+        with announce_if_slow("importing FFCV, which takes about 10 seconds"):
+            import ffcv.writer  # noqa: F401
     except ImportError as error:
         raise UserError(f"FFCV is not installed ({error})", f"install it: {_INSTALL}") from error
 
@@ -102,11 +105,11 @@ def require_ffcv() -> None:
 
 @contextmanager
 def _encoded(shards: ShardSet, settings: BetonSettings, workers: int) -> Iterator[Iterator[StoredImage]]:
-    """The split's encoded images in order: "region" in this process, other modes in workers, which end with the block."""
+    """The split's encoded images, in order. "region" runs in this process, other modes in workers, which end with the block."""
     if settings.mode == "region":
         yield _encode(shards, settings, range(len(shards)))
         return
-    context = multiprocessing.get_context("forkserver")  # FFCV takes 8 s to import: do it once for all workers, in the server
+    context = multiprocessing.get_context("forkserver")  # importing FFCV takes 8 s; the server does it once for all workers
     context.set_forkserver_preload(["ffcv.fields.rgb_image"])
     processes, receivers = [], []
     try:
@@ -115,7 +118,7 @@ def _encoded(shards: ShardSet, settings: BetonSettings, workers: int) -> Iterato
             process = context.Process(target=_work, args=(sender, *_origin(shards), settings, first, workers), daemon=True)
             with _without_tbb():
                 process.start()
-            sender.close()  # now only the worker holds it, so that its death ends the stream
+            sender.close()  # now only the worker has it open, so that its death closes the pipe
             processes.append(process)
             receivers.append(receiver)
         yield _received(receivers, len(shards))
@@ -128,9 +131,9 @@ def _encoded(shards: ShardSet, settings: BetonSettings, workers: int) -> Iterato
 
 @contextmanager
 def _without_tbb() -> Iterator[None]:
-    """Keep the workers' server, which starts with the first worker, from loading TBB, which OpenCV's packages may bring.
+    """Keep the fork server, which starts with the first worker, from loading TBB, which may be installed with OpenCV.
 
-    TBB has been seen to hang at the exit of a process that has forked. Workers do not use numba's threads.
+    TBB can hang at the exit of a process that has forked. Workers do not use numba's threads.
     """
     before = os.environ.get(_THREADING_LAYER)
     os.environ[_THREADING_LAYER] = "workqueue"
@@ -163,7 +166,7 @@ def _work(
 ) -> None:
     """A worker: encode chunk `first` and every `step`-th after it. It sends a list per chunk, or a UserError.
 
-    It blocks while nobody receives, and ends once nobody can: a killed parent leaves no workers behind.
+    It blocks until the parent receives, and ends when the pipe breaks: a killed parent leaves no workers behind.
     """
     import cv2
 
@@ -265,8 +268,8 @@ def _write(
 
 
 def _stored_field() -> Any:
-    """A field that stores encoded images. It is an RGBImageField, not a subclass: DatasetWriter looks up a field's type id by its
-    class, so the file says RGBImageField and stock FFCV opens it.
+    """A field that stores encoded images. It is an RGBImageField, not a subclass. DatasetWriter looks up the type id of a field
+    by its class, so the file names RGBImageField as the type, and stock FFCV opens it.
     """
     from ffcv.fields.rgb_image import RGBImageField
 
@@ -294,8 +297,8 @@ def _stored_sizes(shards: ShardSet, settings: BetonSettings) -> tuple[Sizes, Siz
     return (ratio * heights).astype(np.int64), (ratio * widths).astype(np.int64)
 
 
-def _verify(path: Path, shards: ShardSet, settings: BetonSettings, checksums: npt.NDArray[np.uint32]) -> None:
-    """Read the file with FFCV's Reader and compare every sample's label, size and data. Raises UserError."""
+def _verify(path: Path, name: str, shards: ShardSet, settings: BetonSettings, checksums: npt.NDArray[np.uint32]) -> None:
+    """Read the file with FFCV's Reader and compare every sample's label, size and data. name: for the bar. Raises UserError."""
     from ffcv.reader import Reader
 
     reader = Reader(str(path))
@@ -312,7 +315,8 @@ def _verify(path: Path, shards: ShardSet, settings: BetonSettings, checksums: np
         raise UserError(f"{path}: differs from the split after writing", "the disk may be full or faulty")
     compare = settings.mode == "region"
     content = np.memmap(path, np.uint8, "r")
-    for index, (start, size) in enumerate(zip(table["ptr"].tolist(), table["size"].tolist(), strict=True)):
+    places = list(zip(table["ptr"].tolist(), table["size"].tolist(), strict=True))
+    for index, (start, size) in enumerate(progress_bar(places, unit=" images", desc=f"verifying {name}")):
         data = content[start : start + size]
         if zlib.crc32(data.tobytes()) != checksums[index] or (compare and not np.array_equal(data, shards.read(index))):
             raise UserError(f"{path}: sample {index} differs from what was written", "the disk may be full or faulty")

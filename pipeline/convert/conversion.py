@@ -1,8 +1,8 @@
-"""A conversion: its plan, resuming it in a folder, and completing it.
+"""Plan a conversion, begin or resume it in an output folder, and complete it.
 
-During a conversion OUT has finished shards and the folder `conversion` (plan.json, one record per shard). It has no
+During a conversion, OUT has finished shards and the folder `conversion` (plan.json, one record per shard). It has no
 manifest.json, so it is not a data set yet. Once all records exist, `complete` writes samples.npy, mean_image.npy, report.json
-and, last, manifest.json, each atomically, and removes the records. All of this depends only on the listing of the source and the
+and finally manifest.json, each atomically, and removes the records. The result depends only on the source images and the
 settings.
 """
 
@@ -15,10 +15,10 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
-from tqdm import tqdm
 
 from ..errors import UserError
 from ..plan import sampling
+from ..progress import announce_if_slow, progress_bar
 from ..store import files, shards
 from . import statistics
 from .report import make_report
@@ -55,7 +55,7 @@ def plan_tasks(listing: Listing, out: str, settings: Settings, strict: bool) -> 
 
 
 def fingerprint(listing: Listing, settings: Settings) -> dict[str, Any]:
-    """Content of plan.json, and of the manifest's `conversion`. A conversion resumes another one with an equal fingerprint."""
+    """The content of plan.json, and of `conversion` in the manifest. A conversion can be resumed if the fingerprint is equal."""
     return {"version": shards.VERSION, "source": listing.fingerprint(), **asdict(settings)}
 
 
@@ -81,11 +81,11 @@ def begin(out: str, expected: dict[str, Any]) -> None:
 
 
 def complete(out: str, listing: Listing, settings: Settings, tasks: dict[str, list[ShardTask]], alone: bool) -> int:
-    """Turn the shards into a data set if all of them exist; return how many are missing. alone: see `remove_records`."""
+    """Turn the shards into a data set if all of them exist. Returns how many are missing. alone: see `remove_records`."""
     records: dict[str, list[Record]] = {}
     missing = 0
     for split, split_tasks in tasks.items():
-        found = [read_record(task) for task in split_tasks]
+        found = [read_record(task) for task in progress_bar(split_tasks, unit=" shards", desc=f"records of {split}")]
         records[split] = [record for record in found if record is not None]
         missing += len(found) - len(records[split])
     if is_complete(out):
@@ -93,7 +93,8 @@ def complete(out: str, listing: Listing, settings: Settings, tasks: dict[str, li
     if missing:
         return missing
     manifest = _manifest(out, listing, settings, records)
-    report = json.dumps(make_report(listing, settings.profile, records), indent=1).encode()
+    with announce_if_slow("looking for duplicate images, about 10 seconds for all of ImageNet"):
+        report = json.dumps(make_report(listing, settings.profile, records), indent=1).encode()
     files.write(files.join(out, "report.json"), report)
     files.write(files.join(out, "manifest.json"), json.dumps(manifest, indent=1).encode())
     remove_records(out, alone)
@@ -101,13 +102,13 @@ def complete(out: str, listing: Listing, settings: Settings, tasks: dict[str, li
 
 
 def damaged(out: str, tasks: dict[str, list[ShardTask]]) -> list[ShardTask]:
-    """The tasks of a complete data set with shards that no longer match the manifest. Reads every shard."""
+    """The tasks of those shards of a complete data set that do not match the manifest. Reads every shard."""
     splits = json.loads(files.read(files.join(out, "manifest.json")))["splits"]
     entries = {shard["file"]: shard for split in splits.values() for shard in split["shards"]}
     every = [task for split in tasks.values() for task in split]
     return [
         task
-        for task in tqdm(every, unit=" shards", desc="checking")
+        for task in progress_bar(every, unit=" shards", desc="checking")
         if task.file in entries and not is_intact(task, entries[task.file])
     ]
 
@@ -115,8 +116,8 @@ def damaged(out: str, tasks: dict[str, list[ShardTask]]) -> list[ShardTask]:
 def remove_records(out: str, alone: bool) -> None:
     """Remove the records, and the partial files of killed runs.
 
-    alone: no other job works on `out`. Otherwise partial files written to within the last hour are kept: another job may need
-    them.
+    alone: no other job works on `out`. Otherwise, partial files that were written to within the last hour are kept, as another
+    job may be writing them.
     """
     files.remove_folder(files.join(out, RECORDS))
     files.remove_partials(out, 0 if alone else 3600)
@@ -128,6 +129,8 @@ def _manifest(out: str, listing: Listing, settings: Settings, records: dict[str,
         "classes": listing.classes, "label_digits": shards.label_digits(len(listing.classes)),
         "conversion": fingerprint(listing, settings), "splits": {}, "statistics": {},
     }  # fmt: skip
+    if listing.names:
+        manifest["class_names"] = listing.names
     for split, finished in records.items():
         samples = np.concatenate([record.samples for record in finished])
         if not len(samples):

@@ -1,4 +1,4 @@
-"""Convert one image: check it, decode it once in full, and store it as the profile says.
+"""Convert one image: check it, decode it once in full, and encode it as the profile requires.
 
 | image | lossless | compact | original |
 | --- | --- | --- | --- |
@@ -11,9 +11,9 @@
 | damaged JPEG that decoders accept | re-encoded as decoded | re-encoded | unchanged |
 | 12-bit JPEG, undecodable, truncated, more than 178,956,970 pixels | left out | left out | left out |
 
-Re-encoded: for `lossless` (and `original`) quality 95, 4:4:4; for `compact` short side at most 480 (Lanczos), quality 90, 4:2:0.
-Greyscale images stay greyscale. Re-encoded images are region-addressable, too. Orientation tags are ignored, as in every
-published ImageNet result, and metadata (EXIF, XMP, ICC profiles, comments) is dropped.
+Re-encoding: for `lossless` and `original`, quality 95, 4:4:4. For `compact`, the short side is reduced to at most 480 (Lanczos),
+quality 90, 4:2:0. Grayscale images stay grayscale. Re-encoded images are region-addressable, too. Orientation tags are ignored,
+as in every published ImageNet result. Metadata (EXIF, XMP, ICC profiles, comments) is dropped.
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ from ..jpeg.transcode import transcode
 
 PROFILES = ("lossless", "compact", "original")
 MAX_PIXELS = 178_956_970  # Pillow's limit for decompression bombs
-COMPACT_SHORT = 480  # pixels: the longest short side of the scale jitter
-ENGINE_FORMATS = ("JPEG", "MPO", "PNG", "BMP", "WEBP")  # what every engine decodes; MPO is a JPEG followed by more images
+COMPACT_SHORT = 480  # pixels: the largest short side of the scale jitter
+ENGINE_FORMATS = ("JPEG", "MPO", "PNG", "BMP", "WEBP")  # decoded by every engine; MPO is a JPEG followed by more images
 
 _GREY_MODES = ("1", "L", "LA", "La", "I;16", "I;16B", "I;16L")
 
@@ -47,8 +47,8 @@ class UnreadableError(ValueError):
 class ConvertedImage(NamedTuple):
     """An image in its stored form.
 
-    data: the encoded bytes. height, width: pixels. facts: what the report counts, such as "CMYK". pixels: the decoded image, RGB,
-    uint8 (height, width, 3) or a Pillow image of any mode.
+    data: the encoded bytes. height, width: pixels. facts: findings for the report, such as "CMYK". pixels: the decoded image, RGB
+    uint8 (height, width, 3), or a Pillow image of any mode.
     """
 
     data: bytes
@@ -59,8 +59,8 @@ class ConvertedImage(NamedTuple):
 
 
 def convert_image(data: bytes, profile: str) -> ConvertedImage:
-    """Decode `data` in full and convert it as the profile says. Raises UnreadableError."""
-    if profile == "lossless" and not _has_metadata(data):  # most of ImageNet: there are no facts to report
+    """Decode `data` in full and convert it as the profile requires. Raises UnreadableError."""
+    if profile == "lossless" and not _has_metadata(data):  # most of ImageNet; there is nothing to report
         with suppress(RegionError, ValueError):
             return _lossless(data, ())
     image = _open(data)
@@ -87,7 +87,7 @@ def _has_metadata(data: bytes) -> bool:
 
 
 def _lossless(data: bytes, facts: tuple[str, ...]) -> ConvertedImage:
-    """Raises RegionError for anything but an intact baseline JPEG, ValueError for what is too large or cannot be decoded."""
+    """Transcode a baseline JPEG. Raises RegionError for other or damaged images, ValueError for too large or undecodable ones."""
     height, width, *_ = simplejpeg.decode_jpeg_header(data)
     if height * width > MAX_PIXELS:
         raise ValueError("too many pixels")
@@ -99,7 +99,7 @@ def _lossless(data: bytes, facts: tuple[str, ...]) -> ConvertedImage:
 def _open(data: bytes) -> Image.Image:
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # `_facts` reports broken metadata, and large images are refused here
+            warnings.simplefilter("ignore")  # `_facts` reports broken metadata, and large images are refused below
             image = Image.open(io.BytesIO(data))
     except Exception as error:
         raise UnreadableError(_reason(error)) from error
@@ -171,6 +171,6 @@ def _metadata(image: Image.Image) -> tuple[bool, int]:
                 orientation = exif.get(0x0112, 1)
             if "xmp" in image.info:
                 ElementTree.fromstring(image.info["xmp"].rstrip(b"\0 "))
-        except Exception:  # parsers of broken data raise anything
+        except Exception:  # parsers of broken data raise any type
             broken = True
     return broken or bool(warned), orientation

@@ -1,4 +1,4 @@
-"""`make_shards`: a whole conversion, from labelled images to a data set, started or resumed."""
+"""`make_shards` converts labelled images into a data set, or resumes an earlier conversion. Also its options."""
 
 from __future__ import annotations
 
@@ -7,19 +7,21 @@ import os
 import tarfile
 import time
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
+from tqdm.utils import CallbackIOWrapper
 
 from ..errors import UserError
+from ..progress import BYTES, progress_bar
 from ..store import files
 from ..store.shards import ShardSet
 from . import conversion, run, sources, tars
 from .beton import BetonSettings, write_beton
 from .conversion import Settings
 from .images import PROFILES
+from .names import find_names
 from .report import summary
 from .sources import Listing
 from .task import ShardTask
@@ -30,12 +32,21 @@ ENGINES = ("local", "ray")
 
 @dataclass(frozen=True)
 class ConvertOptions:
-    """What to convert, into what, and how.
+    """What to convert, and how.
 
-    src, out: folders or URLs. profile: how images are stored, see `images`. format: "webdataset" (tars), "ffcv" (one .beton file
-    per split) or "both". shard_size: images in a shard. seed: of the order of the training images. strict: stop at an unusable
-    image instead of leaving it out. check_md5: verify the official tars first. beton: how FFCV files store images. workers:
-    processes. engine: "local" or "ray". ray_address: of the Ray cluster. shards: make only these, numbered over all splits.
+    - src, out: folders or URLs.
+    - profile: how images are stored: "lossless", "compact" or "original", see `images`.
+    - format: "webdataset" (tars), "ffcv" (one .beton file per split) or "both".
+    - shard_size: images in a shard.
+    - seed: of the order of the training images.
+    - strict: stop at an unusable image instead of leaving it out.
+    - check_md5: verify the official tars first.
+    - beton: how FFCV files store images.
+    - workers: processes.
+    - engine: "local" or "ray".
+    - ray_address: of the Ray cluster.
+    - shards: make only these, numbered over all splits.
+
     Raises UserError for values outside their ranges.
     """
 
@@ -68,7 +79,7 @@ class ConvertOptions:
 
 
 def list_sources(src: str, check_md5: bool) -> Listing:
-    """The listing of a source of any kind."""
+    """List the images of a source: folders of images, the official ImageNet tars, or WebDataset tars."""
     if not files.is_folder(src):
         raise UserError(f"{src}: no such folder", "give the folder that holds train/<class>/*.JPEG and val/<class>/*.JPEG")
     if official := tars.official_files(src):
@@ -83,10 +94,11 @@ def list_sources(src: str, check_md5: bool) -> Listing:
 def make_shards(options: ConvertOptions) -> list[str]:
     """Convert `options.src` into `options.out`, or resume an earlier run that was stopped.
 
-    Returns lines to print: what was made, and what was noticed. Raises UserError.
+    Returns lines to print: what was made, and what was found in the images. Raises UserError.
     """
     src, out = files.absolute(options.src), files.absolute(options.out)
     listing = list_sources(src, options.check_md5)
+    listing = replace(listing, names=listing.names or find_names(src, listing.classes))
     tasks = conversion.plan_tasks(listing, out, options.settings, options.strict)
     conversion.begin(out, conversion.fingerprint(listing, options.settings))
     if conversion.is_complete(out):
@@ -117,7 +129,7 @@ def _convert(options: ConvertOptions, out: str, listing: Listing, tasks: dict[st
     images = sum(len(task.sources) for task in chosen)
     lines = [f"{out}: {len(chosen)} shards, {images} images in {seconds:.1f} s, {images / seconds:.0f} images/s"]
     if missing:
-        return [*lines, f"{missing} shards are still to be made; whichever job makes the last one completes the data set"]
+        return [*lines, f"{missing} shards are still to be made; the job that makes the last one completes the data set"]
     return lines + summary(json.loads(files.read(files.join(out, "report.json"))))
 
 
@@ -131,7 +143,7 @@ def _repair(options: ConvertOptions, out: str, tasks: dict[str, list[ShardTask]]
     if damaged:
         damaged_still = conversion.damaged(out, {"": damaged})
         if damaged_still:
-            raise UserError(f"{damaged_still[0].tar}: its source has changed since it was made", f"remove {out} and start again")
+            raise UserError(f"{damaged_still[0].tar}: its source images have changed", f"remove {out} and start again")
     return f"{out}: complete already; {len(damaged)} damaged shards made again"
 
 
@@ -143,19 +155,20 @@ def _run_tasks(options: ConvertOptions, tasks: list[ShardTask]) -> None:
 
 
 def write_betons(out: str, settings: BetonSettings, workers: int) -> None:
-    """Write a .beton file for each split without an intact one of these settings, and add it to the manifest."""
+    """Write a .beton file for each split that has no intact one with these settings, and add it to the manifest."""
     manifest_path = files.join(out, "manifest.json")
     manifest: dict[str, Any] = json.loads(files.read(manifest_path))
     for split, entry in manifest["splits"].items():
         file = f"{split}.beton"
         path = files.join(out, file)
         known = entry.get("beton", {})
-        if known.get("settings") == asdict(settings) and files.exists(path) and files.sha256(path) == known["sha256"]:
+        written = known.get("settings") == asdict(settings) and files.exists(path)
+        if written and files.sha256(path, f"verifying {file}") == known["sha256"]:
             continue
         shards = ShardSet(out, split)
         # FFCV writes local files; if OUT is remote, the file is then uploaded.
-        place = files.atomic_write(path) if files.is_remote(path) else nullcontext(Path(path))
-        with tqdm(total=len(shards), unit=" images", desc=file) as bar, place as local:
+        place = files.atomic_write(path, f"uploading {file}") if files.is_remote(path) else nullcontext(Path(path))
+        with progress_bar(total=len(shards), unit=" images", desc=f"writing {file}") as bar, place as local:
             digest = write_beton(shards, local, settings, workers, bar.update)
         entry["beton"] = {"file": file, "sha256": digest, "settings": asdict(settings)}
         files.write(manifest_path, json.dumps(manifest, indent=1).encode())
@@ -166,11 +179,11 @@ def remove_tars(out: str) -> None:
     path = files.join(out, "manifest.json")
     manifest: dict[str, Any] = json.loads(files.read(path))
     for entry in manifest["splits"].values():
-        entry["shards"] = []  # first, so that nobody looks for tars that are being removed
+        entry["shards"] = []  # first, so that no reader looks for tars that are being removed
     files.write(path, json.dumps(manifest, indent=1).encode())
     for split in manifest["splits"]:
         folder = files.join(out, split)
-        for found in files.list_folder(folder):
+        for found in progress_bar(files.list_folder(folder), unit=" files", desc=f"removing the tars of {split}"):
             if found.name.endswith((".tar", ".idx")):
                 files.remove(files.join(folder, found.name))
 
@@ -184,13 +197,15 @@ def find_images(images: Path, folder: Path) -> tuple[int, Path]:
     if images.is_file():
         source = folder / "unpacked"
         try:
-            with tarfile.open(images) as tar:
+            bar = progress_bar(total=images.stat().st_size, desc=f"unpacking {images.name}", **BYTES)
+            with bar, images.open("rb") as stream, tarfile.open(fileobj=CallbackIOWrapper(bar.update, stream)) as tar:
                 tar.extractall(source, filter="data")
         except (OSError, tarfile.TarError) as error:
             raise UserError(f"{images}: cannot be unpacked ({error})", EXPECTED) from error
         while len(inside := list(source.iterdir())) == 1 and any(path.is_dir() for path in inside[0].iterdir()):
             source = inside[0]
-    found = sum(path.suffix.lower() in (".jpeg", ".jpg") for path in source.glob("*/*"))
+    folders = progress_bar(list(source.glob("*/")), unit=" classes", desc=f"listing {source}")
+    found = sum(path.suffix.lower() in (".jpeg", ".jpg") for folder in folders for path in folder.glob("*"))
     if not found:
         raise UserError(f"{images}: holds no <class>/*.JPEG", EXPECTED)
     return found, source

@@ -1,10 +1,10 @@
-"""report.json: what the conversion found, so that everybody can see which images a data set consists of.
+"""report.json: the findings of a conversion, which show exactly what images a data set consists of.
 
 profile
 splits           name -> listed, stored, left_out (numbers of images), read_bytes, stored_bytes (of the stored images)
-facts            what was found -> images: how many, names: the first thousand of them
+facts            finding -> images: how many have it, names: the first thousand of them
 left_out         [{split, image, reason}]: images that are not in the shards
-duplicates       [{sha256, images: [{split, image, class}], across_splits, conflicting_labels}]: the same bytes more than once
+duplicates       [{sha256, images: [{split, image, class}], across_splits, conflicting_labels}]: images with identical bytes
 duplicate_images, conflicting_duplicates: images in such groups, and in groups with differing labels
 """
 
@@ -19,7 +19,7 @@ import numpy.typing as npt
 from .sources import Listing
 from .task import Record
 
-_MAX_NAMES = 1000  # of each fact
+_MAX_NAMES = 1000  # names per fact
 
 
 def make_report(listing: Listing, profile: str, records: dict[str, list[Record]]) -> dict[str, Any]:

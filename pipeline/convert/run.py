@@ -1,7 +1,8 @@
-"""Running shard tasks in local processes or on a Ray cluster. Both run the same function on the same tasks."""
+"""Run shard tasks in local processes or on a Ray cluster. Both run the same function on the same tasks."""
 
 from __future__ import annotations
 
+import io
 import logging
 import multiprocessing
 import os
@@ -13,25 +14,30 @@ from multiprocessing.sharedctypes import Synchronized
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
+from PIL import Image
 
 from ..errors import UserError, install_command
+from ..jit import is_cached
+from ..jpeg.entropy import read_scan
+from ..progress import announce_if_slow, progress_bar
+from .images import convert_image
 from .task import ShardTask, run
 
 _done: Synchronized[int]  # images finished by all workers of a pool, for the progress bar
 
 
 def run_local(tasks: Sequence[ShardTask], workers: int) -> None:
-    """Run all tasks in `workers` processes, or in this one if that is 1. The first error stops the rest; finished shards stay."""
+    """Run all tasks in `workers` processes; 1 means in this process. The first error stops all. Finished shards are kept."""
+    _compile_transcoder()
     if min(workers, len(tasks)) == 1:
-        with tqdm(total=sum(len(task.sources) for task in tasks), unit=" images", smoothing=0.1) as bar:
+        with progress_bar(total=sum(len(task.sources) for task in tasks), unit=" images", smoothing=0.1, delayed=False) as bar:
             for task in tasks:
                 run(task, bar.update)
         return
     context = multiprocessing.get_context("spawn")
     done: Synchronized[int] = context.Value("q", 0)
     pool = ProcessPoolExecutor(min(workers, len(tasks)), context, _start_worker, (done,))
-    bar = tqdm(total=sum(len(task.sources) for task in tasks), unit=" images", smoothing=0.1)
+    bar = progress_bar(total=sum(len(task.sources) for task in tasks), unit=" images", smoothing=0.1, delayed=False)
     try:
         pending: set[Future[None]] = {pool.submit(_run_counted, task) for task in tasks}
         while pending:
@@ -53,6 +59,16 @@ def run_local(tasks: Sequence[ShardTask], workers: int) -> None:
         pool.shutdown(cancel_futures=True)
 
 
+def _compile_transcoder() -> None:
+    """Compile the JPEG transcoder into numba's cache, so that the workers do not all compile it."""
+    if is_cached(read_scan):
+        return
+    stream = io.BytesIO()
+    Image.new("RGB", (16, 16)).save(stream, "JPEG")
+    with announce_if_slow("compiling the JPEG transcoder, once on this machine, which takes about 15 seconds"):
+        convert_image(stream.getvalue(), "lossless")
+
+
 def _start_worker(done: Synchronized[int]) -> None:
     global _done
     _done = done
@@ -60,7 +76,7 @@ def _start_worker(done: Synchronized[int]) -> None:
 
 
 def end_with_parent() -> None:
-    """End this worker when its parent dies. Otherwise the workers of a killed parent would wait without end."""
+    """End this worker when its parent dies. Otherwise the workers of a killed parent would wait forever."""
     threading.Thread(target=_wait_for_parent, daemon=True).start()
 
 
@@ -80,9 +96,9 @@ def _run_counted(task: ShardTask) -> None:
 
 
 def run_ray(tasks: Sequence[ShardTask], address: str) -> None:
-    """Run all tasks on an existing Ray cluster, one core each. If a node dies, its tasks run elsewhere; finished shards stay.
+    """Run all tasks on an existing Ray cluster, one core each. If a node dies, its tasks run elsewhere; finished shards are kept.
 
-    Source and output must be reachable from every node: URLs, or a shared file system.
+    Source and output must be accessible from every node: URLs, or a shared file system.
     """
     try:
         import ray
@@ -92,7 +108,7 @@ def run_ray(tasks: Sequence[ShardTask], address: str) -> None:
     try:
         ray.init(
             address=address,
-            runtime_env={"py_modules": [str(package)]},  # nodes without this library get it
+            runtime_env={"py_modules": [str(package)]},  # ships this library to the nodes
             log_to_driver=False,
             logging_level=logging.ERROR,
         )
@@ -101,7 +117,7 @@ def run_ray(tasks: Sequence[ShardTask], address: str) -> None:
     try:
         remote: Callable[..., Any] = ray.remote(max_retries=10)(_run_quietly).remote
         sizes = {remote(task): len(task.sources) for task in tasks}
-        with tqdm(total=sum(sizes.values()), unit=" images") as bar:
+        with progress_bar(total=sum(sizes.values()), unit=" images", delayed=False) as bar:
             pending = list(sizes)
             while pending:
                 finished, pending = ray.wait(pending, timeout=1)

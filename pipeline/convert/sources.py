@@ -1,4 +1,4 @@
-"""The images to convert: one kind of listing for folders of images, the official ImageNet tars, and WebDataset tars."""
+"""The images to convert, as a `Listing`, and listing of image folders. `tars` lists tars."""
 
 from __future__ import annotations
 
@@ -6,17 +6,18 @@ import hashlib
 import json
 import re
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from ..errors import UserError
+from ..progress import progress_bar
 from ..store import files
 
 
 @dataclass(frozen=True)
 class Source:
-    """One encoded image: bytes [start, start + bytes) of the file `path`, or all of it if bytes is None.
+    """One encoded image: bytes [start, start + bytes) of the file `path`, or the whole file if bytes is None.
 
-    key: its name in the shard, unique in its split. name: its path below SRC, for reports. size: bytes, part of the fingerprint.
+    key: its name in the shard, unique in its split. name: its path below SRC, for reports. size: in bytes, for the fingerprint.
     """
 
     path: str
@@ -30,28 +31,31 @@ class Source:
 
 @dataclass(frozen=True)
 class Listing:
-    """classes: names (wnids) in label order. splits: name -> sources, in an order that depends only on their names."""
+    """classes: folder names (wnids) in label order. splits: name -> sources, in an order that depends only on their names.
+    names: class -> its name for people, where there is one."""
 
     classes: list[str]
     splits: dict[str, list[Source]]
+    names: dict[str, str] = field(default_factory=dict)
 
     def fingerprint(self) -> str:
-        """Of every name, key, label and size: equal fingerprints and equal files give equal shards."""
+        """A hash of every image's name, key, label and size. Equal fingerprints and equal files give equal shards."""
         digest = hashlib.sha256(json.dumps(self.classes).encode())
         for split, sources in self.splits.items():
-            for source in sources:
+            for source in progress_bar(sources, desc=f"fingerprint of {split}", unit=" images"):
                 digest.update(json.dumps([split, source.name, source.key, source.label, source.size]).encode())
         return digest.hexdigest()
 
 
 class Keys:
-    """Makes unique WebDataset keys. They have no dots, which end a key, and no white space, which separates DALI's index."""
+    """Makes unique WebDataset keys. Dots are replaced, as they end a key, and so is white space, which separates fields in DALI's
+    index."""
 
     def __init__(self) -> None:
         self._taken: set[str] = set()
 
     def make(self, *parts: str) -> str:
-        """A key from the parts of a path, the last one without its extension; numbered if it exists already."""
+        """A key from the parts of a path, the last one without its extension. A number is appended if the key exists already."""
         key = base = "/".join(re.sub(r"[.\s]", "_", part) for part in parts)
         copy = 1
         while key in self._taken:
@@ -87,13 +91,13 @@ def list_image_folder(src: str) -> Listing:
 
 def _image_files(folder: str, split: str, classes: Iterable[str], labels: dict[str, int]) -> Iterator[Source]:
     keys = Keys()
-    for name in classes:
+    for name in progress_bar(classes, desc=f"listing {folder}", unit=" classes"):
         entries = files.list_folder(files.join(folder, name))
         if not entries:
             raise UserError(f"{files.join(folder, name)}: class folder without images", "remove it or fill it")
         for file in entries:
             path = files.join(folder, name, file.name)
             if file.is_folder:
-                raise UserError(f"{path}: is a folder among images", "remove it")
+                raise UserError(f"{path}: is a folder, but only images are expected here", "remove it")
             key = keys.make(name, file.name.rsplit(".", 1)[0])
             yield Source(path, 0, None, key, labels[name], "/".join(filter(None, (split, name, file.name))), file.bytes)

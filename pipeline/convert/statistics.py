@@ -1,4 +1,4 @@
-"""Mean image, channel mean and RGB covariance of training crops, exact in any order of summation."""
+"""Mean image, channel mean and RGB covariance of training crops. The sums are exact, so their order does not matter."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from ..pixels import normalize, reference
 from ..plan import sampling
 
 SHORT, SIZE = 256, 224  # the crops of the evaluation transform
-# At most this many, the first of the shuffled training images. This uniform sample gives a standard error of 0.2 of 255 per pixel
-# of the mean image. All of ImageNet would take a third of the conversion time, without an effect on training.
+# Only this many images are used, the first of the shuffled training images. With this uniform sample, the standard error is 0.2
+# of 255 per pixel of the mean image. All of ImageNet would take a third of the conversion time, without an effect on training.
 IMAGES = 100_000
 
 

@@ -1,4 +1,4 @@
-"""Tars as sources: the official ImageNet ILSVRC 2012 tars, and WebDataset tars of any origin.
+"""Listing of tars: the official ImageNet ILSVRC 2012 tars, and any WebDataset tars.
 
 Official (https://image-net.org): ILSVRC2012_img_train.tar holds one tar per class, ILSVRC2012_img_val.tar the validation images
 by number, and the devkit (ILSVRC2012_devkit_t12.tar.gz) their labels: one line per image in
@@ -17,10 +17,11 @@ from collections.abc import Iterator
 from typing import Any
 
 from scipy.io import loadmat
-from tqdm import tqdm
 
 from ..errors import UserError
+from ..progress import BYTES, progress_bar
 from ..store import files
+from .names import read_text
 from .sources import Keys, Listing, Source
 
 TRAIN, VAL, DEVKIT = "ILSVRC2012_img_train.tar", "ILSVRC2012_img_val.tar", "ILSVRC2012_devkit_t12.tar.gz"
@@ -41,7 +42,7 @@ def check_md5(src: str, name: str) -> None:
     """Raise UserError unless a file has the MD5 of the official one. Reads the whole file."""
     path = files.join(src, name)
     digest = hashlib.md5(usedforsecurity=False)
-    with files.open_binary(path) as stream, tqdm(unit="B", unit_scale=True, desc=f"MD5 of {name}") as bar:
+    with files.open_binary(path) as stream, progress_bar(total=files.size(path), desc=f"MD5 of {name}", **BYTES) as bar:
         while block := stream.read(1 << 22):
             digest.update(block)
             bar.update(len(block))
@@ -53,7 +54,7 @@ def check_md5(src: str, name: str) -> None:
 
 
 def list_official(src: str, present: dict[str, int]) -> Listing:
-    """The listing of the official tars in SRC. Images are read from the tars without unpacking them."""
+    """List the official tars in SRC. Images will be read from the tars without unpacking them."""
     splits: dict[str, list[Source]] = {}
     classes: list[str] = []
     if TRAIN in present:
@@ -70,7 +71,7 @@ def list_official(src: str, present: dict[str, int]) -> Listing:
 
 
 def _members(path: str, stream: Any) -> Iterator[tuple[tarfile.TarFile, tarfile.TarInfo]]:
-    """The files of an uncompressed tar, each with the opened tar."""
+    """The regular files of an uncompressed tar, each with the open tar."""
     try:
         with tarfile.open(fileobj=stream, mode="r:") as tar:
             for member in tar:
@@ -80,10 +81,18 @@ def _members(path: str, stream: Any) -> Iterator[tuple[tarfile.TarFile, tarfile.
         raise UserError(f"{path}: not a complete, uncompressed tar ({error})", "download it again") from error
 
 
+def _shown(path: str, stream: Any) -> Iterator[tuple[tarfile.TarFile, tarfile.TarInfo]]:
+    """The same with a bar, for large tars."""
+    with progress_bar(total=files.size(path), desc=f"index of {path.rsplit('/', 1)[1]}", **BYTES) as bar:
+        for tar, member in _members(path, stream):
+            yield tar, member
+            bar.update(member.offset_data + member.size - bar.n)
+
+
 def _train(path: str) -> tuple[list[str], list[Source]]:
     found: dict[str, list[tuple[str, int, int]]] = {}
     with files.open_binary(path) as stream:
-        for outer, member in tqdm(_members(path, stream), unit=" classes", desc=TRAIN):
+        for outer, member in _shown(path, stream):
             inner = _members(f"{path}/{member.name}", outer.extractfile(member))
             wnid = member.name.removesuffix(".tar")
             found[wnid] = sorted((image.name, member.offset_data + image.offset_data, image.size) for _, image in inner)
@@ -114,7 +123,7 @@ def _devkit(path: str) -> tuple[dict[int, str], list[int]]:
 def _val(path: str, classes: list[str], wnids: dict[int, str], truth: list[int]) -> list[Source]:
     labels = {wnid: label for label, wnid in enumerate(classes)}
     with files.open_binary(path) as stream:
-        found = sorted((member.name, member.offset_data, member.size) for _, member in _members(path, stream))
+        found = sorted((member.name, member.offset_data, member.size) for _, member in _shown(path, stream))
     if len(found) != len(truth):
         raise UserError(f"{path}: holds {len(found)} images, the devkit labels {len(truth)}", "download both again")
     keys, sources = Keys(), []
@@ -128,7 +137,7 @@ def _val(path: str, classes: list[str], wnids: dict[int, str], truth: list[int])
 
 
 def find_webdataset(src: str) -> dict[str, list[str]]:
-    """WebDataset tars of SRC by split: SRC/train/*.tar and SRC/val/*.tar, or SRC/*.tar, with "val" in names of the val split."""
+    """The WebDataset tars of SRC by split: SRC/train/*.tar and SRC/val/*.tar; or SRC/*.tar, with "val" in names of that split."""
     splits = {name: _tars(files.join(src, name)) for name in ("train", "val")}
     for path in _tars(src):
         splits["val" if re.search(r"val(id|idation)?[-_.0-9]", path.rsplit("/", 1)[1]) else "train"].append(path)
@@ -148,27 +157,30 @@ def list_webdataset(src: str, tars: dict[str, list[str]]) -> Listing:
     splits: dict[str, list[Source]] = {}
     for name, paths in tars.items():
         keys = Keys()
-        splits[name] = [source for path in tqdm(paths, unit=" tars", desc=name) for source in _samples(src, path, keys)]
+        shown = progress_bar(paths, unit=" tars", desc=f"index of {name}")
+        splits[name] = [source for path in shown for source in _samples(src, path, keys)]
         if not splits[name]:
             raise UserError(f"{paths[0]}: the {name} tars hold no samples", "expected KEY.jpg and KEY.cls")
     highest = max(source.label for sources in splits.values() for source in sources)
-    classes = _class_names(src) or [str(label) for label in range(highest + 1)]
+    classes, names = _classes(src)
+    classes = classes or [str(label) for label in range(highest + 1)]
     if highest >= len(classes):
         raise UserError(f"{src}: labels go up to {highest}, but there are names for {len(classes)} classes only")
-    return Listing(classes, splits)
+    return Listing(classes, splits, names)
 
 
-def _class_names(src: str) -> list[str]:
+def _classes(src: str) -> tuple[list[str], dict[str, str]]:
+    """The classes in label order, and their readable names. Either may be empty."""
     if files.exists(files.join(src, "manifest.json")):
-        names: list[str] = json.loads(files.read(files.join(src, "manifest.json")))["classes"]
-        return names
+        content = json.loads(files.read(files.join(src, "manifest.json")))
+        return content["classes"], content.get("class_names", {})
     if files.exists(files.join(src, "classes.txt")):
-        return files.read(files.join(src, "classes.txt")).decode().splitlines()
-    return []
+        return read_text(files.join(src, "classes.txt")).splitlines(), {}
+    return [], {}
 
 
 def _samples(src: str, path: str, keys: Keys) -> Iterator[Source]:
-    """The samples of one tar, in its order. Members of a sample are adjacent, as WebDataset requires."""
+    """The samples of one tar, in stored order. The members of a sample are adjacent, as WebDataset requires."""
     below = path.removeprefix(src).lstrip("/")
     with files.open_binary(path) as stream:
         for key, group in itertools.groupby(_members(path, stream), lambda found: _key(found[1].name)):

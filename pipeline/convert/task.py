@@ -1,8 +1,8 @@
-"""The task of one shard: a pure function of its sources, idempotent, and safe to kill at any time.
+"""The task of making one shard. It depends only on its sources, is idempotent, and can be killed at any time.
 
 It writes SPLIT/NUMBER.idx, then SPLIT/NUMBER.tar, then its record, conversion/SPLIT-NUMBER.npz, each atomically. The record marks
-the shard as finished and has what manifest and report need. Running a task again verifies the files against the record, and keeps
-them if they match.
+the shard as finished, and contains its part of the manifest and the report. If a task is run again, it verifies the files against
+the record, and keeps them if they match.
 """
 
 from __future__ import annotations
@@ -31,7 +31,8 @@ RECORDS = "conversion"  # the folder below OUT with the records of an unfinished
 class ShardTask:
     """One shard to write.
 
-    digits: of the padded label. strict: an unreadable image stops the run. statistics: number of its images that enter them.
+    digits: of the padded label. strict: an unreadable image stops the run. statistics: the first so many of its images are part
+    of the data set's statistics.
     """
 
     out: str
@@ -63,11 +64,12 @@ class ShardTask:
 
 @dataclass
 class Record:
-    """What manifest and report need of a finished shard.
+    """A finished shard's part of the manifest and the report.
 
-    samples: `SAMPLE` (N,). digests: uint8 (N, 32), SHA-256 of the sources' bytes. names: of the stored samples' sources.
-    entry: in the manifest: file, images, bytes, sha256, idx_sha256. read_bytes, stored_bytes: of the images' encoded data.
-    facts: fact -> names of the images that have it. left_out: name -> reason. statistics: sums over its images.
+    samples: `SAMPLE` (N,). digests: uint8 (N, 32), SHA-256 of each source image. names: of the source images.
+    entry: in the manifest: file, images, bytes, sha256, idx_sha256. read_bytes, stored_bytes: size of the encoded images before
+    and after conversion. facts: fact -> names of the images that it applies to. left_out: name -> reason. statistics: sums over
+    its images.
     """
 
     samples: shards.Samples
@@ -123,7 +125,7 @@ def is_intact(task: ShardTask, entry: dict[str, Any]) -> bool:
 
 
 def run(task: ShardTask, progress: Callable[[], None]) -> None:
-    """Make the shard, unless it exists already. `progress` is called after each image. With `strict`, raises UserError."""
+    """Make the shard, unless it is finished already. `progress` is called after each image. Raises UserError with `strict`."""
     record = read_record(task)
     if record is not None and is_intact(task, record.entry):
         for _ in task.sources:

@@ -9,21 +9,22 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
-from tqdm import tqdm
 
 from ..errors import UserError
+from ..progress import BYTES, progress_bar
 from ..store import files, shards
 from ..store.shards import Manifest, Samples
 
 
 def verify(root: str, workers: int) -> list[str]:
-    """One line for each deviation from manifest.json; none if there is no damage. Raises UserError without a manifest."""
+    """One line for each deviation from manifest.json; none if there is no damage. Raises UserError if there is no manifest."""
     manifest = Manifest(root)
     statistics = manifest.statistics
     problems = list(_check_file(files.join(root, statistics["mean_image"]), statistics["mean_image_sha256"]))
     for split, entry in manifest.splits.items():
         if "beton" in entry:
-            problems += _check_file(files.join(root, entry["beton"]["file"]), entry["beton"]["sha256"])
+            file = entry["beton"]["file"]
+            problems += _check_file(files.join(root, file), entry["beton"]["sha256"], f"verifying {file}")
         damaged = list(_check_file(files.join(root, entry["samples"]), entry["samples_sha256"]))
         problems += damaged
         samples = None if damaged else np.load(io.BytesIO(files.read(files.join(root, entry["samples"]))))
@@ -32,14 +33,17 @@ def verify(root: str, workers: int) -> list[str]:
                 pool.submit(_check_shard, root, shard, None if samples is None else samples[samples["shard"] == number])
                 for number, shard in enumerate(entry["shards"])
             ]
-            for check in tqdm(checks, unit=" shards", desc=split):
-                problems += check.result()
+            total = sum(shard["bytes"] for shard in entry["shards"])
+            with progress_bar(total=total, desc=f"verifying {split}", **BYTES) as bar:
+                for check, shard in zip(checks, entry["shards"], strict=True):
+                    problems += check.result()
+                    bar.update(shard["bytes"])
     return problems
 
 
-def _check_file(path: str, expected: str) -> Iterator[str]:
+def _check_file(path: str, expected: str, label: str = "") -> Iterator[str]:
     try:
-        if files.sha256(path) != expected:
+        if files.sha256(path, label) != expected:
             yield f"{path}: is damaged"
     except UserError as error:
         yield str(error)

@@ -1,11 +1,10 @@
-"""Is this machine ready to load and train?
+"""`cropfeed doctor`: checks whether a machine is ready to load and train. It needs no packages until it checks a data set.
 
-SHARDS is the folder or URL that you want to load: memory and disks are then compared with its size. Each line says ok, warning
-(it works, but slower than it could, or something optional is missing) or failed (it will not work), then what was found and,
-after "->", the remedy. Run these commands in the checkout of Cropfeed, if you have one. A check that fails to run is a warning.
+- `lines`: what all checks share: options, output lines, probes in a child process.
+- `packages`: Python and the packages for the CPU. `gpu`: torch, NVIDIA's driver, DALI, nvJPEG.
+- `machine`: processor, cores, memory, limits, disks. `data`: the data set and its cache.
 
-Exit code: 0 if nothing failed (even with warnings), 1 if something failed, 2 for wrong arguments. With --strict, warnings exit
-with 1, too. The doctor needs no packages, so it runs before they are installed. It takes about 10 seconds, mostly for imports.
+This module runs the checks and prints their lines.
 """
 
 from __future__ import annotations
@@ -22,6 +21,20 @@ from ..cli import Parser, add_cache_flags
 from ..errors import UserError
 from . import gpu, machine, packages
 from .lines import PACKAGES, DoctorOptions, Line
+
+HELP = """Check whether this machine is ready to load and train.
+
+With SHARDS, the folder or URL of the shards to load, the doctor also checks the data and compares its size with memory and disk.
+
+Each line has a status and what was found:
+  ok       nothing to do
+  warning  it works, but slower than it could; or something optional is missing; or the check itself could not run
+  failed   loading or training will not work
+If something is wrong, the next line gives the remedy, after "->". Run its commands in the checkout of Cropfeed, if you have one.
+
+Exit code: 0 if nothing failed (even with warnings), 1 if something failed, 2 for wrong arguments. With --strict, warnings count
+as failures. The doctor needs no packages, so it runs before they are installed. It takes about 10 seconds, mostly for imports.
+"""
 
 Check = Callable[[DoctorOptions], list[Line]]
 
@@ -61,7 +74,7 @@ NAME_WIDTH = max(len(name) for name in CHECKS)
 
 
 def run_check(name: str, check: Check, options: DoctorOptions) -> list[Line]:
-    """The check's lines. An error of the check itself becomes a line, so that the other checks still run."""
+    """The lines of a check. If the check itself raises, the error becomes a line, so that the other checks still run."""
     try:
         return check(options)
     except Exception as error:
@@ -89,8 +102,8 @@ def exit_code(lines: list[Line], strict: bool) -> int:
 
 
 def main(arguments: Sequence[str] | None = None, prog: str = "python tools/doctor.py") -> None:
-    """`cropfeed doctor` and tools/doctor.py. Exits with the code of `exit_code`."""
-    parser = Parser(__doc__, prog)
+    """`cropfeed doctor` and tools/doctor.py. Exits with `exit_code`."""
+    parser = Parser(HELP, prog)
     parser.add_argument("data", nargs="?", metavar="SHARDS", help="folder or URL (s3://...) of shards")
     add_cache_flags(parser)
     parser.add_argument("--strict", action="store_true", help="treat warnings as failures")

@@ -23,8 +23,8 @@ def check(options: DoctorOptions, data: str) -> list[Line]:
         return [failed("data", error)]
     remote = files.is_remote(manifest.root)
     if not remote and (wrong := damaged_files(manifest, sizes)):
-        found = f"missing or of another size: {len(wrong)} of {len(sizes) + len(manifest.splits)} files, first {wrong[0]}"
-        return [Line("failed", "data", found, "repeat the command that made these shards: it makes damaged ones again")]
+        found = f"missing or of the wrong size: {len(wrong)} of {len(sizes) + len(manifest.splits)} files, first {wrong[0]}"
+        return [Line("failed", "data", found, "repeat the command that made these shards: it replaces damaged ones")]
     total, images = sum(sizes.values()), sum(split["images"] for split in manifest.splits.values())
     found = f"{images:,} images in {len(sizes):,} files of {total / GB:.3g} GB, profile {manifest.profile}"
     cached = remote or options.cache is not None or options.cache_gb is not None  # as in ShardSet
@@ -33,7 +33,7 @@ def check(options: DoctorOptions, data: str) -> list[Line]:
 
 
 def failed(name: str, error: UserError) -> Line:
-    """The line of a UserError, with its fields as the flags of this command."""
+    """A line for a UserError. Field names in its message become flags of this command."""
     found, remedy = (with_flags(text) for text in (error.problem, error.remedy))
     if not remedy and isinstance(error.__cause__, ImportError):
         remedy = "install the package that it names"
@@ -41,7 +41,7 @@ def failed(name: str, error: UserError) -> Line:
 
 
 def file_sizes(manifest: Manifest) -> dict[str, int]:
-    """Path or URL -> bytes of the files with the images; for tars, as in the manifest."""
+    """Path or URL -> size in bytes of the files with the images. For tars, the size is the one in the manifest."""
     sizes: dict[str, int] = {}
     for split in manifest.splits.values():
         sizes |= {files.join(manifest.root, shard["file"]): shard["bytes"] for shard in split["shards"]}
@@ -70,7 +70,7 @@ def check_data_disk(root: str) -> Line:
     place, free = free_disk(Path(root))
     found = f"{free / GB:.3g} GB free on the disk of {root}"
     if free < GB and os.access(place, os.W_OK):  # a full read-only disk is fine
-        remedy = f"free some space: shards that are made again are written beside the old ones; du -sh {root}"
+        remedy = f"free some space: new versions of shards are written beside the old ones; du -sh {root}"
         return Line("warning", "data disk", found, remedy)
     return Line("ok", "data disk", found)
 
@@ -86,7 +86,7 @@ def check_cache(options: DoctorOptions, sizes: dict[str, int]) -> Line:
 
 
 def check_cache_size(cache: ShardCache, total: int) -> Line:
-    """Whether disk and limit of the cache allow it to hold the data."""
+    """Whether the data fits the cache's limit, and the limit fits the disk."""
     place, free = free_disk(cache.folder)
     if not os.access(place, os.W_OK):
         return Line("failed", "cache", f"{place} cannot be written", "give another --cache (CROPFEED_CACHE)")

@@ -11,7 +11,7 @@ from ..errors import PIP_CONSTRAINT, install_command
 from .lines import PACKAGES, DoctorOptions, Line, Status, has_gpu, probe, read
 
 TORCH = (2, 11)
-# CUDA major version -> the first driver branch that runs its builds, by DALI's installation guide and support matrix.
+# CUDA major version -> the oldest driver branch that runs its builds, from DALI's installation guide and support matrix.
 DRIVERS = {12: 525, 13: 580}
 TORCH_BUILD = f"pip uninstall -y torch && pip install {PIP_CONSTRAINT}torch"
 DALI = install_command("gpu")
@@ -43,7 +43,7 @@ def check_torch(options: DoctorOptions) -> list[Line]:
         return [Line("ok", "torch", f"{number}, no GPU here: trains on the CPU")]
     if not cuda:
         return [Line("failed", "torch", f"{number} is a CPU build, but there is an NVIDIA GPU", TORCH_BUILD)]
-    remedy = f"driver {DRIVERS[int(cuda.split('.')[0])]} or later, and an unset CUDA_VISIBLE_DEVICES; see nvidia-smi"
+    remedy = f"install driver {DRIVERS[int(cuda.split('.')[0])]} or later, and unset CUDA_VISIBLE_DEVICES; check with nvidia-smi"
     return [Line("failed", "torch", f"{number} for CUDA {cuda} sees no GPU, but there is one: {found['why']}", remedy)]
 
 
@@ -52,10 +52,11 @@ def check_driver(options: DoctorOptions) -> list[Line]:
     if not has_gpu(options.root):
         if not driver:
             return [Line("ok", "driver", "none, no NVIDIA GPU here")]
-        found = f"{driver}, but no GPU may be opened here (no /dev/nvidia0)"
-        return [Line("warning", "driver", found, "in a container: docker run --gpus all ...; else: nvidia-smi, as root, once")]
+        found = f"{driver}, but no GPU is accessible here (no /dev/nvidia0)"
+        return [Line("warning", "driver", found, "in a container: docker run --gpus all ...; else run nvidia-smi once as root")]
     if not driver:
-        return [Line("warning", "driver", "there is a GPU, but the driver's version cannot be read", "nvidia-smi must list it")]
+        found = "there is a GPU, but the driver's version cannot be read"
+        return [Line("warning", "driver", found, "check that nvidia-smi lists the GPU; if not, install the driver again")]
     if not dali:
         return [Line("ok", "driver", driver)]
     needed = DRIVERS[cuda]
@@ -68,7 +69,7 @@ def check_driver(options: DoctorOptions) -> list[Line]:
 
 
 def driver_version(root: Path) -> str:
-    """NVIDIA's kernel driver, or ""."""
+    """The version of NVIDIA's kernel driver; "" if there is none."""
     if match := re.search(r"\s(\d{3,}(\.\d+)+)\s", read(root / "proc" / "driver" / "nvidia" / "version")):
         return match[1]
     try:  # sandboxes may have a GPU without that file
@@ -81,7 +82,7 @@ def driver_version(root: Path) -> str:
 
 
 def driver_cuda() -> int:
-    """The CUDA version of libcuda, such as 13000; 0 without libcuda. NVIDIA's cuda-compat raises it above the driver's."""
+    """The CUDA version of libcuda, such as 13000; 0 without libcuda. With NVIDIA's cuda-compat it is newer than the driver's."""
     number = ctypes.c_int(0)
     try:
         ctypes.CDLL("libcuda.so.1").cuDriverGetVersion(ctypes.byref(number))
@@ -110,12 +111,12 @@ def check_dali(options: DoctorOptions) -> list[Line]:
         if not has_gpu(options.root):
             return [Line("ok", "dali", "not installed, only needed with a GPU")]
         return [Line("warning", "dali", f"not installed, so images are decoded on the CPU ({error})", DALI)]
-    # With a GPU, the engine auto tries to import it, and would crash or hang.
+    # With a GPU, engine "auto" imports DALI, which would crash or hang.
     status: Status = "failed" if has_gpu(options.root) else "warning"
     return [Line(status, "dali", f"cannot be imported: {error}", f"pip uninstall -y {dali.split()[0]} && {DALI}")]
 
 
-# nvJPEG, with which DALI decodes, says which hardware engines it can use.
+# Asks nvJPEG, DALI's JPEG decoder, for the hardware engines that it can use.
 _NVJPEG_PROBE = """
 import ctypes, glob, json, sys
 here = [path for folder in sys.path for path in glob.glob(folder + "/nvidia/*/lib/libnvjpeg.so.*")]
@@ -138,5 +139,6 @@ def check_nvjpeg(options: DoctorOptions) -> list[Line]:
     if found["status"] == 0 and found["engines"]:
         return [Line("ok", "nvjpeg", f"hardware: {found['engines']} engines of {found['cores']} cores")]
     if found["status"] in (0, _ARCH_MISMATCH, _NOT_SUPPORTED):
-        return [Line("ok", "nvjpeg", "this GPU has no JPEG engine that nvJPEG uses: its CUDA cores decode")]
-    return [Line("warning", "nvjpeg", f"nvJPEG cannot start (status {found['status']})", "fix the lines on torch and driver")]
+        return [Line("ok", "nvjpeg", "this GPU has no JPEG engine that nvJPEG can use: it decodes on the CUDA cores")]
+    remedy = "first fix what the lines torch and driver report"
+    return [Line("warning", "nvjpeg", f"nvJPEG cannot start (status {found['status']})", remedy)]

@@ -1,4 +1,4 @@
-"""What all checks use: their options and lines, probes in a child process, and files of /proc and /sys."""
+"""Shared by all checks: their options, the lines of the output, probes in a child process, and reading of /proc and /sys."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from ..errors import install_command
 
 PACKAGE = Path(__file__).resolve().parents[1]  # the library's folder: pipeline/ in a checkout, else cropfeed/
 PACKAGES = install_command()
-PROBE_S = 120  # until an import counts as hanging, which happens with a broken GPU
+PROBE_S = 120  # seconds after which a probe counts as hanging; with a broken GPU, imports can hang
 
 Status = Literal["ok", "warning", "failed"]
 
@@ -33,7 +33,7 @@ class Line:
 
 @dataclass(frozen=True)
 class DoctorOptions:
-    """root: parent folder of proc, sys and dev, other than / in tests. data, cache, cache_gb: as in a LoaderSpec."""
+    """root: the folder of proc, sys and dev; tests use another one than /. data, cache, cache_gb: as in a LoaderSpec."""
 
     root: Path = Path("/")
     data: str | None = None
@@ -42,9 +42,9 @@ class DoctorOptions:
 
 
 def probe(code: str, **environment: str) -> tuple[Any, str]:
-    """Run `code` in a child process. Returns the JSON on its last line, and "" or what went wrong.
+    """Run `code` in a child process. Returns the JSON on the last line of its output, and "" or an error message.
 
-    A package that was built for another machine may crash the process or print to its streams.
+    A child process, because a package that was built for another machine may crash the process or print to its streams.
     """
     try:
         child = subprocess.run(
@@ -57,13 +57,13 @@ def probe(code: str, **environment: str) -> tuple[Any, str]:
         return None, f"crashed with {signal.Signals(-child.returncode).name}"
     if child.returncode:
         lines = [line.strip() for line in child.stderr.splitlines() if line.strip()]
-        errors = [line for line in lines if re.match(r"[\w.]+(Error|Exception)\b", line)]  # more output may follow it
+        errors = [line for line in lines if re.match(r"[\w.]+(Error|Exception)\b", line)]  # more output may follow the error
         return None, (errors or lines)[-1]
     return json.loads(child.stdout.splitlines()[-1]), ""
 
 
 def read(path: Path) -> str:
-    """The content of a file in /proc or /sys; "" if this kernel has none."""
+    """The content of a file in /proc or /sys; "" if it does not exist."""
     try:
         return path.read_text(errors="replace").strip()
     except OSError:
@@ -71,5 +71,5 @@ def read(path: Path) -> str:
 
 
 def has_gpu(root: Path) -> bool:
-    """Whether this machine, or container, has an NVIDIA GPU that it may open."""
+    """Whether an NVIDIA GPU is accessible on this machine or in this container."""
     return any((root / "dev").glob("nvidia[0-9]*"))

@@ -1,4 +1,4 @@
-"""Checks of the machine, as far as this process may use it: processor, cores, NUMA, shared memory, limits, memory, disk."""
+"""Checks of the resources that this process may use: processor, cores, NUMA, shared memory, limits, memory, disk."""
 
 from __future__ import annotations
 
@@ -34,11 +34,11 @@ def check_cores(options: DoctorOptions) -> list[Line]:
     found, quota = f"{usable} of {there}", core_quota(options.root)
     if quota < usable:
         threads = max(1, int(quota))
-        remedy = f"--threads {threads}, shared among a machine's processes; or raise the quota: docker run --cpus {usable} ..."
-        return [Line("warning", "cores", f"{found}, but a control group gives the time of {quota:.3g}", remedy)]
+        remedy = f"--threads {threads}, over all processes of a machine; or raise the quota: docker run --cpus {usable} ..."
+        return [Line("warning", "cores", f"{found}, but a control group limits CPU time to {quota:.3g} cores", remedy)]
     if usable == 1 < there:
         remedy = f"taskset -pc 0-{there - 1} $$ in the shell that starts the training"
-        return [Line("warning", "cores", f"{found}: the affinity leaves one", remedy)]
+        return [Line("warning", "cores", f"{found}: the CPU affinity allows only one", remedy)]
     return [Line("ok", "cores", found)]
 
 
@@ -55,7 +55,7 @@ def core_quota(root: Path) -> float:
 
 
 def cgroups(root: Path, controller: str) -> list[Path]:
-    """The folders of this process's control group and its parents, of both versions. In a container some do not exist."""
+    """The folders of this process's control group and its parents, in cgroup v1 and v2. In a container some do not exist."""
     folders = []
     for line in read(root / "proc" / "self" / "cgroup").splitlines():
         _, controllers, path = line.split(":", 2)
@@ -82,7 +82,7 @@ def check_numa(options: DoctorOptions) -> list[Line]:
         if read(device / "vendor") == "0x10de" and read(device / "class").startswith("0x03")  # NVIDIA, display or 3D
     }
     at = sorted(cards - {-1})  # -1: the firmware does not say
-    found = f"{len(nodes)} nodes, the affinity has cores of {', '.join(map(str, near))}"
+    found = f"{len(nodes)} nodes; the CPU affinity allows cores of {', '.join(map(str, near))}"
     found += f"; GPUs at {', '.join(map(str, at))}" if at else ""
     if far := [node for node in at if node not in near]:
         remedy = f"numactl --cpunodebind={far[0]} --membind={far[0]} before the command"
@@ -91,7 +91,7 @@ def check_numa(options: DoctorOptions) -> list[Line]:
 
 
 def _numbers(text: str) -> set[int]:
-    """The kernel's lists, such as 0-3,8; "" for a node without cores."""
+    """The numbers of a list of the kernel, such as 0-3,8. A node without cores has an empty list."""
     numbers: set[int] = set()
     for part in filter(None, text.split(",")):
         first, _, last = part.partition("-")
@@ -114,18 +114,18 @@ def check_open_files(_: DoctorOptions) -> list[Line]:
     remedy = (
         f"ulimit -n {min(65536, hard)}" if hard >= 4096 else "docker run --ulimit nofile=65536 ..., or /etc/security/limits.conf"
     )
-    return [Line("warning", "open files", f"{soft}, each shard keeps one open", remedy)]
+    return [Line("warning", "open files", f"{soft}, each shard keeps one file open", remedy)]
 
 
 def check_memlock(options: DoctorOptions) -> list[Line]:
-    """NCCL locks memory, between GPUs of several machines."""
+    """NCCL locks memory for communication between machines."""
     if not has_gpu(options.root):
         return []
     soft, _ = resource.getrlimit(resource.RLIMIT_MEMLOCK)
     if soft == resource.RLIM_INFINITY:
         return [Line("ok", "memlock", "unlimited")]
     if any((options.root / "sys" / "class" / "infiniband").glob("*")):
-        found = f"{soft >> 10} KiB, and NCCL registers memory with InfiniBand"
+        found = f"{soft >> 10} KiB, but NCCL locks more memory to use InfiniBand"
         return [Line("warning", "memlock", found, "ulimit -l unlimited (docker run --ulimit memlock=-1 ...)")]
     return [Line("ok", "memlock", f"{soft >> 10} KiB")]
 
@@ -134,12 +134,12 @@ def check_ram(options: DoctorOptions) -> list[Line]:
     free = available_memory(options.root)
     if free < 4 * GB:
         remedy = "end other programs, or give the container more: docker run --memory 16g ..."
-        return [Line("warning", "ram", f"{free / GB:.3g} GB available is little for training", remedy)]
+        return [Line("warning", "ram", f"{free / GB:.3g} GB available, which is little for training", remedy)]
     return [Line("ok", "ram", f"{free / GB:.3g} GB available")]
 
 
 def available_memory(root: Path) -> int:
-    """Bytes available to new work, page cache included, on this machine and in the control groups of this process."""
+    """Bytes available for new allocations, page cache included: the minimum over machine and control groups of this process."""
     available = [_fields(root / "proc" / "meminfo")["MemAvailable"] << 10]
     for folder in cgroups(root, "memory"):
         for limit, used in (("memory.max", "memory.current"), ("memory.limit_in_bytes", "memory.usage_in_bytes")):

@@ -20,8 +20,8 @@ def check_python(_: DoctorOptions) -> list[Line]:
         return [Line("ok", "python", platform.python_version())]
     wanted = f"{'.'.join(map(str, low))} to {'.'.join(map(str, high))}"
     status: Status = "failed" if found < low else "warning"
-    remedy = "make clean && make .venv/.installed PYTHON=python3.13"
-    return [Line(status, "python", f"{platform.python_version()}, tested are {wanted}", remedy)]
+    remedy = "make clean && make .venv/installed-dev PYTHON=python3.13"
+    return [Line(status, "python", f"{platform.python_version()}; Cropfeed is tested with {wanted}", remedy)]
 
 
 _FFCV_PROBE = """
@@ -38,16 +38,16 @@ def check_ffcv(_: DoctorOptions) -> list[Line]:
     missing = missing_for_ffcv()
     apt = f"apt-get install --no-install-recommends {' '.join(missing)} && " if missing else ""
     absent = error.startswith("ModuleNotFoundError")
-    # pip's cache has a build against libraries that no longer exist: it has to be compiled again.
+    # If it is installed but broken, pip's cache may hold a build for libraries that no longer exist: compile it again.
     pip = install_command("ffcv") if absent else "pip install --force-reinstall --no-deps --no-cache-dir ffcv"
     return [Line("warning", "ffcv", f"optional, cannot be imported: {error}", apt + pip)]
 
 
 def missing_for_ffcv() -> list[str]:
-    """Missing Debian packages that pip needs to compile FFCV."""
+    """The Debian packages that pip needs to compile FFCV, and that are missing."""
     missing = [program for program in ("g++", "pkg-config") if not shutil.which(program)]
     libraries = {"opencv4": "libopencv-dev", "libturbojpeg": "libturbojpeg0-dev"}
-    if "pkg-config" in missing:  # then the libraries are unknown; apt-get skips installed ones
+    if "pkg-config" in missing:  # it would find the libraries; apt-get skips installed ones
         return [*missing, *libraries.values()]
     for name, package in libraries.items():
         if subprocess.run(["pkg-config", "--exists", name], check=False).returncode:
@@ -67,7 +67,7 @@ def check_numba(_: DoctorOptions) -> list[Line]:
     found, error = probe(_NUMBA_PROBE)
     if not error:
         return [Line("ok", "numba", f"{found['version']} compiles, cache in {found['folder']}")]
-    if "no locator available" in error:  # numba's message if it can write to no folder for its cache
+    if "no locator available" in error:  # numba's message if it cannot write to any cache folder
         return [Line("failed", "numba", error, "export NUMBA_CACHE_DIR=$HOME/.cache/numba")]
     remedy = f"pip install --force-reinstall {PIP_CONSTRAINT}numba llvmlite numpy"
     return [Line("failed", "numba", f"cannot compile: {error}", remedy)]
@@ -86,7 +86,7 @@ print(json.dumps(min(times)))
 
 
 def check_jpeg(_: DoctorOptions) -> list[Line]:
-    """libjpeg-turbo cannot be asked whether it uses SIMD. JSIMD_FORCENONE=1 turns SIMD off, which must make it slower."""
+    """libjpeg-turbo does not tell whether it uses SIMD. JSIMD_FORCENONE=1 turns SIMD off, which must make it slower."""
     name = "libjpeg-turbo"
     if os.environ.get("JSIMD_FORCENONE") == "1":
         return [Line("warning", name, "SIMD is off: JSIMD_FORCENONE=1 is set", "unset JSIMD_FORCENONE")]

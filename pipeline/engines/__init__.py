@@ -1,7 +1,12 @@
-"""The engines that make batches: `cpu`, `dali` and `ffcv`, under one contract (`Loader`), and `open_loader`, which chooses one.
+"""Engines: the implementations of `Loader`. `open_loader` opens one by name, or chooses the fastest one.
 
-`multiview` makes several views of each image from one decoding, for evaluation; `ffcv_field` puts region-addressable JPEGs into
-FFCV files. The module of an engine is imported only when the engine is used.
+An engine makes the pixels of the views that the plan asks for. All engines return the same samples in the same order, with pixels
+that are equal within the tolerance of the contract tests. A module is imported only when its engine is used.
+
+- `cpu`: compiled decoding and resampling in threads. `pool` has its worker threads; `warm_up` compiles its kernels.
+- `dali`: NVIDIA DALI, which decodes on a GPU, or on the CPU.
+- `ffcv`: FFCV's loader, from .beton files. `ffcv_field` stores region-addressable JPEGs in such files, and decodes their crops.
+- `multiview`: for evaluation, several views of each image from one decode. It is not a `Loader`.
 """
 
 from __future__ import annotations
@@ -11,6 +16,7 @@ import logging
 from typing import TYPE_CHECKING
 
 from ..errors import UserError, install_command
+from ..progress import announce_if_slow
 
 if TYPE_CHECKING:
     from ..loader import Loader
@@ -23,18 +29,19 @@ log = logging.getLogger("cropfeed")
 
 
 def open_loader(spec: LoaderSpec) -> Loader:
-    """The loader of `spec` with its engine; "auto" takes the fastest one for this machine and data, see `choose_engine`.
+    """Open a loader with the engine that `spec` names; "auto" is the fastest one for this machine and data, see `choose_engine`.
 
     Raises UserError for a spec that cannot be loaded, or an engine that is not installed.
     """
-    name, reason = choose_engine(spec) if spec.engine == "auto" else (spec.engine, "as asked for")
+    name, reason = choose_engine(spec) if spec.engine == "auto" else (spec.engine, "as requested")
     if name not in ENGINES:
         raise UserError(f"unknown engine {name!r}", f"choose from {', '.join(ENGINES)}")
     import torch
 
     threads = torch.get_num_threads()
     try:
-        module = importlib.import_module(ENGINES[name], __name__)
+        with announce_if_slow(f"importing the engine {name}, which takes about 10 seconds"):
+            module = importlib.import_module(ENGINES[name], __name__)
     except ImportError as error:
         raise UserError(f"engine {name} cannot be imported ({error})", f"install it: {install_command(_EXTRAS[name])}") from error
     finally:

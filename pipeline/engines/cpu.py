@@ -1,9 +1,9 @@
 """The CPU engine: WebDataset shards, libjpeg-turbo and compiled resampling in threads that release the GIL.
 
-A batch is made in a recycled buffer, in chunks by worker threads, `prefetch` batches ahead. The region of an image that a crop
-needs is cut from its mapped shard, decoded and resampled into the batch. If the batch stays on the CPU, the thread also applies
-lighting and normalization, while the view is in the cache. For a GPU, uint8 pixels are written to pinned memory and copied on a
-separate CUDA stream, so that the copy overlaps the training step; lighting and normalization follow on the GPU.
+Worker threads fill recycled buffers in chunks of images, `prefetch` batches ahead. They decode the region that a crop needs from
+the memory-mapped shard, and resample it into the batch. If the batch stays on the CPU, the same thread applies lighting and
+normalization while the view is still in the processor's cache. For a GPU, uint8 pixels are written to pinned memory and copied on
+a separate CUDA stream, so that the copy overlaps the training step. Lighting and normalization then run on the GPU.
 """
 
 from __future__ import annotations
@@ -20,18 +20,21 @@ from ..pixels.decoder import Decoder, Pixels
 from ..pixels.normalize import lighting, stored_dtype, translate
 from ..spec import LoaderSpec
 from .pool import WorkerPool
+from .warm_up import warm_up
 
 _CHUNK = 16  # images per task of a thread: enough to hide the overhead of a task, few enough to keep all threads busy
 
 
 def open(spec: LoaderSpec) -> CpuLoader:
     """A loader of `spec`. Raises UserError for a bad spec or a device that does not exist."""
-    return CpuLoader(spec)
+    loader = CpuLoader(spec)
+    warm_up()
+    return loader
 
 
 @dataclass
 class _Job:
-    """A batch in progress. images: the memory for its views, (V, H, W, 3). tensor: on the same memory."""
+    """A batch in progress. images: the buffer of its views, (V, H, W, 3). tensor: shares its memory."""
 
     plan: BatchPlan
     images: Any
@@ -47,7 +50,7 @@ class _Worker:
 
 
 class CpuLoader(Loader):
-    """Keeps `prefetch` batches in progress, across epochs, in a thread pool that ends with `close`."""
+    """Keeps `prefetch` batches in progress, across epochs. `close` ends its threads."""
 
     engine = "cpu"
 

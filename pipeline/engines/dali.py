@@ -1,18 +1,18 @@
 """The DALI engine: one graph for CPU and GPU.
 
-DALI gets the plan's samples and windows. From region-addressable shards it gets small JPEGs, cut from the mapped shards, so that
-it decodes only what a view needs. Whole files (profile "original") are decoded at the region by DALI itself. DALI decodes
-(`mixed` on a GPU), resamples each window, mirrors by swapping the window's left and right ends, and outputs uint8 NHWC memory,
-which torch uses without a copy. Lighting and normalization follow on the same device.
+DALI gets the plan's samples and windows. From region-addressable shards it gets small JPEGs that are cut from the mapped shards,
+so it decodes only what a view needs. With profile "original" it gets whole files, and DALI itself decodes only the region. DALI
+decodes (`mixed` on a GPU), resamples each window, mirrors by swapping the window's left and right ends, and outputs uint8 NHWC
+memory, which torch uses without a copy. Lighting and normalization follow on the same device.
 
-Two cases are handled on the CPU. Both are rare.
+Two rare cases are handled on the CPU:
 - A view at the border of its image that is downscaled more than fourfold. Where the filter reaches beyond the image, DALI repeats
   the last pixel and Pillow leaves it out. The outermost pixels of the view differ by up to 1/8 of the step from the last pixel to
   its neighbours. Such views are made by `pixels.decoder` and pass DALI's graph unchanged, as binary PPM. (For less downscaling,
   only images with a high-contrast frame of one or two pixels exceed a difference of 4 of 255.)
 - A sample that DALI cannot decode. DALI then fails the whole batch, without naming the sample. The engine finds the sample,
-  replaces it, and restarts the pipeline. If it finds none, DALI is stricter than the other engines, and the views of all batches
-  in flight are made on the CPU.
+  replaces it, and restarts the pipeline. If it finds no corrupt sample, DALI has rejected one that the other engines accept. The
+  views of all batches in flight are then made on the CPU.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from ..pixels.decoder import CorruptImageError, Decoder, cut_windows, why_corrup
 from ..plan import sampling
 from ..spec import LoaderSpec
 
-# External inputs: name, DALI type, dimensions of one sample.
+# External inputs: name, DALI type, number of dimensions of one sample.
 INPUTS = (
     ("encoded", types.UINT8, 1),
     ("roi_start", types.FLOAT, 2),  # one row per view of the image
@@ -41,8 +41,8 @@ INPUTS = (
     ("size", types.FLOAT, 1),
 )
 SLICE_INPUTS = (("region_start", types.INT32, 1), ("region_end", types.INT32, 1))
-CUT_PROFILES = ("lossless", "compact")  # of the manifest, with region-addressable images
-MAX_REDUCTION = 4  # at an image's border
+CUT_PROFILES = ("lossless", "compact")  # profiles of the manifest with region-addressable images
+MAX_REDUCTION = 4  # views at an image's border that are downscaled further are made on the CPU
 
 
 def open(spec: LoaderSpec) -> DaliLoader:
@@ -51,8 +51,8 @@ def open(spec: LoaderSpec) -> DaliLoader:
 
 
 def graph(sources: Any, crops: int, gpu: bool, slices: bool, hw_decoder_load: float) -> Any:
-    """The graph's output from its inputs, `INPUTS` and, with slices, `SLICE_INPUTS`: uint8 (height, width, 3) for one view, else
-    (crops, height, width, 3).
+    """Define the graph. sources: its inputs, `INPUTS` and, with slices, `SLICE_INPUTS`. Returns its output: uint8
+    (height, width, 3) for one view, else (crops, height, width, 3).
 
     slices: decode only the region between region_start and region_end; roi coordinates are then relative to region_start.
     The decoded region includes the support of the resampling filter around the windows, in whole pixels, so that resampling it
@@ -74,7 +74,7 @@ def graph(sources: Any, crops: int, gpu: bool, slices: bool, hw_decoder_load: fl
 
 
 def build_pipeline(source: Any, batch_size: int, spec: LoaderSpec, slices: bool) -> Pipeline:
-    """The pipeline around `graph`; it calls `source()` for its inputs. For a GPU, only `build()` needs one."""
+    """A pipeline with `graph`. It calls `source()` for the inputs of each batch. A GPU is needed only from `build()` on."""
     gpu = torch.device(spec.device).type == "cuda"
     device_id = (torch.device(spec.device).index or 0) if gpu else None
     pipe = Pipeline(batch_size, spec.threads, device_id, prefetch_queue_depth=spec.prefetch)
@@ -96,15 +96,15 @@ class DaliLoader(Loader):
     engine = "dali"
 
     def __init__(self, spec: LoaderSpec, cuts: bool | None = None, slices: bool | None = None) -> None:
-        """cuts: give DALI JPEGs cut at the crop; by default if the shards are region-addressable. slices: let DALI decode only
-        the region of what it gets; by default unless it gets cut JPEGs on a GPU, whose hardware decoder decodes only whole
-        images.
+        """cuts: give DALI JPEGs that are cut at the crop. Default: if the shards are region-addressable.
+        slices: let DALI decode only a region of what it gets. Default: except for cut JPEGs on a GPU, because the GPU's hardware
+        decoder only decodes whole images.
         """
         super().__init__(spec)
         gpu = torch.device(spec.device).type == "cuda"
         self.cuts = self.shards.manifest.profile in CUT_PROFILES if cuts is None else cuts
         self.slices = not (gpu and self.cuts) if slices is None else slices
-        self.failed: set[BatchRange] = set()  # ranges that DALI failed on: their views are made on the CPU
+        self.failed: set[BatchRange] = set()  # DALI failed on these ranges: their views are made on the CPU
         self._pipe: Pipeline | None = None
         self._schedule: Iterator[BatchRange] = iter(())
         self._in_flight: deque[BatchPlan] = deque()
@@ -167,7 +167,7 @@ class DaliLoader(Loader):
         self._in_flight.clear()
 
     def _source(self) -> tuple[Any, ...]:
-        """The inputs of the graph for the next batch: a list of byte arrays, then arrays of N rows."""
+        """The inputs of the graph for the next batch: a list of N byte arrays, then arrays with N rows."""
         plan = self.plan(next(self._schedule))
         inputs = _BatchInputs(self, plan)
         count = len(plan.ids)
@@ -182,13 +182,13 @@ class DaliLoader(Loader):
 
 
 class _BatchInputs:
-    """DALI's inputs for one batch: an encoded stream for each image, and where the windows of its views lie in that."""
+    """DALI's inputs for one batch: an encoded stream for each image, and the windows of its views in that stream."""
 
     def __init__(self, loader: DaliLoader, plan: BatchPlan) -> None:
         count = len(plan.ids)
         self._loader, self._plan = loader, plan
         self._encoded: list[Bytes] = [np.empty(0, np.uint8)] * count
-        self._boxes = np.empty((count, 4), np.int64)  # top, left, height, width of what each stream shows of its image
+        self._boxes = np.empty((count, 4), np.int64)  # top, left, height, width: which part of its image each stream shows
         self._on_cpu = self._needs_cpu()
 
     def encode(self, first: int, last: int) -> None:
@@ -223,7 +223,7 @@ class _BatchInputs:
         return data
 
     def _needs_cpu(self) -> npt.NDArray[np.bool_]:
-        """Which images have their views made on the CPU: bool (N,)."""
+        """For which images the views are made on the CPU: bool (N,)."""
         return at_border(self._plan) | (self._plan.batch_range in self._loader.failed)
 
     def _views(self, index: int) -> slice:
@@ -235,7 +235,7 @@ class _BatchInputs:
         count, (rows, columns) = len(plan.ids), plan.size
         windows, flip = plan.views.windows.copy(), plan.views.flip.copy()
         heights, widths = plan.heights.copy(), plan.widths.copy()
-        for index in np.flatnonzero(self._on_cpu).tolist():  # its finished views are stacked vertically
+        for index in np.flatnonzero(self._on_cpu).tolist():  # the stream is its finished views, stacked vertically
             tops = np.arange(crops) * rows
             windows[self._views(index)] = np.stack([tops, 0 * tops, tops + rows, 0 * tops + columns], axis=1)
             flip[self._views(index)] = False

@@ -1,15 +1,14 @@
 """The FFCV engine: FFCV's loader over .beton files, with the samples and draws of the plan.
 
-FFCV reads the file, compiles a decoder and runs it in its threads. The plan decides which samples and windows are decoded.
-(FFCV's own random numbers come from one randomly seeded generator per thread, and its orders cannot be resumed.) Images of mode
-jpg are decoded with libjpeg-turbo's exact inverse DCT; FFCV's own decoder uses the fast one, which is off by 1 of 255 on average.
-They are decoded at the crop if they have a table of segments (mode "region"), else as a whole. Raw images are resampled directly.
+FFCV reads the file and runs a compiled decoder in its threads. The plan decides which samples and windows are decoded. (FFCV's
+own random numbers come from one randomly seeded generator per thread, and its orders cannot be resumed.) JPEGs are decoded with
+libjpeg-turbo's exact inverse DCT; FFCV's own decoder uses the fast one, which is off by 1 of 255 on average. Only the crop is
+decoded if the JPEG has a table of segments (mode "region"), else the whole image. Raw images are resampled directly.
 
 The engine works around three problems of FFCV:
-- After an exception in FFCV's thread the consumer would wait without end: here the exception reaches the consumer.
-- FFCV's batches are views of memory that it overwrites: here they are recycled buffers, which stay valid as long as they are
-  kept.
-- Creating FFCV's Loader makes numba's type of byte arrays read-only for all code compiled later: `_Storage` prevents that.
+- After an exception in FFCV's thread, the consumer would wait forever. Here the exception is raised in the consumer.
+- FFCV's batches are views of memory that it overwrites. Here they are recycled buffers, which stay valid while referenced.
+- Creating FFCV's Loader makes numba's type of byte arrays read-only for all code compiled later. `_Storage` prevents that.
 """
 
 from __future__ import annotations
@@ -52,10 +51,11 @@ from ..store import files
 from ..store.shards import ShardSet
 
 _RAW = IMAGE_MODES["raw"]
-_STATUS, _WINDOWS, _FLIP, _OUT, _CROPS, _ROWS, _COLUMNS = range(7)  # fields of an order
+# An "order" is the work on one sample as 7 integers, in memory that FFCV passes to its compiled code. Its fields:
+_STATUS, _WINDOWS, _FLIP, _OUT, _CROPS, _ROWS, _COLUMNS = range(7)
 _ORDER = 7
 
-# libjpeg-turbo, which FFCV is linked with. Called by name: numba cannot cache ctypes functions, which are addresses.
+# libjpeg-turbo, which FFCV links to. Called by name: numba cannot cache code that calls ctypes functions by their address.
 load_library_permanently(ctypes.util.find_library("turbojpeg") or "libturbojpeg.so.0")
 _begin = types.ExternalFunction("tjInitDecompress", types.intp())
 _decompress = types.ExternalFunction(
@@ -72,7 +72,11 @@ def open(spec: LoaderSpec) -> FfcvLoader:
 
 @jit
 def _decode_whole(jpeg: Any, pixels: Any) -> Any:
-    """A function of its own: numba frees an array after its last use, and taking its address is none; arguments live on."""
+    """Decode a whole JPEG. Returns 0 or libjpeg-turbo's error status.
+
+    It must be a function of its own. numba frees an array after its last use, and taking its address does not count as a use.
+    Arguments stay alive until the function returns.
+    """
     decoder = _begin()
     rgb, exact = 0, 0
     status = _decompress(
@@ -84,10 +88,10 @@ def _decode_whole(jpeg: Any, pixels: Any) -> Any:
 
 @jit
 def _make_views(order: Any, field: Any, storage: Any) -> Any:
-    """Fill what `order` asks for, from the image of metadata `field` in FFCV's storage; 0, or what libjpeg-turbo says.
+    """Make the views of one image, as its `order` says. Returns 0 or libjpeg-turbo's error status.
 
-    order: int64 (7,): a field for the returned status; addresses of the image's windows, float64 (C, 4), of flip, uint8 (C,),
-    and of its views, uint8 (C, H, W, 3); C, H, W.
+    order: int64 (7,): a field for the status, which the caller fills; the addresses of the windows, float64 (C, 4), of flip,
+    uint8 (C,), and of the views, uint8 (C, H, W, 3); then C, H, W. field: the image's metadata. storage: FFCV's.
     """
     content, pointers, sizes = storage
     start = field["data_ptr"]
@@ -117,27 +121,29 @@ def _make_views(order: Any, field: Any, storage: Any) -> Any:
 
 @jit
 def _make_batch(samples: Any, orders: Any, metadata: Any, storage: Any) -> None:
-    """Of its samples' orders, int64 (samples, 7). metadata: the image fields of all samples. storage: FFCV's."""
+    """Make a batch. orders: int64 (samples, 7). metadata: the image fields of all samples. storage: FFCV's."""
     for i in range(len(samples)):
         orders[i, _STATUS] = _make_views(orders[i], metadata[samples[i]], storage)
 
 
 @jit(parallel=True)
 def _make_batch_in_threads(samples: Any, orders: Any, metadata: Any, storage: Any) -> None:
-    """`_make_batch`. numba leaves out a parallel loop that writes to no argument: hence the status in the orders."""
+    """`_make_batch` in numba's threads. The status is a field of the order because numba drops a parallel loop that writes to no
+    argument.
+    """
     for i in prange(len(samples)):
         orders[i, _STATUS] = _make_views(orders[i], metadata[samples[i]], storage)
 
 
 class _PlannedDecoder(SimpleRGBImageDecoder):
-    """The first operation of FFCV's image field. Its memory, which is also its output, holds the batch's orders."""
+    """The first operation of FFCV's image field. Its memory holds the batch's orders, and is also its output."""
 
     def declare_state_and_memory(self, previous_state: State) -> tuple[State, AllocationQuery]:
         dtype = np.dtype(np.int64)
         return replace(previous_state, shape=(_ORDER,), dtype=dtype), AllocationQuery((_ORDER,), dtype)
 
     def generate_code(self) -> Callable[..., Any]:
-        """A placeholder: FFCV would compile it for seconds in each Loader. `_open_stock` inserts the compiled batch maker."""
+        """A placeholder. FFCV would take seconds to compile the real code in each Loader; `_open_stock` inserts cached code."""
 
         def decode(batch_indices: Any, destination: Any, metadata: Any, storage_state: Any) -> Any:
             return destination[: len(batch_indices)]
@@ -148,8 +154,8 @@ class _PlannedDecoder(SimpleRGBImageDecoder):
 class _Storage(OSCacheManager):
     """FFCV's storage without its compiled reader, which the decoder here does not use.
 
-    Compiling the reader costs 0.4 s and, because memory maps are read-only, sets `mutable` to False on numba's own type of byte
-    arrays: code compiled later could not write to any of them.
+    Compiling the reader takes 0.4 s. And because memory maps are read-only, it sets `mutable` to False on numba's shared type of
+    byte arrays, so that code compiled later could not write to any byte array.
     """
 
     def compile_reader(self) -> None:
@@ -158,7 +164,7 @@ class _Storage(OSCacheManager):
 
 @contextmanager
 def _without_reader() -> Iterator[None]:
-    """Make FFCV's Loader use `_Storage`; it has no option for that."""
+    """Make FFCV's Loader use `_Storage`. It has no option for that, so its module is patched."""
     stock, loader_module.OSCacheManager = loader_module.OSCacheManager, _Storage
     try:
         yield
@@ -167,9 +173,9 @@ def _without_reader() -> Iterator[None]:
 
 
 class _PlannedBatches(EpochIterator):
-    """FFCV's thread, which runs its compiled code over batches: here over batch ranges of the plan, epoch after epoch.
+    """FFCV's thread, which runs compiled code for batch after batch: here for the batch ranges of the plan, across epochs.
 
-    Its queue gets (plan, pixels), or the exception that ended the thread.
+    It puts (plan, pixels) into its queue, or the exception that ended it.
     """
 
     def __init__(self, owner: FfcvLoader, stock: StockLoader, schedule: Iterator[BatchRange]) -> None:
@@ -180,7 +186,7 @@ class _PlannedBatches(EpochIterator):
 
     def run(self) -> None:
         threads = torch.get_num_threads()
-        Compiler.set_num_threads(self.loader.num_workers)  # numba's in this thread, and torch's in all
+        Compiler.set_num_threads(self.loader.num_workers)  # of numba in this thread, but also of torch in all threads
         torch.set_num_threads(threads)
         for batch_range in self._schedule:
             try:
@@ -225,14 +231,14 @@ class _PlannedBatches(EpochIterator):
             orders[:, column] = array.ctypes.data + stride * np.arange(len(orders))
         orders[:, _CROPS:] = owner.crops, *plan.size
         (made,) = self.run_pipeline(0, plan.ids.astype(np.uint64), 0, None)
-        for index in np.flatnonzero(made[:, _STATUS]).tolist():  # what the compiled code could not decode
+        for index in np.flatnonzero(made[:, _STATUS]).tolist():  # images that the compiled code could not decode
             views = slice(index * owner.crops, (index + 1) * owner.crops)
             owner.make_or_replace(self._decoder, plan, index, images[views])
         return plan, tensor
 
 
 class FfcvLoader(Loader):
-    """Runs FFCV's compiled code on the plan, in FFCV's thread. Start-up reads the metadata of all samples, as FFCV does."""
+    """Makes the plan's batches with compiled code in FFCV's thread. Start-up reads the metadata of all samples, as FFCV does."""
 
     engine = "ffcv"
 
@@ -284,7 +290,7 @@ class FfcvLoader(Loader):
                 )
             make_batch = _make_batch_in_threads if self._stock.num_workers > 1 else _make_batch
             stages, outputs = self._stock.code
-            torch.set_num_threads(threads)  # FFCV has set its own number for all of torch
+            torch.set_num_threads(threads)  # undo FFCV's setting, which is global
 
             def stage(batch_indices: Any, metadata: Any, storage_state: Any, **memory: Any) -> tuple[Any]:
                 orders = next(array for array in memory.values() if array is not None)
@@ -320,10 +326,10 @@ class FfcvLoader(Loader):
         return np.asarray(self._content[start : start + size])
 
     def _sizes(self, ids: Ints) -> tuple[Ints, Ints]:
-        records = self._images[ids]  # the file may have smaller images
+        records = self._images[ids]  # not the shards' sizes: the file may have smaller images
         return records["height"].astype(np.int64), records["width"].astype(np.int64)
 
     def _data_fingerprint(self) -> str:
-        """The same as of the shards if the file holds the same bytes, so that a run can continue with another engine."""
+        """That of the shards if the file holds the same bytes, so that a run can continue with another engine."""
         of_shards = super()._data_fingerprint()
         return of_shards if self._entry["settings"]["mode"] == "region" else f"{of_shards} {self._entry['sha256']}"

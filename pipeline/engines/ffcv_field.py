@@ -1,4 +1,4 @@
-"""Region-addressable JPEGs in FFCV: a field that stores their bytes, and decoders that decode only the crop."""
+"""Region-addressable JPEGs in stock FFCV: a field that stores their bytes, and decoders that decode only the crop."""
 
 from __future__ import annotations
 
@@ -27,14 +27,14 @@ class StoredImage(NamedTuple):
 
 
 def store_encoded(destination: Any, image: StoredImage, malloc: Any) -> None:
-    """What RGBImageField.encode does after encoding. destination: one metadata record. malloc: size -> address, uint8 (size,)."""
+    """Store an encoded image as RGBImageField.encode does. destination: its metadata. malloc: size -> address, uint8 (size,)."""
     destination["mode"], destination["height"], destination["width"] = image.mode, image.height, image.width
     destination["data_ptr"], storage = malloc(len(image.data))
     storage[:] = np.frombuffer(image.data, np.uint8)
 
 
 class _KeepsJpeg:
-    """How RegionField differs from RGBImageField."""
+    """The methods of RegionField that differ from RGBImageField's."""
 
     def encode(self, destination: Any, image: bytes, malloc: Any) -> None:
         """Store the bytes of a JPEG unchanged. Raises ValueError for images that FFCV's decoder (libjpeg-turbo to RGB) cannot
@@ -59,23 +59,24 @@ def _region_field_class() -> type:
 def region_field() -> Any:
     """A RegionField: like RGBImageField, but `encode` takes the bytes of a JPEG and stores them unchanged, in the mode jpg.
 
-    Its records are RGBImageField's. Files of `write_beton` say so, and stock FFCV opens them without custom_fields. Files of
-    FFCV's DatasetWriter have no type id for this class, and open with custom_fields={"image": RGBImageField}.
+    Its records have the layout of RGBImageField's. Files written by `write_beton` name RGBImageField as the type, so stock FFCV
+    opens them without custom_fields. FFCV's DatasetWriter has no type id for this class; its files have to be opened with
+    custom_fields={"image": RGBImageField}.
     """
     return _region_field_class()()
 
 
 @cache
 def _decode_at() -> Any:
-    """Compile, once, (data, bytes, top, left, bottom, right, scratch, pixels, place) -> 0, or below for what does not decode.
+    """A compiled (data, bytes, top, left, bottom, right, scratch, pixels, place) -> 0, or a negative number if decoding fails.
 
-    Decodes the region, or all of a JPEG without a table (a damaged one, too), to `pixels`: uint8 RGB (height, width, 3). data,
-    pixels: addresses. scratch: int8 (bytes,), for the cut. place: int64 (4,): 0, 0, height, width of the image; gets the
-    region's.
+    It decodes the region to `pixels`, uint8 RGB (height, width, 3); or the whole image, if the JPEG has no intact table. data,
+    pixels: addresses. scratch: int8 (bytes,), for the cut. place: int64 (4,): 0, 0, height, width of the image; receives the
+    top, left, height, width of the decoded region.
 
-    Addresses, because FFCV's OSCacheManager sets `mutable` to False on numba's own type of uint8 arrays, each time a Loader is
-    made: what is compiled for such arrays may then not write to them, and a function compiled for writable and read-only ones
-    has two equal keys in its table of overloads, which sends numba's finalizer into an endless loop.
+    It takes addresses instead of uint8 arrays. Each new Loader of FFCV (in OSCacheManager) sets `mutable` to False on numba's
+    shared type of uint8 arrays. Code compiled afterwards could not write to them. And a function compiled for writable and for
+    read-only arrays would have two equal keys in its table of overloads, which sends numba's finalizer into an endless loop.
     """
     from ffcv.libffcv import imdecode
     from ffcv.utils import cast_int_to_byte_ptr
@@ -100,7 +101,7 @@ def _decode_at() -> Any:
 
 
 class _DecodesRegion:
-    """How a region decoder differs from the ResizedCropRGBImageDecoder that it extends."""
+    """The method of a region decoder that differs from the ResizedCropRGBImageDecoder that it extends."""
 
     def generate_code(self) -> Callable[..., Any]:
         from ffcv.fields.rgb_image import resize_crop
@@ -138,7 +139,7 @@ class _DecodesRegion:
 def region_decoder(stock: type) -> Any:
     """A decoder that draws the same crops as `stock`, a ResizedCropRGBImageDecoder or a subclass, and decodes only the crops.
 
-    region_decoder(RandomResizedCropRGBImageDecoder)((224, 224)) replaces the stock decoder in a Loader's pipeline. Its pixels are
-    those of the stock decoder for the same crop: it decodes images without a table as a whole, and raw ones need no decoding.
+    region_decoder(RandomResizedCropRGBImageDecoder)((224, 224)) replaces the stock decoder in a Loader's pipeline. It gives the
+    same pixels for the same crop. Images without a table are decoded as a whole; raw images need no decoding.
     """
     return type(f"Region{stock.__name__}", (_DecodesRegion, stock), {})

@@ -1,10 +1,10 @@
 """Views by several geometries in one pass over a split: each image is read and decoded once for all of them.
 
-For testing, where a model sees centre crops, ten crops and whole images at five scales of the same images. Threads decode the
-region that all windows of an image need together (all of it, if one view is the whole image), resample each window, and continue
-with the next batches while the model works.
+This is for evaluation with several testing schemes: centre crops, ten crops, and whole images at several scales. Threads decode
+the smallest region that contains all windows of an image, and resample each window. They prepare the next batches while the model
+runs.
 
-The views are plain pixels: several models can use one pass, each with its own normalization.
+The views are uint8 pixels without normalization, so several models can share a pass, each with its own normalization.
 """
 
 from __future__ import annotations
@@ -29,21 +29,22 @@ from ..spec import LoaderSpec, check, check_device
 from ..store.shards import ShardSet
 from .pool import WorkerPool
 
-MAX_BATCH_BYTES = 256 << 20  # of a batch's views, if it has more than one image: whole images at five scales take 7 MB per image
-_CHUNK = 4  # images per task of a thread: each image has many views
+# Limit for the views of a batch, if it has more than one image. Whole images at five scales take 7 MB per image.
+MAX_BATCH_BYTES = 256 << 20
+_CHUNK = 4  # images per task of a thread; few, as each image has many views
 
 
 class ViewSpec(NamedTuple):
-    """One kind of views of an image. size: of crops, pixels; whole images have sizes of their own."""
+    """One kind of view. size: side of the crops, pixels; the views of whole images have their own sizes."""
 
     geometry: Geometry
     size: int
 
 
 class MultiViewBatch(NamedTuple):
-    """A batch of N images, each in the views of several geometries.
+    """A batch of N images, with the views of several geometries.
 
-    images: for each ViewSpec uint8 (N * crops, H, W, 3) on the spec's device; the views of an image are adjacent.
+    images: for each ViewSpec, uint8 (N * crops, H, W, 3) on the spec's device; the views of an image are adjacent.
     labels: int64 (N,), same device. ids: int64 (N,), NumPy: the samples' indices in the split.
     """
 
@@ -53,23 +54,23 @@ class MultiViewBatch(NamedTuple):
 
 
 class MultiViewLoader:
-    """Iterates over a split, in the views of several specs; each sample comes once. All images of a batch have views of equal
-    size.
+    """An iterable over a split that yields each sample once, with the views of all specs.
 
-    Batches have `batch_size` images, or fewer: the last batch of each size, and batches limited by `MAX_BATCH_BYTES`.
+    Within a batch, the views of all images have the same size. A batch has `batch_size` images, or fewer if it is the last one of
+    its size or is limited by `MAX_BATCH_BYTES`.
     """
 
     def __init__(self, spec: LoaderSpec, view_specs: Sequence[ViewSpec]) -> None:
         """spec: for evaluation; its geometry and image size are not used. Raises UserError for a spec that cannot be loaded."""
         if spec.engine not in ("auto", "cpu"):
             raise UserError(
-                f"`engine` {spec.engine} makes views of one kind in a pass",
-                "with several schemes, scales or image sizes leave `engine` out, or give cpu",
+                f"`engine` {spec.engine} makes only one kind of view in a pass",
+                "for several schemes, scales or image sizes leave `engine` out, or use cpu",
             )
         for view_spec in view_specs:
             check(replace(spec, geometry=view_spec.geometry, image_size=view_spec.size))
             if view_spec.geometry.random or spec.world_size > 1:
-                raise ValueError("several geometries in a pass are for evaluation in one process")
+                raise ValueError("several geometries in one pass are only for evaluation, in one process")
         check_device(spec.device)
         self._device = torch.device(spec.device)
         self.spec, self.view_specs = spec, tuple(view_specs)
@@ -79,7 +80,7 @@ class MultiViewLoader:
         self._order = ByShape(np.concatenate(shapes, axis=1))
         self._buffers = BufferPool(spec.device)
         if len(self._order.runs()) > 1:
-            self.shards.check_cache()  # samples of one size come from any shard
+            self.shards.check_cache()  # samples of one size are scattered over all shards
 
     def __len__(self) -> int:
         """Batches."""
@@ -108,7 +109,7 @@ class MultiViewLoader:
             start += count
 
     def _bytes_per_image(self, ids: Ints) -> int:
-        """Of all views of one sample, int64 (1,)."""
+        """The size of all views of one sample. ids: int64 (1,)."""
         heights, widths = self._sizes(ids)
         shapes = [view_spec.geometry.shapes(heights, widths, view_spec.size)[0] for view_spec in self.view_specs]
         crops = [view_spec.geometry.crops for view_spec in self.view_specs]
@@ -119,7 +120,7 @@ class MultiViewLoader:
         return records["height"].astype(np.int64), records["width"].astype(np.int64)
 
     def _plan(self, ids: Ints) -> _Job:
-        """The windows and the memory of a batch."""
+        """The windows and the buffer of a batch."""
         heights, widths = self._sizes(ids)
         views = [view_spec.geometry.views(0, 0, ids, heights, widths, view_spec.size, 0.0) for view_spec in self.view_specs]
         shapes = [
@@ -134,7 +135,7 @@ class MultiViewLoader:
         """Make all views of some images of a batch. Runs in a thread."""
         for index in indices:
             sample = int(job.ids[index])
-            # To the decoder the common region is a window that keeps its size, to which it adds a margin.
+            # The decoder gets the common region as a window at scale 1. It adds a margin.
             window = job.regions[index : index + 1].astype(np.float64)
             rows, columns = (job.regions[index, 2:] - job.regions[index, :2]).tolist()
             try:
@@ -156,9 +157,10 @@ class MultiViewLoader:
 
 @dataclass
 class _Job:
-    """A batch in progress. regions: int64 (N, 4), what to decode of each image: top, left, bottom, right.
+    """A batch in progress. regions: int64 (N, 4), the region of each image to decode: top, left, bottom, right.
 
-    views, images, shapes: one per ViewSpec. `images` are parts of the flat `tensor`, so that one copy moves all to the device.
+    views, images, shapes: one per ViewSpec. `images` are parts of the flat `tensor`, so that a single copy moves all of them to
+    the device.
     """
 
     ids: Ints
@@ -172,8 +174,9 @@ class _Job:
 
 
 def common_regions(views: Sequence[Views], heights: Ints, widths: Ints, sizes: Sequence[tuple[int, ...]]) -> Ints:
-    """The smallest rectangle of each of N images that contains what resampling all of its views needs: int64 (N, 4) of top, left,
-    bottom, right. views: of the same images by several geometries. sizes: height and width of each geometry's views.
+    """The smallest region of each image with all source pixels that its views need: int64 (N, 4) of top, left, bottom, right.
+
+    views: of the same N images by several geometries. sizes: height and width of each geometry's views.
     """
     count = len(heights)
     found: list[npt.NDArray[np.int64]] = []

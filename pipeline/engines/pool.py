@@ -13,10 +13,10 @@ Worker = TypeVar("Worker")
 
 
 class WorkerPool(Generic[Job, Worker]):
-    """Jobs in progress, in order. Each job is one batch; threads make its images in chunks.
+    """A queue of jobs that threads work on. Each job is one batch; threads make its images in chunks.
 
     fill(worker, job, indices): make the images `indices` of a job. worker: the thread's own state, from `make_worker()`.
-    Threads start with the first job and end with `close`, after which the pool can be used again.
+    Threads start with the first job and end with `close`. Afterwards the pool can be used again.
     """
 
     def __init__(
@@ -41,18 +41,18 @@ class WorkerPool(Generic[Job, Worker]):
         self._jobs.append((job, chunks))
 
     def next(self) -> Job:
-        """Wait for the oldest job and remove it. Raises what its threads raised."""
+        """Wait for the oldest job, remove and return it. Raises what its threads raised."""
         job, chunks = self._jobs.popleft()
         for chunk in chunks:
             chunk.result()
         return job
 
     def ready(self) -> int:
-        """Jobs that are done. For any thread."""
+        """The number of finished jobs. May be called from any thread."""
         return sum(all(chunk.done() for chunk in chunks) for _, chunks in self._jobs.copy())
 
     def close(self) -> None:
-        """Drop all jobs and end the threads, after the chunks that they are working on."""
+        """Drop all jobs and end the threads. Waits for the chunks in progress."""
         self._jobs.clear()
         if self._threads:
             self._threads.shutdown(cancel_futures=True)

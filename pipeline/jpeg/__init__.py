@@ -1,5 +1,8 @@
-"""Region-addressable JPEGs: the format, its lossless transcoder, and a decoder that opens an image at the crop.
+"""Region-addressable JPEGs: baseline JPEGs with restart markers and a table of segment lengths, so that a region can be decoded
+without the rest of the image.
 
-`region` defines the format and cuts regions out; `huffman` and `entropy` code coefficients; `transcode` writes the format from
-baseline JPEGs; `decode` and `idct` turn a region into pixels.
+- `region`: the definition of the format, and cutting out a region as a JPEG of its own.
+- `transcode`: writes the format from baseline JPEGs, losslessly.
+- `entropy`, `huffman`: the entropy coding and its Huffman tables.
+- `decode`: decodes a region to pixels. `idct`: its inverse DCT, chroma upsampling and color conversion.
 """

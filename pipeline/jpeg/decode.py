@@ -1,14 +1,15 @@
-"""Decoding the region of a JPEG, compiled: what libjpeg-turbo would decode, bit for bit, and as little else as the tiles allow.
+"""Decode a region of a region-addressable JPEG, compiled. The pixels equal libjpeg-turbo's bit for bit.
 
-libjpeg-turbo spends three quarters of a cut's time on Huffman codes, and a restart interval (which our tiles need) disables its
-fast path. Here a table of 11 bits resolves most symbols at once, with run, value and length, from 64 bits that are refilled
-together; and in each tile decoding ends behind the last column that is needed. The inverse DCT, chroma upsampling and color
-conversion are libjpeg's, in LLVM's vectors (`idct`). On one EPYC core, 400 ImageNet images: 0.39 ms an image instead of 0.53
-(simplejpeg on the cut), compact profile 0.24 instead of 0.30. Tables of 10 or 12 bits, and refilling before each symbol, were 2
-to 8 % slower.
+On a cut JPEG, libjpeg-turbo spends three quarters of the time on Huffman decoding, and a restart interval, which tiles need,
+disables its fast path. This decoder looks up 11 bits at a time in a table that usually gives a whole symbol: run, value and
+length. It reads from a 64-bit buffer that is refilled by several bytes at once. In each tile, it stops after the last column that
+is needed. Inverse DCT, chroma upsampling and color conversion follow libjpeg-turbo, in LLVM vector instructions (`idct`).
 
-It decodes region-addressable JPEGs of 4:4:4, 4:2:2, 4:4:0, 4:2:0 and grayscale, in YCbCr as JFIF defines it. `decode` refuses
-others and damaged data; a general decoder then decides.
+Measured on one EPYC core with 400 ImageNet images: 0.39 ms per image instead of 0.53 (simplejpeg on the cut), and with profile
+compact 0.24 instead of 0.30. Tables of 10 or 12 bits, and refilling before each symbol, were 2 to 8 % slower.
+
+Supported are YCbCr as JFIF defines it, with 4:4:4, 4:2:2, 4:4:0 or 4:2:0 subsampling, and grayscale. `decode` refuses other JPEGs
+and damaged data; the caller then uses a general decoder.
 """
 
 from __future__ import annotations
@@ -26,8 +27,8 @@ from .region import Bytes, Ints, TileLayout, big16, open_tiles
 
 REFUSED = -1
 
-_LOOK = 11  # bits of the table of whole symbols
-_END = 128  # more than any run: an end of block
+_LOOK = 11  # bits looked up at once in a table of whole symbols
+_END = 128  # the step of an end-of-block symbol, larger than any run
 _ZIGZAG = np.array(
     [
         0, 1, 8, 16, 9, 2, 3, 10, 17, 24, 32, 25, 18, 11, 4, 5, 12, 19, 26, 33, 40, 48,
@@ -39,10 +40,11 @@ _ZIGZAG = np.array(
 
 
 class Header(NamedTuple):
-    """What the segments before the entropy-coded data say.
+    """The content of the segments before the entropy-coded data.
 
-    quant: int32 (4, 64), quantization tables in zigzag order. components: int64 (3, 5), each component's horizontal and vertical
-    factor, quantization table, DC and AC table. symbols: uint32 (4, 1 << _LOOK), tables of whole symbols, see `_fill_symbols`.
+    quant: int32 (4, 64), quantization tables in zigzag order. components: int64 (3, 5), per component: horizontal and vertical
+    sampling factor; index of the quantization, DC and AC table. tables: the Huffman tables. symbols: uint32 (4, 1 << _LOOK),
+    tables of whole symbols for the AC tables, see `_fill_symbols`.
     """
 
     quant: npt.NDArray[np.int32]
@@ -63,9 +65,9 @@ class Area(NamedTuple):
 class McuBlocks(NamedTuple):
     """The B blocks of an MCU.
 
-    blocks: uint64 (B, 7): component; DC, AC and quantization table, as indices into what holds them; what the block's own place
-    grows by from one MCU to the next; bytes of its plane's row; its table of whole symbols. corners: int64 (B,), where the first
-    MCU's blocks lie in the planes. downs: int64 (B,), what that grows by from one row of MCUs to the next.
+    blocks: uint64 (B, 7): component; DC table; AC table; start of the quantization table; step from one MCU to the next, bytes;
+    stride of the component's plane, bytes; start of the table of whole symbols. corners: int64 (B,), where the blocks of the
+    first MCU start in the planes. downs: int64 (B,), step from one row of MCUs to the next, bytes.
     """
 
     blocks: npt.NDArray[np.uint64]
@@ -75,10 +77,10 @@ class McuBlocks(NamedTuple):
 
 @jit
 def _fill_symbols(bits: Any, symbols: Any, out: Bytes) -> None:
-    """Fill the table of whole symbols. For each `_LOOK` bits that begin with an AC code and its extra bits it holds value << 16
-    | step << 8 | length, where step is what the coefficient's index grows by (`_END` at an end of block); or 0, where the bits
-    are too few.
+    """Fill the table of whole symbols of an AC table. Its index is the next `_LOOK` bits.
 
+    If these contain a whole code with its extra bits, the entry is value << 16 | step << 8 | length. step: increment of the
+    coefficient's index, `_END` at an end of block. length: bits of the code and its extra bits. Otherwise the entry is 0.
     bits, symbols: the Huffman table's BITS and HUFFVAL. out: uint32 (1 << _LOOK,).
     """
     out[:] = 0
@@ -103,7 +105,7 @@ def _fill_symbols(bits: Any, symbols: Any, out: Bytes) -> None:
 
 @jit
 def _extended(bits: Any, size: Int, count: Int) -> Any:
-    """The value (T.81 F.2.2.1) of the last `count` of the `size` bits at the top."""
+    """The value (T.81 F.2.2.1) of the last `count` of the `size` most significant bits."""
     value = np.int64((bits >> np.uint64(64 - size)) & np.uint64((1 << count) - 1))
     return value if count == 0 or value >> (count - 1) else value + 1 - (1 << count)
 
@@ -116,7 +118,7 @@ def _read_header(data: Bytes, layout: TileLayout, header: Header) -> Any:
     count = np.int64(data[frame + 9])
     if data[frame + 4] != 8 or (count != 1 and count != 3) or big16(data, frame + 2) != 8 + 3 * count:
         return REFUSED
-    if count == 3 and data[frame + 10] == 82:  # component R: RGB, where no marker says otherwise
+    if count == 3 and data[frame + 10] == 82:  # the first component is named "R": RGB
         return REFUSED
     for i in range(count):
         at: Any = frame + 10 + 3 * i
@@ -163,18 +165,20 @@ def _read_header(data: Bytes, layout: TileLayout, header: Header) -> Any:
 
 
 @jit
-def _decode_tiles(data: Bytes, layout: TileLayout, area: Area, header: Header, mcu: McuBlocks, planes: Bytes) -> bool:
-    """Decode an area's MCUs into `planes`, flat uint8 of all components. False if the data is damaged.
+def decode_tiles(data: Bytes, layout: TileLayout, area: Area, header: Header, mcu: McuBlocks, planes: Bytes) -> bool:
+    """Decode an area's MCUs into `planes`, flat uint8 of all components. Returns False if the data is damaged.
 
-    This is one function, because numba counts the references of every array at each call.
+    It is a single long function because each call in numba updates the reference counts of all its arrays.
     """
     starts, tiles, interval = layout.starts, layout.tiles, layout.interval
     first_row, last_row, first_column, last_column = area
     blocks, corners, downs = mcu
     quant, symbols, tables = header.quant.reshape(-1), header.symbols.reshape(-1), header.tables
     block, dc = np.zeros(64, np.int32), np.zeros(3, np.int64)
-    longest = (starts[1:] - starts[:-1]).max()
-    unstuffed = np.empty(longest + 512 * len(blocks) + 64, np.uint8)  # damaged data is read beyond its end, for one MCU
+    longest = 0
+    for i in range(len(starts) - 1):
+        longest = max(longest, starts[i + 1] - starts[i])
+    unstuffed = np.empty(longest + 512 * len(blocks) + 64, np.uint8)  # damaged data can be read beyond its end, by one MCU
     for row in range(first_row, last_row):
         for tile in range(first_column // interval, -(-last_column // interval)):
             start, stop = layout.scan + starts[row * tiles + tile], layout.scan + starts[row * tiles + tile + 1] - 2
@@ -239,7 +243,7 @@ def _decode_tiles(data: Bytes, layout: TileLayout, area: Area, header: Header, m
 
 @jit
 def _blocks_of_mcu(components: Any, planes: Planes) -> McuBlocks:
-    """The blocks of an MCU in their order. components: as `Header` has them."""
+    """The blocks of an MCU in stream order. components: as in `Header`."""
     wide, tall, count, bases, strides = planes.wide, planes.tall, planes.components, planes.bases, planes.strides
     lumas = wide * tall
     blocks, corners = np.zeros((lumas + count - 1, 7), np.uint64), np.empty(lumas + count - 1, np.int64)
@@ -258,10 +262,10 @@ def _blocks_of_mcu(components: Any, planes: Planes) -> McuBlocks:
 
 @jit
 def decode(data: Bytes, top: Int, left: Int, bottom: Int, right: Int, scratch: Bytes, place: Ints) -> Int:
-    """Decode what a region needs of a region-addressable JPEG. Returns 0, REFUSED, or the bytes that `scratch` must have.
+    """Decode a region of a region-addressable JPEG. Returns 0, REFUSED, or the number of bytes that `scratch` needs.
 
-    data: uint8 (bytes,). top, left, bottom, right: pixels, a region of the image. scratch: uint8 (bytes,), gets the pixels first,
-    RGB (height, width, 3). place: int64 (4,), gets top, left, height, width of what was decoded, the region at least.
+    data: uint8 (bytes,). top, left, bottom, right: the region, pixels. scratch: uint8 (bytes,), receives the pixels, RGB (height,
+    width, 3), at its start. place: int64 (4,), receives top, left, height, width of these pixels, which contain the region.
     """
     layout = open_tiles(data)
     if layout.status < 0:
@@ -275,16 +279,17 @@ def decode(data: Bytes, top: Int, left: Int, bottom: Int, right: Int, scratch: B
         return REFUSED
     components = header.components
     wide, tall = components[0, 0], components[0, 1]
+    chroma = components[1, 0] * components[1, 1] * components[2, 0] * components[2, 1]
     if count == 1:
         wide, tall = 1, 1
-    elif not (1 <= wide <= 2 and 1 <= tall <= 2) or (components[1:, :2] != 1).any():
+    elif not (1 <= wide <= 2 and 1 <= tall <= 2 and chroma == 1):
         return REFUSED
     if mcu_width != 8 * wide or mcu_height != 8 * tall:
         return REFUSED
     if wide == 2 and width <= 4:
-        return REFUSED  # libjpeg then repeats chroma instead of interpolating it
+        return REFUSED  # libjpeg repeats the chroma of such narrow images instead of interpolating it
 
-    # A pixel's chroma is interpolated with the neighbouring pixel's.
+    # Chroma upsampling also needs the chroma of the neighbouring pixel.
     first_column, last_column = max(left - (wide - 1), 0) // mcu_width, -(-min(right + wide - 1, width) // mcu_width)
     first_row, last_row = max(top - (tall - 1), 0) // mcu_height, -(-min(bottom + tall - 1, height) // mcu_height)
     place[0], place[1] = first_row * mcu_height, first_column * mcu_width
@@ -303,7 +308,7 @@ def decode(data: Bytes, top: Int, left: Int, bottom: Int, right: Int, scratch: B
 
     planes = Planes(bases, strides, count, wide, tall)
     area = Area(first_row, last_row, first_column, last_column)
-    if not _decode_tiles(data, layout, area, header, _blocks_of_mcu(components, planes), scratch):
+    if not decode_tiles(data, layout, area, header, _blocks_of_mcu(components, planes), scratch):
         return REFUSED
     finish(scratch, planes, height, width, place)
     return 0

@@ -1,7 +1,7 @@
-"""JPEG's entropy coding (ITU-T T.81 annex F), compiled, without the GIL: `read_scan` parses a scan into tokens, `write_scan`
-codes tokens as tiles.
+"""JPEG's entropy coding (ITU-T T.81 annex F), compiled, without the GIL. `read_scan` parses a scan into tokens, `write_scan`
+encodes tokens tile by tile.
 
-Functions return counts, or one of the negative error codes below.
+Both return a count, or one of the negative error codes below.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ from .region import Bytes, Ints
 
 TRUNCATED, BAD_CODE, BAD_VALUE, NO_ROOM = -1, -2, -3, -4
 
-# A token is a Huffman symbol between decoding and encoding: table << 24 | symbol << 16 | its extra bits.
+# A token is a decoded Huffman symbol, to be encoded again: table << 24 | symbol << 16 | its extra bits.
 # Tables are numbered DC 0, AC 0, DC 1, AC 1.
 
 # The category of a DC difference (T.81 F.1.2.1), by its absolute value.
 _CATEGORIES = np.array([value.bit_length() for value in range(1 << 11)], np.uint8)
 
-# Damaged data is read beyond its end, for at most one MCU: 10 blocks of symbols of at most 31 bits, and the reader's last word.
+# Damaged data is read beyond its end, by at most one MCU (10 blocks of symbols of at most 31 bits) and the last word of `refill`.
 _PADDING = 10 * 64 * 31 // 8 + 16
 
 
@@ -37,14 +37,16 @@ def _word(data: Bytes, at: Int) -> Any:
 
 @jit
 def _has_ff(word: Any) -> Any:
-    """Whether one of a word's 8 bytes is 0xFF: its inverse is 0, and subtracting 1 from that sets the top bit."""
+    """Whether one of a word's 8 bytes is 0xFF. The inverse of such a byte is 0; subtracting 1 from that sets its top bit."""
     return (~word - np.uint64(0x0101010101010101)) & word & np.uint64(0x8080808080808080) != 0
 
 
 @jit
 def unstuff(stream: Bytes, position: Int, stop: Int, data: Bytes) -> Any:
-    """Copy the bytes before the next marker or `stop` to `data`, without stuffed zeros, and append 8 zeros. Returns where it
-    stopped in the stream, and the number of bytes."""
+    """Copy the bytes before the next marker or `stop` to `data`, without stuffed zeros, and append 8 zeros.
+
+    Returns the position in the stream where it stopped, and the number of bytes copied.
+    """
     count = 0
     while position < stop:
         if position + 8 <= stop and not _has_ff(_word(stream, np.uint64(position))):
@@ -67,21 +69,21 @@ def unstuff(stream: Bytes, position: Int, stop: Int, data: Bytes) -> Any:
 
 @jit
 def refill(data: Bytes, at: Int, bits: Any, have: Any) -> Any:
-    """Read whole bytes until `bits` holds at least 56 valid bits at its top. The bits below already equal the next byte's."""
+    """Read whole bytes until at least the 56 most significant of `bits` are valid. The bits below are those of the next byte."""
     return at + np.uint64((63 - have) >> 3), bits | _word(data, at) >> np.uint64(have), have | 56
 
 
 @jit
 def _extra(bits: Any, size: Int, count: Int) -> Any:
-    """The last `count` of the `size` bits at the top."""
+    """The last `count` of the `size` most significant bits."""
     return np.int64((bits >> np.uint64(64 - size)) & np.uint64((1 << count) - 1))
 
 
 @jit
 def _after_restart(stream: Bytes, position: Int, number: Int) -> Any:
-    """The position behind the restart marker that must stand at `position` (fill bytes allowed), or an error code.
+    """The position after the restart marker that is expected at `position` (fill bytes allowed), or an error code.
 
-    number: of the restart marker, modulo 8. Decoders resynchronize by guessing at any other.
+    number: the expected number of the marker, modulo 8. At any other, decoders would resynchronize by guessing.
     """
     while position + 1 < len(stream) and stream[position] == 0xFF and stream[position + 1] == 0xFF:
         position += 1
@@ -92,13 +94,13 @@ def _after_restart(stream: Bytes, position: Int, number: Int) -> Any:
 
 @jit
 def _left(end: Int, at: Int, have: Any) -> Any:
-    """Unread bits before byte `end`; negative if more were read than there are."""
+    """The number of unread bits before byte `end`; negative if bits beyond it were read."""
     return 8 * (end - np.int64(at)) + have
 
 
 @jit
 def _reason(reason: Int, left: Int) -> Any:
-    """The error code: TRUNCATED if the data had ended before the error."""
+    """The error code `reason`, or TRUNCATED if the data had ended before the error."""
     return reason if left >= 0 else TRUNCATED
 
 
@@ -107,11 +109,11 @@ def read_scan(
     stream: Bytes, mcus: Int, interval: Int, tile: Int, blocks: Any, selectors: Ints,
     tables: DecodingTables, tokens: Any, starts: Ints, counts: Ints,
 ) -> Any:  # fmt: skip
-    """Parse a scan into tokens. Their DC prediction is reset at the start of each tile of `tile` MCUs.
+    """Parse a scan into tokens, with the DC prediction reset at the start of each tile of `tile` MCUs.
 
-    interval: the scan's restart interval or 0. blocks: the component of each block of an MCU. starts: receives the index of each
-    tile's first token, and the number of tokens. counts: of symbols, 256 a table, added to. Returns the number of tokens, or an
-    error code.
+    interval: the scan's restart interval, or 0. blocks: the component of each block of an MCU. selectors: the DC and AC table of
+    each component. starts: receives the index of each tile's first token, then the number of tokens. counts: the number of each
+    symbol is added, 256 entries per table. Returns the number of tokens, or an error code.
     """
     data = np.empty(len(stream) + _PADDING, np.uint8)
     position, end = unstuff(stream, 0, len(stream), data)
@@ -120,7 +122,7 @@ def read_scan(
     old_dc, new_dc = np.zeros(3, np.int64), np.zeros(3, np.int64)
     for mcu in range(mcus):
         if interval and mcu and mcu % interval == 0:
-            position = _after_restart(stream, position, mcu // interval - 1 & 7)  # bytes left over are skipped, as decoders do
+            position = _after_restart(stream, position, mcu // interval - 1 & 7)  # leftover bytes are skipped, as decoders do
             if position < 0:
                 return TRUNCATED
             position, end = unstuff(stream, position, len(stream), data)
@@ -186,7 +188,7 @@ def read_scan(
 
 @jit
 def _pack(tokens: Any, start: Int, end: Int, codes: Any, words: Any) -> Any:
-    """Write a tile's codes to 32-bit words, from the second word on, padded with ones. Returns the number of bytes."""
+    """Write a tile's codes to 32-bit words, from words[1] on, padded with ones. Returns the number of bytes."""
     bits, have = np.uint64(0), np.uint64(0)
     for i in range(np.uint64(start), np.uint64(end)):
         token = tokens[i]
@@ -194,7 +196,7 @@ def _pack(tokens: Any, start: Int, end: Int, codes: Any, words: Any) -> Any:
         size = code & np.uint64(255)
         bits = bits << size | (code >> np.uint64(8) | np.uint64(token & 0xFFFF))
         have += size
-        words[have >> np.uint64(5)] = bits >> (have & np.uint64(31))  # the last full word, again or for the first time
+        words[have >> np.uint64(5)] = bits >> (have & np.uint64(31))  # the last full word; it may be written again
     pad = -have & np.uint64(31)
     words[(have + pad) >> np.uint64(5)] = ((bits + np.uint64(1)) << pad) - np.uint64(1)
     return (np.int64(have) + 7) >> 3
@@ -202,7 +204,7 @@ def _pack(tokens: Any, start: Int, end: Int, codes: Any, words: Any) -> Any:
 
 @jit
 def _stuff(words: Any, count: Int, out: Bytes, written: Int) -> Any:
-    """Copy `count` bytes of `words` to `out`, with a zero after each 0xFF. Returns the end of what is written, or an error
+    """Copy `count` bytes of `words` to `out`, with a zero after each 0xFF. Returns the end of the written bytes, or an error
     code."""
     for place in range(np.uint64((count + 3) >> 2)):
         if written + 8 > len(out):
@@ -229,10 +231,10 @@ def _stuff(words: Any, count: Int, out: Bytes, written: Int) -> Any:
 
 @jit
 def write_scan(tokens: Any, starts: Ints, codes: Any, lengths: Ints, out: Bytes) -> Any:
-    """Encode the tiles into `out`, a restart marker after each and EOI after the last, and fill `lengths`. Returns the number of
-    bytes, or an error code.
+    """Encode the tiles into `out`, with a restart marker after each and EOI after the last, and fill `lengths`. Returns the
+    number of bytes, or an error code.
 
-    tokens, starts: as `read_scan` leaves them. codes: uint64 (4 * 256,), by `huffman.assign_codes`.
+    tokens, starts: from `read_scan`. codes: uint64 (4 * 256,), from `huffman.assign_codes`.
     """
     tiles = len(lengths)
     words = np.empty((starts[1:] - starts[:-1]).max() + 2, np.uint32)

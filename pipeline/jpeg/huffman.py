@@ -1,4 +1,4 @@
-"""JPEG's Huffman tables (ITU-T T.81), compiled: decoding with them, and optimal tables from symbol counts."""
+"""JPEG's Huffman tables (ITU-T T.81), compiled: tables for decoding, and optimal tables for encoding from symbol counts."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ import numpy.typing as npt
 
 from ..jit import jit
 
-_LOOK = 10  # bits looked up at once; longer codes are rare and compared with limits
+_LOOK = 10  # bits looked up at once; longer codes are rare, and are found by comparison with limits
 
 
 class DecodingTables(NamedTuple):
-    """Eight Huffman tables in the decoder's form; table 4 * class + id. Codes of up to 10 bits are looked up, longer ones
-    compared with limits (T.81 F.2.2.3).
+    """Eight Huffman tables for decoding; the index of a table is 4 * class + id. Codes of up to 10 bits are looked up, longer
+    ones are compared with limits (T.81 F.2.2.3).
 
-    lookup: uint32 (8, 1024), an `_entry` for every 10 bits, or 0. limits: int32 (8, 18), the largest code of each size.
-    offsets: int32 (8, 18), a code of that size plus this is its symbol's index. values: uint8 (8, 256), the symbols.
+    lookup: uint32 (8, 1024), the `_entry` for the next 10 bits, or 0. limits: int32 (8, 18), the largest code of each size.
+    offsets: int32 (8, 18); code + offset of its size is the index of its symbol. values: uint8 (8, 256), the symbols.
     """
 
     lookup: npt.NDArray[np.uint32]
@@ -37,7 +37,7 @@ def empty_tables() -> DecodingTables:
 
 
 def decoding_tables(tables: dict[tuple[int, int], bytes]) -> DecodingTables | None:
-    """The decoder's form of DHT's tables, (class, id) -> BITS and HUFFVAL; None if one of them is no Huffman code."""
+    """Tables for decoding, from those of a file: (class, id) -> BITS and HUFFVAL. None if one of them is not a Huffman code."""
     found = empty_tables()
     for (kind, number), table in tables.items():
         if not fill_decoding_table(np.frombuffer(table, np.uint8), 4 * kind + number, found):
@@ -47,13 +47,13 @@ def decoding_tables(tables: dict[tuple[int, int], bytes]) -> DecodingTables | No
 
 @jit
 def _entry(size: Any, symbol: Any) -> Any:
-    """What a decoder needs of a code: symbol << 16 | size with the extra bits, which the symbol's low four bits count."""
+    """An entry for a code: symbol << 16 | number of bits of the code and its extra bits (the symbol's low four bits)."""
     return np.uint32(symbol) << 16 | (size + (symbol & 15))
 
 
 @jit
 def fill_decoding_table(table: Any, index: Any, tables: DecodingTables) -> bool:
-    """Put a DHT table, uint8 BITS and HUFFVAL, at `index` of `tables`. False if it is no Huffman code."""
+    """Store a DHT table, uint8 BITS and HUFFVAL, at `index` of `tables`. Returns False if it is not a Huffman code."""
     luts, limits, offsets, values = tables
     if len(table) - 16 > 256:
         return False
@@ -80,7 +80,7 @@ def fill_decoding_table(table: Any, index: Any, tables: DecodingTables) -> bool:
 
 @jit
 def lookup(bits: Any, table: Any, tables: DecodingTables) -> Any:
-    """The `_entry` of the code at the top of `bits`; 0 if there is none."""
+    """The `_entry` of the code in the most significant of `bits`; 0 if there is none."""
     entry = tables.lookup[table, bits >> np.uint64(64 - _LOOK)]
     if entry:
         return entry
@@ -93,9 +93,9 @@ def lookup(bits: Any, table: Any, tables: DecodingTables) -> Any:
 
 @jit
 def optimal_table(counts: Any) -> tuple[Any, Any]:
-    """BITS (16) and HUFFVAL of a code optimal for `counts` (257; the last is reserved), T.81 K.2, codes of 16 bits at most."""
+    """BITS (16) and HUFFVAL of the optimal code for `counts`, with codes of at most 16 bits (T.81 K.2)."""
     used = np.nonzero(counts[:256])[0]
-    n = len(used) + 1  # and a reserved symbol, the rarest, which takes the code of all ones that T.81 forbids
+    n = len(used) + 1  # and a reserved symbol, the rarest one: it gets the code of all ones, which T.81 forbids
     weights = np.empty(n, np.int64)
     weights[: n - 1] = counts[used]
     weights[n - 1] = 0 if n > 1 else 1
@@ -104,7 +104,7 @@ def optimal_table(counts: Any) -> tuple[Any, Any]:
     alive = np.arange(n)
     left = n
     while left > 1:
-        a = b = -1  # places in `alive` of the two lightest; among equals the later symbol, as K.2 has it
+        a = b = -1  # indices in `alive` of the two smallest weights; of equal ones the later symbol, as in K.2
         for i in range(left):
             if a < 0 or weights[alive[i]] <= weights[alive[a]]:
                 b = a
@@ -153,7 +153,10 @@ def optimal_table(counts: Any) -> tuple[Any, Any]:
 
 @jit
 def assign_codes(bits: Any, symbols: Any, codes: Any) -> None:
-    """T.81 C.2: codes by size, then in the symbols' order; each << its count of extra bits << 8 | size with them."""
+    """Assign codes by size, then in the order of `symbols` (T.81 C.2).
+
+    codes[symbol] becomes code << extra << 8 | size + extra, where extra is the number of the symbol's extra bits.
+    """
     code, place = 0, 0
     for size in range(1, 17):
         for _ in range(bits[size - 1]):

@@ -1,7 +1,7 @@
-"""From a JPEG's coefficients to pixels, compiled, bit for bit as libjpeg-turbo: inverse DCT, chroma upsampling, color conversion.
+"""From JPEG coefficients to pixels, compiled: inverse DCT, chroma upsampling, color conversion. Bit-exact with libjpeg-turbo.
 
-Sources: jidctint.c, jdsample.c and jdcolor.c of libjpeg-turbo 3. The inverse DCT and the color conversion are written in LLVM's
-vector instructions, which numba passes on; LLVM vectorizes the other loops by itself.
+Sources: jidctint.c, jdsample.c and jdcolor.c of libjpeg-turbo 3. The inverse DCT and the color conversion are written as LLVM
+vector instructions, through numba. LLVM vectorizes the other loops by itself.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ def _splat(value: int) -> Any:
 
 
 def _transposed(builder: Any, rows: list[Any]) -> list[Any]:
-    """8 vectors of 8, transposed: interleaving row i with row i + 4, three times over."""
+    """Transpose 8 vectors of 8, by interleaving row i with row i + 4, three times."""
     low, high = (
         ir.Constant(ir.VectorType(_I32, 8), [lane for i in range(start, start + 4) for lane in (i, 8 + i)]) for start in (0, 4)
     )
@@ -68,13 +68,13 @@ def _idct_pass(builder: Any, rows: list[Any], shift: int) -> list[Any]:
 
 
 def _idct_of(size: int) -> Any:
-    """The inverse DCT of blocks whose coefficients lie in the first `size` rows and columns: LLVM then drops the terms that are
+    """An inverse DCT for blocks that have coefficients only in the first `size` rows and columns. LLVM drops the terms that are
     zero."""
 
     def idct(typing: Any, block: Any, plane: Any, at: Any, stride: Any) -> Any:
-        """A block to 8 x 8 samples of a plane; the block is zero afterwards.
+        """Transform a block to 8 x 8 samples of a plane, and set the block to zero.
 
-        block: int32 (64,), dequantised. plane: flat uint8. at: where the samples go. stride: bytes from one row to the next.
+        block: int32 (64,), dequantized. plane: flat uint8. at: index of the first sample. stride: bytes from one row to the next.
         """
 
         def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
@@ -109,7 +109,7 @@ idct_8, idct_4, idct_2 = _idct_of(8), _idct_of(4), _idct_of(2)
 
 @jit
 def _widen(sums: npt.NDArray[np.uint16], count: Int, tall: bool, out: Bytes) -> None:
-    """libjpeg's triangle filter along a row (h2v1 and h2v2_fancy_upsample). out: uint8 (2 * count,).
+    """libjpeg's horizontal chroma upsampling (h2v1 and h2v2_fancy_upsample), a triangle filter. out: uint8 (2 * count,).
 
     sums: uint16 (count,), samples or, if `tall`, four times an interpolated row.
     """
@@ -139,7 +139,10 @@ def _chroma_row(
     sums: npt.NDArray[np.uint16],
     out: Bytes,
 ) -> None:
-    """Row y of a chroma component in full resolution. rows, count: of its samples. wide, tall: how it is halved. out: uint8."""
+    """Upsample a chroma component to full resolution, for row y of the image.
+
+    rows, count: height and width of the component, samples. wide, tall: whether these are halved. sums: scratch. out: uint8.
+    """
     near = start + (y >> 1 if tall else y) * stride
     one = plane[near : near + count]
     if tall:
@@ -161,7 +164,7 @@ def _chroma_row(
 
 @intrinsic
 def _rgb_chunk(typing: Any, luma: Any, luma_at: Any, cb: Any, cb_at: Any, cr: Any, cr_at: Any, out: Any, out_at: Any) -> Any:
-    """`_CHUNK` pixels: YCbCr samples of three flat uint8 arrays to RGB, rounded as in jdcolor.c, computed as in
+    """Convert `_CHUNK` pixels from YCbCr, in three flat uint8 arrays, to RGB. Rounded as in jdcolor.c, computed as in
     jdcolext-avx2.asm."""
 
     def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
@@ -210,7 +213,7 @@ def _rgb_chunk(typing: Any, luma: Any, luma_at: Any, cb: Any, cb_at: Any, cr: An
 def _rgb_row(
     luma: Bytes, luma_at: Int, cb: Bytes, cb_at: Int, cr: Bytes, cr_at: Int, count: Int, out: Bytes, out_at: Int
 ) -> None:
-    """A row of `count` pixels from and to flat uint8 arrays, from where `_at` says on."""
+    """Convert a row of `count` pixels from YCbCr to RGB. The arrays are flat uint8; `_at`: index of the first sample in each."""
     if count >= _CHUNK:
         for x in range(0, count, _CHUNK):
             x = min(x, count - _CHUNK)  # the last chunk may overlap the one before it
@@ -225,10 +228,10 @@ def _rgb_row(
 
 
 class Planes(NamedTuple):
-    """The decoded components' samples in one flat array of bytes.
+    """The layout of the decoded components in one flat array of bytes.
 
-    bases, strides: int64 (3,), where each component begins, and the bytes of its rows. components: how many, 1 or 3. wide,
-    tall: 2 where chroma is halved along that axis, else 1.
+    bases, strides: int64 (3,), start of each component, and bytes of its rows. components: their number, 1 or 3. wide, tall: 2 if
+    chroma is halved along that axis, else 1.
     """
 
     bases: Ints
@@ -240,17 +243,17 @@ class Planes(NamedTuple):
 
 @jit
 def finish(scratch: Bytes, planes: Planes, height: Int, width: Int, place: Ints) -> None:
-    """The pixels of a decoded region from its components' samples, all in `scratch`: uint8 (bytes,).
+    """Upsample and convert a region's components to RGB. Input and output are in `scratch`, uint8 (bytes,).
 
-    height, width: of the image, whose last chroma samples are repeated beyond it. place: int64 (4,), the region's top, left,
-    height, width; its pixels go to the beginning of `scratch`, RGB.
+    planes: the layout of the components. The pixels, RGB, are written to the start of `scratch`. height, width: of the image; its
+    last chroma samples are repeated beyond its border. place: int64 (4,), top, left, height, width of the region.
     """
     bases, strides, count, wide, tall = planes
     top, left, out_height, out_width = place[0], place[1], place[2], place[3]
     down, across = min(-(-out_height // tall), -(-height // tall) - top // tall), -(-width // wide) - left // wide
     across = min(-(-out_width // wide), across)
     sums = np.empty(out_width + 2, np.uint16)
-    cb, cr = np.full(out_width + 2, 128, np.uint8), np.full(out_width + 2, 128, np.uint8)  # as grey images have it
+    cb, cr = np.full(out_width + 2, 128, np.uint8), np.full(out_width + 2, 128, np.uint8)  # neutral chroma, for grayscale images
     for y in range(out_height):
         luma_at, out_at = bases[0] + y * strides[0], 3 * y * out_width
         if count == 3 and wide == 1 and tall == 1:

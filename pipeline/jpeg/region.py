@@ -1,14 +1,14 @@
-"""Region-addressable JPEG: ordinary baseline JPEGs whose crop can be decoded without the rest.
+"""Region-addressable JPEGs: ordinary baseline JPEGs in which a region can be decoded without the rest.
 
 Format, version 1 (T.81 is ITU-T T.81, the JPEG standard)
 ----------------------------------------------------------
-A region-addressable JPEG is a baseline sequential Huffman JPEG (T.81 SOF0, 8 bit, one interleaved scan of 1 or 3 components) that
-any reader opens, with two properties:
+A region-addressable JPEG is a baseline sequential Huffman JPEG (T.81 SOF0, 8 bit, one interleaved scan of 1 or 3 components). Any
+JPEG reader can open it. It has two additional properties:
 
 1. A restart interval (T.81 B.2.4.4) that divides the number of MCUs in a row of MCUs. The entropy-coded data between two restart
    markers, a *segment*, is therefore a *tile*: `interval` MCUs wide, one MCU high. Segments come row by row, left to right.
-   Decoding a segment needs nothing of its neighbours: DC prediction starts anew at each restart marker.
-2. A table of the segments' lengths, in APP11 segments (FF EB) of its own, after SOI and the JFIF APP0 where there is one.
+   A segment can be decoded without its neighbours, because DC prediction is reset at each restart marker.
+2. A table of the segments' lengths, in APP11 segments (FF EB) of its own, after SOI and, if present, the JFIF APP0.
 
 The table, numbers little-endian:
 
@@ -24,26 +24,28 @@ The table, numbers little-endian:
     18      4    number of lengths in this APP11 segment
     22      ...  lengths
 
-A length counts a segment's entropy-coded bytes (stuffing included) and the marker of two bytes that ends it (RSTm, after the last
-EOI). Lengths that do not fit one APP11 segment go on in the next, which repeats the first 22 bytes with its own count. The APP11
-segments follow each other directly. The header between them and the entropy-coded data (DQT, SOF0, DHT, DRI, SOS and, where there
-is one, Adobe's APP14) is a cut's header as it stands, but for SOF0's height and width.
+A length counts a segment's entropy-coded bytes (including stuffing) and the two bytes of the marker that ends it (RSTm; EOI after
+the last segment). Lengths that do not fit into one APP11 segment continue in the next one, which repeats the first 22 bytes with
+its own count. The APP11 segments are adjacent. The header between them and the entropy-coded data (DQT, SOF0, DHT, DRI, SOS and,
+if present, Adobe's APP14) is also the header of a cut, except for SOF0's height and width.
 
 Cutting
 -------
-The tiles that cover a window are copied, their restart markers numbered anew from 0 modulo 8, behind the header with the cut's
-height and width. The restart interval stays valid since every tile has `interval` MCUs. A cut that reaches the image's right or
-bottom edge ends where the image ends, so the decoder treats the edge as in the whole image. libjpeg's chroma upsampling
-interpolates a pixel from its own chroma sample and the neighbouring pixels': along an axis whose chroma is subsampled the window
-is widened by a pixel before tiles are chosen, so that every pixel within it equals the whole image's.
+A *cut* is a region as a JPEG of its own. It consists of the header, with the cut's height and width, and a copy of the tiles that
+cover a window. Their restart markers are renumbered from 0, modulo 8. The restart interval remains valid, since every tile has
+`interval` MCUs. A cut that reaches the image's right or bottom edge ends where the image ends, so the decoder treats the edge as
+in the whole image. libjpeg's chroma upsampling interpolates between a pixel's own chroma sample and its neighbour's. So along an
+axis with subsampled chroma, the window is widened by a pixel before the tiles are chosen. Every pixel in the window then equals
+that of the whole image.
 
-Why markers stay
-----------------
-A restart interval switches libjpeg-turbo's fast Huffman decoding off. A cut without one takes shifting bits, stuffing bytes anew,
-and the DC predictors of every tile in the table (5 bytes). Measured on one EPYC core with libjpeg-turbo 2.1.5 and 64 pixel tiles,
-for 400 ImageNet images and, in brackets, for the same at half the bytes: decoding a cut takes 713 us (424) with its markers and
-672 us (406) without. Copying its 48 KB (25) takes 3 us (2), shifting and stuffing them 153 us (71) in a plain numba loop, 89 us
-(33) in one of 8 bytes a step, 27 us (14) in C: at most 2 % would be won, before any DC difference is coded anew.
+Why cuts keep restart markers
+-----------------------------
+A restart interval disables libjpeg-turbo's fast Huffman decoding. A cut without restart markers would need its bits shifted and
+its bytes stuffed again, and the DC predictors of every tile in the table (5 bytes). This was measured on one EPYC core with
+libjpeg-turbo 2.1.5 and 64 pixel tiles, on 400 ImageNet images and, in brackets, on the same images at half the bytes. Decoding a
+cut takes 713 us (424) with markers and 672 us (406) without. Copying its 48 KB (25) takes 3 us (2). Shifting and stuffing takes
+153 us (71) in a plain numba loop, 89 us (33) in a loop over 8 bytes at a time, and 27 us (14) in C. So at most 2 % could be
+gained, and encoding DC differences again would take part of that.
 
 `pipeline.jpeg.transcode` writes these files.
 """
@@ -64,7 +66,7 @@ Ints = npt.NDArray[np.int64]
 MAGIC = b"CROPFEED"
 VERSION = 1
 APP11 = 0xEB
-TABLE = struct.Struct("<8sBBHHHBBI")  # the first 22 bytes of an APP11 segment of ours
+TABLE = struct.Struct("<8sBBHHHBBI")  # the first 22 bytes of an APP11 segment of the table
 
 
 class RegionError(ValueError):
@@ -85,10 +87,10 @@ class Cut(NamedTuple):
 
 
 class LengthTable(NamedTuple):
-    """What the table of segments says, but for the lengths themselves.
+    """The content of the table of segments, except for the lengths.
 
-    status: 0 or a negative reason. position: where the table begins. entry_bytes: of a length. interval: MCUs in a tile. tiles:
-    in a row. rows: of tiles. mcu_width, mcu_height: pixels.
+    status: 0, or a negative error code. position: where the table begins. entry_bytes: bytes of a length. interval: MCUs in a
+    tile. tiles: tiles in a row. rows: rows of tiles. mcu_width, mcu_height: pixels.
     """
 
     status: Int
@@ -102,10 +104,10 @@ class LengthTable(NamedTuple):
 
 
 class TileLayout(NamedTuple):
-    """Where everything lies in a region-addressable JPEG; with status 0 all of it is consistent and lies within the data.
+    """The layout of a region-addressable JPEG. If status is 0, it is consistent and lies within the data.
 
-    status: 0 or a negative reason. starts: int64 (T + 1,), where each tile begins, counted from `scan`. table, header, frame,
-    scan: where the table, the header behind it, SOF0 and the entropy-coded data begin. interval: MCUs in a tile. tiles: in a
+    status: 0, or a negative error code. starts: int64 (T + 1,), where each tile begins, relative to `scan`. table, header, frame,
+    scan: where the table, the header after it, SOF0 and the entropy-coded data begin. interval: MCUs in a tile. tiles: tiles in a
     row. mcu_width, mcu_height, height, width: pixels.
     """
 
@@ -128,16 +130,18 @@ _REASONS = {
     NO_TABLE: "not a region-addressable JPEG: it has no table of segments",
     DAMAGED_TABLE: "the table of segments is damaged",
     DAMAGED_HEADER: "the header is damaged",
-    DAMAGED_DATA: "the data is not what the table of segments says",
+    DAMAGED_DATA: "the data does not match the table of segments",
     BAD_WINDOW: "the window lies outside the image",
     NO_SPACE: "the output is too small for the cut",
 }
 
 
 def cut(data: Bytes, top: int, left: int, bottom: int, right: int) -> Cut:
-    """The smallest JPEG of whole tiles whose pixels equal the whole image's in rows [top, bottom) and columns [left, right).
+    """Cut out the window of rows [top, bottom) and columns [left, right), with as few whole tiles as possible. Within the window,
+    the pixels of the cut equal those of the whole image.
 
-    data: uint8 (bytes,), a region-addressable JPEG. Raises RegionError for another or a damaged one, or a window outside.
+    data: uint8 (bytes,), a region-addressable JPEG. Raises RegionError if it is another or a damaged file, or if the window is
+    not inside the image.
     """
     out = np.empty(len(data), np.uint8)
     place = np.empty(4, np.int64)
@@ -164,7 +168,7 @@ def big16(data: Bytes, position: Int) -> Any:
 
 @jit
 def _copy(data: Bytes, start: Int, end: Int, out: Bytes, at: Int) -> Any:
-    """Copy data[start:end] to `at` in `out`; returns where it ends. A loop: numba compiles a slice assignment 10 times slower."""
+    """Copy data[start:end] to `at` in `out`. Returns the end of the copy. In numba, a slice assignment is 10 times slower."""
     source, target = data[start:end], out[at : at + end - start]
     for i in range(len(target)):
         target[i] = source[i]
@@ -173,7 +177,7 @@ def _copy(data: Bytes, start: Int, end: Int, out: Bytes, at: Int) -> Any:
 
 @jit
 def _is_table(data: Bytes, position: Int) -> bool:
-    """Whether a whole APP11 segment of ours stands at `position`."""
+    """Whether a complete APP11 segment of the table is at `position`."""
     if position + 4 + 22 > len(data) or data[position] != 0xFF or data[position + 1] != 0xEB:
         return False
     name = (67, 82, 79, 80, 70, 69, 69, 68)  # CROPFEED
@@ -185,9 +189,9 @@ def _is_table(data: Bytes, position: Int) -> bool:
 
 @jit
 def cut_into(data: Bytes, top: Int, left: Int, bottom: Int, right: Int, out: Bytes, place: Ints) -> Any:
-    """`cut` for compiled callers, without the GIL. Returns the JPEG's bytes, or a negative reason such as NO_TABLE.
+    """`cut` for compiled callers, without the GIL. Returns the JPEG's size in bytes, or a negative error code such as NO_TABLE.
 
-    out: uint8, gets the JPEG; len(data) is always enough. place: int64 (4,), gets top, left, height, width.
+    out: uint8, receives the JPEG; len(data) is always enough. place: int64 (4,), receives top, left, height, width.
     """
     layout = open_tiles(data)
     if layout.status < 0:
@@ -231,7 +235,7 @@ def cut_into(data: Bytes, top: Int, left: Int, bottom: Int, right: Int, out: Byt
 
 @jit
 def open_tiles(data: Bytes) -> TileLayout:
-    """Read the table of segments and the header, and check that they fit together."""
+    """Read the table of segments and the header, and check that they are consistent."""
     table = read_table(data)
     status, tiles = table.status, table.tiles * table.rows
     starts = np.empty(tiles + 1 if status == 0 else 1, np.int64)
@@ -258,15 +262,15 @@ def open_tiles(data: Bytes) -> TileLayout:
 
 @jit
 def _tiles_over(low: Int, high: Int, side: Int, mcu: Int, tile: Int) -> Any:
-    """The first tile that pixels [low, high) of an axis need, and the one after the last. side, mcu, tile: pixels."""
-    # A pixel in the half of its chroma sample that faces the next sample is interpolated with that: the next pixel's sample.
+    """The range [first, last) of tiles that pixels [low, high) of an axis need. side, mcu, tile: sizes, pixels."""
+    # If chroma is subsampled, a pixel is interpolated with the nearest other chroma sample, that of a neighbouring pixel.
     beyond = 1 if mcu > 8 else 0
     return max(low - beyond, 0) // tile, -(-min(high + beyond, side) // tile)
 
 
 @jit
 def read_table(data: Bytes) -> LengthTable:
-    """The first 22 bytes of the table of segments, checked."""
+    """Read and check the first 22 bytes of the table of segments."""
     none = np.int64(0)
     if len(data) < 6 or data[0] != 0xFF or data[1] != 0xD8:
         return LengthTable(np.int64(NO_TABLE), none, none, none, none, none, none, none)
@@ -285,7 +289,7 @@ def read_table(data: Bytes) -> LengthTable:
 
 @jit
 def read_lengths(data: Bytes, position: Int, size: Int, starts: Ints) -> Any:
-    """Fill `starts` with where each segment begins, from the first one's beginning. Returns where the table ends, or a reason."""
+    """Fill `starts` with the start of each segment, relative to the first one. Returns the end of the table, or an error code."""
     starts[0] = 0
     known = 0
     while known < len(starts) - 1:
@@ -307,7 +311,7 @@ def read_lengths(data: Bytes, position: Int, size: Int, starts: Ints) -> Any:
 
 @jit
 def find_frame(data: Bytes, position: Int) -> tuple[Int, Int]:
-    """Where SOF0's marker stands and where the entropy-coded data begins; -1 and -1 in a damaged header."""
+    """The positions of SOF0's marker and of the entropy-coded data; -1 and -1 if the header is damaged."""
     frame: Int = -1
     while position + 4 <= len(data) and data[position] == 0xFF:
         marker = data[position + 1]

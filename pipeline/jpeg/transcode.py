@@ -1,8 +1,8 @@
-"""Write region-addressable JPEGs (`pipeline.jpeg.region` has the format) from baseline ones, losslessly.
+"""Write region-addressable JPEGs from baseline JPEGs, losslessly. `region` describes the format.
 
-`transcode` parses the Huffman codes of a baseline JPEG, codes DC differences anew where a tile starts, and writes the same
-coefficients with tables optimal for them (T.81 K.2). Metadata (EXIF, ICC, XMP, comments) is dropped; pixels do not depend on it,
-orientation included, which no published ImageNet result applies.
+`transcode` decodes the Huffman codes of a baseline JPEG, recomputes the DC differences at the start of each tile, and writes the
+same coefficients with optimal Huffman tables (T.81 K.2). Metadata (EXIF, ICC, XMP, comments) is dropped, as the pixels do not
+depend on it. This includes the orientation tag, which no published ImageNet result applies.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import numpy.typing as npt
 from . import entropy, huffman
 from .region import APP11, MAGIC, TABLE, VERSION, Bytes, RegionError
 
-TILE_WIDTH = 56  # pixels, the width that tiles come near to: narrower costs bytes, wider decodes more beside the window
+TILE_WIDTH = 56  # target width of tiles, pixels: narrower tiles cost bytes, wider ones decode more outside the window
 _MAX_LENGTHS = 65533 - TABLE.size  # bytes of lengths in one APP11 segment
 Tokens = npt.NDArray[np.uint32]
 Ints = npt.NDArray[np.int64]
@@ -48,8 +48,8 @@ class Header(NamedTuple):
     tables: dict[tuple[int, int], bytes]  # (class, id) -> BITS and HUFFVAL
     selectors: list[tuple[int, int]]  # DC and AC table ids
     sos: bytes  # SOS's payload
-    interval: int
-    data: int  # where entropy-coded data begins
+    interval: int  # the restart interval, or 0
+    data: int  # where the entropy-coded data begins
 
 
 def parse(data: bytes) -> Header:
@@ -114,7 +114,7 @@ def _header(
     sos: bytes,
     after: int,
 ) -> Header:
-    """Check that the frame and the scan are what we can transcode."""
+    """Check that the frame and the scan can be transcoded."""
     if len(frame) < 6 or len(frame) != 6 + 3 * frame[5]:
         raise RegionError("a damaged or missing frame header")
     precision, height, width, count = struct.unpack(">BHHB", frame[:6])
@@ -141,9 +141,9 @@ def _header(
 
 
 def choose_interval(mcus: int, mcu_width: int) -> int:
-    """MCUs in a tile: the divisor of a row's MCU count nearest in ratio to TILE_WIDTH, but no less than 0.4 of it.
+    """MCUs in a tile: the divisor of a row's MCUs with the width nearest to TILE_WIDTH in ratio, and at least 0.4 of it.
 
-    A prime count leaves whole rows, and so do rows narrower than that.
+    If there is no such divisor, a tile is a whole row: for a prime number of MCUs, and for narrow images.
     """
     target = TILE_WIDTH / mcu_width
     divisors = [d for d in range(1, mcus + 1) if mcus % d == 0 and d >= 0.4 * target]
@@ -169,17 +169,17 @@ def transcode(data: bytes) -> bytes:
     table = _length_table(lengths, interval, tiles, rows, mcu_width, mcu_height)
     return b"".join(
         (b"\xff\xd8", header.jfif, table, header.kept, _tail(header, coded, interval), written)
-    )  # which ends with EOI
+    )  # `written` ends with EOI
 
 
 def _read(data: bytes, header: Header, mcus: int, tile: int) -> tuple[Tokens, Ints, Ints]:
-    """The scan's tokens, where each tile's begin, and the symbols' counts, as `entropy.read_scan` has them."""
+    """The scan's tokens, the start of each tile, and the symbol counts, as returned by `entropy.read_scan`."""
     decoding = huffman.decoding_tables(header.tables)
     if decoding is None:
         raise RegionError("an impossible Huffman table")
     blocks = np.array([c for c, (h, v) in enumerate(header.sampling) for _ in range(h * v)], np.int64)
     stream = np.frombuffer(data, np.uint8)[header.data :]
-    tokens = np.empty(8 * len(stream) + 64 * len(blocks), np.uint32)  # none takes less than a bit; a truncated MCU
+    tokens = np.empty(8 * len(stream) + 64 * len(blocks), np.uint32)  # each takes at least a bit; plus a truncated MCU
     starts, counts = np.empty(mcus // tile + 1, np.int64), np.zeros(4 << 8, np.int64)
     selectors = np.array(header.selectors, np.int64)
     total = entropy.read_scan(stream, mcus, header.interval, tile, blocks, selectors, decoding, tokens, starts, counts)
@@ -212,7 +212,7 @@ def _length_table(lengths: Ints, interval: int, tiles: int, rows: int, mcu_width
 
 
 def _tail(header: Header, coded: list[tuple[Bytes, Bytes]], interval: int) -> bytes:
-    """SOF0, DHT, DRI and SOS: the first component uses tables 0, the others tables 1."""
+    """SOF0, DHT, DRI and SOS. The first component uses the tables with id 0, the others those with id 1."""
     tables = b"".join(
         bytes([(i % 2) << 4 | i // 2]) + bits.tobytes() + symbols.tobytes() for i, (bits, symbols) in enumerate(coded)
     )

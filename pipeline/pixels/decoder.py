@@ -1,8 +1,10 @@
 """From a stored image to the pixels of its views, on the CPU: decode the region that they need, resample each window.
 
-Region-addressable JPEGs go through `jpeg.decode`, in one call without the GIL. What that refuses goes to libjpeg-turbo, from
-the simplejpeg wheel (at the crop where the image has a table of segments), and what that refuses to Pillow. What Pillow cannot
-decode either is corrupt.
+Three decoders are tried in turn:
+1. `jpeg.decode`, for region-addressable JPEGs, in one call without the GIL;
+2. libjpeg-turbo, from the simplejpeg wheel, on the cut region if the image has a table of segments, else on the whole image;
+3. Pillow, on the whole image.
+An image that Pillow cannot decode either is corrupt.
 """
 
 from __future__ import annotations
@@ -25,32 +27,34 @@ Windows = npt.NDArray[np.float64]
 
 
 class CorruptImageError(ValueError):
-    """An image that no decoder of ours can read; the message says why, in one line."""
+    """An image that none of the decoders can decode; the message says why, in one line."""
 
 
 class Decoder:
-    """Decodes and resamples, in memory that it keeps from one image to the next. Each thread needs a decoder of its own."""
+    """Decodes and resamples images, in buffers that are reused from one image to the next. Each thread needs its own decoder."""
 
     def __init__(self) -> None:
         self._scratch = np.empty(1 << 21, np.uint8)  # decoded samples and pixels
-        self._place = np.empty(4, np.int64)  # where they lie in the image: top, left, height, width
+        self._place = np.empty(4, np.int64)  # which part of the image they are: top, left, height, width
 
     def make_views(self, data: Bytes, height: int, width: int, windows: Windows, flip: Any, out: Pixels) -> None:
-        """Fill `out` with the views of an image; the image is decoded once for all of them.
+        """Fill `out` with the views of an image. The image is decoded once for all of them.
 
-        data: uint8 (bytes,), the stored image, any format that Pillow reads. height, width: its size, pixels. windows: (C, 4) of
+        data: uint8 (bytes,), the stored image, in any format that Pillow reads. height, width: its size, pixels. windows: (C, 4),
         top, left, bottom, right, source pixels. flip: bool (C,), mirror left to right. out: uint8 (C, h, w, 3), C-contiguous.
         Raises CorruptImageError.
         """
-        while (lacking := _make_views(data, height, width, windows, flip, out, self._scratch, self._place)) > 0:
+        while (lacking := decode_views(data, height, width, windows, flip, out, self._scratch, self._place)) > 0:
             self._scratch = np.empty(2 * lacking, np.uint8)
         if lacking < 0:
             pixels = self._pixels(data, height, width, windows, out.shape[1:3])
             resample_windows(pixels, self._place, windows, flip, out)
 
     def decode_region(self, data: Bytes, height: int, width: int, windows: Windows, size: tuple[int, int]) -> tuple[Pixels, Ints]:
-        """The first half of `make_views`: the pixels that windows of `size` need, uint8 (H, W, 3), in this decoder's memory, and
-        where they lie in the image: top, left, height, width. Raises CorruptImageError.
+        """Decode the region that windows of `size` need, without resampling. Raises CorruptImageError.
+
+        Returns its pixels, uint8 (H, W, 3), which the decoder's next call overwrites, and its place in the image: top, left,
+        height, width.
         """
         while (lacking := _decode(data, height, width, windows, *size, self._scratch, self._place)) > 0:
             self._scratch = np.empty(2 * lacking, np.uint8)
@@ -60,20 +64,18 @@ class Decoder:
         return self._scratch[: 3 * rows * columns].reshape(rows, columns, 3), self._place
 
     def _pixels(self, data: Bytes, height: int, width: int, windows: Any, size: tuple[int, int]) -> Pixels:
-        """What the windows need of an image, by libjpeg-turbo or Pillow: uint8 (H, W, 3), at `_place`."""
+        """Decode the region that the windows need with libjpeg-turbo, or the image with Pillow: uint8 (H, W, 3), at `_place`."""
         piece = np.empty(len(data), np.uint8)
         length = cut_windows(data, height, width, windows, *size, piece, self._place)
         try:
             if length < 0 and simplejpeg.decode_jpeg_header(data)[2] == "CMYK":
-                raise ValueError("libjpeg-turbo converts CMYK to RGB otherwise than Pillow")
+                raise ValueError("libjpeg-turbo converts CMYK to RGB differently from Pillow")
             pixels: Pixels = simplejpeg.decode_jpeg(piece[:length] if length > 0 else data, buffer=self._scratch_for_place())
-        except ValueError:  # CMYK, or no JPEG at all, or damaged
+        except ValueError:  # CMYK, not a JPEG, or damaged
             pixels = decode_by_pillow(data)
             self._place[:] = 0, 0, height, width
         if pixels.shape[:2] != tuple(self._place[2:]):
-            raise CorruptImageError(
-                f"holds {pixels.shape[0]} x {pixels.shape[1]} pixels, not the {height} x {width} it was stored with"
-            )
+            raise CorruptImageError(f"has {pixels.shape[0]} x {pixels.shape[1]} pixels, but was stored as {height} x {width}")
         return pixels
 
     def _scratch_for_place(self) -> Bytes:
@@ -84,17 +86,17 @@ class Decoder:
 
 
 def decode_by_pillow(data: Bytes) -> Pixels:
-    """A whole image, uint8 (H, W, 3). Raises CorruptImageError where Pillow cannot decode it."""
+    """Decode a whole image: uint8 (H, W, 3). Raises CorruptImageError if Pillow cannot decode it."""
     try:
         return np.array(Image.open(io.BytesIO(data.data)).convert("RGB"))
     except UnidentifiedImageError as error:
-        raise CorruptImageError("no image of a known kind") from error
-    except Exception as error:  # Pillow raises a dozen kinds
+        raise CorruptImageError("not an image of a known format") from error
+    except Exception as error:  # Pillow raises a dozen types
         raise CorruptImageError(" ".join(str(error).split()) or type(error).__name__) from error
 
 
 def why_corrupt(data: Bytes) -> str | None:
-    """Why an image cannot be decoded, or None: the same verdict for every engine."""
+    """Why an image cannot be decoded, or None if it can. All engines use this, so that they agree."""
     try:
         decode_by_pillow(data)
     except CorruptImageError as error:
@@ -104,9 +106,9 @@ def why_corrupt(data: Bytes) -> str | None:
 
 @jit
 def region_of(height: Int, width: Int, windows: Windows, rows: Int, columns: Int) -> Any:
-    """What resampling all of an image's `windows` to (rows, columns) needs: top, left, bottom, right, whole pixels.
+    """The region that resampling all `windows` of an image to (rows, columns) needs: top, left, bottom, right, whole pixels.
 
-    As plan.regions has it: the filter reaches max(scale, 1) source pixels beyond a window, and one more for rounding.
+    As `sampling.regions`: the filter reaches max(scale, 1) source pixels beyond a window, and one more is added for rounding.
     """
     bottom: Any = np.int64(0)
     right: Any = np.int64(0)
@@ -125,8 +127,9 @@ def region_of(height: Int, width: Int, windows: Windows, rows: Int, columns: Int
 def cut_windows(
     data: Bytes, height: Int, width: Int, windows: Windows, rows: Int, columns: Int, piece: Bytes, place: Ints
 ) -> Any:
-    """Cut what resampling all `windows` to (rows, columns) needs; returns the cut's bytes, or a negative number where the image
-    does not open at the crop. place: gets top, left, height, width of the cut, or of the whole image.
+    """Cut out the region that resampling all `windows` to (rows, columns) needs, as a JPEG. Returns its size in bytes, or a
+    negative number if the image is not an intact region-addressable JPEG. place: receives top, left, height, width of the cut, or
+    of the whole image if there is none.
     """
     top, left, bottom, right = region_of(height, width, windows, rows, columns)
     length = cut_into(data, top, left, bottom, right, piece, place)
@@ -137,7 +140,7 @@ def cut_windows(
 
 @jit
 def resample_windows(pixels: Pixels, place: Ints, windows: Windows, flip: npt.NDArray[np.bool_], out: Pixels) -> None:
-    """All views of an image, from the pixels that lie at `place` in it. out: uint8 (C, h, w, 3)."""
+    """Make all views of an image from a decoded region. place: its top, left, height, width. out: uint8 (C, h, w, 3)."""
     top, left = float(place[0]), float(place[1])
     for i in range(len(windows)):
         resample(
@@ -147,19 +150,20 @@ def resample_windows(pixels: Pixels, place: Ints, windows: Windows, flip: npt.ND
 
 @jit
 def _decode(data: Bytes, height: Int, width: Int, windows: Windows, rows: Int, columns: Int, scratch: Any, place: Ints) -> Any:
-    """Decode what resampling to (rows, columns) needs. Returns 0, a negative number where `decode` refuses, or the bytes that
-    `scratch` must have."""
+    """Decode the region that resampling to (rows, columns) needs. Returns 0; a negative number if `decode` refuses the image; or
+    the number of bytes that `scratch` needs."""
     top, left, bottom, right = region_of(height, width, windows, rows, columns)
     return decode(data, top, left, bottom, right, scratch, place)
 
 
 @jit
-def _make_views(
+def decode_views(
     data: Bytes, height: Int, width: Int, windows: Windows, flip: npt.NDArray[np.bool_], out: Pixels, scratch: Any, place: Ints
 ) -> Any:
-    """Decode and resample. Returns as `_decode` does."""
+    """Decode and resample. Returns what `_decode` does."""
     _, rows, columns, _ = out.shape
-    status = _decode(data, height, width, windows, rows, columns, scratch, place)
+    top, left, bottom, right = region_of(height, width, windows, rows, columns)
+    status = decode(data, top, left, bottom, right, scratch, place)
     if status == 0:
         pixels = scratch[: 3 * place[2] * place[3]].reshape(place[2], place[3], 3)
         resample_windows(pixels, place, windows, flip, out)

@@ -1,7 +1,8 @@
 """The last steps from 8-bit pixels to a batch: whole-pixel shift, PCA lighting, normalization.
 
-`(pixels + lighting - mean) / std`, in float32, rounded once to the batch's dtype, nothing clipped. It exists twice: compiled
-for the CPU (`Normalizer`), one pass without the GIL, and on torch tensors for any device (`normalize_tensor`).
+The result is `(pixels + lighting - mean) / std`, computed in float32 without clipping, and rounded once to the batch's dtype.
+There are two implementations: `Normalizer`, compiled for the CPU, in one pass without the GIL; and `normalize_tensor`, on torch
+tensors on any device.
 
 Sources: PCA lighting is Krizhevsky et al., "ImageNet classification with deep convolutional neural networks", section 4.1;
 per-pixel mean subtraction He et al., "Deep residual learning for image recognition", section 3.4.
@@ -21,13 +22,13 @@ from PIL import Image
 
 from ..jit import jit
 
-if TYPE_CHECKING:  # imported where it is needed: the converter's worker processes do without
+if TYPE_CHECKING:  # imported where it is used: the converter's worker processes do not need it
     import torch
 
 Floats = npt.NDArray[np.float32]
 Pixels = npt.NDArray[np.uint8]
 
-# The NumPy type that a tensor's memory is written as; NumPy has no bfloat16, and numba hardly any float16.
+# The NumPy types that represent torch's in compiled code. NumPy has no bfloat16, and numba hardly supports float16.
 _STORED: dict[str, np.dtype[Any]] = {
     "torch.float32": np.dtype(np.float32),
     "torch.float16": np.dtype(np.int16),
@@ -36,15 +37,15 @@ _STORED: dict[str, np.dtype[Any]] = {
 
 
 def stored_dtype(dtype: torch.dtype) -> np.dtype[Any]:
-    """The NumPy type that images of a torch dtype are written as: bit patterns for float16 and bfloat16, uint8 as it is."""
+    """The NumPy type in which images of a torch dtype are stored: integers with the bit patterns for float16 and bfloat16."""
     return _STORED.get(str(dtype), np.dtype(np.uint8))
 
 
 @dataclass(frozen=True)
 class Normalization:
-    """What normalization subtracts and divides by, in units of 0..255.
+    """The mean to subtract and the standard deviation to divide by, for pixels in 0..255.
 
-    mean: float32 (3,) per channel or (H, W, 3) per pixel. std: float32 (3,); ones where the recipe has none.
+    mean: float32 (3,) per channel or (H, W, 3) per pixel. std: float32 (3,); ones if the recipe does not divide.
     """
 
     mean: Floats
@@ -55,7 +56,7 @@ class Normalization:
         return Normalization(np.ascontiguousarray(mean, np.float32), np.ascontiguousarray(std, np.float32))
 
     def at(self, size: int) -> Normalization:
-        """The same for size x size crops: a per-pixel mean of another size is resized (bilinear), per channel stays as it is."""
+        """The same for size x size crops: a per-pixel mean is resized (bilinear), a per-channel mean stays as it is."""
         if self.mean.ndim == 1 or self.mean.shape[:2] == (size, size):
             return self
         planes = [
@@ -65,11 +66,11 @@ class Normalization:
         return Normalization(np.ascontiguousarray(np.stack(planes, axis=-1)), self.std)
 
     def per_channel(self) -> Normalization:
-        """The same with a mean per channel: a per-pixel mean's own mean."""
+        """The same with a mean per channel, averaged over the pixels of a per-pixel mean."""
         return Normalization(self.mean.reshape(-1, 3).mean(axis=0), self.std)
 
 
-# What torchvision's published weights expect: its ImageNet channel mean and standard deviation, times 255.
+# The normalization of torchvision's published weights: ImageNet's channel mean and standard deviation, times 255.
 TORCHVISION = Normalization.of(
     np.array([0.485, 0.456, 0.406], np.float32) * 255, np.array([0.229, 0.224, 0.225], np.float32) * 255
 )
@@ -78,8 +79,8 @@ TORCHVISION = Normalization.of(
 def lighting_basis(covariance: npt.ArrayLike) -> Floats:
     """The matrix B of the lighting shift B @ alphas, float32 (3, 3), in units of 0..255 (Krizhevsky et al. 2012, section 4.1).
 
-    covariance: (3, 3) of RGB in units of 0..1. B's columns are its eigenvectors, each times its eigenvalue times 255. As in
-    every published implementation the eigenvalue (not its root) is taken in 0..1 units: ImageNet's are 0.2175, 0.0188, 0.0045.
+    covariance: (3, 3), of RGB values in 0..1. B's columns are its eigenvectors, each times its eigenvalue times 255. As in every
+    published implementation, the eigenvalue is used, not its square root. ImageNet's eigenvalues are 0.2175, 0.0188, 0.0045.
     """
     values, vectors = eigenbasis(covariance)
     return np.ascontiguousarray(vectors * values * 255.0, np.float32)
@@ -94,13 +95,13 @@ def eigenbasis(covariance: npt.ArrayLike) -> tuple[npt.NDArray[np.float64], npt.
 
 
 def lighting(alphas: Floats, basis: Floats) -> Floats:
-    """The lighting shift of N images, float32 (N, 3), in 0..255. alphas: (N, 3). basis: as `lighting_basis` gives it."""
+    """The lighting shift of N images, float32 (N, 3), in units of 0..255. alphas: (N, 3). basis: from `lighting_basis`."""
     return np.ascontiguousarray(alphas @ basis.T)
 
 
 def translate(images: Pixels, shift: npt.NDArray[np.int64]) -> Pixels:
-    """Move V images, uint8 (V, H, W, 3), by whole pixels; the uncovered border is 0 before the mean is subtracted, as torchvision
-    pads. shift: int64 (V, 2), down and right, smaller than the images.
+    """Move V images, uint8 (V, H, W, 3), by whole pixels. The uncovered border is 0 before the mean is subtracted, as with
+    torchvision's padding. shift: int64 (V, 2), down and right, smaller than the images.
     """
     height, width = images.shape[1:3]
     moved = np.zeros_like(images)
@@ -111,7 +112,7 @@ def translate(images: Pixels, shift: npt.NDArray[np.int64]) -> Pixels:
 
 
 def translate_tensor(pixels: torch.Tensor, shift: torch.Tensor) -> torch.Tensor:
-    """What `translate` does, on the tensors' device, without waiting for it. pixels: uint8 (V, H, W, 3). shift: int64 (V, 2)."""
+    """`translate` on the tensors' device, without waiting for the device. pixels: uint8 (V, H, W, 3). shift: int64 (V, 2)."""
     import torch
 
     height, width = pixels.shape[1:3]
@@ -126,7 +127,7 @@ def translate_tensor(pixels: torch.Tensor, shift: torch.Tensor) -> torch.Tensor:
 def normalize_tensor(
     pixels: torch.Tensor, shift: torch.Tensor, mean: torch.Tensor, std: torch.Tensor, dtype: torch.dtype
 ) -> torch.Tensor:
-    """Lighting and normalization of a batch: uint8 (N, H, W, 3) to `dtype` (N, 3, H, W), channels-last, on the tensors' device.
+    """Lighting and normalization of a batch, on the tensors' device: uint8 (N, H, W, 3) to channels-last `dtype` (N, 3, H, W).
 
     shift: float32 (N, 3). mean: float32 (3,) or (H, W, 3). std: float32 (3,). Computed in float32, rounded once.
     """
@@ -136,7 +137,7 @@ def normalize_tensor(
 
 @intrinsic
 def _to_half(typing: Any, value: Any) -> Any:
-    """float32 to the bits of the nearest float16, int16."""
+    """Convert a float32 to the bits of the nearest float16, as int16."""
 
     def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         return builder.bitcast(builder.fptrunc(arguments[0], ir.HalfType()), ir.IntType(16))
@@ -145,7 +146,7 @@ def _to_half(typing: Any, value: Any) -> Any:
 
 
 def _store(row: Any, out: Any) -> None:
-    """A row of float32 to a row of a `stored_dtype`; compiled code only."""
+    """Convert a row of float32 to a row of a `stored_dtype`. Only for compiled code, see `_compile_store`."""
     raise NotImplementedError
 
 
@@ -160,7 +161,7 @@ def _compile_store(row: Any, out: Any) -> Any:
             out[i] = _to_half(row[i])
 
     def to_bfloat16(row: Any, out: Any) -> None:
-        """Round to the nearest, ties to even: bfloat16 is float32's upper half."""
+        """Round to nearest, ties to even: bfloat16 is the upper half of float32."""
         bits = row.view(np.uint32)
         for i in range(len(row)):
             out[i] = (bits[i] + np.uint32(0x7FFF) + ((bits[i] >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16)
@@ -170,9 +171,9 @@ def _compile_store(row: Any, out: Any) -> Any:
 
 @jit
 def _normalize(pixels: Any, shift: Any, mean: Any, inverse: Any, out: Any) -> None:
-    """One image. pixels: uint8 (H, W, 3). shift: float32 (3,). mean: float32 (H or 1, W * 3). inverse: float32 (W * 3,).
+    """Normalize one image. pixels: uint8 (H, W, 3). shift: float32 (3,). mean: float32 (H or 1, W * 3).
 
-    out: (H, W, 3) of a `stored_dtype`.
+    inverse: float32 (W * 3,), 1 / std. out: (H, W, 3) of a `stored_dtype`.
     """
     height, width, _ = pixels.shape
     row = np.empty(3 * width, np.float32)
@@ -187,7 +188,7 @@ def _normalize(pixels: Any, shift: Any, mean: Any, inverse: Any, out: Any) -> No
 
 
 class Normalizer:
-    """Lighting and normalization of images of one size on the CPU. For any thread."""
+    """Lighting and normalization on the CPU, for images of one size. Thread-safe."""
 
     def __init__(self, normalization: Normalization, width: int) -> None:
         """normalization: at the images' size. width: of the images, pixels."""
@@ -196,7 +197,7 @@ class Normalizer:
         self._inverse = np.tile(1 / normalization.std, width).astype(np.float32)
 
     def __call__(self, pixels: Any, shift: Floats, out: Any) -> None:
-        """pixels: uint8 (H, W, 3). shift: float32 (3,), the lighting's. out: (H, W, 3) of a `stored_dtype`, gets the result."""
+        """Normalize one image. pixels: uint8 (H, W, 3). shift: float32 (3,), lighting. out: (H, W, 3) of a `stored_dtype`."""
         _normalize(pixels, shift, self._mean, self._inverse, out)
 
     def batch(self, pixels: Any, shift: Floats, out: Any) -> None:

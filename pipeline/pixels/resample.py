@@ -1,20 +1,20 @@
-"""Resampling a window of decoded pixels: antialiased bilinear, mirrored on the way, for compiled callers and threads.
+"""Resample a window of decoded pixels: antialiased bilinear, optionally mirrored. Compiled, without the GIL.
 
-The filter is Pillow's BILINEAR (`Image.resize(..., box=window)`): a triangle that spans one output pixel to each side, or one
-source pixel where the window is enlarged; at an image's border, taps outside are dropped and the remaining weights are rescaled.
-Weights are multiples of 1/256 which sum to exactly 1: sums of 8-bit pixels then fit 16 bits, and flat areas stay as they are.
-Pixels differ from Pillow's by 0.17 of 255 on average and by 2 at most on 60 full-size ImageNet images, and hardly more up to
-thirtyfold reduction; far beyond that most weights round to zero.
+The filter is Pillow's BILINEAR (`Image.resize(..., box=window)`): a triangle that extends one output pixel to each side, or one
+source pixel if the window is enlarged. At an image's border, taps outside the image are dropped and the other weights are
+rescaled. Weights are multiples of 1/256 that sum to exactly 1. So sums of 8-bit pixels fit into 16 bits, and flat areas keep
+their value. On 60 full-size ImageNet images, pixels differ from Pillow's by 0.17 of 255 on average, and by 2 at most. The
+difference hardly grows up to thirtyfold reduction; far beyond that, most weights round to zero.
 
-How it is fast (0.03 ms for a 224 crop on one AVX-512 core; a plain loop takes ten times as long)
-------------------------------------------------------------------------------------------------
-Vertically, taps are rows: whole vectors of neighbouring bytes are multiplied and added. Horizontally they are not, as three
-channels interleave and each output pixel begins elsewhere. So a band of `_BAND` rows, once resampled vertically, is transposed:
-a pixel's three channels in all rows of the band then are 3 * `_BAND` neighbouring bytes. Resampling horizontally is the same
-vector code as vertically, and a second transposition writes the rows of the image. A band stays in the first-level cache.
+Implementation (0.03 ms for a 224 crop on one AVX-512 core; a plain loop takes ten times as long)
+--------------------------------------------------------------------------------------------------
+Vertically, the taps are rows, so vectors of adjacent bytes can be multiplied and added. Horizontally they are not adjacent bytes:
+the three channels interleave, and each output pixel has its own first tap. So `_BAND` rows are resampled vertically and then
+transposed. Afterwards, the three channels of a pixel in all rows of the band are 3 * `_BAND` adjacent bytes, and the same vector
+code resamples them horizontally. A second transposition writes the rows of the image. A band fits into the first-level cache.
 
-The two inner steps are written in LLVM's vector instructions, which numba passes on: LLVM makes AVX2, AVX-512 or NEON code of
-them, but does not vectorize these loops by itself (measured: 47 us instead of 6 for the horizontal half).
+The two inner steps are written as LLVM vector instructions, through numba. LLVM compiles them to AVX2, AVX-512 or NEON, but does
+not vectorize the equivalent loops by itself (measured: 47 us instead of 6 for the horizontal half).
 """
 
 from __future__ import annotations
@@ -31,19 +31,19 @@ from ..jit import jit
 
 _BAND = 32  # rows resampled together; a multiple of _TILE
 _TILE = 16  # side of the blocks that are transposed in registers
-_LANES = 32  # bytes of a vector; a chunk is three, so that a pixel's channels in a band's rows are one
-_CHUNK = 3 * _BAND
+_LANES = 32  # bytes of a vector
+_CHUNK = 3 * _BAND  # bytes blended at a time, three vectors: a pixel's channels in all rows of a transposed band
 _ONE = 256  # the sum of an output pixel's weights
 _I8, _I16, _I32, _I64 = (ir.IntType(bits) for bits in (8, 16, 32, 64))
 
 
 def _pointer(context: Any, builder: Any, array_type: Any, array: Any) -> Any:
-    """Where an array's data begins. For LLVM code."""
+    """The address of an array's data, as an LLVM value."""
     return context.make_array(array_type)(context, builder, array).data
 
 
 def _vector_at(builder: Any, base: Any, offset: Any, vector: Any) -> Any:
-    """base + offset bytes, as a pointer to a vector."""
+    """A pointer to the vector at base + offset bytes."""
     return builder.bitcast(builder.gep(base, [offset]), vector.as_pointer())
 
 
@@ -51,7 +51,7 @@ def _vector_at(builder: Any, base: Any, offset: Any, vector: Any) -> Any:
 def _transpose_tile(
     typing: Any, source: Any, source_at: Any, source_step: Any, target: Any, target_at: Any, target_step: Any
 ) -> Any:
-    """Transpose 16 x 16 bytes. source, target: flat uint8 arrays; _at: where the tile begins; _step: from one row to the next."""
+    """Transpose 16 x 16 bytes. source, target: flat uint8 arrays. _at: index of the tile's first byte. _step: bytes per row."""
 
     def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         read, at, step, write, to, to_step = arguments
@@ -62,7 +62,7 @@ def _transpose_tile(
         for _ in range(_TILE):
             rows.append(builder.load(_vector_at(builder, read, at, vector), align=1))
             at = builder.add(at, step)
-        # Interleaving row i with row i + 8, four times over, brings every byte from (row, column) to (column, row).
+        # Interleaving row i with row i + 8, four times, moves every byte from (row, column) to (column, row).
         half = _TILE // 2
         low, high = (
             ir.Constant(ir.VectorType(_I32, _TILE), [lane for i in range(start, start + half) for lane in (i, _TILE + i)])
@@ -84,7 +84,8 @@ def _blend_chunk(
 ) -> Any:
     """Weigh rows: target[target_at + i] = sum over k of weights[weights_at + k] / 256 * source[source_at + k * step + i].
 
-    For `_CHUNK` bytes i and `count` rows k. source, target: flat uint8 arrays. weights: flat uint16, those used sum to 256.
+    i: 0 <= i < `_CHUNK`, bytes. k: 0 <= k < `count`, rows. source, target: flat uint8 arrays. weights: flat uint16; the used ones
+    sum to 256.
     """
 
     def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
@@ -96,7 +97,7 @@ def _blend_chunk(
         half, shift = (ir.Constant(wide, [value] * _LANES) for value in (_ONE // 2, 8))
         offsets = [ir.Constant(_I64, lane) for lane in range(0, _CHUNK, _LANES)]
         sums = [cgutils.alloca_once_value(builder, half) for _ in offsets]
-        for total in sums:  # alloca_once_value's store stands at the function's head, not in the caller's loop
+        for total in sums:  # alloca_once_value stores at the start of the function, outside the caller's loop
             builder.store(half, total)
         with cgutils.for_range(builder, count) as loop:
             weight = builder.load(builder.gep(weights, [builder.add(weights_at, loop.index)]))
@@ -120,7 +121,7 @@ def _blend_chunk(
 def _blend(
     source: Any, source_at: Any, step: Any, weights: Any, weights_at: Any, count: Any, target: Any, target_at: Any, n: Any
 ) -> None:
-    """As `_blend_chunk`, for `n` bytes: chunks, of which the last may overlap the one before it."""
+    """`_blend_chunk` for `n` bytes. The last chunk may overlap the one before it."""
     if n < _CHUNK:
         for i in range(n):
             total = np.int64(_ONE // 2)
@@ -135,9 +136,9 @@ def _blend(
 
 @jit
 def _taps(low: Any, high: Any, side: Any, size: Any, flip: Any, starts: Any, counts: Any, weights: Any) -> None:
-    """The filter of one axis: output pixel i is the sum over k < counts[i] of weights[i, k] / 256 * source pixel starts[i] + k.
+    """The filter of one axis: output pixel i is the sum over k < counts[i] of weights[i, k] / 256 * source[starts[i] + k].
 
-    low, high: the window, source pixels. side: the source's. size: output pixels. flip: the last output pixel comes first.
+    low, high: the window, source pixels. side: of the source, pixels. size: output pixels. flip: reverse the output pixels.
     starts, counts: int64 (size,). weights: uint16 (size, taps). After Pillow's precompute_coeffs (src/libImaging/Resample.c).
     """
     scale = (high - low) / size
@@ -152,8 +153,8 @@ def _taps(low: Any, high: Any, side: Any, size: Any, flip: Any, starts: Any, cou
             exact[k] = max(0.0, 1.0 - abs((first + k - centre + 0.5) / reach))
             total += exact[k]
         place = size - 1 - i if flip else i
-        # Each running sum is rounded, so that the weights sum to exactly 256 and hardly shift the image. Zeros at the ends are
-        # dropped.
+        # Running sums are rounded instead of single weights. So the weights sum to exactly 256 and hardly shift the image.
+        # Zeros at both ends are dropped.
         so_far, given, kept = 0.0, 0, 0
         for k in range(count):
             so_far += exact[k]
@@ -180,7 +181,7 @@ def resample(pixels: Any, top: Any, left: Any, bottom: Any, right: Any, flip: An
     rows, columns, _ = out.shape
     source, image = pixels.reshape(-1), out.reshape(-1)
 
-    # Pillow's window of 2 * reach + 1 pixels holds every tap.
+    # All taps lie within 2 * reach + 1 pixels, as in Pillow.
     y_taps = 2 * int(max((bottom - top) / rows, 1.0)) + 4
     y_starts, y_counts, y_weights = np.empty(rows, np.int64), np.empty(rows, np.int64), np.empty((rows, y_taps), np.uint16)
     _taps(top, bottom, height, rows, False, y_starts, y_counts, y_weights)
@@ -194,7 +195,7 @@ def resample(pixels: Any, top: Any, left: Any, bottom: Any, right: Any, flip: An
     _taps(left, right, width, columns, flip, x_starts, x_counts, x_weights)
     x_weights_flat = x_weights.reshape(-1)
 
-    first = min(x_starts[0], x_starts[columns - 1])  # the columns that any tap touches
+    first = min(x_starts[0], x_starts[columns - 1])  # the columns that taps touch
     last = max(x_starts[0] + x_counts[0], x_starts[columns - 1] + x_counts[columns - 1])
     touched, row = 3 * (last - first), 3 * columns
     padded = -(-touched // _TILE) * _TILE
@@ -216,7 +217,10 @@ def resample(pixels: Any, top: Any, left: Any, bottom: Any, right: Any, flip: An
 
 @jit
 def _write_rows(mixed: Any, first: Any, count: Any, row: Any, image: Any, at: Any) -> None:
-    """Transpose rows [first, first + count) of a band, at most `_TILE`, back to where they begin in the image. row: bytes."""
+    """Write rows [first, first + count) of a transposed band to the image, from byte `at` on. count: at most `_TILE`.
+
+    row: bytes of a row.
+    """
     if count < _TILE or row < _TILE:
         for y in range(count):
             for x in range(row):

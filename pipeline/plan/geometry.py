@@ -26,10 +26,11 @@ GEOMETRIES = ("jitter", "rrc", "pad")  # for training, see `choose_geometry`
 class Views(NamedTuple):
     """V = N * crops views of N images; the views of an image are adjacent.
 
-    windows: float64 (V, 4), top, left, bottom, right in source pixels, inside the image.
-    flip: bool (V,), mirror left to right. alphas: float32 (V, 3), coefficients of the principal components of RGB.
-    shift: int64 (V, 2), whole pixels down and right by which the resampled and mirrored views are moved, see
-    `pixels.normalize.translate`; None if the geometry moves none.
+    - windows: float64 (V, 4), top, left, bottom, right in source pixels, inside the image.
+    - flip: bool (V,), mirror left to right.
+    - alphas: float32 (V, 3), coefficients of the principal components of RGB.
+    - shift: int64 (V, 2), whole pixels down and right by which the resampled and mirrored views are moved, see
+      `pixels.normalize.translate`; None if the geometry moves none.
     """
 
     windows: npt.NDArray[np.float64]
@@ -44,7 +45,7 @@ class Views(NamedTuple):
 
 
 class Geometry(ABC):
-    """The interface. Heights and widths are int64 (N,), source pixels; `size` is the crop's side, pixels."""
+    """The interface of all geometries. Heights and widths are int64 (N,), source pixels; `size` is the crop's side, pixels."""
 
     random: ClassVar[bool] = False  # whether seed and epoch matter, and PCA lighting applies
 
@@ -55,7 +56,7 @@ class Geometry(ABC):
 
     @abstractmethod
     def views(self, seed: int, epoch: int, ids: Ints, heights: Ints, widths: Ints, size: int, alpha_std: float) -> Views:
-        """The views of N samples. ids: int64 (N,). alpha_std: standard deviation of alphas, which are 0 if nothing is random."""
+        """The views of N samples. ids: int64 (N,). alpha_std: standard deviation of alphas, unless the geometry is not random."""
 
     def shapes(self, heights: Ints, widths: Ints, size: int) -> Ints:
         """Height and width of each image's views: int64 (N, 2)."""
@@ -63,16 +64,16 @@ class Geometry(ABC):
 
     @abstractmethod
     def check(self, size: int) -> None:
-        """Raise UserError if the geometry is not possible for crops of `size`."""
+        """Raise UserError if the geometry cannot be used for crops of `size`."""
 
     @abstractmethod
     def scaled(self, size: int, nominal: int) -> Self:
-        """This geometry, meant for crops of `nominal`, in proportion for crops of `size`."""
+        """This geometry for crops of `size`: in proportion, if the present one is for crops of `nominal`."""
 
 
 @dataclass(frozen=True)
 class ScaleJitter(Geometry):
-    """Short side uniform on the integers low..high, a crop at a uniform position, mirrored half the time.
+    """The short side is uniform on the integers low..high, the position of the crop is uniform, and half the crops are mirrored.
 
     He et al. 2015, "Deep residual learning for image recognition", section 3.4, after Simonyan and Zisserman 2015, section 3.1.
     """
@@ -95,7 +96,7 @@ class ScaleJitter(Geometry):
 
 @dataclass(frozen=True)
 class RandomResizedCrop(Geometry):
-    """A window of uniform area and log-uniform aspect ratio at a uniform position, mirrored half the time.
+    """A window with uniform area, log-uniform aspect ratio and uniform position; half the views are mirrored.
 
     Szegedy et al. 2015, "Going deeper with convolutions", section 6, in the form of torchvision.transforms.RandomResizedCrop.
     area: range of the window's fraction of the image. aspect: range of its width divided by its height.
@@ -121,11 +122,11 @@ class RandomResizedCrop(Geometry):
 
 @dataclass(frozen=True)
 class PaddedCrop(Geometry):
-    """Short side resized to the crop's side, `padding` zeros on each side, a crop at a uniform position, mirrored half the time.
+    """A crop at a uniform position of the image with `padding` zeros on each side; half the crops are mirrored.
 
     The augmentation of CIFAR in He et al. 2015, section 4.2, after Lee et al. 2015, "Deeply-supervised nets", in the form of
-    torchvision.transforms.RandomCrop(size, padding) and RandomHorizontalFlip. Images whose size is not the crop's are resized
-    first; CIFAR has none.
+    torchvision.transforms.RandomCrop(size, padding) and RandomHorizontalFlip. First, the short side is resized to the side of the
+    crop; CIFAR's images have that size already.
     """
 
     padding: int = 4
@@ -150,7 +151,7 @@ class PaddedCrop(Geometry):
 
 @dataclass(frozen=True)
 class _Resized(Geometry):
-    """Base of the geometries that resize the short side to `short`."""
+    """Base class of the geometries that resize the short side to `short`."""
 
     short: int = sampling.EVAL_SHORT
 
@@ -164,7 +165,7 @@ class _Resized(Geometry):
 
 @dataclass(frozen=True)
 class CentreCrop(_Resized):
-    """Short side resized to `short`, the central crop, and its mirror image if `mirrored` (test-time flips).
+    """Short side resized to `short`; the central crop, and its mirror image if `mirrored` (test-time flips).
 
     Single-crop testing as in Krizhevsky et al. 2012.
     """
@@ -229,11 +230,11 @@ class WholeImage(_Resized):
 
 
 def choose_geometry(name: str, scale: Sequence[int] | None, size: int, area: Sequence[float] | None = None) -> Geometry:
-    """A training geometry by its name in GEOMETRIES: scale jitter, random resized crops, or crops of the image padded by 4
-    pixels.
+    """A training geometry by its name in GEOMETRIES: scale jitter, random resized crops, or crops of an image padded by 4 pixels.
 
     scale: range of the short side for scale jitter, pixels; by default 256..480 for crops of 224, in proportion for others.
-    area: range of the fraction of the image for random resized crops. Raises UserError for a range of another geometry.
+    area: range of the crop's fraction of the image for random resized crops. Raises UserError for a range that the geometry does
+    not use.
     """
     for field, given, owner in (("scale", scale, "jitter"), ("area", area, "rrc")):
         if given and name != owner:

@@ -1,12 +1,12 @@
 """Orders: which sample comes at which position of an epoch. Each is a pure function of (seed, epoch, position).
 
 - `Sequential`: as stored.
-- `Full`: one permutation of all samples, `sampling.order`. Every sample may come anywhere; a batch may touch as many shards as it
-  has images. For shards on a local disk or in memory.
-- `Blocks`: shards in random order, K consecutive ones form a *block*, and the samples of a block come in random order. Reading is
-  local: only the current block and the next are needed. For remote shards. (FFCV's QUASI_RANDOM and webdataset's shuffle buffer
-  have the same aim; here the sample at any position can be computed, so the order can be resumed and divided among ranks.)
-- `ByShape`: as stored, but samples of equal output shape together, for whole images.
+- `Full`: one permutation of all samples, `sampling.order`. A batch may read from as many shards as it has images. For shards on a
+  local disk or in memory.
+- `Blocks`: the shards are shuffled, K consecutive shards form a *block*, and the samples within a block are shuffled. Only the
+  current block and the next are needed at a time. For remote shards. (FFCV's QUASI_RANDOM and webdataset's shuffle buffer have
+  the same aim. Here the sample at any position can be computed, so the order can be resumed and divided among ranks.)
+- `ByShape`: as stored, but grouped by output shape, for whole images.
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ class Order(ABC):
 
     @abstractmethod
     def samples(self, epoch: int, positions: Ints) -> Ints:
-        """The samples at `positions`, int64 (N,) in [0, count), of an epoch: int64 (N,)."""
+        """The samples at some positions of an epoch: int64 (N,). positions: int64 (N,) in [0, count)."""
 
     def runs(self) -> Ints:
-        """Lengths of the runs that an epoch consists of, int64. No batch has samples of two runs. By default there is one run."""
+        """Lengths of the runs that an epoch is divided into, int64. A batch never spans two runs. By default there is one run."""
         return np.array([self.count])
 
 
@@ -44,7 +44,7 @@ class Sequential(Order):
 
 
 class Full(Order):
-    """A uniformly random permutation of all samples, another one each epoch. O(1) memory, O(1) time per position."""
+    """A uniformly random permutation of all samples, a new one each epoch. O(1) memory, O(1) time per position."""
 
     def __init__(self, count: int, seed: int) -> None:
         super().__init__(count)
@@ -55,8 +55,8 @@ class Full(Order):
 
 
 class _Epoch(NamedTuple):
-    """One epoch of `Blocks`, all int64. shards: (S,), in the epoch's order. starts: (S,), number of samples before each of them.
-    bounds: (blocks + 1,), number of samples before each block, and their total."""
+    """One epoch of `Blocks`, all int64. shards: (S,), in the epoch's order. starts: (S,), number of samples before each shard.
+    bounds: (blocks + 1,), number of samples before each block, then the total."""
 
     shards: Ints
     starts: Ints
@@ -68,21 +68,22 @@ class Blocks(Order):
 
     Set-up is O(shards) in time and memory, once per epoch; a position then takes O(log shards).
 
-    How well that shuffles, for ImageNet's 1,281,167 images in shards of 1,000 and batches of 256 (means of 10 epochs; measured by
+    How well this shuffles ImageNet's 1,281,167 images in shards of 1,000 and batches of 256 (means of 10 epochs, measured by
     tests/pipeline/plan/test_order.py):
 
         per_block                                        1        8       32    Full
-        shards that a batch's images come from        1.25     8.19     32.1     232
-        images whose shard is in the batch again    1.0000   1.0000   0.9995  0.1807
+        different shards in a batch                   1.25     8.19     32.1     232
+        images that share their shard with another
+            image of the batch (fraction)           1.0000   1.0000   0.9995  0.1807
         |Spearman| of position and stored position  0.0238   0.0238   0.0235  0.0008
 
-    The converter shuffles the images before it makes shards, so images of a shard have nothing else in common: a block of 8
-    shards is a random sample of the data set. The difference to `Full` is that the same images come close to each other in every
-    epoch. (Spearman's correlation is that of a random order of shards; it falls with the square root of their number.)
+    The converter shuffles the images before it makes shards. The images of a shard therefore have nothing in common, and a block
+    of 8 shards is a random sample of the data set. Unlike with `Full`, the images of a shard stay close to each other in every
+    epoch. (The rank correlation is that of a random order of shards. It falls with the square root of their number.)
     """
 
     def __init__(self, sizes: npt.ArrayLike, seed: int, per_block: int) -> None:
-        """sizes: images in each shard, (S,); a shard's samples are stored together, shard after shard."""
+        """sizes: number of images in each shard, (S,). Samples are numbered shard after shard."""
         self._sizes = np.asarray(sizes, np.int64)
         super().__init__(int(self._sizes.sum()))
         self._firsts = np.cumsum(self._sizes) - self._sizes  # number of stored samples before each shard
@@ -103,7 +104,7 @@ class Blocks(Order):
     def samples(self, epoch: int, positions: Ints) -> Ints:
         shards, starts, bounds = self._epoch(epoch)
         blocks = np.searchsorted(bounds, positions, "right") - 1
-        unpermuted = np.empty(len(positions), np.int64)  # the position of the same sample if no block were permuted
+        unpermuted = np.empty(len(positions), np.int64)  # the sample's position if blocks were not permuted
         for block in np.unique(blocks).tolist():
             here = blocks == block
             low, high = bounds[block], bounds[block + 1]
@@ -129,7 +130,7 @@ class Blocks(Order):
 
 
 class ByShape(Order):
-    """Samples as stored, but grouped by shape, in ascending order of shapes. O(N log N) set-up and O(N) memory.
+    """Samples in stored order, but grouped by shape, in ascending order of shapes. O(N log N) set-up and O(N) memory.
 
     shapes: int64 (N, 2), output height and width of each sample.
     """

@@ -1,8 +1,8 @@
-"""Counter-based random numbers, compiled: Philox, and every kernel that draws with it. `sampling` says what the draws mean.
+"""Counter-based random numbers, compiled: Philox, and all kernels that draw with it. `sampling` describes the draws.
 
 Sources:
-- Philox4x32-10: Salmon, Moraes, Dror, Shaw, "Parallel random numbers: as easy as 1, 2, 3", SC 2011. Counter-based, so a
-  draw needs no predecessor. The key is the seed, the counter is (sample low, sample high, epoch, stream).
+- Philox4x32-10: Salmon, Moraes, Dror, Shaw, "Parallel random numbers: as easy as 1, 2, 3", SC 2011. It is counter-based: a draw
+  does not depend on earlier draws. The key is the seed, the counter is (sample low, sample high, epoch, stream).
 - Permutations are Feistel networks with cycle walking: Black, Rogaway, "Ciphers with arbitrary finite domains", CT-RSA 2002.
 
 All words are 32-bit numbers held in uint64.
@@ -17,11 +17,11 @@ import numpy as np
 
 from ..jit import jit
 
-# Streams separate the uses of Philox. The stream is the last word of the counter.
+# Each use of Philox has a stream of its own. The stream is the last word of the counter.
 ORDER = 0  # a permutation of a split's samples
 JITTER = 1
 LIGHTING = 2
-FLIP = 3  # of random resized crops; their attempts use all words of their own streams
+FLIP = 3  # of random resized crops, as the streams of their attempts have no word left for it
 SHARDS = 4  # a permutation of a split's shards
 BLOCK = 5  # a permutation of the samples of a block of shards; counter: (pair of keys, block, epoch, stream)
 ATTEMPT = 16  # and the next 9: attempts of a random resized crop
@@ -58,14 +58,14 @@ def philox(key: Any, c0: Any, c1: Any, c2: Any, c3: Any) -> Any:
 
 @jit
 def _of_sample(seed: Any, epoch: Any, sample: Any, stream: Any) -> Any:
-    """The four words of a sample in an epoch, from one stream."""
+    """Four random words for a sample in an epoch, from one stream."""
     sample = np.uint64(sample)
     return philox(seed, sample & _LOW32, sample >> _32, epoch, np.uint64(stream))
 
 
 @jit
 def _below(word: Any, n: Any) -> Any:
-    """A word scaled to an integer in [0, n). The bias is n / 2^32 at most: under one in a million for n < 4096."""
+    """A word scaled to an integer in [0, n). The bias is at most n / 2^32: less than one in a million for n < 4096."""
     return np.int64((word * np.uint64(n)) >> _32)
 
 
@@ -90,7 +90,7 @@ def _mix(x: Any) -> Any:
 
 @jit
 def permute(seed: Any, epoch: Any, block: Any, stream: Any, positions: Any, n: Any, out: Any) -> None:
-    """The permutation of [0, n) keyed by (seed, epoch, block, stream) at `positions`, int64 (N,), to `out`, int64 (N,)."""
+    """Evaluate the permutation of [0, n) with the key (seed, epoch, block, stream). positions, out: int64 (N,)."""
     half_bits = _MIN_HALF_BITS
     while (1 << (2 * half_bits)) < n:
         half_bits += 1
@@ -105,7 +105,7 @@ def permute(seed: Any, epoch: Any, block: Any, stream: Any, positions: Any, n: A
 
     for i in range(len(positions)):
         x = np.uint64(positions[i])
-        while True:  # cycle walking: the network permutes [0, 4^half_bits); step until we are back inside [0, n)
+        while True:  # cycle walking: the network permutes [0, 4^half_bits); repeat until the result is in [0, n)
             left = x >> half
             right = x & mask
             for r in range(_ROUNDS):
@@ -118,10 +118,10 @@ def permute(seed: Any, epoch: Any, block: Any, stream: Any, positions: Any, n: A
 
 @jit
 def lighting(seed: Any, epoch: Any, samples: Any, std: Any, alphas: Any) -> None:
-    """Normal numbers of standard deviation `std`, to alphas, float32 (N, 3): Box and Muller 1958."""
+    """Fill alphas, float32 (N, 3), with normal numbers of standard deviation `std` (Box and Muller 1958)."""
     for i in range(len(samples)):
         w0, w1, w2, w3 = _of_sample(seed, epoch, samples[i], LIGHTING)
-        # Each radius's word is taken from (0, 1] so that its logarithm is finite.
+        # The word of each radius is mapped to (0, 1], so that its logarithm is finite.
         radius = math.sqrt(-2.0 * math.log((w0 + np.uint64(1)) * _TO_UNIT)) * std
         angle = 2.0 * math.pi * (w1 * _TO_UNIT)
         alphas[i, 0] = radius * math.cos(angle)
@@ -135,7 +135,7 @@ def jitter(
     seed: Any, epoch: Any, samples: Any, heights: Any, widths: Any, low: Any, high: Any, crop: Any, padding: Any,
     short: Any, top: Any, left: Any, flip: Any,
 ) -> None:  # fmt: skip
-    """Scale jitter: short side, corner and flip, the first four fields of `sampling.Draws`."""
+    """Scale jitter: fill the first four fields of `sampling.Draws`, which are short side, corner and flip."""
     for i in range(len(samples)):
         w0, w1, w2, w3 = _of_sample(seed, epoch, samples[i], JITTER)
         s = low + _below(w0, high - low + 1)
@@ -151,7 +151,7 @@ def resized_crop(
     seed: Any, epoch: Any, samples: Any, heights: Any, widths: Any, area_low: Any, area_high: Any, aspect_low: Any,
     aspect_high: Any, windows: Any, flip: Any,
 ) -> None:  # fmt: skip
-    """torchvision's RandomResizedCrop.get_params: windows of whole pixels, float64 (N, 4) of top, left, bottom, right."""
+    """torchvision's RandomResizedCrop.get_params. windows: float64 (N, 4), top, left, bottom, right, in whole pixels."""
     for i in range(len(samples)):
         height, width = heights[i], widths[i]
         rows, columns = 0, 0
@@ -176,7 +176,7 @@ def resized_crop(
 
 @jit
 def substitute(seed: Any, epoch: Any, sample: Any, attempt: Any, n: Any) -> Any:
-    """A number of [0, n) other than `sample`. n: at least 2."""
+    """A number in [0, n) other than `sample`. n: at least 2."""
     w0, w1, _, _ = _of_sample(seed, epoch, sample, SUBSTITUTE + attempt)
     other = np.int64(((w0 << _32) | w1) % np.uint64(n - 1))
     return other + 1 if other >= sample else other

@@ -1,10 +1,10 @@
-"""The plan: which sample comes when, and every random draw of its augmentation.
+"""The random draws of the plan: which sample comes when, and how it is augmented.
 
-An epoch is a pure function. `order` maps (seed, epoch, position) to a sample; `draw` maps (seed, epoch, sample, height, width) to
+An epoch is a pure function. `order` maps (seed, epoch, position) to a sample. `draw` maps (seed, epoch, sample, height, width) to
 the resized short side, the crop's corner, the flip and the three PCA coefficients. There is no generator state, so any engine,
-worker count, rank count or restart sees the same samples with the same draws.
+any number of workers and ranks, and any restart sees the same samples with the same draws.
 
-`plan.random` has the random numbers, `plan.geometry` the other ways to place windows in an image.
+The functions here check their arguments and call the kernels of `plan.random`. `plan.geometry` builds views from the draws.
 
 Sources:
 - Scale jitter with S uniform in [256, 480]: He et al., "Deep residual learning for image recognition", section 3.4. PCA
@@ -48,10 +48,10 @@ class Draws(NamedTuple):
 
 
 def order(seed: int, epoch: int, positions: npt.ArrayLike, n: int) -> Ints:
-    """The samples at `positions` of the epoch's order, a keyed permutation of [0, n) that is evaluated point by point.
+    """The samples at some positions of the epoch's order, a keyed permutation of [0, n). Only these positions are evaluated.
 
     seed: 0 <= seed < 2^64. epoch: 0 <= epoch < 2^32. positions: integers (N,) in [0, n). n: 1 <= n <= 2^40.
-    Returns int64 (N,). Memory is O(N), whatever n is; time is O(1) per position. Raises ValueError outside these ranges.
+    Returns int64 (N,). Memory is O(N), independent of n; time is O(1) per position. Raises ValueError outside these ranges.
     """
     positions = np.ascontiguousarray(positions, np.int64)
     _check_key(seed, epoch)
@@ -78,10 +78,10 @@ def draw(
     """Every random draw of N samples in one epoch.
 
     samples: integers (N,) in [0, 2^40). heights, widths: integers (N,) > 0, the stored images' pixels.
-    scale: inclusive range of the resized short side, which is uniform, in pixels; its low end is at least `crop`.
-    crop: side of the square crop in pixels; its corner is uniform over all integer positions in the resized image.
-    alpha_std: standard deviation of the PCA coefficients. padding: 0 <= padding < crop, pixels added to the resized image at each
-    end of both axes; corners are counted from the image's own corner. Raises ValueError outside these ranges.
+    scale: inclusive range of the resized short side, pixels, from which it is drawn uniformly; at least `crop`.
+    crop: side of the square crop, pixels. Its corner is uniform over all integer positions in the resized image.
+    alpha_std: standard deviation of the PCA coefficients. padding: pixels added on each side of the resized image,
+    0 <= padding < crop; corners are relative to the image without padding. Raises ValueError outside these ranges.
     """
     samples = _samples(samples)
     heights, widths = _sizes(heights, widths, len(samples))
@@ -98,7 +98,7 @@ def draw(
 
 
 def alphas(seed: int, epoch: int, samples: npt.ArrayLike, std: float = ALPHA_STD) -> npt.NDArray[np.float32]:
-    """The PCA coefficients of N samples in one epoch, float32 (N, 3), of standard deviation `std`."""
+    """The PCA coefficients of N samples in one epoch: float32 (N, 3), normal with standard deviation `std`."""
     samples = _samples(samples)
     _check_key(seed, epoch)
     drawn = np.empty((len(samples), 3), np.float32)
@@ -118,14 +118,14 @@ def resized_crops(
     """torchvision's random resized crops of N samples in one epoch: windows, float64 (N, 4) as in `windows`, and flip, bool (N,).
 
     samples, heights, widths: as in `draw`. area: range of the window's fraction of the image, uniform, 0 < low <= high <= 1.
-    aspect: range of its width divided by its height, log-uniform, 0 < low <= high. The first of ten attempts that fits is taken,
-    otherwise the largest central window within the range of aspects.
+    aspect: range of its width divided by its height, log-uniform, 0 < low <= high. The first of ten attempts that fits into the
+    image is taken; if none fits, the largest central window within the range of aspect ratios.
     """
     samples = _samples(samples)
     heights, widths = _sizes(heights, widths, len(samples))
     _check_key(seed, epoch)
     if not (0 < area[0] <= area[1] <= 1 and 0 < aspect[0] <= aspect[1]):
-        raise ValueError(f"areas must lie in (0, 1], aspects above 0, lower ends first, not {area} and {aspect}")
+        raise ValueError(f"area must satisfy 0 < low <= high <= 1 and aspect 0 < low <= high, not {area} and {aspect}")
     found, flip = np.empty((len(samples), 4), np.float64), np.empty(len(samples), np.bool_)
     keys = np.uint64(seed), np.uint64(epoch)
     (low, high), (wide_low, wide_high) = map(float, area), map(float, aspect)
@@ -134,9 +134,9 @@ def resized_crops(
 
 
 def substitute(seed: int, epoch: int, sample: int, attempt: int, n: int) -> int:
-    """Which of the n samples replaces a corrupt one in an epoch, after `attempt` substitutes that were corrupt, too.
+    """The sample that replaces a corrupt one in an epoch. It is uniform on all n samples except `sample`.
 
-    attempt: 0 <= attempt < 32. n: 2 <= n <= 2^40. The result is uniform on all samples except `sample`.
+    attempt: 0 <= attempt < 32, the number of substitutes tried before that were corrupt, too. n: 2 <= n <= 2^40.
     """
     _check_key(seed, epoch)
     if not (0 <= sample < n and 2 <= n <= MAX_SAMPLES and 0 <= attempt < MAX_SUBSTITUTES):
@@ -147,12 +147,12 @@ def substitute(seed: int, epoch: int, sample: int, attempt: int, n: int) -> int:
 
 
 def short_at(short: int, size: int, nominal: int = CROP) -> int:
-    """The short side `short`, meant for crops of `nominal`, in proportion for crops of `size`; at least `size`."""
+    """A short side for crops of `size`, in proportion to `short` for crops of `nominal`; at least `size`."""
     return max(round(short * size / nominal), size)
 
 
 def centre(heights: npt.ArrayLike, widths: npt.ArrayLike, short: int, crop: int) -> Draws:
-    """The evaluation transform in the same terms: short side `short`, the central crop, no flip, no lighting."""
+    """The evaluation transform as `Draws`: short side `short`, the central crop, no flip, no lighting."""
     heights, widths = _sizes(heights, widths)
     if not 1 <= crop <= short:
         raise ValueError(f"the short side ({short}) must be at least the crop ({crop})")
@@ -175,9 +175,9 @@ def resized(heights: npt.ArrayLike, widths: npt.ArrayLike, short: npt.ArrayLike)
 def windows(drawn: Draws, heights: npt.ArrayLike, widths: npt.ArrayLike, crop: int) -> npt.NDArray[np.float64]:
     """Each crop's window in its stored image: float64 (N, 4) of top, left, bottom, right in source pixels.
 
-    Resampling this window to crop x crop, with filter support outside it, is resizing the image and taking the crop.
-    The scale is short / S on both axes; the rounded size is centred on the image (DALI's `resize_shorter` does the same);
-    the window is clamped to the image.
+    Resampling this window to crop x crop, with filter support outside it, equals resizing the image and taking the crop.
+    The scale is short / S on both axes. The rounded size is centred on the image, as DALI's `resize_shorter` does. The window is
+    clamped to the image.
     """
     heights, widths = _sizes(heights, widths, len(drawn.short))
     scale = np.minimum(heights, widths) / drawn.short
@@ -194,8 +194,8 @@ def windows(drawn: Draws, heights: npt.ArrayLike, widths: npt.ArrayLike, crop: i
 def regions(windows: npt.NDArray[np.float64], heights: npt.ArrayLike, widths: npt.ArrayLike, size: int | tuple[int, int]) -> Ints:
     """The source pixels that resampling each window needs: int64 (N, 4) of top, left, bottom, right, inside the image.
 
-    size: of the output, pixels: height and width, or one integer for both. Along each axis the triangle filter reaches one output
-    pixel, which is max(scale, 1) source pixels; one more for rounding.
+    size: height and width of the output, pixels, or one integer for both. Along each axis the triangle filter reaches one output
+    pixel beyond the window, which is max(scale, 1) source pixels. One more pixel is added for rounding.
     """
     low, high = windows[:, :2], windows[:, 2:]
     margin = np.maximum((high - low) / np.asarray(size), 1.0) + 1.0
@@ -205,7 +205,7 @@ def regions(windows: npt.NDArray[np.float64], heights: npt.ArrayLike, widths: np
 
 
 def rank_range(start: int, stop: int, rank: int, world_size: int) -> tuple[int, int]:
-    """Range [low, high) of a rank in the global batch [start, stop). Ranges tile it in rank order; sizes differ by 0 or 1."""
+    """A rank's range [low, high) of the global batch [start, stop). The ranks' ranges are consecutive; sizes differ by 0 or 1."""
     if not 0 <= rank < world_size:
         raise ValueError(f"rank must lie in [0, {world_size}), not {rank}")
     size = stop - start

@@ -16,21 +16,21 @@ log = logging.getLogger("cropfeed")
 
 
 class Substitutes:
-    """The corrupt samples found so far, and their substitutes, which `sampling.substitute` names. Thread-safe.
+    """The corrupt samples found so far, and their substitutes, which `sampling.substitute` chooses. Thread-safe.
 
-    `corrupt`: sample -> why it cannot be decoded. Each epoch tests again whether a sample can be decoded, because the crop of
-    another epoch may miss the damage: a loader that knows the sample must give the same batches as a resumed one that does not.
+    `corrupt`: sample -> why it cannot be decoded. Every epoch tries again to decode a corrupt sample, because its crop may miss
+    the damage. A loader that has met the sample before must give the same batches as a resumed one that has not.
     """
 
     def __init__(self, seed: int, count: int, stop: bool, locate: Callable[[int], str]) -> None:
-        """count: of samples. stop: whether a corrupt sample is an error. locate: gives file and key of a sample, for messages."""
+        """count: number of samples. stop: whether a corrupt sample is an error. locate: sample -> file and key, for messages."""
         self._seed, self._count, self._stop, self._locate = seed, count, stop, locate
         self.corrupt: dict[int, str] = {}
         self._unreadable: set[tuple[int, int]] = set()  # (epoch, sample)
         self._lock = threading.Lock()
 
     def mark(self, epoch: int, sample: int, reason: str) -> None:
-        """Note that a sample's views of an epoch cannot be decoded. Warns once per sample; raises UserError if `stop` is set."""
+        """Record that a sample cannot be decoded in an epoch. Warns once per sample. Raises UserError if `stop` is set."""
         with self._lock:
             known = sample in self.corrupt
             self.corrupt[sample] = reason
@@ -41,9 +41,9 @@ class Substitutes:
             log.warning("%s: cannot be decoded (%s); another sample replaces it", self._locate(sample), reason)
 
     def apply(self, epoch: int, ids: Ints) -> Ints:
-        """The samples, int64 (N,), with those replaced that are known to be unreadable in this epoch.
+        """Replace the samples that are known to be corrupt in this epoch. ids: int64 (N,), as is the result.
 
-        Raises UserError if no substitute of a sample can be decoded either.
+        Raises UserError if none of a sample's substitutes can be decoded either.
         """
         if not self._unreadable:
             return ids

@@ -6,9 +6,10 @@ The cache folder:
     .SHA256.BYTES.partial   a running download, locked by its process; BYTES is its final size
     .lock                   locked while files are counted, added or removed
 
-Files are named by their content, so several data sets can share a folder. Locks are flock's, which the kernel releases when a
-process dies: an unlocked partial file is left over from a killed process, and the next download removes it.
-The disk space of an evicted file is free once nobody has it open: readers open it for one read at a time and map nothing.
+Files are named by the hash of their content, so several data sets can share a folder. Locks are made with flock, and the kernel
+releases them when a process dies. An unlocked partial file is therefore left over from a killed process; the next download
+removes it. The disk space of an evicted file is freed when the last reader closes it. Readers open a file for one read at a time
+and do not map it.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ import re
 import shutil
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from io import FileIO
@@ -32,10 +33,11 @@ from ..errors import UserError
 from . import files
 
 GIGABYTE = 10**9
-FREE_SHARE = 0.8  # of the free disk space is the default limit
+FREE_SHARE = 0.8  # the default limit, as a fraction of the free disk space
 _FILE = re.compile(r"[0-9a-f]{64}")
 _PARTIAL = re.compile(r"\.([0-9a-f]{64})\.([0-9]+)\.partial")
 _TOUCH_S, _POLL_S, _RECOUNT_S = 1.0, 0.02, 1.0
+Report = Callable[[int], object]
 
 
 class StoppedError(Exception):
@@ -49,7 +51,8 @@ class _File(NamedTuple):
 
 
 class _Contents(NamedTuple):
-    """files: complete ones. running: SHA-256 -> partial file of each running download. reserved: their final bytes."""
+    """files: complete ones. running: SHA-256 -> partial file, of each running download. reserved: bytes of all running downloads
+    when complete."""
 
     files: list[_File]
     running: dict[str, Path]
@@ -58,7 +61,7 @@ class _Contents(NamedTuple):
 
 @dataclass(frozen=True)
 class ShardCache:
-    """A cache in `folder`, created as needed. limit: bytes that files and running downloads together never exceed."""
+    """A cache in `folder`, which is created as needed. limit: maximum size of files and running downloads together, bytes."""
 
     folder: Path
     limit: int
@@ -80,11 +83,13 @@ class ShardCache:
         with self.open(url, bytes, sha256):
             return self.path(sha256)
 
-    def open(self, url: str, bytes: int, sha256: str, stop: threading.Event | None = None) -> FileIO:
+    def open(
+        self, url: str, bytes: int, sha256: str, stop: threading.Event | None = None, report: Report = lambda count: None
+    ) -> FileIO:
         """The local copy, downloaded if needed, open for reading. It stays readable even if it is evicted.
 
-        bytes, sha256: from the manifest. Raises UserError if the file is missing, is another one, or does not fit, and
-        StoppedError soon after another thread sets `stop`.
+        bytes, sha256: from the manifest. Raises UserError if the file is missing, has other content, or does not fit into the
+        cache; StoppedError soon after another thread sets `stop`. report: called with the number of newly downloaded bytes.
         """
         self.check(url, bytes)
         stop = stop or threading.Event()
@@ -94,24 +99,24 @@ class ShardCache:
                     raise StoppedError(url)
                 with self._reserved(url, bytes, sha256) as partial:
                     if partial is not None:
-                        return self._download(url, bytes, sha256, *partial, stop)
+                        return self._download(url, bytes, sha256, *partial, stop, report)
         except OSError as error:
             raise UserError(
                 f"{self.folder}: the cache cannot be used ({error})", "give another `cache` (CROPFEED_CACHE) or less `cache_gb`"
             ) from error
         return found
 
-    def open_pinned(self, url: str, bytes: int, sha256: str) -> FileIO:
+    def open_pinned(self, url: str, bytes: int, sha256: str, report: Report = lambda count: None) -> FileIO:
         """Like `open`, but the file is not evicted until the returned stream is closed: for files that stay mapped."""
         while True:
-            stream = self.open(url, bytes, sha256)
+            stream = self.open(url, bytes, sha256, report=report)
             fcntl.flock(stream, fcntl.LOCK_SH)
             if os.fstat(stream.fileno()).st_nlink:
                 return stream
             stream.close()  # evicted before it was locked
 
     def _open_complete(self, bytes: int, sha256: str) -> FileIO | None:
-        """The file, marked as used, or None unless it is there at its full size."""
+        """The file, marked as used; None if it does not exist in its full size."""
         try:
             stream = FileIO(self.path(sha256))
         except FileNotFoundError:
@@ -120,7 +125,7 @@ class ShardCache:
         if status.st_size != bytes:
             stream.close()
             return None
-        if abs(time.time() - status.st_mtime) > _TOUCH_S:  # not at every read: there are thousands per second
+        if abs(time.time() - status.st_mtime) > _TOUCH_S:  # not for every read: there are thousands per second
             os.utime(stream.fileno())
         return stream
 
@@ -133,7 +138,9 @@ class ShardCache:
 
     @contextmanager
     def _reserved(self, url: str, bytes: int, sha256: str) -> Iterator[tuple[Path, BinaryIO] | None]:
-        """An empty, locked partial file with its disk space reserved; None after waiting for a download that was in the way."""
+        """An empty, locked partial file, with its size reserved in the cache; or None, after waiting for another download, if
+        that is of the same file or takes the space.
+        """
         with self._locked_folder():
             path = self.path(sha256)
             if path.exists() and path.stat().st_size != bytes:
@@ -157,11 +164,11 @@ class ShardCache:
             except BaseException:
                 partial.unlink(missing_ok=True)
                 raise
-            finally:  # closing is not enough if a child process was forked
+            finally:  # closing alone does not unlock it if a forked child process has it open
                 fcntl.flock(stream, fcntl.LOCK_UN)
 
     def _contents(self) -> _Contents:
-        """The content of the folder, after removing unlocked partial files. Within `_locked_folder`."""
+        """The content of the folder, after removing unlocked partial files. Call it within `_locked_folder`."""
         contents = _Contents([], {}, 0)
         for entry in os.scandir(self.folder):
             path = Path(entry.path)
@@ -174,8 +181,8 @@ class ShardCache:
         return contents
 
     def _evict_for(self, contents: _Contents, url: str, bytes: int) -> bool:
-        """Evict the least recently used files until `bytes` fit; False if running downloads must end first. Within
-        `_locked_folder`.
+        """Evict the least recently used files until `bytes` fit. Returns False if running downloads must end first. Call it
+        within `_locked_folder`.
         """
         surplus = sum(file.bytes for file in contents.files) + contents.reserved + bytes - self.limit
         for file in sorted(contents.files):
@@ -186,12 +193,14 @@ class ShardCache:
         if surplus > 0 and not contents.running:
             raise UserError(
                 f"{url}: its {_gb(bytes)} do not fit into the cache {self.folder} of {_gb(self.limit)} beside the "
-                f"files in use, {_gb(surplus)} too much",
+                f"files in use; {_gb(surplus)} are missing",
                 "raise `cache_gb` (CROPFEED_CACHE_GB)",
             )
         return surplus <= 0
 
-    def _download(self, url: str, bytes: int, sha256: str, partial: Path, stream: BinaryIO, stop: threading.Event) -> FileIO:
+    def _download(
+        self, url: str, bytes: int, sha256: str, partial: Path, stream: BinaryIO, stop: threading.Event, report: Report
+    ) -> FileIO:
         """Fill the partial file, verify it and rename it; returns it open for reading."""
         found = files.size(url)
         if found != bytes:
@@ -204,6 +213,7 @@ class ShardCache:
                     raise StoppedError(url)
                 stream.write(chunk)
                 digest.update(chunk)
+                report(len(chunk))
             if digest.hexdigest() == sha256:
                 break
         else:
@@ -217,9 +227,10 @@ class ShardCache:
 
 
 def choose_cache(folder: str | Path | None = None, gigabytes: float | None = None) -> ShardCache:
-    """The cache as given, else by $CROPFEED_CACHE and $CROPFEED_CACHE_GB, else ~/.cache/cropfeed and 80 % of its free disk space.
+    """The cache in `folder` with a limit of `gigabytes` (10^9 bytes).
 
-    Gigabytes are 10^9 bytes. Files that the cache already holds count as free.
+    The defaults are $CROPFEED_CACHE and $CROPFEED_CACHE_GB; without these, ~/.cache/cropfeed and 80 % of the free disk space
+    there. The space of files that the cache already holds counts as free.
     """
     path = Path(folder or os.environ.get("CROPFEED_CACHE") or "~/.cache/cropfeed").expanduser().absolute()
     text = str(gigabytes) if gigabytes is not None else os.environ.get("CROPFEED_CACHE_GB", "")
@@ -230,7 +241,7 @@ def choose_cache(folder: str | Path | None = None, gigabytes: float | None = Non
     except ValueError:
         limit = math.nan
     if not 1 <= limit < math.inf:
-        raise UserError(f"`cache_gb` (CROPFEED_CACHE_GB) is a positive number of gigabytes, not {text}")
+        raise UserError(f"`cache_gb` (CROPFEED_CACHE_GB) must be a positive number of gigabytes, not {text}")
     return ShardCache(path, int(limit))
 
 
@@ -257,7 +268,7 @@ def _locked(stream: Any) -> Iterator[None]:
 
 
 def _remove_unlocked(path: Path) -> bool:
-    """Remove a file unless it is locked, as running downloads and pinned files are."""
+    """Remove a file unless it is locked (a running download or a pinned file). Returns whether it was removed."""
     with path.open("rb") as stream:
         try:
             fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -268,7 +279,7 @@ def _remove_unlocked(path: Path) -> bool:
 
 
 def _wait_for(partial: Path | None) -> None:
-    """Wait until a download has ended, or a while: its process may have died, which the caller finds by counting again."""
+    """Wait until a download has ended, but at most `_RECOUNT_S`: its process may have died, and the caller has to check again."""
     deadline = time.monotonic() + _RECOUNT_S
     while partial is not None and partial.exists() and time.monotonic() < deadline:
         time.sleep(_POLL_S)

@@ -1,4 +1,4 @@
-"""Files by local path or fsspec URL (s3://bucket/key and the like): range reads, listings, atomic writes.
+"""Files by local path or fsspec URL (such as s3://bucket/key): range reads, listings, atomic writes.
 
 Every function takes paths as strings. Storage errors (missing files, credentials, unknown protocols) become UserErrors.
 """
@@ -17,14 +17,16 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import fsspec
+from fsspec.callbacks import DEFAULT_CALLBACK, TqdmCallback
 from fsspec.implementations.local import LocalFileSystem
 
 from ..errors import UserError, install_command
+from ..progress import BYTES, progress_bar
 
 PARTIAL = ".partial"  # suffix of files that are still being written; their names begin with a dot
-CHUNK = 8 << 20  # bytes
-_REQUESTS = 8  # at a time: object stores limit the throughput of each request
-# Object stores show an object only after its upload is complete; other file systems show a file while it grows.
+CHUNK = 8 << 20  # bytes of a request in `read_chunks`
+_REQUESTS = 8  # requests at a time, as object stores limit the throughput of each one
+# Object stores list an object only after its upload is complete. Other file systems list a file while it is being written.
 _OBJECT_STORES = {"s3", "s3a", "gs", "gcs", "az", "abfs", "abfss", "oci", "oss", "memory"}
 
 
@@ -46,14 +48,14 @@ def join(folder: str, *names: str) -> str:
 
 
 def absolute(path: str) -> str:
-    """A local path made absolute, so that it holds in other processes; a URL unchanged, but without a trailing slash."""
+    """An absolute local path, which is valid in other processes, too; or a URL without a trailing slash."""
     return path.rstrip("/") if is_remote(path) else os.path.abspath(path.removeprefix("file://").removeprefix("local://"))
 
 
 def read(path: str, start: int = 0, count: int | None = None) -> bytes:
-    """`count` bytes from `start` on (all, if None). Fewer only if the file ends before."""
+    """Read `count` bytes from `start` on; all, if None; fewer if the file ends earlier."""
     with _explained(path):
-        if not is_remote(path):  # avoids the 0.2 ms that fsspec takes
+        if not is_remote(path):  # fsspec would take 0.2 ms
             with open(absolute(path), "rb") as stream:
                 stream.seek(start)
                 return stream.read(-1 if count is None else count)
@@ -66,12 +68,12 @@ def size(path: str) -> int:
     """The current size of a file, bytes."""
     with _explained(path):
         system, target = _system(path)
-        system.invalidate_cache()  # an earlier listing may be out of date
+        system.invalidate_cache()  # fsspec caches listings, which may be out of date
         return int(system.info(target)["size"])
 
 
 def read_chunks(path: str, count: int) -> Iterator[bytes]:
-    """The first `count` bytes of a file, in order and in chunks, several of which are requested at a time."""
+    """The first `count` bytes of a file, as chunks in order. Several chunks are requested at a time."""
     with _explained(path):
         system, target = _system(path)
         for first in range(0, count, CHUNK * _REQUESTS):
@@ -108,7 +110,7 @@ def is_folder(path: str) -> bool:
 
 
 def list_folder(folder: str) -> list[Entry]:
-    """The entries of a folder by name, without hidden ones. A missing folder has none."""
+    """The entries of a folder, sorted by name, without hidden ones. A missing folder has none."""
     with _explained(folder):
         system, target = _system(folder)
         system.invalidate_cache()
@@ -131,10 +133,11 @@ def remove(path: str) -> None:
 
 
 @contextmanager
-def atomic_write(path: str) -> Iterator[Path]:
-    """Gives a local scratch file to write. It becomes `path` when the block ends, and is removed if the block raises.
+def atomic_write(path: str, label: str = "") -> Iterator[Path]:
+    """A context with a local scratch file to write. It becomes `path` when the block ends, and is removed if the block raises.
 
-    Readers of `path` see the old file, or none, until the new one is complete. Folders are created as needed.
+    Until then, readers of `path` see the old file, or none. Folders are created as needed. label: of a progress bar for the
+    upload of a large file; without it there is no bar.
     """
     with _explained(path):
         system, target = _system(path)
@@ -142,16 +145,17 @@ def atomic_write(path: str) -> Iterator[Path]:
         folder = Path(target).parent if local else Path(tempfile.gettempdir())
         folder.mkdir(parents=True, exist_ok=True)
         scratch = folder / f".{target.rsplit('/', 1)[1]}.{uuid.uuid4().hex}{PARTIAL}"
+        shown = TqdmCallback({"desc": label} | BYTES, tqdm_cls=progress_bar) if label else DEFAULT_CALLBACK
     try:
         yield scratch
         with _explained(path):
             if local:
                 os.replace(scratch, target)
             elif set(_protocols(system)) & _OBJECT_STORES:
-                system.put_file(str(scratch), target)
+                system.put_file(str(scratch), target, callback=shown)
             else:
                 system.makedirs(target.rsplit("/", 1)[0], exist_ok=True)
-                system.put_file(str(scratch), target + PARTIAL)
+                system.put_file(str(scratch), target + PARTIAL, callback=shown)
                 system.mv(target + PARTIAL, target)
     finally:
         scratch.unlink(missing_ok=True)
@@ -174,7 +178,7 @@ def _protocols(system: Any) -> tuple[str, ...]:
 
 @contextmanager
 def _explained(path: str) -> Iterator[None]:
-    """Turn the dozen exceptions of fsspec's back ends into one-line UserErrors that name the path."""
+    """Turn the many exceptions of fsspec's back ends into one-line UserErrors that name the path."""
     try:
         yield
     except UserError:
@@ -187,12 +191,14 @@ def _explained(path: str) -> Iterator[None]:
         raise UserError(f"{path}: cannot be reached ({type(error).__name__}: {error})") from error
 
 
-def sha256(path: str) -> str:
-    """The SHA-256 of a file's content, in hex."""
+def sha256(path: str, label: str = "") -> str:
+    """The SHA-256 of a file's content, in hex. label: of a bar, for large files; none without it."""
     digest = hashlib.sha256()
-    with open_binary(path) as stream:
+    total = size(path) if label else None
+    with open_binary(path) as stream, progress_bar(total=total, desc=label, disable=not label, **BYTES) as bar:
         while block := stream.read(1 << 22):
             digest.update(block)
+            bar.update(len(block))
     return digest.hexdigest()
 
 
@@ -205,9 +211,9 @@ def remove_folder(path: str) -> None:
 
 
 def remove_partials(folder: str, seconds: float) -> None:
-    """Remove the partial files of killed writers in and below a local folder, if not written to for `seconds`.
+    """Remove partial files of killed writers in and below a local folder, if they were last written `seconds` ago or earlier.
 
-    Object stores keep nothing of an aborted upload.
+    Object stores do not keep aborted uploads.
     """
     for path in [] if is_remote(folder) else Path(folder).rglob(f".*{PARTIAL}"):
         with contextlib.suppress(FileNotFoundError):

@@ -1,4 +1,4 @@
-"""Background threads that fetch what will be needed soon."""
+"""Background threads that fetch numbered items, such as shards, before they are needed."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ Fetch = Callable[[int, threading.Event], None]
 
 
 class Prefetcher:
-    """Calls `fetch(number, stop)` for requested numbers in up to four threads, which end when the queue is empty.
+    """Calls `fetch(number, stop)` for requested numbers in up to four threads.
 
-    fetch returns or raises soon after `stop` is set. Its errors are dropped: whoever needs the item gets the same error again.
-    No thread waits idle, so a loader that is dropped without being closed leaves none behind. Threads are daemons, so a program
-    that forgets to close does not wait for downloads when it exits.
+    fetch must return or raise soon after `stop` is set. Its errors are ignored, as a later read of the item raises them again.
+    Threads end when the queue is empty, so a loader that is not closed leaves no threads behind. They are daemon threads, so a
+    program that does not close the loader does not wait for downloads at exit.
     """
 
     def __init__(self, fetch: Fetch) -> None:
@@ -29,7 +29,7 @@ class Prefetcher:
         self._stop = threading.Event()
 
     def request(self, numbers: Iterable[int]) -> None:
-        """Fetch these numbers, in this order, unless they are queued or being fetched already."""
+        """Fetch these numbers, in this order, except those that are already queued or being fetched."""
         with self._lock:
             for number in numbers:
                 if number not in self._requested:

@@ -1,4 +1,4 @@
-"""Shards: WebDataset tars with an index and a manifest, memory-mapped in place, or read through a cache of remote files.
+"""Shards: WebDataset tars with an index and a manifest. Local shards are memory-mapped, remote ones are read through a cache.
 
 A data set is a folder, local or at an fsspec URL (s3://bucket/shards):
 
@@ -8,8 +8,8 @@ A data set is a folder, local or at an fsspec URL (s3://bucket/shards):
     train/000000.idx     DALI's index of that tar, format v1.2: one line per sample, "EXT OFFSET BYTES NAME" per component
     train/samples.npy    one `SAMPLE` record per sample of the split, in the split's order; memory-mapped
 
-Labels are zero-padded to one width throughout a data set ("0007"), so that int() reads them (as stock webdataset does) and DALI,
-which cannot parse text, computes them from the digits: sum((cls - 48) * [1000, 100, 10, 1]).
+Labels are zero-padded to the same width throughout a data set ("0007"). Stock webdataset reads them with int(). DALI cannot parse
+text, but can compute them from the digits: sum((cls - 48) * [1000, 100, 10, 1]).
 
 Formats: WebDataset (https://github.com/webdataset/webdataset), POSIX tar with GNU long names, DALI's wds2idx.
 """
@@ -36,6 +36,7 @@ import numpy.typing as npt
 
 from ..errors import UserError
 from ..pixels.normalize import Floats, lighting_basis
+from ..progress import BYTES, SharedBar, progress_bar
 from . import files
 from .cache import ShardCache, choose_cache
 from .prefetch import Fetch, Prefetcher
@@ -43,8 +44,8 @@ from .prefetch import Fetch, Prefetcher
 FORMAT = "cropfeed-shards"
 VERSION = 2
 
-# offset and bytes are of the encoded image inside its tar; height and width in pixels, as stored (orientation tags ignored).
-# crc32 (zlib's) is of the sample's whole range in its tar: from the end of the previous sample, with tar headers and padding.
+# offset, bytes: of the encoded image in its tar. height, width: pixels, as stored (orientation tags are ignored). crc32: zlib's,
+# of the sample's whole range in its tar, from the end of the previous sample on, including tar headers and padding.
 SAMPLE = np.dtype(
     [
         ("shard", "<u4"),
@@ -72,7 +73,7 @@ class EncodedSample(NamedTuple):
 
 
 def label_digits(classes: int) -> int:
-    """Number of digits that every label of a data set is padded to, at least four."""
+    """The number of digits to which all labels of a data set are padded; at least four."""
     return max(4, len(str(classes - 1)))
 
 
@@ -95,7 +96,7 @@ def write_shard(tar_path: Path, idx_path: Path, shard: int, samples: Iterable[En
 
 
 def _add_file(tar: BinaryIO, name: str, content: bytes) -> int:
-    """Append a file without owner and time, so that equal shards have equal bytes; return the offset of its content.
+    """Append a file and return the offset of its content. It has no owner and no time, so that equal shards have equal bytes.
 
     TarFile.addfile does the same in chunks of 16 KiB, which takes three times as long.
     """
@@ -109,7 +110,7 @@ def _add_file(tar: BinaryIO, name: str, content: bytes) -> int:
 
 
 def sample_checksums(tar: npt.NDArray[np.uint8], samples: Samples) -> npt.NDArray[np.uint32]:
-    """The CRC-32 of each sample's range in the tar of one shard: uint32 (N,). A truncated tar gives other values."""
+    """The CRC-32 of each sample's range in the tar of one shard: uint32 (N,). In a truncated tar, the values differ."""
     ends = (samples["offset"].astype(np.int64) + samples["bytes"] + _BLOCK - 1) // _BLOCK * _BLOCK
     starts = np.concatenate([[0], ends])[:-1]
     return np.array([zlib.crc32(tar[start:end].data) for start, end in zip(starts, ends, strict=True)], np.uint32)
@@ -119,11 +120,12 @@ class Manifest:
     """manifest.json, read and validated.
 
     format, version: "cropfeed-shards", 2. profile: how images are stored, see `convert.images`. conversion: the settings.
-    classes: class folder names (wnids) in label order. label_digits: number of digits in .cls files.
+    classes: class folder names (wnids) in label order. class_names: class -> its name for people, only if the source has names
+    (see `convert.names`). label_digits: number of digits in .cls files.
     splits: name -> {images, samples: file, samples_sha256, shards: [{file, images, bytes, sha256, idx_sha256}]}, and beton:
     {file, sha256, settings} if there is an FFCV file.
-    statistics: of centre crops of training images: their number (images), channel_mean (3,) in 0..255, rgb_covariance (3, 3) in
-    0..1 squared, its eigenvalues (3,) and eigenvectors (columns), mean_image: file, mean_image_sha256.
+    statistics: of centre crops of training images: images (their number), channel_mean (3,) in 0..255, rgb_covariance (3, 3) for
+    RGB in 0..1, its eigenvalues (3,) and eigenvectors (columns), mean_image: file, mean_image_sha256.
     """
 
     def __init__(self, root: str | Path) -> None:
@@ -143,6 +145,7 @@ class Manifest:
             raise UserError(f"{path}: not {FORMAT} version {VERSION}", "make the shards again with this version of Cropfeed")
         self.profile: str = content["profile"]
         self.classes: list[str] = content["classes"]
+        self.class_names: dict[str, str] = content.get("class_names", {})
         self.splits: dict[str, dict[str, Any]] = content["splits"]
         self.statistics: dict[str, Any] = content["statistics"]
         hashes = {
@@ -171,10 +174,10 @@ class Manifest:
 class ShardSet:
     """One split of a data set: random access to encoded images. Start-up and memory do not grow with the number of samples.
 
-    root: folder or URL. Local shards are memory-mapped when they are first read. Remote shards are then downloaded into a cache
-    (see `choose_cache` for cache and cache_gb) and read from there; so are local ones, for slow disks, if either option is given.
-    samples: one `SAMPLE` record each, memory-mapped, shard after shard. sizes: images in each shard.
-    shards: path of the local file of each shard, which exists once it was read.
+    root: folder or URL. A local shard is memory-mapped when it is first read. A remote shard is downloaded into a cache when it
+    is first read, see `choose_cache` for cache and cache_gb. With either option, local shards use the cache, too, for slow disks.
+    samples: one `SAMPLE` record per sample, memory-mapped, shard after shard. sizes: number of images in each shard.
+    shards: path of each shard's local file. With a cache, the file exists once the shard was read.
     """
 
     def __init__(
@@ -200,7 +203,8 @@ class ShardSet:
             self.shards = [Path(url) for url in self._urls]
         self.sizes = [int(shard["images"]) for shard in self._entry["shards"]]
         self._maps: dict[int, npt.NDArray[np.uint8]] = {}
-        self._prefetcher = Prefetcher(_fetcher(self.cache, self._urls, self._entry["shards"]))
+        self._downloads = _download_bar(split, self.shards, self._entry["shards"])
+        self._prefetcher = Prefetcher(_fetcher(self.cache, self._urls, self._entry["shards"], self._downloads))
         weakref.finalize(self, self._prefetcher.close)
         self.samples = self._open_samples(files.join(root, self._entry["samples"]))
 
@@ -216,9 +220,9 @@ class ShardSet:
         return self._map(shard)[offset : offset + count]
 
     def prefetch(self, shards: Iterable[int]) -> None:
-        """Download shards, or read them ahead from a local disk, in background threads, in this order.
+        """Download shards in background threads, in this order. Without a cache, read them ahead into the page cache.
 
-        No more shards are prefetched than fit into the cache together. Errors are left to `read`, which gets them again.
+        No more shards are prefetched than fit into the cache together. Errors are ignored here; `read` raises them.
         """
         free = self.cache.limit - self.samples.nbytes if self.cache else sys.maxsize
         fitting = []
@@ -230,11 +234,12 @@ class ShardSet:
         self._prefetcher.request(fitting)
 
     def close(self) -> None:
-        """End the background threads. Images that were read stay valid, and reading still works."""
+        """End the background threads. Images that were read stay valid, and `read` still works."""
         self._prefetcher.close()
+        self._downloads.close()
 
     def key(self, index: int) -> str:
-        """The sample's name in its tar, read from the index file. For messages: it is slow."""
+        """The sample's name in its tar, read from the index file. Slow; use it only for messages."""
         record = self.samples[index]
         offset = str(record["offset"])
         for line in files.read(self._urls[int(record["shard"])].removesuffix(".tar") + ".idx").decode().splitlines():
@@ -260,7 +265,9 @@ class ShardSet:
     def _open_samples(self, path: str) -> Samples:
         local, sha256 = Path(path), self._entry["samples_sha256"]
         if self.cache:
-            pin = self.cache.open_pinned(path, files.size(path), sha256)  # it stays mapped, so evicting it would free nothing
+            size = files.size(path)
+            with progress_bar(total=size, desc=f"downloading {self._entry['samples']}", **BYTES) as bar:
+                pin = self.cache.open_pinned(path, size, sha256, bar.update)  # it stays mapped: evicting it would free no space
             weakref.finalize(self, pin.close)
             local = self.cache.path(sha256)
         try:
@@ -272,10 +279,11 @@ class ShardSet:
         return samples
 
     def _read_cached(self, cache: ShardCache, shard: int, offset: int, count: int) -> npt.NDArray[np.uint8]:
-        """Returns a copy: memory maps would keep the disk space of evicted files from being freed."""
+        """Read from the cache. Returns a copy, as a memory map would keep the disk space of an evicted file in use."""
         entry = self._entry["shards"][shard]
         image = np.empty(count, np.uint8)
-        with cache.open(self._urls[shard], entry["bytes"], entry["sha256"]) as stream:
+        report = self._downloads.update
+        with cache.open(self._urls[shard], entry["bytes"], entry["sha256"], report=report) as stream:
             stream.seek(offset)
             if stream.readinto(image.data) != count:
                 raise UserError(f"{self._urls[shard]}: ends before its last sample", "make the shards again")
@@ -296,12 +304,21 @@ class ShardSet:
         return mapped
 
 
-def _fetcher(cache: ShardCache | None, urls: list[str], entries: list[dict[str, Any]]) -> Fetch:
+def _download_bar(split: str, shards: list[Path], entries: list[dict[str, Any]]) -> SharedBar:
+    """The bar of the shards that the cache lacks. Each process of the machine downloads about an equal share of them."""
+    processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    found = list(zip(shards, entries, strict=True))
+    return SharedBar(
+        f"downloading {split}", lambda: sum(entry["bytes"] for path, entry in found if not path.exists()) // processes
+    )
+
+
+def _fetcher(cache: ShardCache | None, urls: list[str], entries: list[dict[str, Any]], bar: SharedBar) -> Fetch:
     """A function that downloads a shard into the cache or, without one, reads it into the page cache."""
 
     def download(shard: int, stop: threading.Event) -> None:
         assert cache is not None
-        cache.open(urls[shard], entries[shard]["bytes"], entries[shard]["sha256"], stop).close()
+        cache.open(urls[shard], entries[shard]["bytes"], entries[shard]["sha256"], stop, bar.update).close()
 
     def read_ahead(shard: int, stop: threading.Event) -> None:
         with open(urls[shard], "rb") as stream:

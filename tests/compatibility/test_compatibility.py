@@ -1,7 +1,8 @@
-"""What version 0.1 (commit e2283d1) made is made the same, or read, by this version: shards, FFCV files, draws, a checkpoint.
+"""Compatibility with version 0.1 (commit e2283d1): this version makes the same shards, FFCV files and draws, and resumes a
+checkpoint.
 
-images/ was converted and trained on by that commit; expected.json has the SHA-256 of each file it wrote, and what its
-train.py did when it resumed run.tar.gz (whose weights were thinned out, to keep the file small).
+That commit converted images/ and trained on them. expected.json contains the SHA-256 of each file that it wrote, and the batches
+and metrics of its train.py after it resumed run.tar.gz. Most weights in run.tar.gz are zero, to keep the file small.
 """
 
 from __future__ import annotations
@@ -65,7 +66,7 @@ def test_lossless_shards_and_their_manifest_are_the_same(lossless: Path) -> None
     assert statistics["mean_image_sha256"] == before["mean_image_sha256"]
 
 
-def test_a_checkpoint_goes_on_with_the_same_samples_draws_and_losses(lossless: Path, tmp_path: Path) -> None:
+def test_a_checkpoint_resumes_with_the_same_samples_draws_and_losses(lossless: Path, tmp_path: Path) -> None:
     with tarfile.open(HERE / "run.tar.gz") as tar:
         tar.extractall(tmp_path, filter="data")
     result = run_forked(
@@ -85,5 +86,5 @@ def test_a_checkpoint_goes_on_with_the_same_samples_draws_and_losses(lossless: P
         rows = [[float(row[name] or 0) for name in ("step", "lr", "train_loss", "val_top1")] for row in csv.DictReader(stream)]
     resumed, before = [row for row in rows if row[0] > 5], EXPECTED["metrics"]
     assert [row[:2] for row in resumed] == [pytest.approx(row[:2]) for row in before]
-    # Four images a batch make a chaotic run: another number of threads shows in the third digit after three steps.
+    # With batches of four images, training is chaotic: after three steps, another number of threads changes the third digit.
     assert [row[2] for row in resumed[:3]] == pytest.approx([row[2] for row in before[:3]], rel=0.02)

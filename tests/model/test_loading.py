@@ -25,7 +25,7 @@ DEPTHS = {"resnet18": (2, 2, 2, 2), "resnet50": (3, 4, 6, 3)}
 
 @cache
 def torchvision_state(arch: str, classes: int = 1000) -> Weights:
-    """Random weights with torchvision's names and shapes, running statistics included, scaled to give logits of ordinary size."""
+    """Random weights with torchvision's names and shapes, including running statistics, scaled to give logits of usual size."""
     generator = torch.Generator().manual_seed(len(arch) + classes)
     state: Weights = {}
     for name, shape in torchvision_shapes(DEPTHS[arch], arch == "resnet50").items():
@@ -44,7 +44,7 @@ def torchvision_state(arch: str, classes: int = 1000) -> Weights:
 
 
 def plain_forward(weights: Weights, x: torch.Tensor, depths: tuple[int, ...], bottleneck: bool) -> torch.Tensor:
-    """Logits, by torch.nn.functional, from torchvision's keys. He et al. 2015, with the stride on the 3x3 convolutions."""
+    """Logits from torchvision's keys, computed with torch.nn.functional. He et al. 2015, with the stride on 3x3 convolutions."""
 
     def conv(x: torch.Tensor, name: str, stride: int = 1, padding: int = 0) -> torch.Tensor:
         return F.conv2d(x, weights[f"{name}.weight"], None, stride, padding)
@@ -83,7 +83,7 @@ def assert_same_logits(model: torch.nn.Module, weights: Weights, arch: str) -> N
 
 
 def write_timm_folder(folder: Path, weights: Weights, **changes: Any) -> Path:
-    """A folder as timm.models.save_for_hf writes it. changes: top-level entries of config.json."""
+    """Write a folder as timm.models.save_for_hf does. changes: top-level entries of config.json."""
     folder.mkdir(parents=True)
     config = {
         "architecture": "resnet18",
@@ -177,29 +177,29 @@ def test_timm_folders(tmp_path: Path) -> None:
 
     named = write_timm_folder(tmp_path / "named", weights, label_names=SEVEN)
     assert load_model(named, None, None)[1].classes == SEVEN
-    with pytest.raises(UserError, match="was trained on 7 classes"):
+    with pytest.raises(UserError, match="its 7 classes differ from the 7 of the data"):
         load_model(named, None, SEVEN[::-1])
     flat = write_timm_folder(tmp_path / "old", weights, pretrained_cfg=None, input_size=[3, 224, 224], mean=[0, 0, 1])
     config = load_model(flat, None, SEVEN)[1]
     assert (config.image_size, config.eval_short, config.mean.tolist()) == (224, 256, [0, 0, 255])
 
     for changes, words in (
-        ({"architecture": "resnet50"}, "holds no resnet50"),
-        ({"architecture": "resnet18d"}, "holds a resnet18d, which is not a model of the paper"),
+        ({"architecture": "resnet50"}, "does not fit resnet50"),
+        ({"architecture": "resnet18d"}, "holds a resnet18d, which is not supported"),
         ({"model_args": {"output_stride": 8}}, "model_args"),
         ({"pretrained_cfg": {"input_size": 3}}, "config.json is damaged"),
-        ({"label_names": ["a"]}, "names 1 classes and has 7 outputs"),
+        ({"label_names": ["a"]}, "names 1 classes, but has 7 outputs"),
     ):
         other = write_timm_folder(tmp_path / words[:18], weights, **changes)
         with pytest.raises(UserError, match=words) as caught:
             load_model(other, None, SEVEN)
         assert str(other) in str(caught.value)
-    with pytest.raises(UserError, match="holds a resnet18, not `arch` resnet50"):
+    with pytest.raises(UserError, match="holds a resnet18, but `arch` is resnet50"):
         load_model(tmp_path / "named", "resnet50", SEVEN)
 
 
 def test_hub_repositories_load_from_the_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """From a cache in huggingface_hub's layout: models--USER--NAME/refs/REVISION names a folder in snapshots."""
+    """The cache has huggingface_hub's layout: models--USER--NAME/refs/REVISION contains the name of a folder in snapshots."""
     weights = torchvision_state("resnet18", 7)
     cache, sha = tmp_path / "models--timm--resnet18.a1_in1k", "0123456789" * 4
     write_timm_folder(cache / "snapshots" / sha, weights)
@@ -240,11 +240,11 @@ def test_mismatches_are_named(tmp_path: Path) -> None:
             "deep.pth",
             deep,
             "resnet18",
-            r"deep.pth: holds no resnet18 \(no conv1.weight, but conv1.0.weight\); it is not a model of",
+            r"deep.pth: does not fit resnet18 \(no conv1.weight, but conv1.0.weight\); its model is not supported",
         ),
         ("hugging.pth", transformers, "resnet18", "transformers"),
         ("wide.pth", wide, "resnet18", r"\(layer1.0.conv2.weight is \(64, 128, 3, 3\), not \(64, 64, 3, 3\)\)"),
-        ("resnet34.pth", weights, None, r"holds no resnet34 \(no layer1.2.conv1.weight\); it fits `arch` resnet18$"),
+        ("resnet34.pth", weights, None, r"does not fit resnet34 \(no layer1.2.conv1.weight\); it fits `arch` resnet18$"),
         ("more.pth", weights | {"head.bias": torch.zeros(3)}, "resnet18", r"\(unexpected head.bias\)"),
         ("headless.pth", {k: v for k, v in weights.items() if "fc" not in k}, "resnet18", r"\(no fc.weight\)"),
         ("model.pth", weights, None, "model.pth: does not say which model it holds; give `arch`"),
@@ -254,14 +254,14 @@ def test_mismatches_are_named(tmp_path: Path) -> None:
         with pytest.raises(UserError, match=words) as caught:
             load_model(tmp_path / name, arch, SEVEN)
         assert "\n" not in str(caught.value)
-    with pytest.raises(UserError, match="was trained on 7 classes, the data has 6"):
+    with pytest.raises(UserError, match="its 7 classes differ from the 6 of the data"):
         load_model(tmp_path / "model.pth", "resnet18", SEVEN[:6])
     (tmp_path / "empty").mkdir()
-    with pytest.raises(UserError, match="empty: no weights there"):
+    with pytest.raises(UserError, match="empty: contains no weights"):
         weights_file(tmp_path / "empty")
 
 
-def test_cropfeeds_files_hold_architecture_and_classes(tmp_path: Path) -> None:
+def test_cropfeeds_files_contain_architecture_and_classes(tmp_path: Path) -> None:
     config = ModelConfig("resnet18", SEVEN, 112, 128, np.full((112, 112, 3), 7, np.float32), np.ones(3, np.float32))
     weights = torchvision_state("resnet18", 7)
     (tmp_path / "run" / "checkpoints" / "last").mkdir(parents=True)
@@ -273,7 +273,7 @@ def test_cropfeeds_files_hold_architecture_and_classes(tmp_path: Path) -> None:
     assert found.mean.shape == (112, 112, 3)
     assert load_model(str(tmp_path / "run"), "resnet18", None)[1].classes == SEVEN
     for arch, classes in ((None, SEVEN[::-1]), ("resnet34", SEVEN), (None, SEVEN[:3])):
-        with pytest.raises(UserError, match=r"was trained on 7 classes|holds a resnet18, not `arch` resnet34"):
+        with pytest.raises(UserError, match=r"its 7 classes differ|holds a resnet18, but `arch` is resnet34"):
             load_model(tmp_path / "run", arch, classes)
     save_weights(tmp_path / "bad.safetensors", weights, config.header() | {"mean": "[]"})
     with pytest.raises(UserError, match=r"bad.safetensors: the header is damaged"):
@@ -284,28 +284,28 @@ def test_initial_weights_for_fine_tuning(tmp_path: Path) -> None:
     weights = torchvision_state("resnet18", 7)
     torch.save(weights, tmp_path / "model.pth")
     model = ARCHS["resnet18"](num_classes=7)
-    assert "classifier included" in initial_weights(tmp_path / "model.pth", "resnet18", model, SEVEN)
+    assert "including the classifier" in initial_weights(tmp_path / "model.pth", "resnet18", model, SEVEN)
     assert_same_logits(model, weights, "resnet18")
 
     config = ModelConfig("resnet18", SEVEN, 112, 128, np.ones(3, np.float32), np.ones(3, np.float32))
     save_weights(tmp_path / "ours.safetensors", weights, config.header())
     torch.save({name: tensor for name, tensor in weights.items() if "fc" not in name}, tmp_path / "headless.pth")
     for name, classes, words in (
-        ("model.pth", SEVEN[:4], "classifier of 4 classes is new, as the file's is for 7 classes"),
-        ("ours.safetensors", SEVEN[::-1], "is new, as the file's is for 7 other classes"),
-        ("headless.pth", SEVEN, "is new, as the file has none"),
+        ("model.pth", SEVEN[:4], "classifier: it is initialized anew for 4 classes, because the file's is for 7 classes"),
+        ("ours.safetensors", SEVEN[::-1], "because the file's is for 7 other classes"),
+        ("headless.pth", SEVEN, "because the file has none"),
     ):
         model = ARCHS["resnet18"](num_classes=len(classes))
         own = {"fc.weight": model.fc.weight.detach().clone(), "fc.bias": model.fc.bias.detach().clone()}
         assert words in initial_weights(tmp_path / name, "resnet18", model, classes)
         assert_same_logits(model, weights | own, "resnet18")
     model = ARCHS["resnet18"](num_classes=7)
-    assert "included" in initial_weights(tmp_path / "ours.safetensors", "resnet18", model, SEVEN)
+    assert "including the classifier" in initial_weights(tmp_path / "ours.safetensors", "resnet18", model, SEVEN)
 
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     torch.save(torchvision_state("resnet50", 7), tmp_path / "other.pth")
-    with pytest.raises(UserError, match=r"other.pth: holds no resnet18 .*; it fits `arch` resnet50 or resnet50_v1"):
+    with pytest.raises(UserError, match=r"other.pth: does not fit resnet18 .*; it fits `arch` resnet50 or resnet50_v1"):
         initial_weights(tmp_path / "other.pth", "resnet18", model, SEVEN[:4])
-    with pytest.raises(UserError, match="holds a resnet18, not `arch` resnet18_c"):
+    with pytest.raises(UserError, match="holds a resnet18, but `arch` is resnet18_c"):
         initial_weights(tmp_path / "ours.safetensors", "resnet18_c", ARCHS["resnet18_c"](num_classes=7), SEVEN)
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())

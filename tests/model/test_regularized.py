@@ -25,7 +25,7 @@ KERNEL = np.outer([1, 2, 1], [1, 2, 1]) / 16
 
 
 def dropped(model: nn.Module, *inputs: torch.Tensor) -> torch.Tensor:
-    """Run the model. Returns which images took only the shortcut, bool (N, blocks), from each block's input and output."""
+    """Run the model and compare each block's input and output. Returns which images took only the shortcut, bool (N, blocks)."""
     found = []
 
     def watch(block: nn.Module, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
@@ -51,7 +51,7 @@ def test_later_blocks_are_dropped_more_often(arch: str) -> None:
 
 
 def test_blocks_are_dropped_per_image_with_their_probability() -> None:
-    """In a whole model: which images take only the shortcut in each block, independently of the other blocks."""
+    """In a whole model, the images that take only the shortcut are drawn in each block independently of the other blocks."""
     torch.manual_seed(0)
     model = ARCHS["resnet20"](num_classes=3, drop_path=0.6).train()
     blocks = [module for module in model.modules() if isinstance(module, BasicBlock)]
@@ -121,7 +121,7 @@ def test_evaluation_drops_nothing_and_zero_probability_draws_nothing() -> None:
 
 
 def test_stochastic_depth_compiles() -> None:
-    """Without a graph break; a compiled block drops rows as often as an eager one."""
+    """There is no graph break, and a compiled block drops rows as often as an eager one."""
     block = BasicBlock(4, 4, 1, option_b)
     block.drop_path = 0.5
     compiled = torch.compile(block, backend="aot_eager", fullgraph=True)
@@ -140,7 +140,7 @@ def test_impossible_stochastic_depth_is_refused(arch: str, drop_path: float) -> 
 
 @pytest.mark.parametrize("arch", BLURRED)
 def test_a_blurred_models_weights_have_the_unblurred_keys_and_shapes(arch: str) -> None:
-    """And all strided convolutions are blurred except the first."""
+    """All strided convolutions are blurred except the first."""
     with torch.device("meta"):
         blurred, plain = ARCHS[arch](), ARCHS[arch.removesuffix("_blur")]()
     shapes, expected = ({name: value.shape for name, value in model.state_dict().items()} for model in (blurred, plain))
@@ -154,7 +154,7 @@ def test_a_blurred_models_weights_have_the_unblurred_keys_and_shapes(arch: str) 
 
 @pytest.mark.parametrize(("kernel", "stride", "padding"), [(3, 2, 1), (1, 2, 0), (1, 3, 0), (3, 1, 1)])
 @pytest.mark.parametrize("sides", [(8, 8), (7, 10)])
-def test_a_blurred_convolution_is_scipys_blur_then_the_convolution(
+def test_a_blurred_convolution_equals_scipys_blur_and_a_convolution(
     kernel: int, stride: int, padding: int, sides: tuple[int, int]
 ) -> None:
     torch.manual_seed(0)
@@ -168,8 +168,9 @@ def test_a_blurred_convolution_is_scipys_blur_then_the_convolution(
 
 
 @pytest.mark.parametrize("block", [BasicBlock, Bottleneck])
-def test_a_blurred_model_computes_the_same_as_ffcv_imagenets(block: type[Block]) -> None:
-    """Against an unblurred model with hooks that blur the inputs of strided convolutions, as ffcv-imagenet's BlurPoolConv2d."""
+def test_a_blurred_model_equals_ffcv_imagenets(block: type[Block]) -> None:
+    """The reference is an unblurred model with hooks that blur the inputs of strided convolutions, as ffcv-imagenet's
+    BlurPoolConv2d does."""
     arch = "resnet18" if block is BasicBlock else "resnet50"
     torch.manual_seed(3)
     plain = ARCHS[arch](num_classes=4).eval()
@@ -192,8 +193,8 @@ def test_a_blurred_model_computes_the_same_as_ffcv_imagenets(block: type[Block])
     assert not torch.allclose(ARCHS[arch](num_classes=4).eval()(images), before, atol=1e-2)
 
 
-def test_file_names_decide_about_blur(tmp_path: Path) -> None:
-    """Both kinds have the same keys and shapes, so the file's name or header decides."""
+def test_the_file_name_decides_whether_a_model_is_blurred(tmp_path: Path) -> None:
+    """Both kinds of models have the same keys and shapes, so the file's name or header decides."""
     assert [arch_of_name(name) for name in ("resnet50-0676ba61.pth", "resnet50_blur.pth")] == ["resnet50", "resnet50_blur"]
     model = ARCHS["resnet18"](num_classes=3).eval()
     torch.save(model.state_dict(), tmp_path / "resnet18-1234abcd.pth")
@@ -207,7 +208,7 @@ def test_file_names_decide_about_blur(tmp_path: Path) -> None:
 
 
 def test_a_blurred_models_output_changes_less_when_the_image_is_shifted() -> None:
-    """The purpose of BlurPool in Zhang 2019: logits before and after a shift by one pixel."""
+    """This is the purpose of BlurPool in Zhang 2019. Compares logits before and after a shift by one pixel."""
     torch.manual_seed(0)
     noise = F.avg_pool2d(torch.randn(8, 3, 100, 100), 5, 1)  # as smooth as natural images
     changes = {}
@@ -221,7 +222,8 @@ def test_a_blurred_models_output_changes_less_when_the_image_is_shifted() -> Non
 
 
 def test_multiply_adds_of_blur_are_counted() -> None:
-    """Nine for each blurred pixel and channel: before a 3x3 convolution all input pixels, before a 1x1 the output's pixels."""
+    """Nine for each blurred pixel and channel. A 3x3 convolution needs all input pixels blurred, a 1x1 only as many as it
+    outputs."""
     hand = 0
     for channels, side in ((64, 56), (128, 28), (256, 14)):
         hand += 9 * channels * side**2 + 9 * channels * (side // 2) ** 2

@@ -28,7 +28,7 @@ DEPTHS = {
 
 
 def torchvision_shapes(depths: tuple[int, ...], bottleneck: bool) -> dict[str, tuple[int, ...]]:
-    """Keys and shapes of torchvision's state dicts, from its naming rule, independently of our modules."""
+    """Keys and shapes of torchvision's state dicts, derived from its naming rule, independently of our modules."""
     shapes: dict[str, tuple[int, ...]] = {}
 
     def conv(name: str, out: int, into: int, kernel: int) -> None:
@@ -69,7 +69,7 @@ def test_parameters_keys_and_shapes(arch: str) -> None:
 
 
 @pytest.mark.parametrize("arch", ["resnet18", "resnet50"])
-def test_logits_are_torchvisions(arch: str) -> None:
+def test_logits_match_torchvision(arch: str) -> None:
     models = pytest.importorskip("torchvision.models")
     torch.manual_seed(0)
     model, reference = ARCHS[arch]().eval(), getattr(models, arch)().eval()
@@ -79,7 +79,7 @@ def test_logits_are_torchvisions(arch: str) -> None:
 
 
 @pytest.mark.parametrize("arch", ["resnet18", "resnet50"])
-def test_stages_have_table_1s_output_sizes(arch: str) -> None:
+def test_stages_have_the_output_sizes_of_table_1(arch: str) -> None:
     model = ARCHS[arch](num_classes=7).eval()
     sizes: dict[str, tuple[int, ...]] = {}
     for name in ("conv1", "layer1", "layer2", "layer3", "layer4"):
@@ -104,14 +104,14 @@ def test_initial_weights_follow_he_et_al(arch: str) -> None:
 
 
 def test_an_identity_shortcut_adds_its_input() -> None:
-    """With its last BN at zero a block is relu(x): Figure 2's y = F(x) + x with F = 0."""
+    """If its last BN is zero, a block computes relu(x): y = F(x) + x of figure 2 with F = 0."""
     block = BasicBlock(64, 64, 1, option_b).eval()
     nn.init.zeros_(block.bn2.weight)
     x = torch.randn(1, 64, 8, 8)
     assert torch.equal(block(x), x.relu())
 
 
-# The paper's figures: Table 1's last row, and section 4.1's 3.6 for the plain network. 3.8 is with the stride on the 1x1.
+# The paper's figures: table 1's last row, and 3.6 for the plain network in section 4.1. 3.8 is with the stride on the 1x1.
 @pytest.mark.parametrize(
     ("arch", "paper"),
     [
@@ -119,15 +119,15 @@ def test_an_identity_shortcut_adds_its_input() -> None:
         ("resnet50_v1", 3.8), ("resnet101_v1", 7.6), ("resnet152_v1", 11.3),
     ],
 )  # fmt: skip
-def test_multiply_adds_are_the_papers(arch: str, paper: float) -> None:
-    """To the paper's one decimal, which is truncated for ResNet-50 (3.86) and rounded for the others."""
+def test_multiply_adds_match_the_paper(arch: str, paper: float) -> None:
+    """The paper gives one decimal, which is truncated for ResNet-50 (3.86) and rounded for the others."""
     assert abs(describe(arch).multiply_adds / 1e9 - paper) < 0.065
 
 
 @pytest.mark.parametrize(
     ("layers", "millions"), [(20, "0.27"), (32, "0.46"), (44, "0.66"), (56, "0.85"), (110, "1.7"), (1202, "19.4")]
 )
-def test_parameters_of_cifars_models_are_table_6s(layers: int, millions: str) -> None:
+def test_parameters_of_cifar_models_match_table_6(layers: int, millions: str) -> None:
     with torch.device("meta"):
         model = ARCHS[f"resnet{layers}"]()
     decimals = len(millions.split(".")[1])
@@ -138,7 +138,7 @@ def test_parameters_of_cifars_models_are_table_6s(layers: int, millions: str) ->
 
 
 def test_multiply_adds_of_a_model_follow_from_its_shapes() -> None:
-    """ResNet-20's by hand: kernel area x channels in x channels out x pixels, from section 4.2's table."""
+    """ResNet-20, computed by hand from the table in section 4.2: kernel area x channels in x channels out x pixels."""
     hand = 9 * 3 * 16 * 32**2 + 6 * 9 * 16 * 16 * 32**2
     hand += 9 * 16 * 32 * 16**2 + 5 * 9 * 32 * 32 * 16**2
     hand += 9 * 32 * 64 * 8**2 + 5 * 9 * 64 * 64 * 8**2 + 64 * 10
@@ -183,7 +183,8 @@ def test_shortcuts_have_the_parameters_of_their_option(arch: str, projections: i
 
 
 def test_plain_and_residual_models_differ_only_in_their_shortcuts() -> None:
-    """Plain and residual models of option A have the same parameters (section 4.1) and, at the same seed, the same weights."""
+    """Plain models and residual models with option A have the same parameters (section 4.1) and, with the same seed, the same
+    weights."""
     torch.manual_seed(3)
     plain = ARCHS["plain34"](num_classes=2).state_dict()
     torch.manual_seed(3)
@@ -214,8 +215,8 @@ def test_the_position_of_the_bottlenecks_stride(arch: str, strides: tuple[int, .
 
 
 @pytest.mark.parametrize("arch", ["plain20", "resnet20"])
-def test_cifars_models_compute_section_4_2(arch: str) -> None:
-    """Against the section's model, written with torch.nn.functional."""
+def test_cifar_models_follow_section_4_2(arch: str) -> None:
+    """The reference is the section's model, written with torch.nn.functional."""
     torch.manual_seed(0)
     model = ARCHS[arch]().eval()
     for module in model.modules():

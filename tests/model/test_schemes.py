@@ -20,7 +20,7 @@ CONFIG = ModelConfig("resnet18", ["a", "b", "c"], 32, 36, MEAN, STD)
 
 
 class MeanColour(nn.Module):
-    """Returns an image's mean colour as logits, and records the shape of every input."""
+    """A model that returns an image's mean colour as logits, and records the shape of every input."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -38,7 +38,7 @@ def pixels(count: int, height: int, width: int) -> torch.Tensor:
 @pytest.mark.parametrize("arch", ["resnet18", "resnet50"])
 @pytest.mark.parametrize("sides", [(64, 64), (75, 131), (224, 97)])
 def test_models_are_fully_convolutional(arch: str, sides: tuple[int, int]) -> None:
-    """A forward pass equals the classifier as a 1x1 convolution over the last feature map, averaged over positions."""
+    """A forward pass equals the classifier applied as a 1x1 convolution to the last feature map, averaged over positions."""
     torch.manual_seed(0)
     model = ARCHS[arch](num_classes=5).eval()
     images = torch.randn(2, 3, *sides)
@@ -75,7 +75,7 @@ def test_probabilities_are_averages_of_softmax_over_crops_mirror_images_and_scal
         exponentials = np.exp(logits)
         return (exponentials / exponentials.sum(axis=1, keepdims=True)).reshape(4, -1, 3).mean(axis=1)
 
-    channels = MEAN.mean(axis=(0, 1))  # a mean image fits crops only
+    channels = MEAN.mean(axis=(0, 1))  # a mean image fits only crops
     expected = {"centre": plain(centre, MEAN), "ten-crop": plain(ten, MEAN)}
     expected |= {"scale-40": plain(low, channels), "scale-50": plain(high, channels)}
     expected["multi-scale"] = (expected["scale-40"] + expected["scale-50"]) / 2
@@ -86,7 +86,7 @@ def test_probabilities_are_averages_of_softmax_over_crops_mirror_images_and_scal
     assert not np.allclose(expected["ten-crop"], expected["centre"], atol=1e-3)
 
 
-def test_no_forward_has_more_pixels_than_a_batch_of_crops() -> None:
+def test_no_forward_pass_has_more_pixels_than_a_batch_of_crops() -> None:
     found = []
     for batch_size in (1, 3, 1000):
         model = MeanColour()

@@ -9,7 +9,7 @@ from model.testing import AccuracyMeter, evaluate
 
 
 class Identity(nn.Module):
-    """Returns its input as logits."""
+    """A model that returns its input as logits."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return x

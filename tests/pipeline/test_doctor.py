@@ -1,4 +1,4 @@
-"""The doctor: on this machine, on fake machines below a folder, and with faults planted in packages and limits."""
+"""The doctor: on this machine, on fake machines below a folder, and with planted faults in packages and limits."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ INSTALL = "pip install --constraint constraints.txt"
 
 
 def shown(stdout: str) -> dict[str, list[Line]]:
-    """The printed lines by name, for `expect`. Nothing else may be printed but the summary, which must be right."""
+    """The printed lines by name, for `expect`. Asserts that nothing else is printed but a correct summary."""
     matches, total = list(SHOWN.finditer(stdout)), stdout.splitlines()[-1]
     assert "".join(match[0] for match in matches) + total + "\n" == stdout
     statuses: list[Any] = [match[1] for match in matches]
@@ -38,7 +38,7 @@ def shown(stdout: str) -> dict[str, list[Line]]:
 
 
 def plant(root: Path, **files: str) -> DoctorOptions:
-    """A fake machine below `root`. files: path, with __ for /, and content."""
+    """Write a fake machine below `root`. files: path, with __ for /, and content."""
     for name, content in files.items():
         path = root / name.replace("__", "/")
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -47,7 +47,7 @@ def plant(root: Path, **files: str) -> DoctorOptions:
 
 
 def expect(lines: list[Line], status: str, found: str = "", remedy: str = "") -> None:
-    """Assert a single line of this status with these words; it must have a remedy exactly if something is wrong."""
+    """Assert that there is a single line with this status and these words, and that it has a remedy unless all is well."""
     assert len(lines) == 1, lines
     line = lines[0]
     assert line.status == status, line
@@ -283,8 +283,8 @@ def test_cores(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "cpu_count", lambda: 64)
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(8)))
     for index, (group, files, status, found, remedy) in enumerate((
-        ("0::/a/b\n", nested, "warning", "the time of 3.5", "--threads 3, "),
-        ("4:memory:/x\n3:cpu,cpuacct:/docker/1\n", halved, "warning", "the time of 0.5", "--threads 1, "),
+        ("0::/a/b\n", nested, "warning", "CPU time to 3.5 cores", "--threads 3, "),
+        ("4:memory:/x\n3:cpu,cpuacct:/docker/1\n", halved, "warning", "CPU time to 0.5 cores", "--threads 1, "),
         ("0::/\n", {f"{new}cpu.max": "max 100000\n"}, "ok", "8 of 64", ""),
     )):  # fmt: skip
         expect(machine.check_cores(plant(tmp_path / str(index), proc__self__cgroup=group, **files)), status, found, remedy)
@@ -300,7 +300,7 @@ def test_numa(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 8})
     expect(machine.check_numa(options), "warning", remedy="numactl --cpunodebind=1 --membind=1 before the command")
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 7})
-    expect(machine.check_numa(options), "ok", "2 nodes, the affinity has cores of 0, 1; GPUs at 1")
+    expect(machine.check_numa(options), "ok", "2 nodes; the CPU affinity allows cores of 0, 1; GPUs at 1")
     expect(machine.check_numa(DoctorOptions(root=tmp_path / "none")), "ok", "1 node")
 
 
@@ -335,7 +335,7 @@ def meminfo(kilobytes: int) -> str:
 
 
 def test_memory_of_machine_and_control_groups(tmp_path: Path) -> None:
-    """The group's limit minus the use of its processes, plus the page cache: 6 - 5 + 1 GB. The parent group has no limit."""
+    """Available are the group's limit minus its usage plus the page cache: 6 - 5 + 1 GB. The parent group has no limit."""
     info, new, old = meminfo(8_000_000), "sys__fs__cgroup__", "sys__fs__cgroup__memory__memory"
     expect(machine.check_ram(plant(tmp_path, proc__meminfo=info)), "ok", "8.19 GB available")
     limit, used, cached = "6000000000\n", "5000000000\n", "active_file 400000000\n{}inactive_file 600000000\n"
@@ -349,11 +349,11 @@ def test_memory_of_machine_and_control_groups(tmp_path: Path) -> None:
     }  # fmt: skip
     for name, files in (("2", version_2), ("1", version_1)):
         options = plant(tmp_path / name, proc__meminfo=info, **files)
-        expect(machine.check_ram(options), "warning", "2 GB available is little for training")
+        expect(machine.check_ram(options), "warning", "2 GB available, which is little for training")
 
 
 def check_data(name: str, data: Path | str, **options: Any) -> list[Line]:
-    """The lines of that name."""
+    """The lines with this name."""
     return [line for line in doctor.check_data(DoctorOptions(data=str(data), **options)) if line.name == name]
 
 
@@ -370,7 +370,7 @@ def test_damaged_data(small_shards: Path, tmp_path: Path) -> None:
     shutil.copytree(small_shards, data)
     tar, samples = data / "train" / "000000.tar", data / "val" / "samples.npy"
     os.truncate(tar, tar.stat().st_size - 512)
-    expect(check_data("data", data), "failed", f"missing or of another size: 1 of 8 files, first {tar}")
+    expect(check_data("data", data), "failed", f"missing or of the wrong size: 1 of 8 files, first {tar}")
     tar.unlink()
     samples.unlink()
     expect(check_data("data", data), "failed", f"2 of 8 files, first {tar}")
@@ -408,12 +408,12 @@ def test_free_space_on_disks(small_shards: Path, monkeypatch: pytest.MonkeyPatch
 def test_size_of_the_cache(
     small_shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Data larger than the disk, than the limit, than neither, and shards larger than the limit."""
+    """Data that fit, data larger than the disk or than the limit, and shards larger than the limit."""
     sizes = [path.stat().st_size for path in small_shards.glob("*/*.tar")]
     total, cache = sum(sizes), tmp_path / "cache"
 
     def check(limit: int, free: int) -> list[Line]:
-        """As on the command line, which names flags."""
+        """Run the command line, which names flags."""
         fake_disk(monkeypatch, free)
         monkeypatch.setattr(doctor, "CHECKS", {"page cache": doctor.check_data})
         with pytest.raises(SystemExit):

@@ -1,4 +1,4 @@
-"""What is compiled is kept, and follows the sources: tried on a package of two modules, each run a process of its own."""
+"""Compiled code is cached until a source changes. The tests use a package of two modules, and a new process for each run."""
 
 from __future__ import annotations
 
@@ -55,7 +55,8 @@ def package(tmp_path: Path) -> Path:
 
 
 def run(package: Path) -> list[object]:
-    """high(1), three zeros after `sums`, and how many compilations of each came from the cache."""
+    """Run the package. Returns high(1), three zeros after `sums`, and how many compilations of each function came from the
+    cache."""
     environment = clean_environment()
     environment.pop("NUMBA_CACHE_DIR", None)
     result = subprocess.run(
@@ -66,7 +67,7 @@ def run(package: Path) -> list[object]:
     return found
 
 
-def test_what_was_compiled_is_kept_until_a_source_changes(package: Path) -> None:
+def test_compiled_code_is_cached_until_a_source_changes(package: Path) -> None:
     assert run(package) == [20, [1, 1, 1], 0, 0]
     (package / "other.py").write_text("NUMBER = 1\n")  # compiles nothing
     assert run(package) == [20, [1, 1, 1], 1, 1]
@@ -76,7 +77,7 @@ def test_what_was_compiled_is_kept_until_a_source_changes(package: Path) -> None
     assert (package / "high.py").stat().st_mtime_ns == before
 
 
-def test_a_class_that_another_version_cached_may_be_gone(package: Path) -> None:
+def test_cached_code_may_refer_to_a_class_that_no_longer_exists(package: Path) -> None:
     low = "from typing import NamedTuple\nclass Old(NamedTuple):\n    step: int\n" + LOW.replace("+ STEP", "+ Old(1).step")
     high = HIGH.replace("low(x)", "low(x) * Old(1).step").replace("import low", "import Old, low")
     keeps = "\n@jit\ndef named(old):\n    return old.step\n"
@@ -89,8 +90,8 @@ def test_a_class_that_another_version_cached_may_be_gone(package: Path) -> None:
     assert run(package) == [20, [1, 1, 1], 0, 0]
 
 
-def test_two_names_of_one_package_do_not_share_what_they_cached(package: Path) -> None:
-    """As `pipeline` and an editable install's `cropfeed` do."""
+def test_two_names_of_one_package_do_not_share_a_cache(package: Path) -> None:
+    """As with `pipeline` and `cropfeed` of an editable install."""
     assert run(package) == [20, [1, 1, 1], 0, 0]
     (package.parent / "alias").symlink_to(package)
     for path in package.glob("*.py"):

@@ -1,4 +1,4 @@
-"""What all engines inherit from `Loader`, with an engine that decodes nothing. The contract suite runs the real engines."""
+"""The behaviour that all engines inherit from `Loader`, with an engine that decodes nothing. Real engines: the contract suite."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from pipeline.store.shards import SAMPLE, Manifest
 
 
 class Blank(Loader):
-    """Black views. Samples in `bad` cannot be decoded."""
+    """An engine that makes black views, and cannot decode the samples in `bad`."""
 
     engine = "blank"
     bad: frozenset[int] = frozenset()
@@ -114,7 +114,7 @@ def test_image_sizes_are_a_function_of_the_epoch() -> None:
     assert LoaderSpec("nowhere", image_size=96).size_at(7) == 96
 
 
-def test_evaluation_is_the_central_crop_in_proportion() -> None:
+def test_evaluation_uses_the_central_crop_in_proportion() -> None:
     spec = LoaderSpec("nowhere", image_size=((0, 56), (3, 112)), order="blocks", batch_size=64)
     found = spec.evaluation()
     assert (found.split, found.training, found.order, found.corrupt) == ("val", False, "sequential", "stop")
@@ -177,7 +177,7 @@ def test_the_engine_and_the_reason_are_logged(small_shards: Path, caplog: pytest
 
 
 def test_batches_do_not_depend_on_which_corrupt_samples_are_known(small_shards: Path) -> None:
-    """Corrupt samples found in this epoch, known from an earlier one, or found after resuming: the same batches."""
+    """Batches are the same if corrupt samples are found in this epoch, known from an earlier one, or found after resuming."""
     bad = frozenset(range(0, 60, 3))
     loaders = [Blank(spec_for(small_shards)) for _ in range(2)]
     for loader in loaders:
@@ -237,7 +237,7 @@ def test_threads_may_replace_at_the_same_time(small_shards: Path) -> None:
 
 
 class BillionSamples:
-    """What `Loader` uses of a ShardSet and of its samples, which are created on access."""
+    """Replaces a ShardSet and its samples, which are created on access."""
 
     count, nbytes = 10**9 + 1, 0
     sizes = [10_000] * 100_000 + [1]
@@ -274,5 +274,5 @@ def test_blocks_need_shards(small_shards: Path, monkeypatch: pytest.MonkeyPatch)
     shards = BillionSamples(Manifest(small_shards))
     shards.sizes = []  # as in a data set with only FFCV files
     monkeypatch.setattr(Loader, "_open_shards", lambda self: shards)
-    with pytest.raises(UserError, match="no shards to make blocks of"):
+    with pytest.raises(UserError, match="blocks need shards"):
         Blank(spec_for(small_shards, order="blocks"))

@@ -29,7 +29,7 @@ def run(small_shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def plain_predictions(run: Path, folder: Path) -> tuple[np.ndarray, np.ndarray]:
-    """Ranked classes (N, 3) and labels (N,) of the validation images, with Pillow and torch."""
+    """Ranked classes (N, 3) and labels (N,) of the validation images, computed with Pillow and torch."""
     model = ARCHS["resnet18"](num_classes=3)
     model.load_state_dict(load_file(run / "model.safetensors"))
     model.eval()
@@ -104,9 +104,9 @@ def test_torchvision_style_weights(small_shards: Path, run: Path, tmp_path: Path
         ("model.pth", (), "give --arch"),
         ("model.pth", ("--arch", "resnet34"), "holds no resnet34"),
         ("model.pth", ("--arch", "vgg"), "unknown --arch"),
-        ("thousand.pth", ("--arch", "resnet18"), "was trained on 1000 classes, the data has 3"),
+        ("thousand.pth", ("--arch", "resnet18"), "its 1000 classes differ from the 3 of the data"),
         ("junk.pth", ("--arch", "resnet18"), "junk.pth"),
-        ("nowhere", (), "no weights there"),
+        ("nowhere", (), "contains no weights"),
     ):
         assert_refused(run_forked("tools/evaluate.py", tmp_path / path, "--data", small_shards, *options), words)
 

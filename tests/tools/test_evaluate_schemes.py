@@ -1,4 +1,4 @@
-"""The paper's testing schemes, and ensembles, against a plain evaluation."""
+"""The paper's testing schemes and ensembles, compared with a plain evaluation."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from pipeline.errors import UserError
 from pipeline.loader import Loader
 from pipeline.spec import LoaderSpec
 from pipeline.store.shards import Manifest, ShardSet
-from tests.helpers import picture, run_forked
+from tests.helpers import random_image, run_forked
 from tools import evaluate
 from tools.reporting import evaluation
 from tools.reporting.evaluation import EvaluateOptions
@@ -47,8 +47,8 @@ def models(image_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> dict
 
 
 def write_model(file: Path, config: ModelConfig, images: list[Path], seed: int) -> None:
-    """Save a model of random weights whose predictions differ between images: its batch norms have the statistics of `images`,
-    and its mean logits on them are 0."""
+    """Save a model with random weights. Its batch norms have the statistics of `images`, and its mean logits on them are 0, so
+    that its predictions differ between images."""
     torch.manual_seed(seed)
     model = ARCHS[config.arch](num_classes=len(config.classes))
     size = config.image_size
@@ -56,7 +56,7 @@ def write_model(file: Path, config: ModelConfig, images: list[Path], seed: int) 
     inputs = torch.from_numpy((pixels - config.mean) / config.std).permute(0, 3, 1, 2)
     for module in model.modules():
         if isinstance(module, torch.nn.BatchNorm2d):
-            module.momentum = None  # the plain mean over batches
+            module.momentum = None  # its statistics become the plain mean over batches
     with torch.no_grad():
         model.train()(inputs)
         logits = model.eval()(inputs)
@@ -68,7 +68,7 @@ def write_model(file: Path, config: ModelConfig, images: list[Path], seed: int) 
 
 @pytest.fixture
 def evaluated(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., dict[str, Any]]:
-    """Runs the script in this process; returns the content of its --json."""
+    """A function that runs the script in this process and returns the content of its --json."""
 
     def run(*arguments: object) -> dict[str, Any]:
         figures = tmp_path / "figures.json"
@@ -81,7 +81,7 @@ def evaluated(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., 
 
 
 def plain_probabilities(weights: Path, folder: Path, scales: Sequence[int] = ()) -> tuple[dict[str, np.ndarray], np.ndarray]:
-    """Probabilities (N, 3) by scheme, and labels (N,), of the validation images in an ImageFolder, with Pillow and torch."""
+    """Probabilities (N, 3) by scheme, and labels (N,), of an ImageFolder's validation images, computed with Pillow and torch."""
     config = ModelConfig.from_header(load_weights(weights)[1])
     assert config is not None
     model = ARCHS[config.arch](num_classes=len(config.classes))
@@ -115,8 +115,8 @@ def plain_average(model: torch.nn.Module, config: ModelConfig, views: list[np.nd
 
 
 def crop_at(image: Image.Image, short: int, size: int, place: tuple[float, float]) -> np.ndarray:
-    """A crop of the image resized to `short`. place: shares of the free space, down and to the right. The resized image is
-    centred on the original: its scale is exact and its sides are whole pixels."""
+    """A crop of the image resized to `short`. place: the crop's offset down and to the right, as shares of the free space. The
+    resized image is centred on the original, because its scale is exact, but its sides are whole pixels."""
     scale = min(image.size) / short
     ranges = []
     for side, part in zip(image.size, reversed(place), strict=True):
@@ -228,7 +228,7 @@ def squares(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
                 folder = root / name / split / f"n{label:08d}"
                 folder.mkdir(parents=True)
                 for index, side in enumerate(sides):
-                    pixels = picture(side, side, 10 * label + index)
+                    pixels = random_image(side, side, 10 * label + index)
                     image = Image.fromarray(pixels if name == "given" else np.ascontiguousarray(pixels[:, ::-1]))
                     image.save(folder / f"{label}_{index}.JPEG", "PNG")
         out = root / f"{name}-shards"
@@ -240,8 +240,8 @@ def squares(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 def test_fully_convolutional_testing_at_224_equals_the_centre_crop(
     squares: tuple[Path, Path], tmp_path: Path, evaluated: Callable[..., dict[str, Any]]
 ) -> None:
-    """The central crop of square images resized to 224 is the whole image. Fully convolutional testing also sees the mirror
-    image, which is the central crop of the mirrored image."""
+    """The central crop of a square image resized to 224 is the whole image. Fully convolutional testing also sees its mirror
+    image, which is the central crop of the image in the mirrored shards."""
     mean, std = np.full(3, 120, np.float32), np.full(3, 60, np.float32)
     config = ModelConfig("resnet18", ["n00000000", "n00000001"], 224, 224, mean, std)
     write_model(tmp_path / "model.safetensors", config, sorted((squares[0].parent / "given").glob("*/*/*")), seed=5)
@@ -284,8 +284,8 @@ def test_ensembles_of_models_and_saved_predictions_are_weighted_averages(
         assert saved_only["schemes"][scheme]["top1"] == pytest.approx(right)
         assert abs(together["schemes"][scheme]["top1"] - right) < 1.5 / 21
         for index, name in enumerate(models):
-            ours = (alone[name][scheme].argmax(axis=1) == labels).mean()
-            assert saved_only["members"][index]["schemes"][scheme]["top1"] == pytest.approx(ours)
+            top1 = (alone[name][scheme].argmax(axis=1) == labels).mean()
+            assert saved_only["members"][index]["schemes"][scheme]["top1"] == pytest.approx(top1)
     assert saved_only["top1"] == saved_only["schemes"]["centre"]["top1"]
     assert [member["share"] for member in saved_only["members"]] == [0.5, 1.5]
     assert equal["schemes"].keys() == equal["members"][0]["schemes"].keys() == {"centre"}
@@ -337,20 +337,20 @@ def test_mismatches_are_refused(
     whole = (tmp_path / "a.npz").read_bytes()
     (tmp_path / "cut.npz").write_bytes(whole[: len(whole) // 2])
     for members, options, words in (
-        (["a.npz", "other.npz"], (), r"other\.npz: predictions of another data set than .*a\.npz"),
-        (["a.npz", "classes.npz"], (), r"classes\.npz: predictions of another list of classes"),
-        (["train.npz"], (), r"train\.npz: predictions of another split .*\(train, not val\)"),
-        (["a.npz", "train.npz"], (), r"train\.npz: predictions of another split"),
-        (["ids.npz"], (), r"ids\.npz: its ids are not a whole split's"),
-        (["a.npz", "two.npz"], (), r"two\.npz .*: holds centre, ten-crop, not centre; give --schemes"),
-        (["two.npz"], ("--schemes", "multi-scale"), r"two\.npz .*: holds centre, ten-crop, not multi-scale"),
-        (["a.npz"], ("--data", squares[0]), r"a\.npz: predictions of another data set than --data .*given-shards"),
+        (["a.npz", "other.npz"], (), r"other\.npz: was saved for another data set than .*a\.npz"),
+        (["a.npz", "classes.npz"], (), r"classes\.npz: was saved for another list of classes"),
+        (["train.npz"], (), r"train\.npz: was saved for another split .*\(train, not val\)"),
+        (["a.npz", "train.npz"], (), r"train\.npz: was saved for another split"),
+        (["ids.npz"], (), r"ids\.npz: its ids are not 0 to "),
+        (["a.npz", "two.npz"], (), r"two\.npz .*: contains the schemes centre, ten-crop, not centre; give --schemes"),
+        (["two.npz"], ("--schemes", "multi-scale"), r"two\.npz .*: contains the schemes centre, ten-crop, not multi-scale"),
+        (["a.npz"], ("--data", squares[0]), r"a\.npz: was saved for another data set than --data .*given-shards"),
         (["a.npz"], (*data, "--split", "test"), "has no split 'test', only train, val"),
-        (["foreign.npz"], (), r"foreign\.npz: no predictions that evaluate\.py --save wrote"),
-        (["short.npz"], (), r"short\.npz: no predictions"),
-        (["junk.npz"], (), r"junk\.npz: no predictions"),
-        (["array.npz"], (), r"array\.npz: no predictions"),
-        (["cut.npz"], (), r"cut\.npz: no predictions"),
+        (["foreign.npz"], (), r"foreign\.npz: was not written by evaluate\.py --save"),
+        (["short.npz"], (), r"short\.npz: was not written by"),
+        (["junk.npz"], (), r"junk\.npz: was not written by"),
+        (["array.npz"], (), r"array\.npz: was not written by"),
+        (["cut.npz"], (), r"cut\.npz: was not written by"),
         (["nowhere.npz"], (), r"nowhere\.npz: not found"),
         (["a.npz", "a.npz"], ("--shares", 1), "1 --shares for 2 members"),
         (["a.npz", "a.npz"], ("--shares", 1, 0), "above 0"),
@@ -359,8 +359,8 @@ def test_mismatches_are_refused(
         ([models["a"]], (*data, "--scales", 64), "--scales only applies to"),
         ([models["a"]], (), "a.safetensors: running a model needs --data"),
         ([models["a"]], (*data, "--save", "there"), "--save there: the name must end with .npz"),
-        ([models["a"]], (*data, "--schemes", "centre", "ten-crop", "--engine", "dali"), "`engine` dali makes views of one kind"),
-        (list(models.values()), (*data, "--engine", "ffcv"), "`engine` ffcv makes views of one kind"),
+        ([models["a"]], (*data, "--schemes", "centre", "ten-crop", "--engine", "dali"), "`engine` dali makes only one kind"),
+        (list(models.values()), (*data, "--engine", "ffcv"), "`engine` ffcv makes only one kind"),
         ([models["a"]], (*data, "--schemes", "five-crop"), "invalid choice: 'five-crop'"),
     ):  # fmt: skip
         paths = [tmp_path / member if isinstance(member, str) else member for member in members]

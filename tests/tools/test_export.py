@@ -30,7 +30,7 @@ SHA = "0123456789" * 4
 
 
 def model_of(arch: str) -> torch.nn.Module:
-    """A model in evaluation mode, with running statistics and a classifier's bias unlike a new model's."""
+    """A model in evaluation mode. Its running statistics and the classifier's bias differ from a new model's."""
     torch.manual_seed(1)
     model = ARCHS[arch](num_classes=len(CLASSES)).eval()
     for name, tensor in model.state_dict().items():
@@ -80,7 +80,7 @@ def export(source: Path, out: Path, *options: Any, **environment: Any) -> Path:
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Cropfeed's files: a resnet18 with a mean per channel, a resnet20 with a mean image."""
+    """Cropfeed's weight files: a resnet18 with a mean per channel, and a resnet20 with a mean image."""
     folder = tmp_path_factory.mktemp("saved")
     for config in (channels(), mean_image()):
         save_weights(folder / f"{config.arch}.safetensors", model_of(config.arch).state_dict(), config.header())
@@ -89,7 +89,7 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 @pytest.fixture(scope="module")
 def exported(saved: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Each of them exported in all formats; the first with figures."""
+    """The models of `saved`, exported in all formats, the resnet18 with figures."""
     folder = tmp_path_factory.mktemp("exported")
     figures = {"top1": 0.7654, "top5": 0.9321, "images": 50, "schemes": {}}
     figures["schemes"] = {"centre": {"top1": 0.7654, "top5": 0.9321}, "ten-crop": {"top1": 0.7777, "top5": 0.9444}}
@@ -126,7 +126,7 @@ def test_graphs_take_raw_pixels(config: ModelConfig, exported: dict[str, Path]) 
 
 @pytest.mark.parametrize(("arch", "size"), [("resnet18_a", 32), ("resnet20", 32)])
 def test_graphs_of_other_models_and_of_small_images(arch: str, size: int, tmp_path: Path) -> None:
-    """At 32 pixels a resnet18's last feature map is a single pixel, for which torch.export allows no other sizes."""
+    """At 32 pixels, the last feature map of a resnet18 is a single pixel. torch.export then allows no other sizes."""
     model, config = ARCHS[arch](num_classes=3), channels(arch, size)
     assert export_onnx(model, config, tmp_path / "model.onnx") < 0.1
     assert export_program(model, config, tmp_path / "model.pt2") < 0.1
@@ -144,7 +144,7 @@ def test_a_graph_that_differs_is_refused(tmp_path: Path, monkeypatch: pytest.Mon
         return original(other, *args, **options)
 
     monkeypatch.setattr(torch.export, "export", broken)
-    with pytest.raises(UserError, match="program gives other logits than torch, by up to"):
+    with pytest.raises(UserError, match="program differ from torch's by up to"):
         export_program(model, config, tmp_path / "model.pt2")  # type: ignore[arg-type]
 
 
@@ -179,7 +179,7 @@ def test_safetensors_card_and_config(exported: dict[str, Path]) -> None:
 
 
 def test_the_config_says_what_the_header_says(exported: dict[str, Path], tmp_path: Path) -> None:
-    """Read as a timm folder, without Cropfeed's header, the config is the same."""
+    """If the folder is read as a timm folder, without Cropfeed's header, the config is the same."""
     folder = exported["resnet18"]
     (tmp_path / "config.json").write_bytes((folder / "config.json").read_bytes())
     save_file(load_file(folder / "model.safetensors"), tmp_path / "model.safetensors")
@@ -207,10 +207,10 @@ def test_bad_arguments_are_refused_and_leave_nothing(saved: dict[str, Path], tmp
     before = {path.name for path in tmp_path.iterdir()}
     for options, words in (
         ((source, "--out", tmp_path / "there"), "there: exists already"),
-        ((tmp_path / "absent.pth", *out), "absent.pth: no weights there"),
-        ((source, *out, "--arch", "resnet18"), "holds a resnet20, not --arch resnet18"),
+        ((tmp_path / "absent.pth", *out), "absent.pth: contains no weights"),
+        ((source, *out, "--arch", "resnet18"), "holds a resnet20, but --arch is resnet18"),
         ((source, *out, "--results", tmp_path / "file"), "file: holds no top1"),
-        ((source, *out, "--results", tmp_path / "several.json"), "figures of an ensemble"),
+        ((source, *out, "--results", tmp_path / "several.json"), "accuracies of an ensemble"),
         ((source, *out, "--push", "me/model"), "no token"),
         ((source, *out, "--push", "model"), "give user/name"),
         ((source, *out, "--push", "me/a--b"), "give user/name"),
@@ -241,8 +241,8 @@ def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 class Hub(BaseHTTPRequestHandler):
-    """The answers of the Hugging Face Hub that are needed to create, fill and download one repository. It accepts all files as
-    part of the commit."""
+    """Imitates the parts of the Hugging Face Hub that are needed to create, fill and download one repository. It accepts all
+    files as part of the commit."""
 
     files: dict[str, bytes]
     created: list[dict[str, Any]]
@@ -297,7 +297,7 @@ class Hub(BaseHTTPRequestHandler):
 
 @pytest.fixture
 def hub() -> Iterator[tuple[str, type[Hub]]]:
-    """The address of a hub, and what it received."""
+    """The address of a hub, and its class, which records what the hub received."""
     kind = type("OneHub", (Hub,), {"files": {}, "created": []})
     server = ThreadingHTTPServer(("127.0.0.1", 0), kind)
     threading.Thread(target=server.serve_forever, daemon=True).start()
@@ -315,7 +315,7 @@ torch.save((model.state_dict(), torch.from_numpy(config.mean)), sys.argv[2])
 
 
 def test_pushed_and_loaded_back(saved: dict[str, Path], hub: tuple[str, type[Hub]], tmp_path: Path) -> None:
-    """With the real huggingface_hub and a local hub: push, download, and load once more offline."""
+    """Push, download, and load again offline, with the real huggingface_hub and a local hub."""
     address, given = hub
     there: dict[str, Any] = {
         "HF_ENDPOINT": address,
@@ -346,5 +346,5 @@ def test_pushed_and_loaded_back(saved: dict[str, Path], hub: tuple[str, type[Hub
     options = ("tools/export.py", saved["resnet20"], "--out", tmp_path / "third", "--push", "me/model")
     there["HF_TOKEN"] = "wrong"
     result = run_forked(*options, **there)
-    assert_refused(result, "--push me/model: failed", "401", "third is complete, try again: hf upload me/model")
+    assert_refused(result, "--push me/model: the upload failed", "401", "third is complete; try again: hf upload me/model")
     assert (tmp_path / "third" / "model.safetensors").is_file()

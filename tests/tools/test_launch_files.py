@@ -1,4 +1,4 @@
-"""The files in tools/launch, with accelerate's own parser, and the Slurm script with fake Slurm commands."""
+"""The files in tools/launch, read by accelerate's own parser, and the Slurm script, run with fake Slurm commands."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ FOLDER = ROOT / "tools" / "launch"
     [("one_gpu", 1, 1, False), ("eight_gpus", 1, 8, True), ("two_hosts", 2, 16, True)],
 )
 def test_accelerate_reads_the_config_files(name: str, machines: int, processes: int, several: bool) -> None:
-    """As `accelerate launch --config_file` does."""
+    """They are read as by `accelerate launch --config_file`."""
     file = str(FOLDER / f"{name}.yaml")
     words = (
         ["--config_file", file, "--machine_rank", "1", "--main_process_ip", "10.0.0.1"]
@@ -38,7 +38,7 @@ def test_accelerate_reads_the_config_files(name: str, machines: int, processes: 
     assert load_config_from_file(file).mixed_precision == "bf16"
 
 
-# srun records its arguments. If the file `long` exists, it waits for SIGTERM, like a training run.
+# srun records its arguments. If the file `long` exists, srun waits for SIGTERM, like a training run.
 COMMANDS = {
     "scontrol": 'if [ "$1" = show ]; then printf "n1\\nn2\\n"; else echo "$@" > {folder}/requeued; fi',
     "srun": 'printf "%s\\n" "$@" > {folder}/words; if [ -e {folder}/long ]; then trap "echo > {folder}/saved; exit 143" TERM; '

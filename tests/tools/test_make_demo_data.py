@@ -29,7 +29,7 @@ def mean_colours(folder: Path) -> tuple[np.ndarray, np.ndarray]:
 
 
 def test_a_linear_model_on_mean_colour_cannot_tell_the_classes(demo_images: Path) -> None:
-    """Least squares on one-hot labels is not significantly better than chance (1 in 8)."""
+    """The accuracy of least squares on one-hot labels is not significantly better than chance, 1 in 8."""
     features, labels = mean_colours(demo_images / "train")
     weights = np.linalg.lstsq(features, np.eye(8)[labels], rcond=None)[0]
     features, labels = mean_colours(demo_images / "val")

@@ -25,7 +25,7 @@ from tests.helpers import (
     clean_environment,
     jpeg,
     open_image,
-    picture,
+    random_image,
     run_script,
     without_progress,
 )
@@ -61,7 +61,7 @@ def lossless(image_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Pa
 
 
 def test_any_number_of_workers_gives_the_same_bytes(image_folder: Path, lossless: Path, tmp_path: Path) -> None:
-    assert make(image_folder, tmp_path / "again").returncode == 0  # one process, here
+    assert make(image_folder, tmp_path / "again").returncode == 0  # with a single process
     assert digests(tmp_path / "again") == digests(lossless)
     assert not list(lossless.rglob(".*"))  # nothing hidden remains
     assert not (lossless / "conversion").exists()
@@ -104,7 +104,7 @@ def test_awkward_names_get_unique_keys(tmp_path: Path) -> None:
     folder = tmp_path / "src" / "a class"
     folder.mkdir(parents=True)
     for index, name in enumerate(("a.b.jpg", "a_b.jpg", "a b.jpeg", "x" * 150 + ".JPEG", ".hidden")):
-        (folder / name).write_bytes(jpeg(picture(40, 50, index)))
+        (folder / name).write_bytes(jpeg(random_image(40, 50, index)))
     assert make(tmp_path / "src", tmp_path / "out", "--profile", "original").returncode == 0
     stored = ShardSet(tmp_path / "out", "train")
     keys = sorted(stored.key(i) for i in range(len(stored)))
@@ -165,20 +165,20 @@ def test_bad_arguments_are_refused(image_folder: Path, lossless: Path, tmp_path:
 
 
 def odd_folder(root: Path) -> Path:
-    """Anything but good JPEGs in ImageNet, under its names there."""
+    """Write files with the irregularities that ImageNet contains, under their names in ImageNet."""
     files = {
         "train/n02105855/n02105855_2933.JPEG": saved("PNG"),
-        "train/n02105855/n02105855_1.JPEG": jpeg(picture(50, 60, 1)),
-        "train/n02105855/copy.JPEG": jpeg(picture(50, 60, 1)),
+        "train/n02105855/n02105855_1.JPEG": jpeg(random_image(50, 60, 1)),
+        "train/n02105855/copy.JPEG": jpeg(random_image(50, 60, 1)),
         "train/n01739381/n01739381_1309.JPEG": saved("JPEG", "CMYK"),
-        "train/n01739381/twin.JPEG": jpeg(picture(50, 60, 1)),
-        "train/n01739381/cut.JPEG": jpeg(picture(50, 60, 2))[:-300],
+        "train/n01739381/twin.JPEG": jpeg(random_image(50, 60, 1)),
+        "train/n01739381/cut.JPEG": jpeg(random_image(50, 60, 2))[:-300],
         "train/n01739381/notes.JPEG": b"no image",
         "train/n04532106/n04532106_1553.JPEG": saved("JPEG", xmp=b"<broken"),
         "train/n04532106/turned.JPEG": saved("JPEG", orientation=6),
         "val/n04532106/ILSVRC2012_val_00000001.JPEG": saved("JPEG", "CMYK"),
-        "val/n02105855/again.JPEG": jpeg(picture(50, 60, 1)),
-        "val/n01739381/fine.JPEG": jpeg(picture(50, 60, 3)),
+        "val/n02105855/again.JPEG": jpeg(random_image(50, 60, 1)),
+        "val/n01739381/fine.JPEG": jpeg(random_image(50, 60, 3)),
     }
     for name, data in files.items():
         (root / name).parent.mkdir(parents=True, exist_ok=True)
@@ -192,11 +192,11 @@ def saved(kind: str, mode: str = "RGB", orientation: int | None = None, **option
         tags = Image.Exif()
         tags[0x0112] = orientation
         options["exif"] = tags
-    Image.fromarray(picture(50, 60, 9)).convert(mode).save(stream, kind, **options)
+    Image.fromarray(random_image(50, 60, 9)).convert(mode).save(stream, kind, **options)
     return stream.getvalue()
 
 
-def test_the_report_shows_the_oddities_of_imagenet(tmp_path: Path) -> None:
+def test_the_report_lists_the_irregular_images_of_imagenet(tmp_path: Path) -> None:
     result = make(odd_folder(tmp_path / "src"), tmp_path / "out")
     assert result.returncode == 0, result.stderr
     report = json.loads((tmp_path / "out" / "report.json").read_text())
@@ -216,7 +216,7 @@ def test_the_report_shows_the_oddities_of_imagenet(tmp_path: Path) -> None:
     assert [image["image"] for image in same["images"]] == [
         "train/n01739381/twin.JPEG", "train/n02105855/copy.JPEG", "train/n02105855/n02105855_1.JPEG", "val/n02105855/again.JPEG",
     ]  # fmt: skip
-    assert same["sha256"] == hashlib.sha256(jpeg(picture(50, 60, 1))).hexdigest()
+    assert same["sha256"] == hashlib.sha256(jpeg(random_image(50, 60, 1))).hexdigest()
     assert same["across_splits"]
     assert same["conflicting_labels"]
     assert len(cmyk["images"]) == 2
@@ -257,7 +257,7 @@ def test_shards_made_by_several_jobs_in_any_order(image_folder: Path, lossless: 
     (out / "train" / ".000003.tar.another-job.partial").write_text("being written")
     assert make(image_folder, out, "--shards", "1-1").returncode == 0
     assert json.loads((out / "manifest.json").read_text())
-    (out / "train" / ".000003.tar.another-job.partial").unlink()  # not removed under the other job's hands
+    (out / "train" / ".000003.tar.another-job.partial").unlink()  # still there, because another job may be writing it
     assert digests(out) == digests(lossless)
 
 
@@ -286,7 +286,7 @@ def finished(out: Path) -> int:
 
 
 def stop(process: subprocess.Popen[str], how: signal.Signals, reached: Callable[[], bool]) -> int:
-    """Send a signal once `reached`, unless the process ends before. Returns its exit code."""
+    """Send a signal once `reached()` is true, unless the process ends before. Returns its exit code."""
     while process.poll() is None and not reached():
         time.sleep(0.01)
     process.send_signal(how)
@@ -298,7 +298,7 @@ def test_a_run_stopped_anywhere_can_be_resumed(image_folder: Path, lossless: Pat
     """After Ctrl-C and repeated SIGKILLs, the last run gives the bytes of an uninterrupted one."""
     out, rng = tmp_path / "out", np.random.default_rng(0)
     assert stop(start(image_folder, out), signal.SIGINT, lambda: finished(out) >= 1) == 130
-    for shards in (1, 2, 3, 5, 6):  # once so many are finished, a random moment later
+    for shards in (1, 2, 3, 5, 6):  # kill a random moment after so many shards are finished
         process = start(image_folder, out)
         moment = float(rng.uniform(0, 0.3))
 
@@ -320,7 +320,7 @@ def test_a_run_stopped_anywhere_can_be_resumed(image_folder: Path, lossless: Pat
     assert digests(out) == digests(lossless)
 
 
-def test_a_finished_shard_is_kept_if_intact_and_made_again_if_not(image_folder: Path, lossless: Path, tmp_path: Path) -> None:
+def test_intact_shards_are_kept_and_damaged_ones_made_again(image_folder: Path, lossless: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     assert make(image_folder, out, "--shards", "0-4").returncode == 0
     kept, damaged = out / "train" / "000000.tar", out / "train" / "000001.tar"
@@ -358,7 +358,7 @@ def test_verify_names_shard_and_sample_of_any_flipped_bit(lossless: Path, tmp_pa
     tar.write_bytes(whole[: bounds[13]])
     result = run_script("tools/make_shards.py", "--verify", out)
     assert f"has {bounds[13]} bytes" in result.stdout
-    assert result.stdout.count("is damaged or cut off") in (2, 3)  # two whole samples, and the padding of one
+    assert result.stdout.count("is damaged or cut off") in (2, 3)  # two whole samples, and perhaps the padding of one
 
 
 def test_verify_checks_every_other_file_and_a_rerun_repairs_shards(image_folder: Path, lossless: Path, tmp_path: Path) -> None:
@@ -388,7 +388,7 @@ def test_a_killed_worker_ends_the_run_with_a_remedy(tmp_path: Path) -> None:
 
     folder = tmp_path / "src" / "n0"
     folder.mkdir(parents=True)
-    data = jpeg(picture(600, 800))
+    data = jpeg(random_image(600, 800))
     for index in range(1500):
         (folder / f"{index}.JPEG").write_bytes(data)
     process = start(tmp_path / "src", tmp_path / "out", "--workers", 2)

@@ -1,4 +1,4 @@
-"""The report on runs: figures, curves and worst images, against Pillow, plain torch and NumPy; and that the HTML is valid."""
+"""The report on runs: valid HTML, and figures, curves and worst images compared with Pillow, plain torch and NumPy."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ STD = 30.0
 
 
 class Page(HTMLParser):
-    """Parses a page; fails for mismatched tags and for references to anything outside the page."""
+    """Parses a page. Fails for mismatched tags and for references to anything outside the page."""
 
     def __init__(self) -> None:
         super().__init__(convert_charrefs=True)
@@ -140,7 +140,7 @@ def make_run(folder: Path, rows: Any = ROWS, arguments: dict[str, Any] | None = 
 
 
 def make_weights(path: Path, classes: list[str], seed: int = 0) -> ResNet:
-    """Save a model of random weights with a classifier whose predictions differ between images."""
+    """Save a model with random weights. Its classifier has large weights, so that predictions differ between images."""
     torch.manual_seed(seed)
     model = ARCHS["resnet20"](num_classes=len(classes))
     with torch.no_grad():
@@ -165,7 +165,7 @@ def make_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., 
 
 
 def crop(path: Path) -> np.ndarray:
-    """uint8 (SIZE, SIZE, 3): the central crop of the image resized to short side SHORT, by Pillow."""
+    """The central crop of the image resized to short side SHORT, made by Pillow: uint8 (SIZE, SIZE, 3)."""
     image = Image.open(path).convert("RGB")
     scale = SHORT / min(image.size)
     width, height = (math.floor(side * scale + 0.5) for side in image.size)
@@ -177,9 +177,9 @@ def crop(path: Path) -> np.ndarray:
 def plain_evaluation(
     model: ResNet, folder: Path, classes: list[str], flip: bool
 ) -> dict[str, tuple[int, np.ndarray, np.ndarray]]:
-    """By key: label, probabilities (classes,) and crop of every validation image, with Pillow and torch.
+    """Key -> label, probabilities (classes,) and crop of every validation image, computed with Pillow and torch.
 
-    flip: average with those of the mirror image.
+    flip: average the probabilities with those of the mirror image.
     """
     found = {}
     for label, name in enumerate(classes):
@@ -259,7 +259,7 @@ def test_weights_are_the_final_ones_or_those_of_the_best_checkpoint(small_shards
     save_weights(folder / "model.safetensors", state, config.header())
     assert "diverged" in evaluated()
     make_weights(folder / "model.safetensors", ["x", "y", "z"])
-    assert "(or others)" in evaluated()
+    assert "classes differ from the" in evaluated()
 
 
 def test_other_runs_are_evaluated_if_one_cannot_be(small_shards: Path, tmp_path: Path) -> None:
@@ -299,13 +299,13 @@ def test_table_and_milestones(tmp_path: Path, make_page: Callable[..., Page]) ->
     # 0.52 after 96 s, 0.71 after 150 s
     heads, a, b = "run 55 % 60 % 65 % 70 %", "a 2.50 (2) 2.50 (2) 2.50 (2) 2.50 (2)", "b – – – –"
     assert f"{heads} {a} {b}" in parsed.text
-    assert "what it confuses" not in parsed.text
+    assert "errors of the model" not in parsed.text
     assert not parsed.images
 
 
-def test_curves_are_the_rows(tmp_path: Path) -> None:
-    ours = runs.read_runs([make_run(tmp_path / name, ROWS[:count]) for name, count in (("a", 6), ("b", 3))])
-    drawn = {(chart.y, chart.x): curves.figure_of(chart, ours).axes[0] for chart in curves.CHARTS}
+def test_curves_show_the_rows(tmp_path: Path) -> None:
+    some_runs = runs.read_runs([make_run(tmp_path / name, ROWS[:count]) for name, count in (("a", 6), ("b", 3))])
+    drawn = {(chart.y, chart.x): curves.figure_of(chart, some_runs).axes[0] for chart in curves.CHARTS}
     assert len(drawn) == len(curves.CHARTS)
     for (y, x), factor in {("val_top1", "epoch"): 1.0, ("val_top1", "seconds"): 1 / 60}.items():
         lines = drawn[y, x].lines
@@ -317,25 +317,25 @@ def test_curves_are_the_rows(tmp_path: Path) -> None:
         for line, count in zip(drawn[column, "epoch"].lines, (6, 3), strict=True):
             expected = [(one["epoch"], factor * one[column]) for one in ROWS[:count] if column in one]
             np.testing.assert_allclose(np.array(line.get_data()).T, expected)
-    assert drawn["wait_share", "epoch"].get_ylim()[1] < 10  # without the first row, whose 40 % include the loader's start
+    assert drawn["wait_share", "epoch"].get_ylim()[1] < 10  # without the first row: its 40 % include the loader's start
 
 
 def test_a_run_has_one_colour_everywhere(tmp_path: Path) -> None:
-    ours = runs.read_runs([make_run(tmp_path / f"run{place}") for place in range(8)])
-    charts = curves.draw(ours)
+    some_runs = runs.read_runs([make_run(tmp_path / f"run{place}") for place in range(8)])
+    charts = curves.draw(some_runs)
     for chart, svg in charts:
         for place in range(6):
             strokes = svg.count(f"stroke: var(--run-{place})")
             assert strokes >= (2 if place < 2 else 1), chart
         assert not re.search("#[0-9a-f]{6}", svg)  # all colours are variables
-    content = page.html(ours, charts, {}, "val", "today")
+    content = page.html(some_runs, charts, {}, "val", "today")
     read(content)
     for place in range(8):
         name = re.search(rf'stroke="([^"]+)"[^<]*/></svg>run{place}</td>', content)
         assert name
         assert name[1] == f"var(--run-{place % 6})"
     assert len({page.key(place) for place in range(8)}) == 8
-    dashes = [line.get_linestyle() for line in curves.figure_of(curves.CHARTS[0], ours).axes[0].lines]
+    dashes = [line.get_linestyle() for line in curves.figure_of(curves.CHARTS[0], some_runs).axes[0].lines]
     assert dashes[:6] == ["-"] * 6
     assert "-" not in dashes[6:]
 
@@ -406,7 +406,7 @@ def test_runs_still_training(tmp_path: Path, make_page: Callable[..., Page]) -> 
         stream.write("20,2.0,13")  # being written
     parsed = make_page(begun, early, "--no-evaluate")
     assert "early resnet20 1 of 3 32 24 – – – 1.50" in parsed.text
-    assert "Top-1, % (pale: training), against minutes" in parsed.text  # of training alone
+    assert "Top-1, % (pale: training), against minutes" in parsed.text  # the accuracy of training alone
     assert "Minutes (epochs) to a top-1 of" not in parsed.text
 
 

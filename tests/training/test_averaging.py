@@ -19,7 +19,7 @@ def small_model() -> nn.Module:
 
 
 def perturb(model: nn.Module, seed: int) -> None:
-    """Changes weights, BN statistics and BN counters, as a training step would."""
+    """Change weights, BN statistics and BN counters, as a training step would."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -28,7 +28,7 @@ def perturb(model: nn.Module, seed: int) -> None:
 
 
 def test_averages_follow_the_formula() -> None:
-    """With warm-up, then with the decay itself, for parameters and running statistics. Counters are copied."""
+    """Parameters and running statistics follow it with warm-up, then with the decay itself. Counters are copied."""
     model = small_model()
     average = WeightEMA(model, 0.5)
     expected = {name: value.double().clone() for name, value in model.state_dict().items()}
@@ -91,7 +91,7 @@ def test_the_model_is_unchanged_and_the_average_has_its_keys_and_memory_format()
 
 
 def test_the_average_of_a_model_prepared_by_accelerate_uses_its_own_weights() -> None:
-    """In mixed precision Accelerate patches the model's forward. A copy must not share the patched forward."""
+    """In mixed precision, Accelerate patches the model's forward method. A copy must not share the patched method."""
     AcceleratorState._reset_state(True)
     try:
         model = small_model()

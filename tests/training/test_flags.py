@@ -1,5 +1,5 @@
-"""Every option of train.py does what its help says. Short runs are compared with the same steps in plain torch; other options are
-checked in the loaders and schedules that they lead to.
+"""Every option of train.py does what its help says. Short runs are compared with the same steps in plain torch. Other options
+are checked in the loaders and schedules that they create.
 """
 
 from __future__ import annotations
@@ -80,7 +80,7 @@ class Outcome:
 
 @pytest.fixture
 def run(small_shards: Path, tmp_path: Path) -> Callable[..., Outcome]:
-    """Trains with BASIC and more options, for two steps by default."""
+    """A function that trains with BASIC and more options, for two steps by default."""
 
     def start(*options: Any, **environment: str) -> Outcome:
         length = () if "--epochs" in options or "--iterations" in options else ("--iterations", 2)
@@ -107,7 +107,7 @@ def opened(data: Path, *options: Any) -> tuple[Loader, Loader]:
 
 
 class Reference:
-    """The first steps of a run in plain torch, as in He et al. 2015, section 3.4, and with the deviations that options make."""
+    """The first steps of a run in plain torch, as in section 3.4 of He et al. 2015, with the deviations of some options."""
 
     def __init__(self, data: Path, steps: int = 2, arch: str = "resnet20", seed: int = 0) -> None:
         loader = opened(data, "--seed", seed)[0]
@@ -208,7 +208,7 @@ def test_the_seed_decides_initial_weights_and_order(run: Callable[..., Outcome],
 @pytest.mark.parametrize("option", ["--mixup", "--cutmix"])
 @covers("--mixup", "--cutmix")
 def test_mixed_images_are_trained_on_mixed_labels(run: Callable[..., Outcome], small_shards: Path, option: str) -> None:
-    """The loss of the first step weights the log-probabilities of both labels by their shares. The mixing: test_mixing.py."""
+    """The loss of the first step weights the log-probabilities of both labels by their shares. test_mixing.py tests mixing."""
     loss = run(option, 1.0, "--iterations", 1).column("train_loss")[0]
     reference = Reference(small_shards, steps=1)
     images, labels = reference.batches[0]
@@ -235,7 +235,7 @@ def test_stochastic_depth_drops_the_same_blocks_after_a_restart(
 
 @covers("--optimizer")
 def test_lars_moves_each_layer_by_the_trust_coefficient(run: Callable[..., Outcome], small_shards: Path) -> None:
-    """In the first step by lr * 0.001 * its norm, as weight decay is negligible (You et al. 2017, equation 6)."""
+    """In the first step, a layer moves by lr * 0.001 * its norm, if weight decay is negligible (You et al. 2017, equation 6)."""
     after = run("--optimizer", "lars", "--iterations", 1).weights
     before = Reference(small_shards, steps=1).model.state_dict()
     for name in ("conv1.weight", "layer2.0.conv1.weight", "fc.weight"):
@@ -258,34 +258,34 @@ def test_autocast_is_close_to_float32(run: Callable[..., Outcome], small_shards:
 def test_failing_compilation_is_reported_and_changes_nothing(
     run: Callable[..., Outcome], small_shards: Path, tmp_path: Path
 ) -> None:
-    """Here there is no C++ compiler. Successful compilation: test_compiling.py."""
+    """This run finds no C++ compiler. test_compiling.py tests successful compilation."""
     outcome = run("--compile", PATH="/nowhere", TORCHINDUCTOR_CACHE_DIR=str(tmp_path / "cache"))
     assert re.search(r"torch.compile does not work here \(.+\); training in eager mode", outcome.printed)
     assert_equal(outcome.weights, Reference(small_shards).weights())
 
 
 @covers("--model", "--blurpool")
-def test_models_by_their_other_names(run: Callable[..., Outcome]) -> None:
+def test_aliases_of_models(run: Callable[..., Outcome]) -> None:
     assert run("--model", "resnet18", "--blurpool", "--iterations", 1).model_config.arch == "resnet18_blur"
 
 
 @covers("--weights")
-def test_weights_to_start_from(run: Callable[..., Outcome], small_shards: Path) -> None:
+def test_training_starts_from_given_weights(run: Callable[..., Outcome], small_shards: Path) -> None:
     first = run()
     second = run("--weights", first.folder, "--lr", 1e-12)
-    assert "starting from its resnet20, classifier included" in second.printed
+    assert "training starts from these resnet20 weights, including the classifier" in second.printed
     trained = {name for name in first.weights if name.endswith(("weight", "bias"))}
     assert_equal({name: second.weights[name] for name in trained}, {name: first.weights[name] for name in trained})
 
 
 def rates(*options: Any) -> list[float]:
-    """The learning rate of each step at ten steps per epoch and a base rate of 0.1, if the validation error never changes."""
+    """The learning rate of each step with ten steps per epoch and a base rate of 0.1, if the validation error never changes."""
     schedule = make_schedule(parse_arguments(None, ["--data", "x", *map(str, options)]), 10)
     return [round(schedule.rate(step, (0.5,) * step), 6) for step in range(schedule.steps)]
 
 
 @covers("--epochs", "--schedule", "--milestones", "--patience", "--warmup", "--warmup-lr")
-def test_rates() -> None:
+def test_learning_rates() -> None:
     assert rates("--epochs", 1, "--milestones", 0.2, 0.7) == [0.1] * 2 + [0.01] * 5 + [0.001] * 3
     assert rates("--epochs", 1, "--schedule", "linear") == [round(0.1 * (1 - (i + 0.5) / 10), 6) for i in range(10)]
     assert rates("--epochs", 1, "--schedule", "plateau", "--patience", 3)[:6] == [0.1] * 5 + [0.01]
@@ -295,7 +295,7 @@ def test_rates() -> None:
 
 
 @covers("--geometry", "--scale", "--area", "--alpha-std", "--mean", "--order", "--block-shards", "--corrupt")
-def test_what_the_model_sees(small_shards: Path) -> None:
+def test_options_of_the_training_images_reach_the_loader(small_shards: Path) -> None:
     """Each option changes the first batch and arrives in the loader's spec."""
     plain = next(iter(opened(small_shards)[0])).images.clone()
 
@@ -319,11 +319,11 @@ def test_what_the_model_sees(small_shards: Path) -> None:
 
 
 @covers("--engine", "-j", "--threads", "--workers", "--prefetch")
-def test_how_data_are_loaded(run: Callable[..., Outcome], small_shards: Path) -> None:
+def test_options_that_affect_only_throughput_change_no_batch(run: Callable[..., Outcome], small_shards: Path) -> None:
     """Options that affect only throughput change no batch."""
     outcome = run("--engine", "dali", "-j", 2, "--prefetch", 3)
     assert outcome.config["engine"] == "dali"
-    assert "2 threads, 3 batches ahead" in outcome.printed
+    assert "2 threads, prefetch 3" in outcome.printed
     assert outcome.column("train_loss") == pytest.approx(run().column("train_loss"), rel=0.02)  # pixels of another decoder
     assert parsed(small_shards, "--workers", 5).threads == 5
 
@@ -351,7 +351,7 @@ def test_progressive_resizing(small_shards: Path) -> None:
 
 
 @covers("--eval-size", "--flip-test")
-def test_what_validation_sees(run: Callable[..., Outcome], small_shards: Path) -> None:
+def test_options_of_the_validation_images_reach_the_loader(run: Callable[..., Outcome], small_shards: Path) -> None:
     train, val = opened(small_shards, "--eval-size", 64, "--flip-test")
     assert val.spec.geometry == CentreCrop(74, mirrored=True)  # 37 at 32
     config = model_config_of(parsed(small_shards, "--eval-size", 64, "--flip-test"), train)
@@ -366,7 +366,7 @@ def test_what_validation_sees(run: Callable[..., Outcome], small_shards: Path) -
 
 
 @covers("--eval-every", "--checkpoint-every", "--trackers")
-def test_what_is_written_and_when(run: Callable[..., Outcome]) -> None:
+def test_metrics_and_checkpoints_are_written_at_the_given_intervals(run: Callable[..., Outcome]) -> None:
     outcome = run("--epochs", 3, "--eval-every", 2, "--checkpoint-every", 2, "--log-every", 2, "--trackers", "none")
     rows = read_metrics(outcome.folder / "metrics.csv")
     assert [int(row["step"]) for row in rows if row["val_top1"]] == [6, 9]
@@ -419,7 +419,7 @@ def test_a_tracker_gets_options_and_metrics(monkeypatch: pytest.MonkeyPatch, tmp
 
 @covers("--resume")
 def test_resume_needs_a_checkpoint_unless_it_is_auto(run: Callable[..., Outcome], small_shards: Path, tmp_path: Path) -> None:
-    """What a resumed run does: tests/test_train_stops.py."""
+    """tests/test_train_stops.py tests what a resumed run does."""
     folder = tmp_path / "new"
     words = ("train.py", "--data", small_shards, "--output", folder, *BASIC, "--iterations", 2, "--resume")
     assert "no checkpoint to resume from" in run_forked(*words).stderr

@@ -9,7 +9,7 @@ import pytest
 
 from tests.helpers import ROOT
 
-# A launcher with the given command line. It starts a process and exits once that is ready. The process records a SIGTERM.
+# A launcher with the given command line. It starts a process and exits once the process is ready. The process records a SIGTERM.
 LAUNCHER = """
 import os, signal, sys, time
 sys.path.insert(0, {root!r})

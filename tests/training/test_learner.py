@@ -23,7 +23,7 @@ OPTIONS = (
 
 @pytest.fixture
 def strict() -> Iterator[None]:
-    """Resets torch's sync debug mode, in which synchronizing with the GPU is an error, after the test."""
+    """After the test, reset torch's sync debug mode, in which synchronization with the GPU is an error."""
     yield
     torch.cuda.set_sync_debug_mode("default")
 

@@ -29,14 +29,14 @@ def alone(values: torch.Tensor) -> torch.Tensor:
 
 
 def batches(fake: FakeTime, waits: list[float]) -> Iterator[int]:
-    """Yields a batch after each wait."""
+    """Yield a batch after each wait."""
     for number, wait in enumerate(waits):
         fake.sleep(wait)
         yield number
 
 
 def run(meter: Meter, fake: FakeTime, waits: list[float], losses: list[float], step: float) -> None:
-    """Runs an epoch. step: the seconds that each training step takes."""
+    """Run an epoch. step: seconds of each training step."""
     for number in meter.timed(batches(fake, waits)):
         fake.sleep(step)
         meter.add(torch.tensor(losses[number]), torch.tensor(losses[number] / 8))
@@ -55,7 +55,7 @@ def test_loss_throughput_and_data_wait(fake: FakeTime) -> None:
 
 
 def test_read_resets_the_meter(fake: FakeTime) -> None:
-    """Also within an epoch. Time before the first step counts as elapsed, but not as data wait."""
+    """It also does so within an epoch. Time before the first step counts as elapsed, but not as data wait."""
     meter = Meter(CPU)
     for number in meter.timed(batches(fake, [0.5, 0.1, 0.3])):
         fake.sleep(0.5)
@@ -100,7 +100,7 @@ def test_timed_yields_the_same_batches(fake: FakeTime) -> None:
 
 
 def test_over_ranks_the_wait_share_is_the_maximum_and_loss_and_top1_are_means(fake: FakeTime) -> None:
-    """Two ranks run one after the other: the second gathers what the first has sent."""
+    """Two ranks run one after the other. The second gathers the values that the first has sent."""
     sent: list[torch.Tensor] = []
 
     def send(values: torch.Tensor) -> torch.Tensor:
@@ -169,7 +169,8 @@ def busy(device: torch.device) -> Callable[[], None]:
 
 @pytest.mark.gpu
 def test_a_busy_gpu_does_not_wait() -> None:
-    """The host waits 0.1 s for each batch. Only the first wait counts: after it, the GPU has more queued work than that."""
+    """The host waits 0.1 s for each batch. Only the first wait counts, because afterwards the GPU has more than 0.1 s of queued
+    work."""
     device = torch.device("cuda")
     work = busy(device)
     clock = Clock(device)

@@ -20,7 +20,7 @@ def random_images(count: int, height: int = 12, width: int = 10, dtype: torch.dt
 
 
 @pytest.mark.parametrize(("mixup", "cutmix"), [(0.4, 0.0), (0.0, 1.0), (1.0, 1.0)])
-def test_images_are_mixed_as_a_plain_loop_mixes_them(mixup: float, cutmix: float) -> None:
+def test_mixed_images_equal_those_of_a_plain_loop(mixup: float, cutmix: float) -> None:
     images = random_images(64)
     mixes = Mixing(mixup, cutmix, 7, 64).draw(3, 128, 192, (12, 10))
     mixed, share = mix_images(images, mixes)
@@ -85,7 +85,7 @@ def test_the_loss_is_the_cross_entropy_of_mixed_labels(smoothing: float) -> None
 def test_mixed_images_are_the_same_for_any_number_of_ranks_and_parts(processes: int, accumulate: int) -> None:
     """The loss is the same, too: the mean over all parts."""
     images, labels = random_images(32), torch.arange(32) % 7
-    start, stop = 96, 128  # a global batch: the fourth of an epoch
+    start, stop = 96, 128  # the fourth global batch of an epoch
     whole, share = mix_images(images, Mixing(0.2, 1.0, 5, 32).draw(9, start, stop, (12, 10)))
     weights = torch.randn(7, 360, generator=torch.Generator().manual_seed(2))
     expected = mixed_loss(whole.flatten(1) @ weights.T, labels, share, 0.1)
@@ -134,7 +134,7 @@ def test_mixups_shares_are_beta_distributed(alpha: float, below: object) -> None
 
 @pytest.mark.parametrize("alpha", [0.2, 1.0])
 def test_cutmix_boxes_are_distributed_as_in_the_authors_code(alpha: float) -> None:
-    """Against rand_bbox of clovaai/CutMix-PyTorch, on images so large that rounding does not matter."""
+    """Compared with rand_bbox of clovaai/CutMix-PyTorch, on images so large that rounding does not matter."""
     size = 4096
     rng = np.random.default_rng(0)
     cut = (size * np.sqrt(1 - rng.beta(alpha, alpha, PAIRS))).astype(int)
@@ -159,7 +159,7 @@ def test_each_pair_uses_mixup_or_cutmix_with_equal_probability() -> None:
 
 
 def test_boxes_scale_with_the_image() -> None:
-    """Progressive resizing changes their relative positions only by rounding."""
+    """Progressive resizing changes the relative positions of boxes only by rounding."""
     mixing = Mixing(0.0, 1.0, 8, 2)
     small, large = mixing.draw(2, 0, 2000, (96, 128)), mixing.draw(2, 0, 2000, (224, 192))
     for edge, (side, longer) in enumerate([(96, 224), (128, 192)] * 2):

@@ -27,7 +27,7 @@ def fill_gradients(model: nn.Module, seed: int) -> None:
 
 
 def steps(model: nn.Module, optimizer: torch.optim.Optimizer, rates: Sequence[float]) -> Iterator[float]:
-    """Takes a step with new gradients at each rate, and yields the rate afterwards."""
+    """Take a step with new gradients at each rate, and yield the rate afterwards."""
     for step, rate in enumerate(rates):
         fill_gradients(model, step)
         for group in optimizer.param_groups:
@@ -71,8 +71,8 @@ def test_sgd_follows_the_formula_of_momentum_and_decay(norm_and_bias: bool) -> N
 
 
 @pytest.mark.parametrize("norm_and_bias", [False, True])
-def test_lars_is_algorithm_1(norm_and_bias: bool) -> None:
-    """You et al. 2017, written out for each tensor, with a weight decay that is strong enough to matter."""
+def test_lars_follows_algorithm_1(norm_and_bias: bool) -> None:
+    """Algorithm 1 of You et al. 2017, written out for each tensor, with a weight decay that is strong enough to matter."""
     model = small_model()
     optimizer = make_optimizer("lars", model, 1.0, 0.9, 0.5, norm_and_bias)
     weights = [parameter.detach().double().numpy().copy() for parameter in model.parameters()]
@@ -154,7 +154,7 @@ def test_a_checkpoint_of_another_optimizer_is_refused() -> None:
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
-def test_both_train_under_accelerate(name: str) -> None:
+def test_all_optimizers_train_under_accelerate(name: str) -> None:
     accelerator = Accelerator(cpu=True)
     model = small_model()
     prepared, optimizer = accelerator.prepare(

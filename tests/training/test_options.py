@@ -31,8 +31,8 @@ def test_the_command_line_overrides_a_recipe() -> None:
     assert (options.lr, options.epochs, options.iterations, options.batch_size) == (0.2, 10, None, 128)
 
 
-def test_the_recipe_paper_is_section_3_4() -> None:
-    """The values are copied from the text of the paper. They include defaults that the recipe does not set."""
+def test_the_recipe_paper_follows_section_3_4() -> None:
+    """The expected values are copied from the text of the paper. They include defaults that the recipe does not set."""
     options = parse_arguments(None, [*DATA, "--recipe", "paper"])
     assert (options.batch_size, options.lr, options.weight_decay, options.momentum, options.iterations) == (
         256,
@@ -51,7 +51,7 @@ def test_the_recipe_paper_is_section_3_4() -> None:
     assert (options.alpha_std, options.scale) == (0.1, None)  # None: [256, 480] at 224, see choose_geometry
 
 
-def test_the_cifar_recipes_rates_are_section_4_2s() -> None:
+def test_the_cifar_recipes_rates_follow_section_4_2() -> None:
     options = parse_arguments(None, [*DATA, "--recipe", "cifar"])
     schedule = make_schedule(options, 391)
     steps = (0, 31_999, 32_000, 47_999, 48_000, 63_999)
@@ -90,9 +90,9 @@ def test_every_recipe_can_be_read_and_starts_with_its_command(name: str) -> None
         ),
         (("--recipe", "cifar", "--milestones", "64000"), "`milestones`: 64000 lies outside the run's 64000 iterations"),
         (("--recipe", "cifar110", "--epochs", "3"), "`warmup` 400 must be shorter than the run's 3 epochs"),
-        (("--epochs", "3", "--iterations", "9"), "both give the length of the run"),
-        (("--momentum", "1"), "`momentum` in"),
-        (("--alpha-std", "-1"), "`alpha_std` not negative"),
+        (("--epochs", "3", "--iterations", "9"), "both set the length of the run"),
+        (("--momentum", "1"), "`momentum` must lie in"),
+        (("--alpha-std", "-1"), "`alpha_std` must not be negative"),
         (("--warmup-lr", "0"), "`warmup_lr` must be positive"),
         (("--arch", "resnet19"), "unknown `arch` 'resnet19'"),
         (("--arch", "plain18", "--blurpool"), "`blurpool`: there is no plain18_blur; choose from resnet18_blur"),

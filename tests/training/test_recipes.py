@@ -16,7 +16,7 @@ pytestmark = pytest.mark.usefixtures("one_core")
 
 @pytest.mark.parametrize("name", recipes())
 def test_a_few_steps_of_each_recipe(name: str, small_shards: Path, tmp_path: Path) -> None:
-    """Only the length, batch size and image sizes are reduced, and compilation, which takes minutes on a CPU, fails."""
+    """Length, batch size and image sizes are reduced. Compilation, which takes minutes on a CPU, is made to fail."""
     recipe = tomllib.loads((RECIPES / f"{name}.toml").read_text())
     small = {"batch-size": [20], "image-size": [32], "start-size": [16], "eval-size": [40], "warmup": [1], "ramp": [0, 0]}
     reduced = [word for key, values in small.items() if key in recipe for word in (f"--{key}", *map(str, values))]
@@ -34,7 +34,7 @@ def test_a_few_steps_of_each_recipe(name: str, small_shards: Path, tmp_path: Pat
 
 @pytest.mark.parametrize("name", recipes())
 def test_parsed_options_equal_the_recipe(name: str) -> None:
-    """Each key is an option, and has the value in the file."""
+    """Each key is an option and has the value in the file."""
     recipe = tomllib.loads((RECIPES / f"{name}.toml").read_text())
     options = parse_arguments(None, ["--data", "x", "--recipe", name, "--arch", "resnet18"])
     actions = {option: action.dest for action in parser()._actions for option in action.option_strings}
@@ -45,7 +45,7 @@ def test_parsed_options_equal_the_recipe(name: str) -> None:
 
 
 def test_the_recipe_paper_has_no_later_additions() -> None:
-    """All that is not in the paper is off."""
+    """Everything that is not in the paper is off."""
     options = parse_arguments(None, ["--data", "x", "--recipe", "paper"])
     off = {
         "label_smoothing": 0, "mixup": 0, "cutmix": 0, "drop_path": 0, "ema": None, "blurpool": False, "start_size": None,

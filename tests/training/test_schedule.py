@@ -14,7 +14,7 @@ def test_step_divides_by_ten_at_its_milestones() -> None:
     assert [schedule.rate(epoch, ()) for epoch in (0, 29, 30, 59, 60, 89)] == pytest.approx([0.1, 0.1, 0.01, 0.01, 0.001, 0.001])
 
 
-def test_cosine_equals_torchs() -> None:
+def test_cosine_equals_torch() -> None:
     schedule = Schedule("cosine", 0.1, 1000)
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], 0.1)
     reference = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 1000)
@@ -63,7 +63,7 @@ def test_an_unknown_schedule_is_refused() -> None:
 
 
 def test_linear_is_a_straight_line_to_zero() -> None:
-    """ffcv-imagenet's get_cyclic_lr: np.interp over [0, peak, epochs]."""
+    """As ffcv-imagenet's get_cyclic_lr: np.interp over [0, peak, epochs]."""
     schedule = Schedule("linear", 0.5, 160, warmup=20)
     expected = np.interp(np.arange(160) + 0.5, [0, 20, 160], [0, 0.5, 0])
     assert [schedule.rate(step, ()) for step in range(160)] == pytest.approx(expected.tolist())

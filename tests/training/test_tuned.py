@@ -1,4 +1,4 @@
-"""Tuned settings are found again where they are valid, and nowhere else. A broken file never stops a run."""
+"""Tuned settings are used only where they are valid. A broken file never stops a run."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from training.tuned import load, save, with_tuned
 
 
 def write_manifest(root: Path, samples: str) -> LoaderSpec:
-    """A manifest with all that tuning reads. samples: their checksum."""
+    """Write a manifest with all entries that tuning reads. samples: their checksum."""
     split = {"images": 8, "shards": [{}], "samples_sha256": samples}
     content = {"format": "cropfeed-shards", "version": 2, "profile": "x", "classes": [], "statistics": {}}
     root.mkdir(parents=True)
@@ -27,7 +27,7 @@ def write_manifest(root: Path, samples: str) -> LoaderSpec:
 
 @pytest.fixture
 def file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The path of the settings file, which does not exist yet. This process has four cores."""
+    """The path of the settings file, which does not exist yet. This process seems to have four cores."""
     monkeypatch.setenv("CROPFEED_TUNED", str(tmp_path / "a" / "b" / "tuned.json"))
     monkeypatch.setattr(tuned, "cores_per_process", lambda: 4)
     return tmp_path / "a" / "b" / "tuned.json"
@@ -124,7 +124,7 @@ def test_a_file_that_cannot_be_written(file: Path, spec: LoaderSpec, tmp_path: P
 
 
 def test_explicit_settings_take_precedence(file: Path, spec: LoaderSpec) -> None:
-    """Then the tuned ones, then this process's share of the cores and the spec's own prefetch depth."""
+    """They are followed by tuned settings, then by this process's share of the cores and the spec's own prefetch depth."""
 
     def chosen(threads: int | None, prefetch: int | None) -> tuple[int, int]:
         found = with_tuned(replace(spec, prefetch=6, threads=9), threads, prefetch)

@@ -18,7 +18,7 @@ def test_numbers_depend_on_the_position_and_not_on_the_range(count: int) -> None
 
 
 def test_numbers_are_uniform_and_independent() -> None:
-    """Between neighbouring positions, between the numbers of one position, and between seeds, epochs and streams."""
+    """They are independent between neighbouring positions, within a position, and between seeds, epochs and streams."""
     count = 40_000
     drawn = uniforms(0, Stream.DROP, 0, 0, count, 6)
     assert kstest(drawn.ravel(), "uniform").pvalue > 1e-3

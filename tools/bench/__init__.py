@@ -1,5 +1,5 @@
 """The laboratory: benchmarks against other input pipelines, checks that need a GPU, and their results.
 
-Each `bench_*.py` measures one claim, `gpu_*.py` need a GPU, `peers/` has the other pipelines, and `recording.py` appends to
-`results/*.csv`. Neither the library nor the application imports anything from here.
+Each `bench_*.py` measures one claim, `gpu_*.py` need a GPU, `peers/` contains the other pipelines, and `recording.py` appends
+rows to `results/*.csv`. Neither the library nor the application imports anything from this package.
 """

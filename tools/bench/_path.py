@@ -1,6 +1,6 @@
 """Imported first by every script in this folder, so that Python finds the checkout's packages without an install.
 
-Python puts a script's folder first in sys.path. This moves it to the end, so that no module here shadows another of its name.
+Python puts a script's folder first in sys.path. This moves the folder to the end, so that no module in it shadows another one.
 """
 
 import sys

@@ -1,4 +1,4 @@
-"""For bench_accuracy.py: validation curves of finished runs, and the figures made of them."""
+"""For bench_accuracy.py: the validation curves of finished runs, and the figures computed from them."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class Curve(NamedTuple):
 
 
 class Run(NamedTuple):
-    """A finished run. minutes: of training and validation. wall_minutes: of its process, start-up included."""
+    """A finished run. minutes: time of training and validation. wall_minutes: time of its process, including start-up."""
 
     curve: Curve
     minutes: float
@@ -43,7 +43,7 @@ def read_run(folder: Path) -> Run:
     rows = read_metrics(metrics)
     validations = [row for row in rows if row["val_top1"]]
     if not validations:
-        raise UserError(f"{metrics}: holds no validation", "the images need a split val")
+        raise UserError(f"{metrics}: contains no validation", "give images with a split val")
     curve = Curve(
         tuple(float(row["epoch"]) for row in validations),
         tuple(float(row["seconds"]) / 60 for row in validations),
@@ -54,7 +54,7 @@ def read_run(folder: Path) -> Run:
 
 
 def with_moments(metric: str, values: list[float]) -> Iterator[Figure]:
-    """A quantity over the seeds; also its mean and sample standard deviation if all values are finite."""
+    """A quantity over the seeds, and its mean and sample standard deviation if all values are finite."""
     yield Figure(metric, values)
     if all(map(math.isfinite, values)):
         yield Figure(f"{metric}, mean", [mean(values)])
@@ -63,7 +63,7 @@ def with_moments(metric: str, values: list[float]) -> Iterator[Figure]:
 
 
 def figures(runs: Sequence[Run], levels: Sequence[float]) -> Iterator[Figure]:
-    """The figures of one contender over its seeds. levels: of top-1, percent."""
+    """The figures of one contender over its seeds. levels: top-1 accuracies, percent."""
     for level in levels:
         reached = [run.curve.reach(level) for run in runs]
         yield Figure(f"runs reaching {level:g} %", [sum(math.isfinite(epochs) for epochs, _ in reached)])
@@ -75,7 +75,8 @@ def figures(runs: Sequence[Run], levels: Sequence[float]) -> Iterator[Figure]:
 
 
 def ratios(runs: Sequence[Run], others: Sequence[Run], levels: Sequence[float]) -> Iterator[Figure]:
-    """Times of `runs` over those of `others`, seed by seed. Time to a level: only over seeds with which both reach it."""
+    """Times of `runs` over those of `others`, seed by seed. Times to a level are compared only for seeds with which both reach
+    it."""
     pairs = list(zip(runs, others, strict=True))
     for level in levels:
         minutes = [(run.curve.reach(level)[1], other.curve.reach(level)[1]) for run, other in pairs]

@@ -1,19 +1,22 @@
-"""Time to accuracy: train.py against the training script that people write, with the same model, recipe and cores.
+"""Time to accuracy: train.py against a typical training script, with the same model, recipe and cores.
 
     python tools/bench/bench_accuracy.py --shards SHARDS --images IMAGES --work RUNS --cores 1 --seeds 0 1 2 -- --epochs 16
 
-SHARDS are made from the folder IMAGES. Trains with every seed, one run after another; the contenders take turns:
+SHARDS must be made from the images in IMAGES. Trains each contender with every seed, one run after another; the contenders
+take turns:
 
-- cropfeed: train.py --recipe RECIPE, with the options behind `--`;
+- cropfeed: train.py --recipe RECIPE, with the options after `--`;
 - plain: peers/plain_train.py (PyTorch's DataLoader, Pillow) with the same hyper-parameters, but in float32, with the contiguous
   layout, and at the final image size throughout;
 - plain bf16: the same with everything that the recipe does for the model (precision, channels-last, progressive resizing,
   torch.compile), so that only the input differs.
 
-Every run is pinned to --cores and uses as many threads. After a stop, start it again: finished runs are kept, and a stopped run
-starts over, because the time of half a run means nothing. In the end, a row for each contender and comparison goes to
-results/accuracy_runs.csv, and their figures to results/accuracy.csv: epochs and minutes to each level of validation top-1 (inf:
-not reached), minutes of the whole run and of its process with its start-up, and ratios of times with the same seed.
+Every run is pinned to --cores and uses as many threads. To continue after an interruption, start the script again: it keeps
+finished runs and repeats the interrupted one, because the time of a partial run cannot be compared.
+
+At the end, the script appends a row for each contender and comparison to results/accuracy_runs.csv, and their figures to
+results/accuracy.csv: epochs and minutes to each level of validation top-1 (inf: not reached), minutes of the whole run, minutes
+of its process including start-up, and ratios of the times with the same seed.
 """
 
 from __future__ import annotations
@@ -47,27 +50,28 @@ from training.options import TrainOptions, make_schedule
 
 CROPFEED, PLAIN, PLAIN_BF16 = "cropfeed", "plain", "plain bf16"
 CONTENDERS = (CROPFEED, PLAIN, PLAIN_BF16)
-# What the plain script does with train.py's options. Options not listed must have their defaults: it does not have them.
+# How the plain script treats train.py's options. It lacks the options that are not listed, so these must keep their defaults.
 SAME = (
     "arch", "epochs", "batch_size", "momentum", "schedule", "warmup", "weight_decay", "no_norm_decay", "label_smoothing", "ema",
     "image_size", "eval_size", "flip_test", "geometry", "scale", "area", "seed", "eval_every", "log_every",
 )  # fmt: skip
 OF_MODEL = ("start_size", "ramp", "compile")  # for "plain bf16" only, as precision and layout are
-CHOICES: dict[str, tuple[Any, ...]] = {  # the only values that it has
+CHOICES: dict[str, tuple[Any, ...]] = {  # the only values that it supports
     "schedule": ("cosine", "linear"), "geometry": ("jitter", "rrc"), "alpha_std": (0.0,), "mean": ("channel",),
 }  # fmt: skip
 FREE = (
     "recipe", "data", "output", "resume", "lr", "scale_lr", "amp", "blurpool", "milestones", "patience", "order", "block_shards",
     "corrupt", "engine", "threads", "prefetch", "cache", "cache_gb", "checkpoint_every", "trackers",
 )  # fmt: skip
-GIVEN = ("--recipe", "--data", "--output", "--resume", "--seed")  # train.py's options that this program gives
+GIVEN = ("--recipe", "--data", "--output", "--resume", "--seed")  # train.py's options that this script sets
 
 
 @dataclass(frozen=True)
 class AccuracyOptions:
-    """What to compare. shards, images: the same data set in both forms; images: a folder with train/ and val/. work: folder for
-    the runs. cores: numbers of the cores that runs are pinned to. workers: of the plain script's DataLoader. training: further
-    options for train.py, as its command line takes them. levels: of top-1, percent. rows_only: train nothing."""
+    """What to compare. shards, images: the same data set in both forms; images is a folder with train/ and val/. work: folder
+    for the runs. cores: numbers of the cores to which runs are pinned. workers: number of workers of the plain script's
+    DataLoader. training: further words of train.py's command line. levels: top-1 accuracies, percent. rows_only: train nothing.
+    """
 
     shards: str
     images: Path
@@ -85,7 +89,7 @@ class AccuracyOptions:
     def __post_init__(self) -> None:
         for option in (word.split("=")[0] for word in self.training):
             if option in GIVEN:
-                raise UserError(f"{option} may not stand behind `--`: this program gives it to train.py")
+                raise UserError(f"{option} is not allowed after `--`: this script sets it for train.py")
 
     def training_words(self, seed: int) -> list[str]:
         """train.py's arguments, without --output."""
@@ -99,15 +103,15 @@ class AccuracyOptions:
 
 
 def plain_options(options: TrainOptions, images: Path, like_recipe: bool, workers: int, threads: int) -> PlainOptions:
-    """The plain script's options with the hyper-parameters of train.py's. like_recipe: also everything that the recipe does for
-    the model. Raises UserError for an option that the plain script does not have."""
+    """The plain script's options with the hyper-parameters of train.py's. like_recipe: also with everything that the recipe does
+    for the model. Raises UserError for an option that the plain script lacks."""
     defaults = TrainOptions(data=options.data)
     for name, value in vars(options).items():
         flag = f"--{name.replace('_', '-')}"
         if value not in CHOICES.get(name, (value,)):
-            raise UserError(f"the plain script has no {flag} {value}", f"give {flag} {CHOICES[name][0]} behind `--`")
+            raise UserError(f"the plain script has no {flag} {value}", f"give {flag} {CHOICES[name][0]} after `--`")
         if value != getattr(defaults, name) and name not in (*SAME, *OF_MODEL, *CHOICES, *FREE):
-            raise UserError(f"the plain script has no {flag}", f"leave it out, or take --contenders {CROPFEED} alone")
+            raise UserError(f"the plain script has no {flag}", f"leave it out, or give --contenders {CROPFEED}")
     values = {name: getattr(options, name) for name in (*SAME, *(OF_MODEL if like_recipe else ()))}
     given = {name: value for name, value in values.items() if value is not None}
     if like_recipe:
@@ -126,12 +130,12 @@ def command(contender: str, seed: int, options: AccuracyOptions) -> list[str]:
 
 @contextmanager
 def pinned(cores: Sequence[int]) -> Iterator[None]:
-    """Pin this process, and all processes that it starts meanwhile, to these cores."""
+    """Pin this process to these cores, and with it all processes that it starts in the meantime."""
     before = os.sched_getaffinity(0)
     try:
         os.sched_setaffinity(0, cores)
     except OSError as error:
-        raise UserError(f"--cores {' '.join(map(str, cores))}: {error.strerror}", f"there are {sorted(before)}") from error
+        raise UserError(f"--cores {' '.join(map(str, cores))}: {error.strerror}", f"choose from {sorted(before)}") from error
     try:
         yield
     finally:
@@ -139,13 +143,13 @@ def pinned(cores: Sequence[int]) -> Iterator[None]:
 
 
 def run_once(folder: Path, words: list[str], cores: Sequence[int], epochs: int) -> None:
-    """Do the run in `folder`, unless it has finished there. words: see `command`."""
+    """Train in `folder`, unless the run has already finished there. words: see `command`."""
     finished = folder / "finished.json"
     made = {"command": words, "cores": list(cores)}
     if finished.exists():
         before = json.loads(finished.read_text())
         if {key: before[key] for key in made} != made:
-            raise UserError(f"{folder}: was made by another command ({shlex.join(before['command'])})", "give another --work")
+            raise UserError(f"{folder}: holds a run of another command ({shlex.join(before['command'])})", "give another --work")
         return
     if folder.exists():
         shutil.rmtree(folder)
@@ -193,7 +197,8 @@ def run_folder(work: Path, contender: str, seed: int) -> Path:
 
 
 def finished_runs(work: Path, contenders: Sequence[str], seeds: Sequence[int]) -> dict[str, list[Run]]:
-    """Runs by contender; contenders without any run are left out. Raises UserError where only some seeds are missing."""
+    """Runs by contender; contenders without any run are left out. Raises UserError if only some seeds of a contender are
+    missing."""
     found = {}
     for contender in contenders:
         folders = [run_folder(work, contender, seed) for seed in seeds]
@@ -227,7 +232,8 @@ def parse(words: Sequence[str]) -> AccuracyOptions:
     parser.add_argument("--recipe", default="imagenette", help="train.py's recipe (default: imagenette)")
     parser.add_argument("--contenders", nargs="+", default=CONTENDERS, choices=CONTENDERS, help="what to train (default: all)")
     parser.add_argument("--seeds", nargs="+", type=int, default=(0, 1, 2), help="seeds to train with (default: 0 1 2)")
-    parser.add_argument("--levels", nargs="+", type=float, default=(80.0, 85.0, 90.0), help="of top-1, percent (80 85 90)")
+    parser.add_argument("--levels", nargs="+", type=float, default=(80.0, 85.0, 90.0),
+                        help="top-1 accuracies to which times are measured, percent (default: 80 85 90)")  # fmt: skip
     cores = sorted(os.sched_getaffinity(0))
     parser.add_argument("--cores", nargs="+", type=int, default=cores, help="numbers of the cores to run on (default: all)")
     parser.add_argument("--workers", type=positive, help="workers of the plain script's DataLoader (default: one per core)")
@@ -244,7 +250,7 @@ def main() -> None:
     options = parse(sys.argv[1:])
     recipe = options.train_options(options.seeds[0])
     if not recipe.epochs:
-        raise UserError("epochs are compared", "give the run's length in --epochs, not --iterations")
+        raise UserError("the comparison counts epochs", "give the length of the runs with --epochs, not --iterations")
     jobs = [(seed, name) for i, seed in enumerate(options.seeds) for name in rotated(options.contenders, i)]
     commands = [command(name, seed, options) for seed, name in jobs]
     if not options.rows_only:
@@ -256,12 +262,12 @@ def main() -> None:
     model = f"{recipe.arch} at {recipe.image_size}, {recipe.epochs} epochs, batch {recipe.batch_size}"
     seeds = " ".join(map(str, options.seeds))
     spec = f"{options.images.name}, recipe {shlex.join([options.recipe, *options.training])}: {model}; seeds {seeds}"
-    with pinned(options.cores):  # a row's hardware then has this number of cores
+    with pinned(options.cores):  # so that the rows' hardware has this number of cores
         report(runs, options.levels, f"{spec}; {len(options.cores)} cores each", options.results)
 
 
 def rotated(contenders: Sequence[str], number: int) -> list[str]:
-    """The order of turn `number`: each turn begins with another contender."""
+    """The contenders in the order of turn `number`. Each turn begins with another one."""
     at = number % len(contenders)
     return [*contenders[at:], *contenders[:at]]
 

@@ -1,9 +1,14 @@
 """The converter against FFCV's and WebDataset's writers: python tools/bench/bench_convert.py IMAGES
 
-IMAGES is a folder of JPEGs with all its subfolders. Measures on one core, in alternating repeats, on the same files in a warm
-page cache: our shard task with each profile, FFCV's own DatasetWriter (jpg, longest side 500, quality 90, one worker), and a
-plain webdataset.ShardWriter, which copies bytes without decoding. The shard task computes the statistics over the share of images
-that it would take on ImageNet, 100,000 of 1,281,167, and once over all images. Rows go to tools/bench/results/convert.csv.
+IMAGES is a folder of JPEGs, searched with all its subfolders. The benchmark runs on one core, on the same files in a warm page
+cache, and the writers take turns:
+
+- Cropfeed's shard task with each profile. It computes the statistics over the share of images that it uses on ImageNet, 100,000
+  of 1,281,167, and once over all images;
+- FFCV's own DatasetWriter (jpg, longest side 500, quality 90, one worker);
+- a plain webdataset.ShardWriter, which copies bytes without decoding.
+
+Rows go to tools/bench/results/convert.csv.
 """
 
 from __future__ import annotations
@@ -47,16 +52,16 @@ class Images:
 
 
 class ShardTasks:
-    """Our shard task. counted: images in the statistics."""
+    """Cropfeed's shard task. counted: number of images in the statistics."""
 
     def __init__(self, files: list[str], out: Path, profile: str, counted: int) -> None:
         self._sources = [Source(file, 0, None, f"{i:06d}", 0, file, 0) for i, file in enumerate(files)]
         self._out, self._profile, self._counted = out, profile, counted
         self._runs = 0
-        self.bytes_ratio = 0.0  # stored bytes over the images', in the last run
+        self.bytes_ratio = 0.0  # stored bytes over the bytes of the source, in the last run
 
     def __call__(self) -> float:
-        """Seconds of one run, which makes a new shard."""
+        """Make a new shard; returns the seconds that it took."""
         task = ShardTask(str(self._out), "train", self._runs, self._sources, self._profile, 4, False, self._counted)
         self._runs += 1
         began = time.perf_counter()
@@ -79,7 +84,8 @@ def _write_beton(files: list[str], out: Path, answer: Connection) -> None:
 
 
 def ffcv(files: list[str], out: Path) -> Callable[[], float]:
-    """Seconds of FFCV's writer, in its own process, which is killed afterwards because it may hang at its end."""
+    """A function that measures the seconds of FFCV's writer. The writer gets its own process, which is killed afterwards because
+    it may hang at exit."""
 
     def seconds() -> float:
         receiver, sender = multiprocessing.Pipe(duplex=False)
@@ -131,13 +137,13 @@ def main() -> None:
         for repeat in tqdm(range(REPEATS + 1), unit=" repeats"):
             for name, write in writers.items():
                 took = write()
-                if repeat:  # the first compiles and warms up
+                if repeat:  # the first repeat compiles and warms up
                     times[name].append(took)
     report(args.results, f"{args.images.name}, {len(files)} images, one core", len(files), writers, times)
 
 
 def report(file: Path, spec: str, count: int, writers: dict[str, Callable[[], float]], times: dict[str, list[float]]) -> None:
-    """Record images/s of each writer and, for ours, the stored bytes and the speed over FFCV's. count: of images."""
+    """Record images/s of each writer and, for Cropfeed, the stored bytes and the speedup over FFCV. count: number of images."""
     for name, seconds in times.items():
         figures = [Figure("images_per_s", [count / s for s in seconds])]
         writer = writers[name]

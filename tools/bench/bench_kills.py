@@ -1,10 +1,11 @@
-"""Is a conversion safe to kill anywhere? python tools/bench/bench_kills.py IMAGES --kills 100
+"""Check that a conversion survives SIGKILL at any moment: python tools/bench/bench_kills.py IMAGES --kills 100
 
-Converts IMAGES (whatever make_shards.py takes) once undisturbed, then again while its whole process group is killed by SIGKILL
---kills times. Each kill comes after a random number of further shards (none: during start-up) and a random delay, so that the
-kills are spread over the whole conversion; the last ones come while the data set is being completed. After each kill, every file
-that a reader could see must be finished and equal to the undisturbed run's. In the end, all files must be there.
-Rows go to tools/bench/results/kills.csv.
+Converts IMAGES (any source that make_shards.py accepts) once without interruption. Then converts it again and kills the whole
+process group with SIGKILL, --kills times. Each kill comes after a random number of further shards (none: during start-up) and a
+random delay, so that the kills are spread over the whole conversion. The last kills come while the data set is being completed.
+
+After each kill, every file that a reader can see must be complete and equal to that of the uninterrupted run. At the end, all
+files must be there. Rows go to tools/bench/results/kills.csv.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ STARTING, WORKING = 1.5, 0.02  # seconds: longest random delay of a kill during 
 
 
 def digests(folder: Path) -> dict[str, str]:
-    """What a reader sees: the SHA-256 of every file by its name, without hidden files and the converter's own records."""
+    """The SHA-256 of every file that a reader sees, by name: without hidden files and the converter's own records."""
     return {
         str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
         for path in folder.rglob("*")
@@ -51,7 +52,7 @@ def finished(out: Path) -> int:
 
 
 def kill_at(process: subprocess.Popen[bytes], out: Path, shards: int, wait: float) -> bool:
-    """Kill when `shards` shards are finished and `wait` seconds have passed; False if the conversion ended before."""
+    """Kill the conversion `wait` seconds after `shards` shards are finished. Returns False if it ended before."""
     while finished(out) < shards and process.poll() is None:
         time.sleep(0.005)
     deadline = time.monotonic() + wait
@@ -68,12 +69,12 @@ def check(out: Path, expected: dict[str, str]) -> None:
     """Raise UserError if a reader of `out` could see anything but finished files."""
     for name, digest in digests(out).items():
         if expected.get(name) != digest:
-            raise UserError(f"{out / name}: visible after a kill, but different from an undisturbed run's")
+            raise UserError(f"{out / name}: visible after a kill, but different from the uninterrupted run's")
 
 
 def main() -> None:
     parser = Parser(__doc__)
-    parser.add_argument("images", type=Path, metavar="IMAGES", help="what make_shards.py is to convert")
+    parser.add_argument("images", type=Path, metavar="IMAGES", help="source of images for make_shards.py")
     parser.add_argument("--seed", type=int, default=0, help="seed of the random delays")
     parser.add_argument("--results", type=Path, default=RESULTS / "kills.csv")
     parser.add_argument("--kills", type=positive, default=100, help="number of kills (default: 100)")
@@ -99,7 +100,7 @@ def main() -> None:
             bar.update()
         bar.close()
         if start(args.images, out, args.shard_size).wait() or digests(out) != expected:
-            raise UserError("the conversion after the kills differs from the undisturbed one")
+            raise UserError("the conversion after the kills differs from the uninterrupted one")
     spec = f"{args.images.name}, {shards} shards of {args.shard_size}, {os.cpu_count()} workers"
     after_shards = sum(gain > 0 for gain in gains)
     for benchmark, kills in (

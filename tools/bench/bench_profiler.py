@@ -1,11 +1,11 @@
-"""Is the profiler right? It is run with planted faults, and its predictions and choices are compared with measurements.
+"""Check the profiler's verdicts, predictions and tuned settings against measurements.
 
     python tools/bench/bench_profiler.py DATA
 
-    faults    plants each fault in FAULTS and tries the remedy (--apply): is the cause named, and the gain as predicted?
-    tuning    --tune, then every setting of its grid in turns: how close is the chosen setting to the best?
+    faults    plants each fault in FAULTS and tries the remedy (--apply): does the profiler name the cause, and predict the gain?
+    tuning    runs --tune, then measures every setting of its grid in turns: how close is the chosen setting to the best one?
 
-Rows go to tools/bench/results/profile.csv. Exit code 1 if a cause is not named, or a figure misses its goal.
+Rows go to tools/bench/results/profile.csv. The exit code is 1 if a cause is not named or a figure misses its goal.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from tools.profiler.loaders import grid, measure_loaders
 from tools.profiler.profile import PREFETCHES
 from training.launch import cores_per_process
 
-PREDICTED = 0.2  # goal: largest distance of predicted over measured gain from 1
+PREDICTED = 0.2  # goal: predicted over measured gain differs from 1 by at most this
 TUNED = 0.95  # goal: throughput of the chosen setting over that of the best
 MINUTE = 60.0
 REPEATS = 5
@@ -38,7 +38,7 @@ REPEATS = 5
 
 @dataclass(frozen=True)
 class Fault:
-    """options: of profile_pipeline.py. limit, stage: what the verdict must name, with one of the remedies."""
+    """options: for profile_pipeline.py. The verdict must name the limit, the stage and one of the remedies."""
 
     name: str
     options: tuple[str, ...]
@@ -69,7 +69,7 @@ def profile(data: str, *options: str) -> Any:
 
 
 def check_fault(fault: Fault, data: str, results: Path) -> bool:
-    """Plant a fault and record the predicted and the measured gain. Returns whether cause and prediction are right."""
+    """Plant a fault and record the predicted and the measured gain. Returns whether the cause and the prediction are right."""
     found = profile(data, *fault.options, "--apply")
     verdict, applied = found["verdict"], found["applied"]
     named = (verdict["limit"], verdict["stage"]) == (fault.limit, fault.stage) and verdict["remedy"] in fault.remedies
@@ -93,7 +93,8 @@ def check_tuning(data: str, results: Path) -> bool:
     spec = LoaderSpec(data, batch_size=64, engine="cpu")
     threads = sorted({1, cores_per_process(), tuned["threads"]})
     loaders = measure_loaders(grid(spec, [spec.engine], threads, PREFETCHES), False, 2 * REPEATS, 1.0, "every setting")
-    # Chosen by the first half of the repeats and compared in the other half: among equal settings, chance decides.
+    # The first half of the repeats selects the best setting, and the second half compares with it. If all repeats did both, noise
+    # would favour the best of several equal settings.
     best = max(loaders, key=lambda loader: median(loader.speeds[:REPEATS]))
     setting = (tuned["threads"], tuned["prefetch"])
     chosen = next(loader for loader in loaders if (loader.spec.threads, loader.spec.prefetch) == setting)

@@ -1,16 +1,16 @@
 """Region-addressable JPEG on one core: python tools/bench/bench_region.py ORIGINAL LOSSLESS COMPACT
 
-The arguments are three folders of shards of the same images, made by make_shards.py with the three profiles. Measures, on
-training images, with the plan's draws of a crop of 224 at S in 256..480:
+The arguments are three folders of shards of the same images, made by make_shards.py with the three profiles. The benchmark takes
+training images, with the plan's draws of a 224 crop at S in 256..480, and measures:
 
-- decoding the whole image, the region by libjpeg-turbo's own partial decoding, and the region by cutting first. All three use the
-  same libjpeg-turbo with its exact settings (jpeg_decode.c, compiled here). They take turns image by image, and each image's best
-  of three passes counts, so that a busy machine slows down all of them alike. Ratios are taken within each repeat. Before the
-  measurement, all three are checked to give the same pixels;
-- cutting alone, and writing the format (images/s); the size of each folder's images.
+- decoding of the whole image, of the region by libjpeg-turbo's own partial decoding, and of a cut of the region. All three use
+  the same libjpeg-turbo with its exact settings (jpeg_decode.c, compiled here). They take turns image by image, and each image's
+  best of three passes counts, so that a busy machine slows down all of them alike. Ratios are taken within each repeat. Before
+  the measurement, the benchmark checks that all three give the same pixels;
+- cutting alone, transcoding (images/s), and the size of each folder's images.
 
-The files that can be cut have restart markers, which disable libjpeg-turbo's fast Huffman decoding: the rows "against original"
-compare with the files as they come. Rows go to tools/bench/results/region.csv.
+Files that can be cut have restart markers, which disable libjpeg-turbo's fast Huffman decoding. The rows "against original"
+therefore compare with the original files. Rows go to tools/bench/results/region.csv.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ from tools.bench.recording import RESULTS, Figure, record
 
 REPEATS = 5
 PASSES = 3  # over the images in a repeat; the shortest time of each image counts
-CHECKED = 50  # images whose pixels are compared before anything is timed
+CHECKED = 50  # number of images for the comparison of pixels before the measurement
 Regions = npt.NDArray[np.int64]
 INSTALL = "apt-get install gcc libjpeg62-turbo-dev"
 
@@ -62,7 +62,7 @@ class Decoder:
             raise UserError(f"libjpeg-turbo: {self._library.why().decode()}")
 
     def inside(self, region: Regions, top: Int = 0, left: Int = 0) -> Bytes:
-        """The region's pixels in the last output, uint8 (H, W, 3). top, left: of the decoded JPEG in the image."""
+        """The region's pixels in the last output, uint8 (H, W, 3). top, left: position of the decoded JPEG in the image."""
         y, x, height, width = (int(value) for value in self._place)
         pixels = self._out[: height * width * 3].reshape(height, width, 3)
         y, x = y + top, x + left
@@ -103,11 +103,11 @@ class Folder(NamedTuple):
 
 
 def read_folders(paths: list[Path], count: int) -> list[Folder]:
-    """Evenly spaced images of the original, lossless and compact folders, without those whose original is not baseline."""
+    """Evenly spaced images of the original, lossless and compact folders. Images that are not baseline JPEGs are left out."""
     stored = [ShardSet(path, "train") for path in paths]
     for path, other in zip(paths, stored, strict=True):
         if len(other) != len(stored[0]) or not np.array_equal(other.samples["label"], stored[0].samples["label"]):
-            raise UserError(f"{path}: holds other images than {paths[0]}", "make both from the same source")
+            raise UserError(f"{path}: contains other images than {paths[0]}", "make both from the same source")
     ids = []
     for index in np.unique(np.linspace(0, len(stored[0]) - 1, count).astype(int)).tolist():
         try:
@@ -156,7 +156,7 @@ def decode_cut(decode: Decoder, jpeg: Bytes, region: Regions) -> None:
 
 
 def decode_inside_cut(decode: Decoder, jpeg: Bytes, region: Regions) -> None:
-    """Cut, then decode partially: the tiles of the cut extend beyond the region."""
+    """Cut, then decode partially, because the tiles of the cut extend beyond the region."""
     piece = cut(jpeg, *region.tolist())
     decode(piece.jpeg, region - np.array((piece.top, piece.left, piece.top, piece.left)))
 
@@ -165,8 +165,8 @@ METHODS = {"whole": decode_whole, "partial": decode_partially, "cut": decode_cut
 
 
 def time_decoding(folders: list[Folder], decode: Decoder, epoch: int) -> dict[tuple[str, str], float]:
-    """Seconds for all images by (profile, method). Each image is decoded by all methods before the next image; the first method
-    changes from image to image."""
+    """Seconds for all images by (profile, method). All methods decode an image before the next image; each image begins with
+    another method."""
     jobs = []
     for profile, folder in zip(("original", "lossless", "compact"), folders, strict=True):
         regions = folder.regions(epoch)

@@ -1,9 +1,10 @@
-"""Start-up, memory and planning against the number of samples: python tools/bench/bench_scale.py SHARDS
+"""Start-up time, planning time and memory by the number of samples: python tools/bench/bench_scale.py SHARDS
 
-Makes data sets of 10^4, 1,281,167 and 10^9 samples without images, from the statistics in SHARDS' manifest: each is a manifest
-and a sparse samples.npy with records of zeros. For each, in its own process, measures opening a loader, resuming at a saved
-position near an epoch's end, planning batches at random positions of random epochs (order, draws, windows, with invented image
-sizes), and the memory that these take. No image is read. Rows go to tools/bench/results/scale.csv.
+Makes data sets of 10^4, 1,281,167 and 10^9 samples without images, with the statistics in SHARDS' manifest. Each consists of a
+manifest and a sparse samples.npy with records of zeros. For each data set, a new process measures how long it takes to open a
+loader, to resume at a saved position near the end of an epoch, and to plan batches at random positions of random epochs (order,
+draws, windows, with made-up image sizes), and how much memory that needs. No image is read. Rows go to
+tools/bench/results/scale.csv.
 """
 
 from __future__ import annotations
@@ -47,7 +48,7 @@ class Planner(Loader):
 
 
 def write_data(source: Manifest, folder: Path, count: int) -> None:
-    """A data set of `count` samples without a single image."""
+    """Write a data set of `count` samples without images."""
     size = max(1000, -(-count // SHARDS))
     shards = [
         {
@@ -68,7 +69,7 @@ def write_data(source: Manifest, folder: Path, count: int) -> None:
 
 
 def measure(folder: Path) -> dict[str, float]:
-    """The figures of one data set, measured in this process."""
+    """Measure one data set in this process; returns the figures."""
     spec = LoaderSpec(folder, batch_size=BATCH, normalization="channel")
     next(iter(Planner(spec)))  # compiles
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

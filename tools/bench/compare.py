@@ -1,6 +1,6 @@
 """The throughput of other input pipelines and of Cropfeed's engines, on the same images.
 
-    python tools/bench/compare.py IMAGES                                           all contenders that are installed
+    python tools/bench/compare.py IMAGES                                           all installed contenders
     python tools/bench/compare.py IMAGES --only dali-roi cropfeed-cpu-lossless     some of them; dali-roi:500 for one kind of data
     python tools/bench/compare.py IMAGES --python-for tf-data=/other/env/bin/python
 
@@ -8,8 +8,8 @@ IMAGES is a folder of class folders of JPEGs, a tar of one, or a folder of shard
 same images on the same cores. tools/bench/peers/compare.py describes the method, and the other modules there hold the contenders'
 code and settings. The script uses a temporary folder of about four times the size of the images.
 
-A contender whose package is missing is listed with the command that installs it. --python-for runs a contender in another Python,
-which needs psutil, too. Rows go to tools/bench/results/compare.csv.
+If a contender's package is missing, the table shows the command that installs it. --python-for runs a contender with another
+Python interpreter, which needs psutil, too. Rows go to tools/bench/results/compare.csv.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def parser() -> Parser:
     parser = Parser(__doc__)
     parser.add_argument("images", type=Path, metavar="IMAGES", help="folder or tar of images, or folder of shards")
     parser.add_argument(
-        "--only", nargs="+", default=[], metavar="NAME", help="measure these contenders; NAME:500 on that data alone"
+        "--only", nargs="+", default=[], metavar="NAME", help="measure only these contenders; NAME:500 for one kind of data"
     )
     parser.add_argument(
         "--python-for", type=python_for, action="append", default=[], metavar="NAME=PYTHON", help="Python that runs a contender"
@@ -76,7 +76,8 @@ def main() -> None:
         threads=args.threads,
         python_for=dict(args.python_for),
     )
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # an exception, which ends contenders and removes temporary files
+    # sys.exit raises an exception, so that contenders are stopped and temporary files removed.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     if args.json:
         check_writable(args.json)
     found = compare(options)

@@ -1,21 +1,22 @@
 """Every check and benchmark that needs a GPU: python tools/bench/gpu_check.py
 
-The most important parts come first. Each prints its rows when it ends, and appends them to results/gpu.csv. All parts take less
-than 8 minutes on one data-centre GPU. The exit code is 1 if a check failed. The images are drawn, or real ones (--source). Needs
-what train.py needs, and DALI. `--device cpu` with small sizes tests the code itself without a GPU; its figures mean nothing.
+Prints the doctor's report, then runs the parts below, the most important ones first. Each part prints its rows when it ends, and
+appends them to results/gpu.csv. All parts together take less than 8 minutes on one data-centre GPU. The exit code is 1 if a check
+failed. The images are synthetic unless --source names real ones. The script requires DALI and what train.py requires.
+`--device cpu` with small sizes tests the script itself without a GPU; its figures mean nothing.
 
 - pixels: the GPU graph against the Pillow reference (mean difference <= 1, 99.9th percentile <= 4, of 255).
 - train: images/s of a bf16 training step of each --arch from shards, and of the same step on one synthetic batch, in turns (goal:
-  0.98 of it, with a data wait under 1 %); peak memory; the step's share of the tensor cores' peak, on a card whose peak is known.
-- steps: the first --arch's train step, compiled and eager, against those of torchvision and timm, if these are installed (goal:
-  1.1 times their throughput).
+  a ratio of 0.98, with a data wait under 1 %); peak memory; the step's share of the tensor cores' peak, for known cards.
+- steps: the train step of the first --arch, compiled and eager, against those of torchvision and timm, if these are installed
+  (goal: 1.1 times their throughput).
 - loader: images/s of every engine alone, into GPU memory, for original, lossless and compact shards, for several shares of the
   hardware JPEG decoder, and for cut and whole streams; in turns with the stock DALI pipeline. Goals: twice stock DALI, and three
   times the demand of training.
-- profile: the profiler's verdict on the same, with the GPU's own clock and NVML. The doctor's report comes before all parts.
-- models: logits against those of torchvision's ResNets, if it is installed.
-- imagenette, if --imagenette gives its shards: minutes of ResNet-18 to 90 % top-1 at 128 and at 160 pixels. Its figures go to
-  gpu_accuracy.csv and gpu_accuracy_runs.csv, beside gpu.csv.
+- profile: the profiler's verdict on training with these shards, with times from the GPU's clock and utilization from NVML.
+- models: logits against those of torchvision's ResNets, if torchvision is installed.
+- imagenette, if --imagenette names its shards: minutes that ResNet-18 needs to 90 % top-1 at 128 and at 160 pixels. The figures
+  go to gpu_accuracy.csv and gpu_accuracy_runs.csv, beside gpu.csv.
 """
 
 from __future__ import annotations
@@ -65,8 +66,9 @@ ROWS = RESULTS / "gpu.csv"
 
 @dataclass(frozen=True)
 class GpuCheckOptions:
-    """What to check. images: per class, of 8 classes, if `source` is None; source: folder of class folders of JPEGs. imagenette:
-    folder of Imagenette's shards. seconds: of each repeat. Raises UserError for a device that gives no GPU rows."""
+    """What to check. source: folder of class folders of JPEGs. images: number of synthetic images for each of 8 classes, if
+    `source` is None. imagenette: folder of Imagenette's shards. seconds: duration of each repeat. Raises UserError for a missing
+    GPU, and for `device` cpu with the file of GPU rows."""
 
     device: str = "cuda"
     arch: tuple[str, ...] = ("resnet50", "resnet18", "resnet152")
@@ -104,7 +106,7 @@ class Difference:
 
 
 def pixel_differences(loader: Loader) -> list[Difference]:
-    """The differences of each view of each sample in the rest of an epoch. For loaders with one rank."""
+    """The differences of each view of each sample in the rest of the epoch. For loaders with one rank."""
     found = []
     ranges = loader.batch_ranges(loader.epoch, loader.consumed)
     for batch_range, batch in zip(ranges, loader, strict=True):
@@ -122,8 +124,8 @@ def pixel_differences(loader: Loader) -> list[Difference]:
 
 
 def check_pixels(spec: LoaderSpec, results: Path, images: str) -> bool:
-    """The graph on the device against Pillow, in training and in evaluation, as float32. Returns whether the differences are
-    within the limits. images: what they are."""
+    """Compare the graph on the device with Pillow, in training and in evaluation, in float32. Returns whether the differences
+    are within the limits. images: their description in the rows."""
     good = True
     spec = replace(spec, dtype=torch.float32, batch_size=min(64, spec.batch_size))
     padded = replace(spec, geometry=PaddedCrop(spec.final_size // 8))
@@ -143,8 +145,8 @@ def check_pixels(spec: LoaderSpec, results: Path, images: str) -> bool:
 
 @torch.inference_mode()
 def check_models(device: str, results: Path) -> bool:
-    """Logits of our models against torchvision's with the same weights, in float32. Returns whether the greatest difference is
-    small."""
+    """Compare the logits of our models with those of torchvision's, with the same weights, in float32. Returns whether all
+    differences are small."""
     try:
         from torchvision import models
     except ImportError:
@@ -166,14 +168,15 @@ def check_models(device: str, results: Path) -> bool:
 
 
 def describe(spec: LoaderSpec, images: str) -> str:
-    """A row's spec. images: what they are."""
+    """A row's spec. images: their description."""
     dtype = str(spec.dtype).removeprefix("torch.")
     crop = f"{spec.geometry} to {spec.image_size}"
     return f"{images}, {crop}, batch {spec.batch_size}, {dtype}, {spec.device}, {spec.threads} threads"
 
 
 def check_profiler(spec: LoaderSpec, arch: str, seconds: float) -> bool:
-    """Print the profiler's verdict on training a model on the device. Returns whether the profile has a demand and a verdict."""
+    """Print the profiler's verdict on training a model on the device. Returns whether the profile contains a demand and a
+    verdict."""
     options = ProfileOptions(
         spec, arch=arch, precision="bf16", cache_state="warm", engines=("dali", "cpu"), repeats=REPEATS, seconds=seconds / 2
     )
@@ -183,7 +186,7 @@ def check_profiler(spec: LoaderSpec, arch: str, seconds: float) -> bool:
 
 
 def make_data(folder: Path, source: Path | None, per_class: int, profiles: Sequence[str]) -> dict[str, Path]:
-    """Shards by profile, of the images in `source` or of drawn ones: 4:4:4, 4:2:0, 4:2:2 and grey."""
+    """Shards by profile, made from the images in `source`, or from synthetic ones: 4:4:4, 4:2:0, 4:2:2 and grey."""
     if source is None:
         source = folder / "images"
         make_demo_data(source, per_class, 8, 0, os.cpu_count() or 1)
@@ -195,7 +198,7 @@ def make_data(folder: Path, source: Path | None, per_class: int, profiles: Seque
 
 
 def check_parts(options: GpuCheckOptions, data: dict[str, Path], spec: LoaderSpec) -> bool:
-    """Do the parts; returns whether all checks passed. data: see `make_data`."""
+    """Run the parts; returns whether all checks passed. data: see `make_data`."""
     results, seconds, first, images = options.results, options.seconds, options.arch[0], options.images_in_words
     described = describe(spec, images)
     good = True
@@ -220,7 +223,8 @@ def check_parts(options: GpuCheckOptions, data: dict[str, Path], spec: LoaderSpe
 
 
 def train_imagenette(shards: Path, size: int, results: Path) -> bool:
-    """Time to 90 % with recipe imagenette, but for more epochs and at `size` pixels. Returns whether the training succeeded."""
+    """Measure the time to 90 % with recipe imagenette, but with more epochs and at `size` pixels. Returns whether the training
+    succeeded."""
     accuracy = results.with_name(f"{results.stem}_accuracy.csv")
     with tempfile.TemporaryDirectory() as work:
         training = ["--arch", "resnet18", "--image-size", size, "--start-size", size - 32, "--eval-size", size, "--epochs", 40]
@@ -238,9 +242,9 @@ def parse() -> GpuCheckOptions:
     parser.add_argument("--parts", nargs="+", choices=PARTS, help="default: all, in this order")
     parser.add_argument("--batch-size", type=positive, help="default: 256")
     parser.add_argument("--image-size", type=positive, help="side of the crop, pixels (default: 224)")
-    parser.add_argument("--source", type=Path, help="folder of class folders of JPEGs, instead of drawn images")
+    parser.add_argument("--source", type=Path, help="folder of class folders of JPEGs, instead of synthetic images")
     parser.add_argument("--imagenette", type=Path, help="folder of Imagenette's shards, for the last part")
-    parser.add_argument("--images", type=positive, help="number of images to draw for each of 8 classes (default: 250)")
+    parser.add_argument("--images", type=positive, help="number of synthetic images for each of 8 classes (default: 250)")
     parser.add_argument("--seconds", type=float, help="duration of each repeat (default: 2)")
     parser.add_argument("--results", type=Path, help="file to append rows to (default: tools/bench/results/gpu.csv)")
     parser.set_defaults(**{field.name: field.default for field in fields(GpuCheckOptions)})
@@ -251,7 +255,7 @@ def parse() -> GpuCheckOptions:
 
 def main() -> None:
     options = parse()
-    torch.backends.cudnn.benchmark = True  # as train.py and the reference scripts have it
+    torch.backends.cudnn.benchmark = True  # as in train.py and in the reference scripts
     subprocess.run([sys.executable, str(ROOT / "tools" / "doctor.py")], check=False)
     with tempfile.TemporaryDirectory() as folder:
         profiles = ("lossless", "original", "compact") if "loader" in options.parts else ("lossless",)

@@ -1,8 +1,8 @@
-"""For gpu_check.py: loaders into GPU memory in turns, Cropfeed's engines on every kind of shards and the stock DALI pipeline.
+"""For gpu_check.py: throughput of loaders into GPU memory, measured in turns.
 
-All loaders make the same batches: scale jitter, crop, flip; uint8 pixels without normalization, on the device. The stock pipeline
-is that of DALI's documentation over the original files: fn.readers.webdataset, fn.decoders.image, fn.resize,
-fn.crop_mirror_normalize.
+The loaders are Cropfeed's engines on every kind of shards, and the stock DALI pipeline. All make the same batches: scale jitter,
+crop, flip; uint8 pixels without normalization, on the device. The stock pipeline is the one in DALI's documentation, on the
+original files: fn.readers.webdataset, fn.decoders.image, fn.resize, fn.crop_mirror_normalize.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def batches_of(loader: Loader) -> NextBatch:
 
 
 def stock(spec: LoaderSpec) -> NextBatch:
-    """The stock pipeline over a folder of shards of profile "original", at DALI's default share for the hardware decoder."""
+    """The stock pipeline on a folder of shards of profile "original", with DALI's default share for the hardware decoder."""
     assert isinstance(spec.geometry, ScaleJitter)
     device = torch.device(spec.device)
     gpu, size = device.type == "cuda", spec.final_size
@@ -74,7 +74,7 @@ def stock(spec: LoaderSpec) -> NextBatch:
 
 
 def loaders(data: dict[str, Path], spec: LoaderSpec) -> Iterator[tuple[str, NextBatch]]:
-    """Each loader's name, and the loader itself. data: profile -> folder of shards."""
+    """The loaders with their names. data: profile -> folder of shards."""
     plain = replace(spec, dtype=torch.uint8)
     yield STOCK, stock(replace(plain, data=data["original"]))
     for profile, folder in data.items():
@@ -93,7 +93,7 @@ def measure_loaders(
 ) -> dict[str, float]:
     """Record images/s of every loader, in turns, and its ratio to the stock pipeline. Returns the median ratios by name.
 
-    seconds: of each repeat. images: what they are.
+    seconds: duration of each repeat. images: their description in the rows.
     """
     device = torch.device(spec.device)
     opened = dict(loaders(data, spec))
@@ -115,8 +115,8 @@ def measure_loaders(
 
 
 def images_per_second(next_batch: NextBatch, seconds: float, device: torch.device, ahead: int) -> float:
-    """Throughput over about `seconds`, with the device idle at both ends. The first `ahead` batches, which may have been
-    prefetched, do not count."""
+    """Throughput over about `seconds`, with an idle device at the start and at the end. The first `ahead` batches may have been
+    prefetched and do not count."""
     for _ in range(ahead):
         next_batch()
     synchronise(str(device))

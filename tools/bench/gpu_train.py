@@ -1,9 +1,13 @@
-"""For gpu_check.py: train steps on the device, of our models from shards, and of ResNets as the reference scripts train them.
+"""For gpu_check.py: throughput of train steps on the device: from shards, and compared with the reference training scripts.
 
-All steps are compared on one synthetic batch. torchvision's references/classification/train.py: SGD with momentum, contiguous
-layout, loss and accuracies read back after every step. timm's train.py: Nesterov momentum, no weight decay of vectors, the loss
-read back; contiguous layout, or channels-last as with its option. Both use bf16 autocast, without the loss scaling that their
-fp16 would need.
+All steps are compared on one synthetic batch. The reference scripts are:
+
+- torchvision's references/classification/train.py: SGD with momentum, contiguous layout, loss and accuracies read back after
+  every step;
+- timm's train.py: Nesterov momentum, no weight decay on vectors, the loss read back; contiguous layout, or channels-last, which
+  is an option there.
+
+Both use bf16 autocast, without the loss scaling that fp16 would need.
 """
 
 from __future__ import annotations
@@ -31,15 +35,15 @@ from training.optimizers import parameter_groups
 
 CLASSES = 1000
 RATIO_GOAL, WAIT_GOAL, STEP_GOAL = 0.98, 0.01, 1.1
-# Peak operations/s of the tensor cores in dense bf16, from NVIDIA's data sheets (which give it with sparsity: twice as much).
+# Peak operations/s of the tensor cores in dense bf16: half of the figures with sparsity in NVIDIA's data sheets.
 PEAKS = {"NVIDIA H100 80GB HBM3": 989e12, "NVIDIA H200": 989e12}
 OURS, COMPILED = "ours", "ours, compiled"
 
 
 def share_of_peak(arch: str, size: int, images_per_s: float, card: str) -> float | None:
-    """Share of the tensor cores' peak that training at a given throughput uses; None for a card whose peak is not known.
+    """Share of the tensor cores' peak that training at a given throughput uses; None if the card's peak is not known.
 
-    The backward pass counts twice the forward pass, and a multiply-add two operations. card: its name in torch.
+    The backward pass counts as two forward passes, and a multiply-add as two operations. card: its name in torch.
     """
     if card not in PEAKS:
         return None
@@ -59,14 +63,14 @@ def reset_peak_memory(device: str) -> None:
 
 
 def peak_memory(device: str) -> dict[str, list[float]]:
-    """Peak memory of torch's tensors in GiB, without DALI's own buffers; empty without a GPU."""
+    """Peak memory of torch's tensors in GiB, without DALI's buffers; empty without a GPU."""
     return {"peak_memory_gib": [torch.cuda.max_memory_allocated(device) / 2**30]} if device.startswith("cuda") else {}
 
 
 def measure_train(spec: LoaderSpec, arch: str, results: Path, seconds: float, repeats: int, described: str) -> list[float]:
-    """Record images/s of training from shards, and of training on one batch that stays on the device. Returns the ratios.
+    """Record images/s of training from shards, and of training on one batch that stays on the device. Returns their ratios.
 
-    seconds: of each repeat. described: the rows' spec.
+    seconds: duration of each repeat. described: the rows' spec.
     """
     reset_peak_memory(spec.device)
     consumer = Model(arch, "bf16", spec, CLASSES)
@@ -116,7 +120,8 @@ class PlainStep:
 
 
 def contenders(arch: str, spec: LoaderSpec) -> Iterator[tuple[str, Any, torch.dtype, torch.memory_format]]:
-    """Name, consumer, and dtype and layout of its images. Prints which ones are left out: those not installed, or failing."""
+    """Name, consumer, and dtype and layout of its images. Prints which contenders are left out because they are not installed or
+    fail."""
     channels_last = torch.channels_last
     yield OURS, Model(arch, "bf16", spec, CLASSES), torch.bfloat16, channels_last
     model = Model(arch, "bf16", spec, CLASSES)
@@ -148,8 +153,8 @@ def synthetic(spec: LoaderSpec, dtype: torch.dtype, layout: torch.memory_format)
 def measure_steps(
     spec: LoaderSpec, arch: str, results: Path, seconds: float, repeats: int, described: str
 ) -> dict[str, list[float]]:
-    """Record images/s of each contender's train step on one batch, in turns, and our throughput over theirs. Returns images/s by
-    name and repeat. described: the rows' spec."""
+    """Record images/s of each contender's train step on one batch, in turns, and the ratios of our throughput to the others'.
+    Returns images/s by name and repeat. described: the rows' spec."""
     reset_peak_memory(spec.device)
     spec = replace(spec, dtype=torch.bfloat16)
     steps: dict[str, tuple[Any, Batch]] = {}
@@ -171,7 +176,7 @@ def measure_steps(
         if not name.startswith(OURS):
             for mine in (OURS, COMPILED):
                 if mine in speeds:
-                    ratios = [ours / theirs for ours, theirs in zip(speeds[mine], values, strict=True)]
+                    ratios = [own / other for own, other in zip(speeds[mine], values, strict=True)]
                     figures[f"ratio_of_{mine}".replace(", ", "_")] = ratios
             ratio = float(np.median(speeds[best]) / np.median(values))
             reached = "reached" if ratio >= STEP_GOAL else "NOT REACHED"

@@ -1,12 +1,12 @@
-"""Record what a finished run reached, or an evaluation.
+"""Record the results of a finished run or of an evaluation.
 
     python tools/bench/record_run.py runs/latest
     python tools/bench/record_run.py --evaluation figures.json
 
-A run's rows go to tools/bench/results/training.csv: last validation accuracy, minutes (validation and checkpoints included,
-start-up not), first and last training loss, and the mean share of the time spent waiting for data, all from RUN/metrics.csv and
+A run's rows go to tools/bench/results/training.csv: last validation accuracy, minutes (with validation and checkpoints, without
+start-up), first and last training loss, and the mean share of time spent waiting for data, all from RUN/metrics.csv and
 RUN/config.json. An evaluation's rows go to tools/bench/results/testing.csv: top-1 and top-5 of each testing scheme, for each
-model and their ensemble, from the file that tools/evaluate.py --json has written.
+model and for their ensemble, from the file that tools/evaluate.py --json wrote.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ WITHOUT_SCALE = {"rrc": "random resized crops", "pad": "crops of the padded imag
 
 def record_training(run: Path, results: Path) -> None:
     if not (run / "model.safetensors").is_file():
-        raise UserError(f"{run}: no finished run there", "give the --output of a train.py that has ended")
+        raise UserError(f"{run}: no finished run there", "give the --output folder of a finished run of train.py")
     config = json.loads((run / "config.json").read_text())
     figures = [Figure(metric, [value]) for metric, value in training_figures(run / "metrics.csv").items()]
     spec = describe(config["arguments"], config["precision"])
@@ -37,7 +37,7 @@ def record_training(run: Path, results: Path) -> None:
 
 
 def training_figures(metrics: Path) -> dict[str, float]:
-    """The figures of a run by metric; train_... are means over the log intervals."""
+    """A run's figures by metric. wait_share and images_per_s are means over the log intervals."""
     rows = read_metrics(metrics)
     train = [row for row in rows if row["train_loss"]]
     val = [row for row in rows if row["val_top1"]]
@@ -61,13 +61,15 @@ def describe(options: dict[str, Any], precision: str) -> str:
 
 
 def record_evaluation(file: Path, results: Path) -> None:
-    """Record the top-1 and top-5 rates of an evaluation: an ensemble's members first."""
+    """Record the top-1 and top-5 rates of an evaluation, those of an ensemble's members first."""
     try:
         found = json.loads(file.read_text())
     except (OSError, ValueError) as error:
         raise UserError(f"{file}: cannot be read as JSON ({error})") from error
     if missing := {"name", "schemes", "data", "split", "precision", "command"} - set(found):
-        raise UserError(f"{file}: lacks {', '.join(sorted(missing))}", "give what this version's tools/evaluate.py --json wrote")
+        raise UserError(
+            f"{file}: lacks {', '.join(sorted(missing))}", "give a file that tools/evaluate.py --json of this version wrote"
+        )
     where = f"{found['data'] or 'saved predictions'}, {found['split']}, precision {found['precision']}"
     command = " ".join(["python", *found["command"]])
     for evaluated in (*found.get("members", ()), found):
@@ -78,14 +80,16 @@ def record_evaluation(file: Path, results: Path) -> None:
 
 
 def shorten(command: Sequence[str]) -> str:
-    """The command line with the script's name for its path."""
+    """The command line with the script's name instead of its path."""
     return " ".join([Path(command[0]).name, *command[1:]])
 
 
 def main() -> None:
     parser = Parser(__doc__)
     parser.add_argument("run", type=Path, nargs="?", metavar="RUN", help="folder of a finished run of train.py")
-    parser.add_argument("--evaluation", type=Path, metavar="FILE", help="what tools/evaluate.py --json wrote, instead of RUN")
+    parser.add_argument(
+        "--evaluation", type=Path, metavar="FILE", help="file written by tools/evaluate.py --json, instead of RUN"
+    )
     parser.add_argument("--results", type=Path, help="file to append rows to (default: in tools/bench/results/)")
     args = parser.parse_args()
     if (args.run is None) == (args.evaluation is None):

@@ -1,4 +1,7 @@
-"""Rows of tools/bench/results/*.csv: each figure with what it takes to believe it. README tables come from these rows alone."""
+"""Rows of tools/bench/results/*.csv: each figure with its command, commit, hardware and versions.
+
+The tables of README and docs are generated from these rows alone.
+"""
 
 from __future__ import annotations
 
@@ -48,8 +51,9 @@ def record(
 ) -> None:
     """Append a row for each figure to `file`, and print it.
 
-    cache: state of the page cache. command: what was run, if not this process. runs: a second file, which gets one row with the
-    columns `id` and ORIGIN; rows of `file` then have the columns `run`, this id, and VALUES. Without it they have COLUMNS.
+    cache: state of the page cache. command: the command that was measured, by default that of this process. runs: a second file,
+    which gets one row with the columns `id` and ORIGIN. The rows of `file` then have the column `run`, which is this id, and
+    VALUES. Without `runs` they have COLUMNS.
     """
     origin = {
         "date": datetime.now(UTC).strftime("%Y-%m-%d"),

@@ -1,13 +1,14 @@
-"""The degradation of plain models with depth, and its absence with residual learning: figure 4 and table 2 of He et al. 2015.
+"""The degradation of plain models with depth, and its absence in residual models: figure 4 and table 2 of He et al. 2015.
 
 python tools/paper/degradation.py --data /data/shards --output runs/degradation --seeds 0 1 -- --recipe paper
 
-Trains every model with every seed by train.py, with the options behind `--`, one run after another, each in its own folder. Then
-writes OUTPUT/figure4.png, training and validation error against iterations, and appends the errors reached to
-results/degradation.csv. After a stop, start it again: finished runs are kept, and a stopped one resumes from its checkpoint.
+Runs train.py for every model and seed, with the options after `--`, one run after another, each in its own folder. Then plots
+training and validation error against iterations in OUTPUT/figure4.png, and appends the final errors to results/degradation.csv.
+To continue after an interruption, start the script again: it keeps finished runs and resumes the interrupted one from its
+checkpoint.
 
-The default models are the paper's. Residual models with shortcut option A have as many parameters as their plain twins, and with
-the same seed they start from the same weights.
+The default models are the paper's. Residual models with shortcut option A have as many parameters as the plain models of the same
+depth, and with the same seed they start from the same weights.
 """
 
 from __future__ import annotations
@@ -38,12 +39,12 @@ from tools.bench.recording import RESULTS, Figure, record
 from training.metrics import read_metrics
 
 MODELS = ("plain18", "plain34", "resnet18_a", "resnet34_a")
-GIVEN = ("--arch", "--seed", "--output", "--data", "--resume")  # train.py's options that this program gives
+GIVEN = ("--arch", "--seed", "--output", "--data", "--resume")  # train.py's options that this script sets
 
 
 class Curves(NamedTuple):
-    """One run's errors, 0..1, float64. train: (N, 2), step, and error over the images since the previous row. val: (M, 2), step
-    and error. last_train: training error over the last epoch (or the whole run, if shorter)."""
+    """One run's errors, 0..1, float64. train: (N, 2) of step and error over the images since the previous row. val: (M, 2) of
+    step and error. last_train: training error over the last epoch, or over the whole run if it is shorter."""
 
     train: npt.NDArray[np.float64]
     val: npt.NDArray[np.float64]
@@ -55,13 +56,13 @@ def train(folder: Path, words: list[str], launch: list[str]) -> None:
     if (folder / "config.json").exists():
         before = [word for word in json.loads((folder / "config.json").read_text())["command"][1:] if word != "--resume"]
         if before != words:
-            raise UserError(f"{folder}: was made with other options ({shlex.join(before)})", "give another --output")
+            raise UserError(f"{folder}: holds a run with other options ({shlex.join(before)})", "give another --output")
     if (folder / "model.safetensors").exists():
         return
     if (folder / "checkpoints" / "last").exists():
         words = [*words, "--resume"]
     elif folder.exists():
-        shutil.rmtree(folder)  # stopped before its first checkpoint: there is nothing to resume
+        shutil.rmtree(folder)  # stopped before its first checkpoint, so there is nothing to resume
     code = subprocess.run([*launch, str(ROOT / "train.py"), *words], check=False).returncode
     if code:
         raise UserError(f"{folder}: train.py ended with exit code {code}", "start this again to continue")
@@ -71,7 +72,7 @@ def read_curves(folder: Path) -> Curves:
     rows = read_metrics(folder / "metrics.csv")
     train = [(int(row["step"]), 1 - float(row["train_top1"])) for row in rows if row["train_top1"]]
     if not train:
-        raise UserError(f"{folder / 'metrics.csv'}: holds no training error", "give train.py a smaller --log-every")
+        raise UserError(f"{folder / 'metrics.csv'}: contains no training error", "give train.py a smaller --log-every")
     begin = int(rows[-1]["step"]) - round(int(rows[-1]["step"]) / float(rows[-1]["epoch"]))  # of the last epoch
     val = [(int(row["step"]), 1 - float(row["val_top1"])) for row in rows if row["val_top1"]]
     return Curves(
@@ -82,8 +83,8 @@ def read_curves(folder: Path) -> Curves:
 
 
 def draw(curves: dict[str, list[Curves]], path: Path) -> None:
-    """Figure 4 as an image file: plain models left, residual models right. Thin: training error, smoothed. Bold: validation
-    error. Lines are means over the seeds, shaded areas their range. curves: by the model's name, a run for each seed."""
+    """Plot figure 4: plain models on the left, residual models on the right. Thin lines are the smoothed training error, bold
+    lines the validation error. Lines are means over the seeds, shaded areas the range. curves: model's name -> a run per seed."""
     sides = [[arch for arch in curves if arch.startswith("plain")], [arch for arch in curves if not arch.startswith("plain")]]
     figure, axes = plt.subplots(1, 2, figsize=(11, 4.5), layout="constrained", sharey=True)
     for axis, archs in zip(axes, sides, strict=True):
@@ -102,7 +103,7 @@ def draw(curves: dict[str, list[Curves]], path: Path) -> None:
 
 
 def line(axis: Any, runs: list[npt.NDArray[np.float64]], color: str, width: float, label: str, smooth: bool = False) -> None:
-    """A model's runs: a line for their mean, and a shaded area from the lowest to the highest. runs: (N, 2) each."""
+    """Plot a model's runs: a line for their mean, and a shaded area from the lowest to the highest. runs: (N, 2) each."""
     steps = runs[0][:, 0]
     errors = 100 * np.stack([run[:, 1] for run in runs])
     if smooth:
@@ -124,12 +125,12 @@ def report(curves: dict[str, list[Curves]], spec: str, results: Path) -> None:
 
 
 def split_command(words: list[str]) -> tuple[list[str], list[str]]:
-    """This program's arguments, and train.py's behind `--`. Raises UserError for an option that this program gives."""
+    """This script's arguments, and those of train.py after `--`. Raises UserError for an option that this script sets."""
     at = words.index("--") if "--" in words else len(words)
     own, training = words[:at], words[at + 1 :]
     for option in (word.split("=")[0] for word in training):
         if option in GIVEN:
-            raise UserError(f"{option} belongs before `--`: this program gives it to train.py")
+            raise UserError(f"{option} is not allowed after `--`: this script sets it for train.py")
     return own, training
 
 
@@ -137,10 +138,10 @@ def main() -> None:
     own, training = split_command(sys.argv[1:])
     parser = Parser(__doc__)
     parser.add_argument("--data", required=True, help="folder or URL (s3://...) of shards")
-    parser.add_argument("--output", required=True, type=Path, help="folder of the runs and the figure")
-    parser.add_argument("--nets", nargs="+", default=MODELS, metavar="ARCH", help=f"default: {' '.join(MODELS)}")
+    parser.add_argument("--output", required=True, type=Path, help="folder for the runs and the figure")
+    parser.add_argument("--nets", nargs="+", default=MODELS, metavar="ARCH", help=f"models (default: {' '.join(MODELS)})")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1], help="seeds to train with (default: 0 1)")
-    parser.add_argument("--launch", default=sys.executable, help="what starts train.py (default: python)")
+    parser.add_argument("--launch", default=sys.executable, help="command that starts train.py (default: python)")
     parser.add_argument("--results", type=Path, default=RESULTS / "degradation.csv")
     args = parser.parse_args(own)
     for arch in args.nets:

@@ -1,8 +1,9 @@
-"""How strongly layers respond: python tools/paper/layer_responses.py runs/plain56 runs/resnet56 --data /data/shards
+"""The strength of layer responses: python tools/paper/layer_responses.py runs/plain56 runs/resnet56 --data /data/shards
 
-Draws figure 7 of He et al. 2015: the standard deviation of each 3x3 layer's output after batch normalization, over the images of
-a split at the central crop, in the order of the layers (top) and sorted (bottom). Residual models should respond less than plain
-ones, and deeper ones less than shallower ones: their layers change the signal less.
+Plots figure 7 of He et al. 2015: the standard deviation of each 3x3 layer's output after batch normalization, over the central
+crops of a split's images, in the order of the layers (top) and sorted (bottom). The layers of residual models should respond less
+than those of plain models, and the layers of deeper models less than those of shallower ones, because they change the signal
+less.
 """
 
 from __future__ import annotations
@@ -47,8 +48,8 @@ def responses(
 ) -> list[Response]:
     """The responses of a model's 3x3 layers to images (N, 3, H, W), in the order of the layers.
 
-    "The responses are the outputs of each 3x3 layer, after BN and before other nonlinearity (ReLU/addition)." The model stays in
-    evaluation mode. autocast: returns the context manager in which the forward pass runs.
+    He et al.: "The responses are the outputs of each 3x3 layer, after BN and before other nonlinearity (ReLU/addition)." The
+    model is left in evaluation mode. autocast: returns the context manager in which the forward pass runs.
     """
     norms = norms_of_3x3_layers(model)
     sums = {layer: torch.zeros(3, dtype=torch.float64, device=device) for layer in norms}  # of 1, x and x squared
@@ -68,7 +69,7 @@ def responses(
 
 
 def norms_of_3x3_layers(model: nn.Module) -> dict[str, nn.BatchNorm2d]:
-    """The batch normalization after each 3x3 convolution, by the name of the convolution; convN is followed by bnN."""
+    """The batch normalization after each 3x3 convolution, by the convolution's name. convN is followed by bnN."""
     norms = {}
     for name, module in model.named_modules():
         if isinstance(module, nn.Conv2d) and module.kernel_size == (3, 3):
@@ -81,7 +82,7 @@ def norms_of_3x3_layers(model: nn.Module) -> dict[str, nn.BatchNorm2d]:
 
 def _add_to(sums: torch.Tensor) -> Any:
     def hook(module: nn.Module, inputs: Any, output: torch.Tensor) -> None:
-        # Sums over one image are exact enough in float32; sums over the data set are kept in float64.
+        # float32 is precise enough for sums over one image; sums over the data set are in float64.
         values = output.detach().float().flatten(1)
         sums[0] += values.numel()
         sums[1] += values.sum(1).double().sum()
@@ -91,7 +92,7 @@ def _add_to(sums: torch.Tensor) -> Any:
 
 
 def model_input(spec: LoaderSpec, config: ModelConfig, split: str) -> LoaderSpec:
-    """`spec` with the split's images as a model takes them: at the central crop, with the model's size and normalization."""
+    """`spec` for the split's images as the model expects them: central crops in its image size, with its normalization."""
     spec = replace(spec, image_size=config.image_size, normalization=Normalization.of(config.mean, config.std))
     return spec.evaluation(split, geometry=CentreCrop(config.eval_short))
 
@@ -108,7 +109,7 @@ def first_images(spec: LoaderSpec, count: int) -> Iterator[torch.Tensor]:
 
 
 def draw(found: dict[str, list[Response]], path: Path) -> None:
-    """Figure 7 as an image file. found: responses by the model's name."""
+    """Plot figure 7. found: responses by the model's name."""
     figure, axes = plt.subplots(2, 1, figsize=(9, 7), layout="constrained", sharex=True)
     for name, layers in found.items():
         deviations = [layer.std for layer in layers]
@@ -127,7 +128,7 @@ def draw(found: dict[str, list[Response]], path: Path) -> None:
 
 def main() -> None:
     parser = Parser(__doc__)
-    parser.add_argument("weights", nargs="+", metavar="WEIGHTS_OR_RUN", help="models to compare: runs or weight files")
+    parser.add_argument("weights", nargs="+", metavar="WEIGHTS_OR_RUN", help="models to compare: run folders or weight files")
     parser.add_argument("--data", required=True, help="folder or URL (s3://...) of shards")
     parser.add_argument("--split", default="val", help="split of the data (default: val)")
     parser.add_argument("--images", type=positive, default=1000, help="number of images from the split (default: 1000)")
@@ -135,9 +136,11 @@ def main() -> None:
     parser.add_argument("--csv", type=Path, help="CSV file to write, with the columns model, layer, std")
     parser.add_argument("--arch", help="architecture, for weights that do not name it")
     parser.add_argument("--batch-size", type=positive, default=128, help="default: 128")
-    parser.add_argument("--precision", default="no", choices=PRECISIONS, help="of the forward pass (default: no, float32)")
+    parser.add_argument(
+        "--precision", default="no", choices=PRECISIONS, help="precision of the forward pass (default: no, float32)"
+    )
     device_name = "cuda" if torch.cuda.is_available() else "cpu"
-    parser.add_argument("--device", default=device_name, help="torch device (default: cuda if there is one, else cpu)")
+    parser.add_argument("--device", default=device_name, help="torch device (default: cuda if available, else cpu)")
     args = parser.parse_args()
     classes = Manifest(args.data).classes
     device, dtype = torch.device(args.device), PRECISIONS[args.precision]

@@ -1,4 +1,5 @@
-"""--gpus, --hosts: what a cluster of hosts like this machine needs to keep its GPUs busy, and its first bottleneck."""
+"""Capacity planning (--gpus, --hosts): what each host of a cluster needs to keep its GPUs busy, and the first bottleneck if the
+hosts are like this machine."""
 
 from __future__ import annotations
 
@@ -12,7 +13,7 @@ GRADIENT_BYTES = 4  # per parameter, float32
 
 @dataclass(frozen=True)
 class Host:
-    """What was measured on this machine. per_core: images per second of one core, for all stages of the CPU engine.
+    """What was measured on this machine. per_core: images per second that one core processes in all stages of the CPU engine.
 
     stored_bytes: bytes read from the storage per image. data_bytes: size of all shards. memory: bytes free for the page cache.
     storage: maximum read speed, bytes per second. copy: bytes per second to a GPU, None if not measured.
@@ -30,14 +31,14 @@ class Host:
 
 
 def plan_ahead(host: Host, gpus: int, hosts: int, demand: float, parameters: int | None, batch_size: int) -> dict[str, Any]:
-    """The plan, in the schema's form. gpus: per host. demand: images per second per GPU. parameters: of the model, if known, for
-    the traffic of gradients. batch_size: global.
+    """The plan, in the format of schema.json. gpus: per host. demand: images per second per GPU. parameters: of the model, if
+    known, for the network traffic of gradients. batch_size: global.
 
-    Each host reads its share of the images itself, in random order.
+    The plan assumes that each host reads its share of the images itself, in random order.
     """
     each = gpus * demand  # images per second per host
     fits = host.data_bytes < host.memory
-    when = "in the first epoch; later epochs read from memory" if fits else "in every epoch: the shards exceed the memory"
+    when = "in the first epoch; later epochs read from memory" if fits else "in every epoch, because the shards exceed the memory"
     reading = each * host.stored_bytes
     needs = [
         need(
@@ -85,10 +86,10 @@ def in_words(gpus: int, hosts: int, demand: float, needs: list[dict[str, Any]], 
     text = (
         f"{count(hosts, 'host')} with {count(gpus, 'GPU')} each, at {speed(demand)} images/s per GPU, need "
         f"{speed(hosts * gpus * demand)} images/s, {speed(gpus * demand)} per host. "
-        f"Each host needs {cores} for decoding and {storage} from the storage ({network} over a network). "
+        f"Each host needs {cores} for decoding and reads {storage} from the storage ({network} over a network). "
     )
     if first is None:
-        return text + "A host like this machine meets every need that was measured."
+        return text + "A host like this machine meets all needs that could be compared."
     broken = by_name[first]
     here, needed = amount(broken["here"], broken["unit"]), amount(broken["needed"], broken["unit"])
     return text + f"With hosts like this machine, the first bottleneck is {first}: {here} here, {needed} needed."

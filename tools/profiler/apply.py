@@ -1,4 +1,5 @@
-"""--apply: try the chosen remedy, in turns with the present configuration, and measure its gain."""
+"""--apply: try the chosen remedy, with repeats that are interleaved with those of the current configuration, and measure its
+gain."""
 
 from __future__ import annotations
 
@@ -27,7 +28,8 @@ MakeConsumer = Callable[..., Consumer | None]
 def apply(
     verdict: Verdict, situation: Situation, cold: bool, repeats: int, seconds: float, consumer: MakeConsumer
 ) -> dict[str, Any]:
-    """Measure the gain of the chosen remedy, in the schema's form. consumer: makes a consumer of another precision or demand."""
+    """Measure the gain of the chosen remedy, in the format of schema.json. consumer: returns a consumer of another precision or
+    demand."""
     remedy = verdict.chosen or Remedy("none", "nothing", 1.0)
     found = remedy.json() | {"measured_gain": None, "low": None, "high": None, "gains": [], "error": None}
     if remedy.spec is None:
@@ -45,7 +47,7 @@ def apply(
 def measure_gains(
     remedy: Remedy, situation: Situation, spec: LoaderSpec, cold: bool, repeats: int, seconds: float, consumer: MakeConsumer
 ) -> list[float]:
-    """Speed with the remedy over the present speed, in each repeat."""
+    """The speed with the remedy, divided by the current speed, in each repeat."""
     before = situation.now.spec
     if situation.training is None:
         old, new = measure_loaders([before, spec], cold, repeats, seconds, "remedy")
@@ -69,7 +71,7 @@ def cached_in_memory(spec: LoaderSpec, situation: Situation, stack: ExitStack) -
     """The spec with a cache in memory that already holds all shards. `stack` removes it."""
     if situation.data_bytes > MOST_COPIED:
         raise UserError(
-            f"would copy {situation.data_bytes / 1e9:.0f} GB to {MEMORY} for a trial", "train with --cache to see its gain"
+            f"the trial would copy {situation.data_bytes / 1e9:.0f} GB to {MEMORY}", "train with --cache to see its gain"
         )
     folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="cropfeed-profile-", dir=MEMORY))
     spec = replace(spec, cache=folder)

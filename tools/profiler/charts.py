@@ -63,7 +63,7 @@ def png(figure: Figure) -> bytes:
 
 
 def blank(height: float, title: str, subtitle: str, left: float, right: float) -> tuple[Figure, Axes]:
-    """A figure with a title above one empty pair of axes. height: inches. left, right: margins of the axes, inches."""
+    """A figure with a title, a subtitle and empty axes. height: inches. left, right: margins of the axes, inches."""
     figure = Figure(figsize=(WIDTH, height))
     figure.text(0.15 / WIDTH, 1 - 0.14 / height, title, size=11, weight="bold", va="top")
     figure.text(0.15 / WIDTH, 1 - 0.42 / height, subtitle, size=8.5, color=GREY, va="top")
@@ -74,7 +74,7 @@ def blank(height: float, title: str, subtitle: str, left: float, right: float) -
 
 
 def stages(profile: Profile) -> Figure:
-    """A waterfall of the stages' times per image and thread, in processing order, and the whole loader's."""
+    """A waterfall chart of the stages' times per image and thread, in processing order, and the time of the whole loader."""
     whole, limit = loader_milliseconds(profile), profile["verdict"]["stage"]
     bars = [(stage, at_threads(stage, profile["spec"]["threads"])) for stage in profile["stages"]]
     known = [(stage["name"], stage["used"], at["ms_per_image"]) for stage, at in bars if at]
@@ -130,10 +130,10 @@ def bar(axes: Axes, place: float, start: float, length: float, right: float, col
 
 
 def threads(profile: Profile) -> Figure:
-    """Throughput over threads: a line with intervals for each engine, and the levels of the demand and the ceilings."""
+    """Throughput over threads: a line with intervals for each engine, and levels of the demand and of the upper limits."""
     lines, demand = best_loaders(profile), profile["demand"]
     levels = [("demand", demand["images_per_s"], INK, (0, (5, 3)), 1.4)] if demand else []
-    levels += [(f"{each['name']} ceiling", each["images_per_s"], GREY, (0, (1, 2)), 1.0) for each in profile["ceilings"]]
+    levels += [(f"{each['name']} limit", each["images_per_s"], GREY, (0, (1, 2)), 1.0) for each in profile["ceilings"]]
     subtitle = "Images per second over threads. Ring: as configured. Bars: 95 % intervals, at the best prefetch."
     figure, axes = blank(4.0, threads_title(profile), subtitle, 0.75, 1.7)
     now, counts = (profile["spec"]["threads"], profile["images_per_s"]), {profile["spec"]["threads"]}

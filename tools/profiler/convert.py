@@ -1,4 +1,5 @@
-"""Conversions for a profile: shards of a folder or tar of images, and a sample of a data set in another profile."""
+"""Conversions for a profile: temporary shards of a folder or tar of images, and a sample of the data set in another shard
+profile."""
 
 from __future__ import annotations
 
@@ -22,7 +23,7 @@ from tools.profiler.remedies import Converted
 from tools.profiler.stages import Stages, measure_warm
 
 SAMPLE = 256  # images to convert, evenly spread over the split
-SHARDS = 8  # at least so many, so that cold reading has some choice
+SHARDS = 8  # at least this many, so that cold reads are spread over several files
 
 
 @contextmanager
@@ -37,7 +38,7 @@ def shards_of(data: str, beton: bool) -> Iterator[str]:
     with tempfile.TemporaryDirectory(prefix="cropfeed-profile-") as name:
         folder = Path(name)
         count, source = find_images(Path(data), folder)
-        print(f"{data}: not a folder of shards; converting its {count} images to temporary shards", file=sys.stderr)
+        print(f"{data}: is not a folder of shards; converting its {count} images to temporary shards", file=sys.stderr)
         convert(source, folder / "shards", "lossless", count, beton)
         yield str(folder / "shards")
 

@@ -1,4 +1,4 @@
-"""The format of a profile's figures, the same in the terminal, the charts and the HTML report, and the tables that hold them.
+"""Formatting of a profile's figures, the same in the terminal, the charts and the HTML report, and the tables that contain them.
 
 Each function takes a figure in the unit of schema.json (images per second, milliseconds, shares in 0..1, bytes, factors) and
 returns its text. None, which means not measured, becomes DASH.

@@ -73,7 +73,7 @@ def header(profile: Profile) -> Iterator[str]:
     yield f"<header><p>Cropfeed input profile · {escape(data['path'])}, {escape(data['split'])} · {escape(made['date'])}</p>"
     yield f'<h1 class="{kind}">{escape(tag)}</h1>'
     if made["planted"]:
-        yield f"<p>With a planted fault: {escape(made['planted'])}</p>"
+        yield f"<p>With an injected fault: {escape(made['planted'])}</p>"
     yield "</header>"
 
 
@@ -86,7 +86,7 @@ def numbers(profile: Profile) -> Iterator[str]:
         both, bad = demand["training"], profile["verdict"]["limit"] == "input"
         yield number("Demand of the model, images/s", speed(demand["images_per_s"]), interval(demand["low"], demand["high"]))
         yield number("Training, images/s", speed(both["images_per_s"]), interval(both["low"], both["high"]))
-        yield number("Data wait", share(demand["wait_share"]), "of the time of training", bad)
+        yield number("Data wait", share(demand["wait_share"]), "of the training time", bad)
     yield "</dl>"
 
 

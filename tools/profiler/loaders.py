@@ -10,12 +10,12 @@ from statistics import mean
 from typing import Any
 
 import torch
-from tqdm import tqdm
 
 from pipeline import open_loader
 from pipeline.cli import with_flags
 from pipeline.errors import UserError
 from pipeline.loader import Batch, Loader
+from pipeline.progress import progress_bar
 from pipeline.spec import LoaderSpec
 from tools.profiler.measuring import Estimate, Usage, in_turns, usage
 from tools.profiler.page_cache import drop_pages
@@ -39,7 +39,7 @@ class LoaderSpeed:
         return Estimate.of_speeds(self.speeds)
 
     def ratios(self, other: LoaderSpeed) -> list[float]:
-        """Its speed over another loader's, in each repeat."""
+        """Its speed divided by another loader's speed, in each repeat."""
         return [mine / its for mine, its in zip(self.speeds, other.speeds, strict=True)]
 
     def over(self, other: LoaderSpeed) -> Estimate:
@@ -71,9 +71,9 @@ def endless(loader: Loader) -> Iterator[Batch]:
 
 
 class PausableLoader:
-    """An endless loader that prefetches nothing while it is paused, so that it does not disturb other measurements.
+    """An endless loader that does not prefetch while it is paused, so that it does not disturb other measurements.
 
-    cold: each `resume` opens the loader anew, after dropping its shards from the page cache.
+    cold: each `resume` drops the shards from the page cache and opens a new loader.
     """
 
     def __init__(self, spec: LoaderSpec, cold: bool) -> None:
@@ -82,7 +82,7 @@ class PausableLoader:
         self._batches: Iterator[Batch] = iter(())
 
     def resume(self) -> None:
-        """Start to prefetch, and discard the first batches."""
+        """Start prefetching, and discard the first batches."""
         if self._loader is None or self._cold:
             self.close()
             if self._cold:
@@ -94,7 +94,7 @@ class PausableLoader:
             next(self._batches)
 
     def pause(self) -> None:
-        """Stop to prefetch."""
+        """Stop prefetching."""
         if self._loader is not None:
             self._loader.close()
 
@@ -108,7 +108,8 @@ class PausableLoader:
 
     @property
     def images_left(self) -> int:
-        """Images left in the first epoch, if the page cache is to be cold: later epochs read from it. Unlimited otherwise."""
+        """With a cold page cache: images left in the first epoch, because later epochs would read from memory. Otherwise no
+        limit."""
         assert self._loader is not None
         if not self._cold:
             return 1 << 62
@@ -122,13 +123,13 @@ class PausableLoader:
 
 
 def measure_loaders(specs: Sequence[LoaderSpec], cold: bool, repeats: int, seconds: float, progress: str) -> list[LoaderSpeed]:
-    """Measure the loaders in turns. One that cannot be opened gets an error.
+    """Measure the loaders, with interleaved repeats. One that cannot be opened gets an error.
 
     seconds: duration of each measurement. progress: the progress bar's label.
     """
     measured = [LoaderSpeed(spec) for spec in specs]
     opened = {id(one): PausableLoader(one.spec, cold) for one in measured}
-    bar = tqdm(total=len(measured) * (repeats + 1), desc=progress, unit=" turns")
+    bar = progress_bar(total=len(measured) * (repeats + 1), desc=progress, unit=" measurements")
 
     def turn(one: LoaderSpeed, is_warmup: bool = False) -> None:
         bar.update()
@@ -154,7 +155,8 @@ def measure_loaders(specs: Sequence[LoaderSpec], cold: bool, repeats: int, secon
 
 
 def measure_once(loader: PausableLoader, spec: LoaderSpec, seconds: float) -> tuple[float, Usage]:
-    """Images per second over about so many seconds, and what that used. The loader of `spec` is paused before and after."""
+    """Images per second, measured for about `seconds`, and the utilization meanwhile. loader: of `spec`; paused before and
+    after."""
     loader.resume()
     synchronise(spec.device)
     count, left = 0, loader.images_left
@@ -166,8 +168,8 @@ def measure_once(loader: PausableLoader, spec: LoaderSpec, seconds: float) -> tu
     loader.pause()
     if count == 0:
         raise UserError(
-            f"{spec.data}: a cold page cache cannot be measured with so few images ({left} are left after the first batches)",
-            "take a smaller --batch-size, or --cache-state warm",
+            f"{spec.data}: has too few images to measure with a cold page cache ({left} are left after the first batches)",
+            "use a smaller --batch-size, or --cache-state warm",
         )
     return count / used.seconds, used
 
@@ -178,7 +180,7 @@ def synchronise(device: str) -> None:
 
 
 def grid(spec: LoaderSpec, engines: Sequence[str], threads: Sequence[int], prefetches: Sequence[int]) -> list[LoaderSpec]:
-    """What to measure: the spec's engine at all threads and depths, other engines at all threads and the spec's depth."""
+    """The specs to measure: the spec's engine with all threads and depths; other engines with all threads at the spec's depth."""
     return [
         replace(spec, engine=engine, threads=count, prefetch=depth)
         for engine in engines

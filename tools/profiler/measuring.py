@@ -16,6 +16,8 @@ from typing import Any, TypeVar
 import psutil
 from scipy.special import stdtrit
 
+from pipeline.progress import progress_bar
+
 K = TypeVar("K")
 CONFIDENCE = 0.95
 
@@ -45,12 +47,13 @@ class Estimate:
         return {"images_per_s": self.mean, "low": self.low, "high": self.high}
 
 
-def in_turns(ways: Sequence[K], repeats: int, turn: Callable[[K], None]) -> None:
-    """Measure every way once in each repeat, in a new random order, so that disturbances of the machine affect all ways alike."""
+def in_turns(ways: Sequence[K], repeats: int, turn: Callable[[K], None], label: str = "") -> None:
+    """Interleaved repeats: measure every candidate once in each repeat, in a new random order, so that other load on the machine
+    affects all candidates alike. turn: measures one candidate. label: of a progress bar; none without it."""
     order = random.Random(0)
-    for _ in range(repeats):
-        for way in order.sample(ways, len(ways)):
-            turn(way)
+    turns = [way for _ in range(repeats) for way in order.sample(ways, len(ways))]
+    for way in progress_bar(turns, desc=label, unit=" measurements", disable=not label):
+        turn(way)
 
 
 def cores() -> int:
@@ -60,9 +63,8 @@ def cores() -> int:
 
 @dataclass
 class Usage:
-    """What a piece of work used. seconds: wall time. cpu_share: CPU time of this process and its children over that of all cores.
-
-    gpu_share, jpeg_share: NVML's mean utilization of the GPU and of its JPEG engine, None where it is unknown.
+    """Utilization during a measurement. seconds: wall time. cpu_share: CPU time of this process and its children, as a share of
+    all cores. gpu_share, jpeg_share: mean utilization of the GPU and of its JPEG engine, from NVML; None if unknown.
     """
 
     seconds: float = 0.0

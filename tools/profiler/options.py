@@ -1,4 +1,4 @@
-"""What to profile, and how: `ProfileOptions`."""
+"""The options of a profile: `ProfileOptions`."""
 
 from __future__ import annotations
 
@@ -15,13 +15,17 @@ CACHE_STATES = ("auto", "warm", "cold")
 
 @dataclass(frozen=True)
 class ProfileOptions:
-    """spec: what to load. name: the data's name in the report, by default its path.
+    """What to profile, and how. Raises UserError for values outside their ranges.
 
-    arch, precision: the model to train; the precision by Accelerate's name. demand: images per second of an emulated accelerator
-    instead of a model; with `gpus` or `hosts`, of each GPU. cache_state: of the page cache. engines: those to measure beside the
-    spec's; empty for all that run here. repeats, seconds: number and duration of each measurement. apply: try the remedy.
-    tune: find threads and prefetch depth for train.py. gpus (per host), hosts: a cluster to plan. planted: a deliberate fault.
-    Raises UserError for values outside their ranges.
+    - spec: what to load. name: the name of the data in the report, by default its path.
+    - arch, precision: the model to train; the precision by Accelerate's name.
+    - demand: images per second of an emulated accelerator, instead of a model; with `gpus` or `hosts`, of each GPU.
+    - cache_state: state of the page cache during measurements.
+    - engines: engines to measure in addition to the spec's; empty: all that can run on this machine.
+    - repeats, seconds: number and duration of each measurement.
+    - apply: try the remedy. tune: find threads and prefetch depth for train.py.
+    - gpus (per host), hosts: a cluster to plan.
+    - planted: a fault to inject.
     """
 
     spec: LoaderSpec
@@ -53,9 +57,9 @@ class ProfileOptions:
                 raise UserError(f"`{name}` must be above 0, not {number}")
         plans_cluster = self.gpus is not None or self.hosts is not None
         if self.arch and self.demand and not plans_cluster:
-            raise UserError("`arch` measures a demand and `demand` gives one", "leave out one of them")
+            raise UserError("`arch` measures the demand and `demand` sets it", "leave one of them out")
         if plans_cluster and not (self.arch or self.demand):
             raise UserError(
-                "`gpus` and `hosts` need the demand of a GPU",
+                "planning with `gpus` and `hosts` needs the demand of one GPU",
                 "give `demand`, or `arch` on a machine with a GPU",
             )

@@ -1,7 +1,7 @@
-"""--plant: a deliberate fault, to check that the profiler finds it.
+"""Fault injection (--plant), to check that the profiler finds the bottleneck.
 
-reader=20   the storage of the shards delivers 20 MB/s, even for cached pages
-model=5     the train step takes 5 ms longer per image; the CPU is idle meanwhile
+reader=20   reads of shards are limited to 20 MB/s, even from the page cache
+model=5     the train step takes 5 ms longer per image, during which the CPU is idle
 threads=1   the loader has one decoding thread, as with --threads 1
 """
 
@@ -44,9 +44,9 @@ class Planted:
 
     def __str__(self) -> str:
         return {
-            "reader": f"a storage of {self.amount:g} MB/s",
-            "model": f"a train step that takes {self.amount:g} ms longer per image",
-            "threads": f"{self.amount:g} decoding threads",
+            "reader": f"reads limited to {self.amount:g} MB/s",
+            "model": f"train step slowed down by {self.amount:g} ms per image",
+            "threads": f"decoding threads limited to {self.amount:g}",
         }[self.kind]
 
 
@@ -56,10 +56,10 @@ class Throttle:
     def __init__(self, bytes_per_s: float) -> None:
         self._bytes_per_s = bytes_per_s
         self._lock = threading.Lock()
-        self._free_at = 0.0  # when the bytes admitted so far will have passed
+        self._free_at = 0.0  # the time at which the bytes admitted so far have been transferred
 
     def wait_for(self, count: int) -> None:
-        """Wait as long as `count` more bytes take."""
+        """Wait until `count` more bytes have been transferred."""
         with self._lock:
             self._free_at = max(self._free_at, time.perf_counter()) + count / self._bytes_per_s
             until = self._free_at
@@ -69,7 +69,7 @@ class Throttle:
 
 @contextmanager
 def slow_reader(megabytes_per_s: float) -> Iterator[None]:
-    """Slow down reads of shards from their own storage; copies in a cache keep their speed."""
+    """Slow down reads of shards from their own storage. Reads from copies in a cache keep their speed."""
     throttle = Throttle(megabytes_per_s * 1e6)
     read, read_piece = ShardSet.read, storage.read_piece
 

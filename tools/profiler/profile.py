@@ -1,4 +1,4 @@
-"""A profile: all measurements and the verdict, in the form of schema.json."""
+"""A profile: all measurements and the verdict, in the format of schema.json."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from model import ARCHS
 from pipeline import choose_engine
 from pipeline.doctor.machine import available_memory
 from pipeline.errors import UserError
+from pipeline.spec import LoaderSpec
 from pipeline.store.shards import ShardSet
 from tools.profiler import verdict
 from tools.profiler.ahead import Host, plan_ahead
@@ -27,9 +28,9 @@ from tools.profiler.options import ProfileOptions
 from tools.profiler.planted import slow_reader
 from tools.profiler.remedies import Situation
 from tools.profiler.stages import Stages, measure_stages
-from tools.profiler.storage import MEMORY, Ceiling, cached_read_ms, local_files, read_ceiling
+from tools.profiler.storage import MEMORY, STREAMS, Ceiling, cached_read_ms, local_files, read_ceiling
 from tools.profiler.training import Consumer, Emulated, Model, Training, measure_training
-from tools.profiler.tune import tune
+from tools.profiler.tune import BUDGET, tune
 from training import tuned
 from training.provenance import commit, hardware, versions
 
@@ -38,7 +39,7 @@ PREFETCHES = (1, 2, 4)
 
 
 def profile(options: ProfileOptions) -> dict[str, Any]:
-    """Measure, find the bottleneck and, if asked for, try the remedy. Raises UserError for what cannot be measured."""
+    """Measure, find the bottleneck and, if requested, try the remedy. Raises UserError if something cannot be measured."""
     with ExitStack() as stack:
         if options.planted and options.planted.kind == "reader":
             stack.enter_context(slow_reader(options.planted.amount))
@@ -69,6 +70,7 @@ class Profiler:
 
     def run(self) -> dict[str, Any]:
         options, spec = self.options, self.spec
+        print(self._duration(), file=sys.stderr)
         ceiling = read_ceiling(local_files(spec), options.repeats, options.seconds)
         stages = measure_stages(spec, self._threads(), options.repeats, options.seconds / 2)
         loaders = self._loaders()
@@ -98,19 +100,32 @@ class Profiler:
         return found
 
     def _threads(self) -> list[int]:
-        """Numbers of threads to try: powers of two, all cores, as configured. With a cold page cache, up to twice the cores."""
+        """Numbers of threads to try: powers of two, the number of cores, and as configured. With a cold page cache, up to twice
+        the number of cores."""
         most = cores() * (2 if self.cold else 1)
         powers = [1 << bits for bits in range(most.bit_length()) if 1 << bits <= most]
         return sorted({*powers, cores(), self.spec.threads})
 
+    def _duration(self) -> str:
+        """A line that says about how long the measurements take."""
+        options = self.options
+        turns = len(STREAMS) + (6 * len(self._threads()) + 2) / 2 + len(self._grid())  # six stages with threads, two without
+        turns += 4 * (bool(options.arch or options.demand) + options.apply)
+        seconds = 1.3 * turns * options.repeats * options.seconds + BUDGET * options.tune  # with warm-up and opening
+        line = f"profiling takes about {f'{seconds / 60:.0f} minutes' if seconds > 100 else f'{seconds:.0f} seconds'}"
+        return f"{line}, plus {2 + 3 * options.repeats} training steps of {options.arch}" if options.arch else line
+
+    def _grid(self) -> list[LoaderSpec]:
+        """The loaders to measure."""
+        return grid(self.spec, self._engines(), self._threads(), sorted({*PREFETCHES, self.spec.prefetch}))
+
     def _loaders(self) -> list[LoaderSpeed]:
-        specs = grid(self.spec, self._engines(), self._threads(), sorted({*PREFETCHES, self.spec.prefetch}))
-        return measure_loaders(specs, self.cold, self.options.repeats, self.options.seconds, "loaders")
+        return measure_loaders(self._grid(), self.cold, self.options.repeats, self.options.seconds, "loaders")
 
     def _engines(self) -> list[str]:
         """The configured engine, and the others that can run on this machine with this data."""
         beton = self.manifest.splits[self.spec.split].get("beton")
-        tars_only = self.options.planted is not None and self.options.planted.kind == "reader"  # the fault slows down only these
+        tars_only = self.options.planted is not None and self.options.planted.kind == "reader"  # the fault slows down only tars
         here = {
             "cpu": True,
             "dali": importlib.util.find_spec("nvidia.dali") is not None if importlib.util.find_spec("nvidia") else False,
@@ -120,7 +135,7 @@ class Profiler:
         return list(dict.fromkeys([self.spec.engine, *(name for name in wanted if here[name])]))
 
     def _consumer(self, precision: str | None = None, demand: float | None = None) -> Consumer | None:
-        """The consumer of the options, None if they have none; of another precision or emulated demand, if given."""
+        """The consumer that the options describe, None if they describe none. precision, demand: replace those of the options."""
         options = self.options
         planted = options.planted
         slower = planted.amount if planted and planted.kind == "model" else 0.0
@@ -157,7 +172,7 @@ class Profiler:
         return situation
 
     def _used(self, stages: Stages) -> tuple[str, ...]:
-        """The stages that the engine's threads run."""
+        """The stages that run in the engine's threads."""
         on_host = ["normalize"] if self.spec.device == "cpu" else []
         own = ["cut"] if self.spec.engine == "dali" else ["decode", "resample", *on_host]
         names = ["read cold" if self.cold else "read warm", *own, "assembly"]

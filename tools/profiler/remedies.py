@@ -1,8 +1,9 @@
-"""Possible changes and their predicted gains.
+"""Possible changes (remedies) and their predicted gains.
 
-The loader's speed after a change is either measured (other numbers of threads, prefetch depths and engines) or predicted from its
-stages: the time per image and thread is the sum over the stages that the engine uses, and the change shortens one of them. The
-speed of training is the lower one of the loader's and the train step's speed. If both share the cores, their CPU times add up.
+The loader's speed after a change is either measured (other numbers of threads, prefetch depths and engines) or predicted from the
+stages. The model behind the prediction: the time per image and thread is the sum over the stages that the engine uses, and the
+change shortens one of them. Training is as fast as the slower one of loader and train step. If both share the cores, their CPU
+times add up.
 """
 
 from __future__ import annotations
@@ -20,15 +21,15 @@ from tools.profiler.training import Training
 
 # The easiest first: an option, another engine, a copy in memory, other shards, another machine.
 ORDER = ("threads", "prefetch", "engine", "cache", "profile", "machine")
-WORTH = 1.05  # the least gain of a remedy worth naming
-WITHIN_ENGINE = 0.6  # if the stages take less than this share of a loader's time per image, the engine itself limits
+WORTH = 1.05  # remedies with a smaller predicted gain are not mentioned
+WITHIN_ENGINE = 0.6  # if the stages take less than this share of a loader's time per image, the engine itself is the bottleneck
 SIMILAR = 0.97  # the cheapest setting that reaches this share of the best is chosen
 
 
 @dataclass(frozen=True)
 class Remedy:
-    """kind: one of the schema's. change: what to do, as text. gain: the predicted one. spec: the changed loader; None if the
-    remedy is not a change of the loader's spec."""
+    """A change to make. kind: in schema.json, `remedy`. change: what to do, as text. gain: predicted. spec: of the changed
+    loader; None if the remedy cannot be tried on this machine."""
 
     kind: str
     change: str
@@ -41,7 +42,7 @@ class Remedy:
 
 @dataclass(frozen=True)
 class Converted:
-    """A sample of the data set in another profile: the spec that loads it, its stages, and the mean size of an image in bytes.
+    """A sample of the data set in another shard profile. spec: loads it. mean_bytes: mean size of an encoded image.
 
     before: the stages on the original data set, measured at the same time.
     """
@@ -55,12 +56,15 @@ class Converted:
 
 @dataclass(frozen=True)
 class Situation:
-    """All measurements. now: the loader as configured, one of `loaders`. training: None if no demand was given.
+    """All measurements that a verdict depends on.
 
-    used: the stages that the engine uses in this state of the page cache. mean_bytes: mean size of an encoded image. data_bytes:
-    size of all shards. memory: bytes available for a copy of the data in memory. cached_read_ms: time to read an image from it.
-    other: another profile of shards, measured on a sample, if there is one to consider. faster: another precision and the
-    train step's images per second in it, if measured.
+    - now: the loader as configured, one of `loaders`.
+    - used: the stages that the engine uses in this state of the page cache.
+    - training: None if no demand was given.
+    - mean_bytes: mean size of an encoded image. data_bytes: size of all shards.
+    - memory: bytes available for a copy of the data in memory. cached_read_ms: time to read an image from such a copy.
+    - other: a sample of the data in another shard profile, if one was converted.
+    - faster: another precision, and the train step's images per second in it, if measured.
     """
 
     now: LoaderSpeed
@@ -107,12 +111,12 @@ class Situation:
         return self.training_speed(self.now.estimate.mean, self.cpu_seconds(self.now))
 
     def gain(self, loader_speed: float, cpu_seconds: float) -> float:
-        """`training_speed` over the present one."""
+        """`training_speed` divided by the current one."""
         return self.training_speed(loader_speed, cpu_seconds) / self.speed_now
 
     @property
     def limiting(self) -> str:
-        """The stage that takes the longest; "engine" if the stages explain too little of the loader's time per image."""
+        """The slowest stage; "engine" if the stages account for too little of the loader's time per image."""
         threads = self.now.spec.threads
         if self.total_ms < WITHIN_ENGINE * 1e3 * threads / self.now.estimate.mean:
             return "engine"
@@ -125,8 +129,8 @@ class Situation:
     def with_ms(self, total_ms: float) -> tuple[float, float]:
         """The predicted speed of the loader, and its CPU seconds per image, if the used stages took `total_ms` together.
 
-        The time that an image takes outside the stages stays the same. If reading limits, it is taken as 0: it is smaller than
-        the noise of reading.
+        The time per image outside the stages is assumed to stay the same. If reading is the bottleneck, it is assumed to be 0,
+        because it is smaller than the noise of reading.
         """
         now_ms = 1e3 * self.now.spec.threads / self.now.estimate.mean
         overhead = 0.0 if self.limiting.startswith("read") else max(0.0, now_ms - self.total_ms)
@@ -148,7 +152,8 @@ def easiest(found: list[Remedy]) -> Remedy | None:
 
 
 def settings(situation: Situation) -> Iterator[Remedy]:
-    """Another number of threads, prefetch depth and engine, as measured: of each, the cheapest about as good as the best."""
+    """Another number of threads, prefetch depth or engine, as measured: of each, the cheapest one that is about as fast as the
+    best."""
     now = situation.now.spec
     measured = [loader for loader in situation.loaders if loader.error is None]
     ways = {
@@ -187,16 +192,16 @@ def profiles(situation: Situation) -> Iterator[Remedy]:
             else:
                 after, before = (stages.measured[name].ms_per_image(threads) for stages in (other.stages, other.before))
                 total_ms += situation.ms(name) * after / before
-        change = f"shards of profile {other.profile}: python tools/make_shards.py SRC --out OUT --profile {other.profile}"
+        change = f"convert to profile {other.profile}: python tools/make_shards.py SRC --out OUT --profile {other.profile}"
         yield Remedy("profile", change, situation.gain(*situation.with_ms(total_ms)), other.spec)
 
 
 def machine(situation: Situation) -> Remedy:
-    """More of what limits on this machine: twice as much, or as much as the demand needs."""
+    """More of the resource that is the bottleneck: twice as much, or as much as the demand needs."""
     now, training = situation.now, situation.training
     factor = min(2.0, training.demand.mean / now.estimate.mean) if training else 2.0
-    more = "storage or network speed" if situation.limiting.startswith("read") else "cores, on this host or on others"
-    change = f"{factor:.1f} times this machine's {more}"
+    more = "the storage or network speed" if situation.limiting.startswith("read") else "the cores, in one host or several"
+    change = f"{factor:.1f} times {more}"
     return Remedy("machine", change, situation.gain(factor * now.estimate.mean, situation.cpu_seconds(now)))
 
 
@@ -208,8 +213,8 @@ def compute_remedies(situation: Situation) -> list[Remedy]:
     if situation.faster:
         precision, demand = situation.faster
         speed = situation.training_speed(now.estimate.mean, situation.cpu_seconds(now), demand)
-        found.append(Remedy("precision", f"--precision {precision}", speed / situation.speed_now, now.spec))
+        found.append(Remedy("precision", f"train in mixed precision: --amp {precision}", speed / situation.speed_now, now.spec))
     speed = min(2 * training.demand.mean, now.estimate.mean)
-    change = "a train step twice as fast (a second device, or a smaller or compiled model), which this loader can supply"
+    change = "a train step up to twice as fast (a second device, a smaller model or torch.compile)"
     found.append(Remedy("device", change, speed / situation.speed_now, now.spec))
     return [remedy for remedy in found if remedy.gain >= WORTH]

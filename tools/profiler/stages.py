@@ -1,7 +1,7 @@
-"""The loader's stages, each measured alone, on real samples with the plan's own crops, at several numbers of threads.
+"""The stages of the loader, each measured alone, on real images with the crops of the plan, at several numbers of threads.
 
 read       read every page of the stored image; cold: after dropping the shards from the page cache, from new memory maps
-cut        splice the tiles under the crop into a small JPEG (the DALI engine's input to DALI)
+cut        splice the tiles under the crop into a small JPEG (the input that the DALI engine gives to DALI)
 decode     decode the region under the crop to pixels
 resample   resize the pixels to the crop's size, and flip
 normalize  PCA lighting and normalization, to the training dtype, on the CPU
@@ -49,11 +49,11 @@ class Measured:
     speeds: dict[int, list[float]] = field(default_factory=dict)
 
     def at(self, threads: int) -> Estimate:
-        """At this number of threads; if the stage was measured at one number only, at that one."""
+        """Images per second with this number of threads; if the stage was measured with one number only, with that one."""
         return Estimate.of_speeds(self.speeds[threads] if threads in self.speeds else next(iter(self.speeds.values())))
 
     def ms_per_image(self, threads: int) -> float:
-        """Time of one thread per image."""
+        """Milliseconds that one thread takes for an image."""
         known = threads if threads in self.speeds else next(iter(self.speeds))
         return 1e3 * known / self.at(known).mean
 
@@ -89,7 +89,7 @@ class Samples:
             self.stored.append(stored)
             self.decoded.append((pixels.copy(), where.copy()))
         if not self.places:
-            raise UserError(f"{spec.data}: none of its images can be decoded, of those tried", "make the shards again")
+            raise UserError(f"{spec.data}: none of the sampled images can be decoded", "make the shards again")
         self.size = self.plans[0].size
         self._local = threading.local()
 
@@ -108,7 +108,7 @@ class Samples:
         return decoder.decode_region(stored, int(plan.heights[place]), int(plan.widths[place]), windows, plan.size)
 
     def buffers(self) -> Any:
-        """This thread's decoder, resampled image, normalized image, cut and the cut's place."""
+        """This thread's own objects: decoder, resampled image, normalized image, cut JPEG, and the place of the cut."""
         own = self._local
         if not hasattr(own, "decoder"):
             shape = (self.loader.crops, *self.size, 3)
@@ -148,7 +148,7 @@ class Samples:
         return own.normalized
 
     def assembly(self, number: int) -> object:
-        """Of a whole batch."""
+        """Assemble a whole batch. number: of the batch."""
         loader = self.loader
         plan = loader.plan(self.plans[number % len(self.plans)].batch_range)
         _, tensor = loader.buffers.acquire((len(plan.views.flip), *plan.size, 3), stored_dtype(loader.spec.dtype))
@@ -157,7 +157,7 @@ class Samples:
 
 @njit(nogil=True, cache=True)
 def touch(data: Any) -> Any:
-    """The sum of one byte of each page."""
+    """The sum of one byte per page, so that every page is read."""
     total = 0
     for at in range(0, len(data), PAGE):
         total += data[at]
@@ -165,7 +165,8 @@ def touch(data: Any) -> Any:
 
 
 def measure_stages(spec: LoaderSpec, threads: Sequence[int], repeats: int, seconds: float) -> Stages:
-    """Measure all stages at these numbers of threads. seconds: duration of each measurement. Raises UserError for bad data."""
+    """Measure all stages with these numbers of threads. seconds: duration of each measurement. Raises UserError if none of the
+    sampled images can be decoded."""
     measured = measure_warm(spec, threads, repeats, seconds)
     gc.collect()  # the memory maps of the shards just read would keep their pages in the cache
     cold, cold_bytes = read_cold(spec, threads, repeats, seconds)
@@ -190,7 +191,7 @@ def measure_warm(spec: LoaderSpec, threads: Sequence[int], repeats: int, seconds
     ways = [(name, count) for name in stages for count in threads]
     for name, count in ways:  # warm-up: compiles the kernels, and loads the images into the page cache
         speed(stages[name], len(samples.places), count, seconds / 5)
-    in_turns(ways, repeats, turn)
+    in_turns(ways, repeats, turn, "stages")
     for name, alone, items in (("assembly", samples.assembly, len(samples.plans[0].ids)), *copying(spec, samples)):
         speed(alone, len(samples.plans), 1, seconds / 5)
         speeds = [items * speed(alone, len(samples.plans), 1, seconds) for _ in range(repeats)]
@@ -221,7 +222,8 @@ def speed(stage: Stage, count: int, threads: int, seconds: float) -> float:
 
 
 def read_cold(spec: LoaderSpec, threads: Sequence[int], repeats: int, seconds: float) -> tuple[Measured, float | None]:
-    """Read images once each, in random order, dropping the page cache before each repeat. Also the bytes delivered per image."""
+    """Read each image at most once, in random order, after dropping the page cache before each repeat. Also returns the bytes
+    that the storage delivered per image."""
     measured, delivered, images = Measured("read cold"), 0, 0
 
     def turn(count: int) -> None:
@@ -248,7 +250,7 @@ def read_cold(spec: LoaderSpec, threads: Sequence[int], repeats: int, seconds: f
         images += done
         shards.close()
 
-    in_turns(list(threads), repeats, turn)
+    in_turns(list(threads), repeats, turn, "cold reading")
     return measured, delivered / images if delivered else None
 
 

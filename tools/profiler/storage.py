@@ -30,7 +30,7 @@ def local_files(spec: LoaderSpec) -> list[Path]:
 
 
 def read_piece(file: Path, offset: int) -> int:
-    """Read a piece of a file; returns its number of bytes. A function of its own, so that a planted fault can slow it down."""
+    """Read a piece of a file; returns its number of bytes. A separate function, so that an injected fault can slow it down."""
     with file.open("rb", buffering=0) as stream:
         stream.seek(offset)
         return len(stream.read(PIECE))
@@ -45,7 +45,8 @@ class Ceiling:
 
 
 def read_ceiling(files: Sequence[Path], repeats: int, seconds: float) -> Ceiling:
-    """The best of several numbers of streams, reading the files in large pieces, uncached. seconds: limit per repeat."""
+    """The maximum read speed over several numbers of streams, reading the files in large pieces after dropping them from the page
+    cache. seconds: time limit of each repeat."""
     pieces = [(file, offset) for file in files for offset in range(0, file.stat().st_size, PIECE)]
     speeds: dict[int, list[float]] = {streams: [] for streams in STREAMS}
 
@@ -60,7 +61,7 @@ def read_ceiling(files: Sequence[Path], repeats: int, seconds: float) -> Ceiling
             count = sum(pool.map(read, pieces))
         speeds[streams].append(count / (time.perf_counter() - began))
 
-    in_turns(STREAMS, repeats, turn)
+    in_turns(STREAMS, repeats, turn, "storage")
     found = {streams: Estimate.of_speeds(values) for streams, values in speeds.items()}
     best = max(found, key=lambda streams: found[streams].mean)
     return Ceiling(found[best], best)

@@ -1,4 +1,4 @@
-"""A profile as tables: `sections`, which the HTML report also shows, and `table`, their text for a terminal."""
+"""A profile as tables: `sections` makes the tables, which the HTML report also shows; `table` is their text for the terminal."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def remedies(profile: Profile) -> Section:
         "What to change",
         ("remedy", "predicted", "measured", "95 % interval"),
         lines,
-        notes=[f"Speed of {kind} with the remedy over its present speed."],
+        notes=[f"Predicted and measured gain: speed of {kind} with the remedy, divided by its current speed."],
     )
 
 
@@ -91,12 +91,12 @@ def stages(profile: Profile) -> Section:
                         interval(at["low"], at["high"]),
                         milliseconds(at["ms_per_image"]),
                     ),
-                    "the slowest" if limit else "not used" if not stage["used"] and place == 0 else "",
+                    "slowest stage" if limit else "not used" if not stage["used"] and place == 0 else "",
                     "limit" if limit else "" if stage["used"] else "unused",
                 )
             )
     columns = ("stage", "threads", "images/s", "95 % interval", "per image")
-    return Section("Stages, each measured alone", columns, lines, notes=["Per image: time of one thread per image."])
+    return Section("Stages, each measured alone", columns, lines, notes=["Per image: time of one thread for an image."])
 
 
 def loaders(profile: Profile) -> Section:
@@ -119,7 +119,8 @@ def loaders(profile: Profile) -> Section:
         )
         lines.append(Row(cells, *(("as configured", "now") if way == now else ())))
     columns = ("engine", "threads", "prefetch", "images/s", "95 % interval", "CPU", "GPU", "JPEG", "encoded", "of storage")
-    notes = [f"Maximum read speed of the storage: {bytes_rate(ceiling)}."] if lines else ["None measured."]
+    notes = ["Encoded: bytes of encoded images per second; of storage: as a share of the maximum read speed of the storage, "
+             f"{bytes_rate(ceiling)}. CPU, GPU, JPEG: utilization."] if lines else ["None measured."]  # fmt: skip
     return Section("Loaders, without training", columns, lines, notes=notes)
 
 
@@ -137,7 +138,7 @@ def training(profile: Profile) -> Section:
         together = ("training from the loader", speed(both["images_per_s"]), interval(both["low"], both["high"]))
         lines += [Row(alone, f"{demand['what']}{emulated}"), Row((*together, *shares), kind="now")]
         if demand["ready"] is not None:
-            notes = ["Queue: batches that were ready when training requested one, over the prefetch depth."]
+            notes = ["Queue: mean share of the prefetch queue that was filled when training requested a batch."]
     else:
         notes = ["No demand was measured: give --arch or --demand."]
     columns = ("", "images/s", "95 % interval", "data wait", "queue", "CPU", "GPU", "JPEG")
@@ -151,15 +152,15 @@ def ceilings(profile: Profile) -> Section:
     note = f"The maximum read speed of the storage is {read} ({bytes_rate(storage['low'])} to {bytes_rate(storage['high'])}) "
     note += f"at {count(storage['streams'], 'stream')}"
     if storage["cold_bytes_per_image"] is not None:
-        note += f"; reading an image cold transfers {size(storage['cold_bytes_per_image'])}"
-    return Section("Ceilings of this machine", ("", "images/s"), lines, notes=[f"{note}."])
+        note += f"; with a cold page cache, reading one image transfers {size(storage['cold_bytes_per_image'])}"
+    return Section("Upper limits of this machine", ("", "images/s"), lines, notes=[f"{note}."])
 
 
 def tuned(profile: Profile) -> Section:
     found = profile["tuned"]
     cells = (f"{found['threads']:,}", f"{found['prefetch']:,}", speed(found["images_per_s"]), seconds(found["seconds"]))
     columns = ("threads", "prefetch", "images/s", "search time")
-    return Section("Tuned", columns, [Row(cells)], texts=0, notes=[f"Written to {found['file']}."])
+    return Section("Tuned settings", columns, [Row(cells)], texts=0, notes=[f"Written to {found['file']}."])
 
 
 def ahead(profile: Profile) -> Section:
@@ -173,7 +174,7 @@ def ahead(profile: Profile) -> Section:
         lines.append(Row(cells, note, "limit" if first else ""))
     cluster = f"{count(plan['hosts'], 'host')} of {count(plan['gpus'], 'GPU')}"
     title = f"Plan: {cluster}, {speed(plan['demand'])} images/s each, {speed(plan['images_per_s'])} in total"
-    return Section(title, ("per host", "needed", "here", "needed / here"), lines, notes=[plan["text"]])
+    return Section(title, ("per host", "needed", "this machine", "ratio"), lines, notes=[plan["text"]])
 
 
 def environment(profile: Profile) -> Section:
@@ -185,7 +186,7 @@ def environment(profile: Profile) -> Section:
         "page cache": f"{data['cache']}: {data['cache_why']}",
         "batches": f"{spec['batch_size']:,} of {spec['image_size']} px, {spec['geometry']}, {spec['dtype']} on {spec['device']}",
         "cores": f"{spec['cores']:,}",
-        "planted fault": made["planted"],
+        "injected fault": made["planted"],
         "hardware": made["hardware"],
         "versions": made["versions"],
         "commit": made["commit"],

@@ -1,8 +1,9 @@
-"""The demand of a model: the throughput of its train step on one synthetic batch, in turns with training from a loader.
+"""The demand of a model, and training from a loader, with interleaved measurements. The demand is the throughput of the train
+step alone, on one batch that is repeated.
 
-The train step is train.py's: cross-entropy, SGD with momentum, autocast, channels-last. It does without Accelerate, which allows
-one precision per process. An accelerator that this machine lacks is emulated by waiting. That leaves the CPU to the loader, as a
-GPU would.
+The train step is train.py's: cross-entropy, SGD with momentum, autocast, channels-last. It does not use Accelerate, which allows
+only one precision per process. An accelerator that this machine lacks is emulated by waiting, which leaves the CPU to the loader,
+as a GPU would.
 """
 
 from __future__ import annotations
@@ -15,10 +16,10 @@ from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
-from tqdm import tqdm
 
 from model import ARCHS
 from pipeline.loader import Batch
+from pipeline.progress import progress_bar
 from pipeline.spec import PRECISIONS, LoaderSpec
 from tools.profiler.loaders import PausableLoader, synchronise
 from tools.profiler.measuring import Estimate, Usage, in_turns, usage
@@ -31,14 +32,14 @@ MOST_STEPS = 100  # in a timeline
 
 
 class Consumer(Protocol):
-    """What takes the batches: it computes train steps."""
+    """Takes batches and computes train steps, or emulates that."""
 
     what: str  # description
     emulated: bool
     dtype: torch.dtype  # of its input images
 
     def step(self, batch: Batch) -> None:
-        """One update; a GPU may still be computing it on return."""
+        """One train step. On return, a GPU may still be computing it."""
 
 
 class Model:
@@ -47,7 +48,7 @@ class Model:
     emulated = False
 
     def __init__(self, arch: str, precision: str, spec: LoaderSpec, classes: int, slower_ms: float = 0.0) -> None:
-        """arch: a name in ARCHS. precision: Accelerate's name. slower_ms: milliseconds to wait per image, a planted fault."""
+        """arch: a name in ARCHS. precision: Accelerate's name. slower_ms: milliseconds to wait per image, an injected fault."""
         self.what = f"{arch}, {precision if precision != 'no' else 'float32'}"
         self.dtype = PRECISIONS[precision]
         self._slower = slower_ms / 1e3
@@ -61,7 +62,7 @@ class Model:
         return torch.autocast(self._kind, self.dtype, enabled=self.dtype != torch.float32)
 
     def compile(self, mode: str, images: torch.Tensor) -> str | None:
-        """torch.compile the model as train.py does, for images of this shape. Returns why it failed, or None."""
+        """Compile the model as train.py does, for images of this shape. Returns why that failed, or None."""
         messages: list[str] = []
         self.module = compile_model(self.module, mode, [images], self.autocast, messages.append)
         return messages[0] if messages else None
@@ -93,10 +94,10 @@ class Emulated:
 
 @dataclass
 class Window:
-    """Consecutive steps of training. images: their number. usage: what the steps used.
+    """Consecutive steps of training. images: their number. usage: utilization during the steps.
 
-    steps: for each step, when it asked for a batch, received it, and had finished, in seconds since the first step asked.
-    ready: batches in the prefetch queue at each request, over the prefetch depth; empty if unknown.
+    steps: for each step, when it requested a batch, received it, and had finished, in seconds since the first request.
+    ready: for each request, the share of the prefetch queue that was filled; empty if unknown.
     """
 
     images: int
@@ -156,15 +157,15 @@ class Training:
 def measure_training(
     ways: Sequence[tuple[LoaderSpec, Consumer]], cold: bool, repeats: int, seconds: float, progress: str, alone: bool = True
 ) -> list[Training]:
-    """Train each consumer from its own loader and, with `alone`, also on one repeated batch, in turns.
+    """Train each consumer from its own loader and, with `alone`, also on one repeated batch, with interleaved repeats.
 
-    seconds: duration of each measurement, of at least one step. progress: the progress bar's label.
+    seconds: duration of each measurement, which has at least one step. progress: the progress bar's label.
     """
     trainings = [Training(consumer, replace(spec, dtype=consumer.dtype)) for spec, consumer in ways]
     opened = [PausableLoader(training.spec, cold) for training in trainings]
     batches: list[Batch] = []
     kinds = (True, False) if alone else (False,)
-    bar = tqdm(total=len(trainings) * (2 + len(kinds) * repeats), desc=progress, unit=" turns")
+    bar = progress_bar(total=len(trainings) * (2 + len(kinds) * repeats), desc=progress, unit=" measurements")
 
     def turn(way: tuple[int, bool]) -> None:
         number, is_alone = way
@@ -203,7 +204,7 @@ def run_alone(consumer: Consumer, batch: Batch, device: str, seconds: float) -> 
 
 
 def run_window(training: Training, loader: PausableLoader, seconds: float) -> Window:
-    """Train from the loader for about so many seconds, after one step of warm-up."""
+    """Train from the loader for about `seconds`, after one step of warm-up."""
     spec, consumer = training.spec, training.consumer
     clock = Clock(torch.device(spec.device))
     loader.resume()

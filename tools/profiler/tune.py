@@ -8,16 +8,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import median
 
-from tqdm import tqdm
-
+from pipeline.progress import progress_bar
 from pipeline.spec import LoaderSpec
 from tools.profiler.loaders import PausableLoader, measure_once
 
 BUDGET = 45.0  # seconds, including the opening of loaders
-TURN = 0.3  # seconds
-HOPELESS = 0.9  # a setting slower than this share of the best is dropped, after two turns
+TURN = 0.3  # seconds of each measurement
+HOPELESS = 0.9  # a setting slower than this share of the best is dropped, after two measurements
 SIMILAR = 0.98  # the cheapest setting that reaches this share of the best is chosen
-MOST_TURNS = 8  # of a setting
+MOST_TURNS = 8  # measurements of a setting
 
 
 @dataclass(frozen=True)
@@ -30,7 +29,7 @@ class Tuned:
 
 
 def tune(specs: Sequence[LoaderSpec], cold: bool, budget: float = BUDGET) -> Tuned:
-    """The best of `specs`, which ascend in cost. Slow settings are dropped early, which leaves more turns for the others.
+    """The best of `specs`, which ascend in cost. Slow settings are dropped early, which leaves more time for the others.
 
     Raises UserError if a loader cannot be opened.
     """
@@ -39,7 +38,9 @@ def tune(specs: Sequence[LoaderSpec], cold: bool, budget: float = BUDGET) -> Tun
     opened = [PausableLoader(spec, cold) for spec in specs]
     candidates = list(speeds)
     order = random.Random(0)
-    bar = tqdm(total=round(budget), desc="tuning", unit=" s", bar_format="{desc}: {percentage:3.0f}%|{bar}| {elapsed}{postfix}")
+    bar = progress_bar(
+        total=round(budget), desc="tuning", unit=" s", bar_format="{desc}: {percentage:3.0f}%|{bar}| {elapsed}{postfix}"
+    )
     try:
         for turn in range(MOST_TURNS):
             for number in order.sample(candidates, len(candidates)):

@@ -1,4 +1,4 @@
-"""The verdict: the bottleneck, its extent, and what to change, as fields and as one paragraph."""
+"""The verdict: the bottleneck, how much it costs, and what to change, as fields and as one paragraph."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from tools.profiler.figures import bytes_rate, count, gain, milliseconds, share,
 from tools.profiler.remedies import Remedy, Situation, compute_remedies, easiest, remedies
 from tools.profiler.storage import Ceiling
 
-WAITING = 0.05  # data wait, as a share of training's time, from which the input is the bottleneck; train.py warns at the same
-AMPLE = 1.2  # the loader's throughput over the demand from which the model is the bottleneck
+WAITING = 0.05  # the input is the bottleneck if training waits for data for this share of the time; train.py has the same limit
+AMPLE = 1.2  # the model is the bottleneck if the loader alone is this many times as fast as the demand
 
 NAMES = {
     "read cold": "reading from the storage",
@@ -28,7 +28,7 @@ NAMES = {
 
 @dataclass(frozen=True)
 class Verdict:
-    """Fields as in the schema. chosen: the remedy to try first, if there is one."""
+    """Fields as in schema.json. chosen: the remedy to try first, if there is one."""
 
     text: str
     limit: str
@@ -48,7 +48,7 @@ class Verdict:
 
 
 def ceilings(situation: Situation, storage: Ceiling) -> list[dict[str, Any]]:
-    """The most that this machine could deliver, in the schema's form."""
+    """Upper limits of this machine, in the format of schema.json."""
     stages = situation.stages.measured
     own = [name for name in ("decode", "resample", "normalize", "assembly") if name in stages]
     total_ms = sum(stages[name].ms_per_image(1) for name in own)
@@ -93,45 +93,46 @@ def limit_of(situation: Situation) -> str:
 
 
 def diagnosis(situation: Situation, limit: str, stage: str) -> Iterator[str]:
-    """The sentences on the bottleneck and its extent."""
+    """The sentences about the bottleneck."""
     training, alone = situation.training, speed(situation.now.estimate.mean)
     if training is None:
-        yield f"The loader alone delivers {alone} images/s; no demand was given (--arch or --demand) to compare it with."
+        yield f"The loader alone delivers {alone} images/s. Give --arch or --demand to compare it with the speed of training."
         yield cause(situation, stage)
         return
     demand, reached, waiting = speed(training.demand.mean), speed(training.speed.mean), share(training.wait_share)
     what = training.consumer.what
     waits = f"waits for data {waiting} of the time"
     if limit == "input":
-        yield f"Input-bound: training {waits}. The demand ({what}) is {demand} images/s, but training runs at {reached};"
-        yield f"the loader alone delivers {alone}."
+        yield f"Input-bound: training {waits}. The train step ({what}) could process {demand} images/s, but training runs at"
+        yield f"{reached}. The loader alone delivers {alone}."
         yield cause(situation, stage)
     elif limit == "compute":
         times = gain(situation.now.estimate.mean / training.demand.mean)
-        yield f"Compute-bound: the model is the bottleneck. The demand ({what}) is {demand} images/s; the loader alone delivers"
-        yield f"{alone}, {times} the demand. Training runs at {reached} images/s and {waits}: no change to the input could gain"
-        yield f"more than {gain(1 / (1 - training.wait_share))}."
+        yield f"Compute-bound: the model is the bottleneck. The train step ({what}) could process {demand} images/s, and the"
+        yield f"loader alone delivers {alone}, {times} as many. Training runs at {reached} images/s and {waits}. Therefore no"
+        yield f"change to the input can gain more than {gain(1 / (1 - training.wait_share))}."
         if situation.shares_cores:
             taken = situation.cpu_seconds(situation.now) * training.speed.mean / situation.cores
-            yield f"The model and the loader share the cores; the loader uses {share(taken)} of their time."
+            yield f"The model and the loader share the cores; the loader uses {share(taken)} of the CPU time."
     else:
-        yield f"Balanced: the demand ({what}) is {demand} images/s, and the loader alone delivers {alone}. Training runs at"
-        yield f"{reached} images/s and {waits}. A faster model would be limited by {NAMES.get(stage, 'the engine')}."
+        yield f"Balanced: the train step ({what}) could process {demand} images/s, and the loader alone delivers {alone}."
+        yield f"Training runs at {reached} images/s and {waits}. With a faster model, the bottleneck would be"
+        yield f"{NAMES.get(stage, 'the engine')}."
 
 
 def cause(situation: Situation, stage: str) -> str:
-    """The sentence on the slowest stage."""
+    """The sentence about the slowest stage."""
     now = situation.now
     threads = now.spec.threads
-    with_threads = f"with {count(threads, 'thread')} on {count(situation.cores, 'usable core')}"
+    with_threads = f"with {count(threads, 'thread')} on {count(situation.cores, 'core')}"
     if stage == "engine":
         whole = milliseconds(1e3 * threads / now.estimate.mean)
         return (
-            f"The engine {now.spec.engine} itself is the bottleneck: it takes {whole} per image and thread, of which the "
-            f"measured stages explain {milliseconds(situation.total_ms)}."
+            f"The engine {now.spec.engine} itself is the bottleneck: it takes {whole} per image and thread, but the measured "
+            f"stages account for only {milliseconds(situation.total_ms)} of that."
         )
     part = share(situation.ms(stage) / situation.total_ms)
-    time = f"{milliseconds(situation.ms(stage))} per image, {part} of all stages"
+    time = f"{milliseconds(situation.ms(stage))} per image, {part} of the time of all stages"
     return f"The slowest stage is {NAMES[stage]}: {time}, {with_threads}."
 
 
@@ -142,11 +143,11 @@ def advice(situation: Situation, chosen: Remedy | None, others: list[Remedy]) ->
         now = situation.training.speed.mean if situation.training else situation.now.estimate.mean
         most = situation.training.demand.mean if situation.training and chosen.kind not in ("precision", "device") else math.inf
         after = speed(min(now * chosen.gain, most))
-        yield f"Try first: {chosen.change}; predicted gain {gain(chosen.gain)}, to {after} images/s."
+        yield f"Try first: {chosen.change}. Predicted gain: {gain(chosen.gain)}, to {after} images/s."
     if others:
-        yield "Also: " + "; ".join(f"{other.change} ({gain(other.gain)})" for other in others) + "."
+        yield "Other options: " + "; ".join(f"{other.change} ({gain(other.gain)})" for other in others) + "."
 
 
 def machine_text(limits: list[dict[str, Any]]) -> str:
     found = "; ".join(f"{limit['name']} {speed(limit['images_per_s'])} images/s ({limit['why']})" for limit in limits)
-    return f"This machine's ceilings: {found}."
+    return f"Upper limits of this machine: {found}."

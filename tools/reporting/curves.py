@@ -1,8 +1,8 @@
 """The curves of several runs in one chart, as SVG with colours from the page's style.
 
-matplotlib's colours are placeholders: INK becomes var(--ink), and so on, so that one SVG serves a light and a dark page. Runs
-have those colours of Okabe and Ito 2008 that are visible on white; they can be distinguished with any colour vision. From the
-seventh run on they repeat, dashed.
+The colours given to matplotlib are placeholders: INK becomes var(--ink), and so on, so that one SVG serves light and dark pages.
+Runs have the colours of Okabe and Ito 2008 that are visible on white; people with colour blindness can distinguish them. From the
+seventh run on, the colours repeat with dashed lines.
 """
 
 from __future__ import annotations
@@ -50,8 +50,8 @@ STYLE: Any = {
 
 
 class Chart(NamedTuple):
-    """x, y: columns of metrics.csv. x_unit: the x column is divided by it. percent: y is shown in percent. pale: a second column,
-    drawn thin and pale. timed: averages weight each row by its time."""
+    """x, y: columns of metrics.csv. x_unit: divisor of the x column. percent: show y in percent. pale: a second column, drawn as
+    a thin, pale line. timed: when rows are averaged, they are weighted by their duration."""
 
     title: str
     x: str

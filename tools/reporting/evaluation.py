@@ -1,4 +1,4 @@
-"""What evaluate.py and report.py share: the options of an evaluation, their flags, and the batches."""
+"""Shared by evaluate.py and report.py: the options of an evaluation, their flags, and the batches."""
 
 from __future__ import annotations
 
@@ -29,12 +29,12 @@ def _default_device() -> str:
 class EvaluateOptions:
     """How models are evaluated. Raises UserError for a value out of range.
 
-    - data: folder or URL of shards. None where each run has its own, or where there are only saved predictions.
+    - data: folder or URL of shards. None: each run's own data (report.py), or saved predictions only (evaluate.py).
     - split: name of a split.
     - schemes: in `model.schemes`. Empty: the central crop, or those of saved predictions.
     - scales: short sides for multi-scale, pixels. Empty: the paper's.
     - shares: the weight of each member of an ensemble, in their order. Empty: equal weights.
-    - arch: architecture of weights that do not name it.
+    - arch: architecture, for weights that do not name it.
     - precision: "no" (float32), "fp16" or "bf16".
     - batch_size, device, engine, threads, cache, cache_gb: as in `LoaderSpec`.
     """
@@ -73,17 +73,18 @@ class EvaluateOptions:
 
 
 def add_loading_flags(parser: Parser) -> None:
-    """Flags for where and how images are loaded. Defaults are those of EvaluateOptions, for its other fields, too."""
+    """Add the flags for what to load and how. The defaults of these and of all other fields come from EvaluateOptions."""
     parser.set_defaults(**vars(EvaluateOptions()))
     parser.add_argument("--split", help="split to evaluate on (default: %(default)s)")
-    parser.add_argument("--batch-size", type=positive, help="crops in a forward pass (default: %(default)s)")
+    parser.add_argument("--batch-size", type=positive, metavar="N", help="crops per forward pass (default: %(default)s)")
     parser.add_argument(
-        "--precision", choices=PRECISIONS, help="precision of the forward pass; no: float32 (default: %(default)s)"
+        "--precision", choices=PRECISIONS, help="precision of the forward pass; no is float32 (default: %(default)s)"
     )
-    parser.add_argument("--device", help="cpu, cuda or cuda:N (default: %(default)s)")
+    parser.add_argument("--device", help="device that runs the model: cpu, cuda or cuda:N (default: %(default)s)")
     parser.add_argument("--engine", help="engine that loads the images; several schemes, scales or image sizes need cpu "
                         "(default: %(default)s)")  # fmt: skip
-    parser.add_argument("--threads", type=positive, help="decoding threads (default: %(default)s, the CPU cores)")
+    parser.add_argument("--threads", type=positive, metavar="N", help="decoding threads (default: one per core, here "
+                        "%(default)s)")  # fmt: skip
     add_cache_flags(parser)
 
 

@@ -206,7 +206,7 @@ def curves(runs: Sequence[Run], charts: Sequence[tuple[Chart, str]]) -> Iterator
 
 def evaluation(place: int, run: Run, found: RunEvaluation | str, split: str) -> Iterator[str]:
     """A run's confusion and worst images, or why there are none."""
-    yield f"<h2>{key(place)}{escape(run.name)}: what it confuses</h2>"
+    yield f"<h2>{key(place)}{escape(run.name)}: errors of the model</h2>"
     if isinstance(found, str):
         yield f'<p class="under">Not evaluated: {escape(found)}</p>'
         return
@@ -215,7 +215,7 @@ def evaluation(place: int, run: Run, found: RunEvaluation | str, split: str) -> 
     yield f'<p class="under">{escape(f"{found.weights} on {found.data}, {split}, scheme {found.scheme}: {rates}")}</p>'
     yield from confusion(accuracy, found.classes) if len(found.classes) <= MAX_MATRIX else pairs(accuracy, found.classes)
     if found.worst:
-        yield "<h3>Images with the lowest probabilities for their class</h3>"
+        yield "<h3>Images with the lowest probability for their class</h3>"
         yield f'<div class="images">{"".join(image(one, found.classes) for one in found.worst)}</div>'
 
 
@@ -261,7 +261,7 @@ def image(one: WorstImage, classes: Sequence[str]) -> str:
     true, predicted = escape(classes[one.label]), escape(classes[one.prediction])
     lines = [
         f"<b>{true}</b> {small(one.label_probability)}",
-        f"as {predicted} {small(one.prediction_probability)}" if one.prediction != one.label else "classified correctly",
+        f"predicted: {predicted} {small(one.prediction_probability)}" if one.prediction != one.label else "classified correctly",
         f"<i>{one.id}: {escape(one.key)}</i>",
     ]
     return f"<figure>{embed_image(one.key, one.jpeg(), 'jpeg')}<figcaption>{'<br>'.join(lines)}</figcaption></figure>"

@@ -1,4 +1,5 @@
-"""What the models of runs get wrong: one pass over a split for all runs on the same data, which decodes each image once."""
+"""Evaluates the models of runs and finds the images that they get most wrong. All runs on the same data share one pass over the
+split, which decodes each image once."""
 
 from __future__ import annotations
 
@@ -12,7 +13,6 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from PIL import Image
-from tqdm import tqdm
 
 from model.loading import load_model
 from model.schemes import MultiViewClassifier
@@ -20,7 +20,9 @@ from model.testing import Accuracy, AccuracyMeter
 from pipeline.cli import with_flags
 from pipeline.engines.multiview import MultiViewBatch
 from pipeline.errors import UserError
+from pipeline.progress import progress_bar
 from pipeline.spec import check_device
+from pipeline.store.class_names import class_name
 from pipeline.store.shards import Manifest, ShardSet
 from tools.reporting.evaluation import EvaluateOptions, open_batches
 from tools.reporting.runs import Run
@@ -54,7 +56,7 @@ class RunEvaluation:
     """How a run's model classifies a split.
 
     weights: the file, relative to the run's folder. scheme: in `model.schemes`. worst: the images with the lowest probabilities
-    for their labels, ascending.
+    for their labels, ascending. classes: their names for people, in label order.
     """
 
     weights: str
@@ -136,14 +138,16 @@ def _evaluate_group(
         return found
     view_specs = list(dict.fromkeys(view for one in evaluators.values() for view in one.classifier.view_specs))
     batches, count = open_batches(replace(options, data=data), view_specs)
-    found |= _update_all(evaluators, tqdm(batches, total=count, unit=" batches", disable=None))
+    label = f"evaluating {', '.join(evaluators)}"
+    found |= _update_all(evaluators, progress_bar(batches, total=count, desc=label, unit=" batches"))
     shards = ShardSet(data, options.split, options.cache, options.cache_gb, tars=False)
     for run, weights in members:
         if run.name not in found:
             one = evaluators[run.name]
             images = [image._replace(key=_key(shards, image.id)) for image in one.worst]
             file = str(weights.relative_to(run.folder))
-            found[run.name] = RunEvaluation(file, data, one.scheme, manifest.classes, one.meter.compute(), images)
+            classes = [class_name(each, manifest.class_names) for each in manifest.classes]
+            found[run.name] = RunEvaluation(file, data, one.scheme, classes, one.meter.compute(), images)
     return found
 
 

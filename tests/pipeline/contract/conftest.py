@@ -1,6 +1,6 @@
 """The contract suite runs once for every engine: python -m pytest -k contract [--engine NAME].
 
-An engine that cannot be imported fails; CROPFEED_WITHOUT=NAME[,NAME] skips it.
+If an engine cannot be imported, its tests fail. CROPFEED_WITHOUT=NAME[,NAME] skips engines.
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ import pytest
 from PIL import Image
 
 from pipeline import ENGINES
-from tests.helpers import SUBSAMPLINGS, jpeg, picture, run_script
+from tests.helpers import SUBSAMPLINGS, jpeg, random_image, run_script
 
 WITHOUT = os.environ.get("CROPFEED_WITHOUT", "").split(",")
-# FFCV reads files of its own.
+# FFCV needs its own files.
 FORMAT = "both" if importlib.util.find_spec("ffcv") and "ffcv" not in WITHOUT else "webdataset"
 
-# Height and width: landscape, portrait, small enough to be enlarged, tiny, extreme, large.
+# Height and width: landscape, portrait, too small for the crop, tiny, extreme aspect ratio, large.
 SIZES = ((375, 500), (500, 333), (131, 97), (9, 13), (40, 700), (1500, 2000))
 
 
@@ -47,7 +47,7 @@ def small(image_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def varied(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """Shards by profile: one class per subsampling with an image per size, and a class of anything but baseline YCbCr JPEGs."""
+    """Shards by profile: a class per subsampling with an image per size, and a class of files other than baseline YCbCr JPEGs."""
     root = tmp_path_factory.mktemp("varied")
     write_varied_images(root / "images")
 
@@ -70,10 +70,10 @@ def write_varied_images(root: Path) -> None:
         folder = root / subsampling
         folder.mkdir(parents=True)
         for index, (height, width) in enumerate(SIZES):
-            (folder / f"{index}.JPEG").write_bytes(jpeg(picture(height, width, index), subsampling))
+            (folder / f"{index}.JPEG").write_bytes(jpeg(random_image(height, width, index), subsampling))
     odd = root / "odd"
     odd.mkdir()
-    image = Image.fromarray(picture(300, 400))
+    image = Image.fromarray(random_image(300, 400))
     image.save(odd / "progressive.JPEG", "JPEG", progressive=True)
     image.convert("CMYK").save(odd / "cmyk.JPEG", "JPEG")
     image.save(odd / "png.JPEG", "PNG")

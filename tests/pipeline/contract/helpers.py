@@ -24,7 +24,7 @@ def spec_for(data: Path, engine: str, **changes: Any) -> LoaderSpec:
 
 
 def ids(loader: Loader) -> list[int]:
-    """The ids of the rest of an epoch, in order."""
+    """The sample ids of the rest of an epoch, in order."""
     return [int(sample) for batch in loader for sample in batch.ids]
 
 

@@ -1,4 +1,4 @@
-"""Samples that cannot be decoded: every engine replaces them in the same way, or names them."""
+"""Samples that cannot be decoded: every engine replaces them in the same way, or names them in an error."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ from pipeline.store.shards import ShardSet
 from tests.pipeline.contract.helpers import differences, ids, spec_for
 
 VICTIM = 7
-SECOND = sampling.substitute(0, 0, VICTIM, 0, 60)  # its first substitute in epoch 0, which is corrupt, too
+SECOND = sampling.substitute(0, 0, VICTIM, 0, 60)  # the first substitute in epoch 0, which is also corrupt
 TRUNCATED = 31
 
 
 @pytest.fixture
 def damaged(small: Path, tmp_path: Path) -> Path:
-    """Three damaged training samples: two are zeros, and one has only its first bytes."""
+    """A copy of the data with three damaged training samples: two are zeros, and one has only its first bytes."""
     copy = tmp_path / "damaged"
     shutil.copytree(small, copy)
     for sample, kept in ((VICTIM, 0), (SECOND, 0), (TRUNCATED, 60)):

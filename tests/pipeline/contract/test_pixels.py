@@ -1,4 +1,4 @@
-"""Every engine's pixels against the reference in Pillow and NumPy."""
+"""Every engine's pixels, compared with the reference in Pillow and NumPy."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from pipeline.pixels.normalize import Normalization
 from pipeline.plan import sampling
 from pipeline.plan.geometry import CentreCrop, Geometry, PaddedCrop, RandomResizedCrop, ScaleJitter, TenCrop, WholeImage
 from pipeline.spec import LoaderSpec
-from tests.helpers import SHARED, SUBSAMPLINGS, jpeg, picture
+from tests.helpers import SHARED, SUBSAMPLINGS, jpeg, random_image
 from tests.pipeline.contract.conftest import make
 from tests.pipeline.contract.helpers import differences, stored_image
 
@@ -28,13 +28,13 @@ GEOMETRIES = (ScaleJitter(), RandomResizedCrop(), PaddedCrop(28), CentreCrop(), 
 
 
 def spec_of(data: Path, geometry: Geometry, size: int, **options: object) -> LoaderSpec:
-    """Random geometries in training, the others in evaluation; geometries are meant for 224."""
+    """A spec for training if the geometry is random, otherwise for evaluation. geometry: for 224; it is scaled to `size`."""
     spec = LoaderSpec(data, batch_size=41, image_size=size, geometry=geometry.scaled(size, 224), **options)  # type: ignore[arg-type]
     return spec if geometry.random else spec.evaluation("train", geometry=spec.geometry)
 
 
 def assert_like_the_reference(loader: Loader, epochs: int) -> set[str]:
-    """Every view over some epochs is within the limits; returns the names of the classes seen."""
+    """Assert that every view in some epochs is within the limits; returns the names of the classes seen."""
     seen = set()
     for _ in range(epochs):
         for batch_range, batch in zip(loader.batch_ranges(loader.epoch, 0), loader, strict=True):
@@ -61,18 +61,18 @@ def test_pixels_equal_the_reference(
 
 @pytest.fixture(scope="module")
 def exact(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Shards of images that are 32 x 32 or are resized to short side 32 exactly; no pixel is nearly black."""
+    """Shards of images that are 32 x 32 or can be resized exactly to short side 32. No pixel is nearly black."""
     root = tmp_path_factory.mktemp("exact")
     (root / "images" / "a").mkdir(parents=True)
     for index, (height, width) in enumerate([(32, 32)] * 24 + [(32, 40), (64, 96), (144, 96), (24, 16)] * 6):
-        pixels = picture(height, width, index) // 2 + 100
+        pixels = random_image(height, width, index) // 2 + 100
         (root / "images" / "a" / f"{index:02}.JPEG").write_bytes(jpeg(pixels, "444", 95))
     return make(root / "images", root / "shards")
 
 
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 def test_padded_crops_are_expanded_and_cropped(exact: Path, engine: str, device: str) -> None:
-    """Step by step in Pillow: resize, pad by 4 zeros, crop, mirror. Visible padding is exactly 0."""
+    """The reference is made step by step in Pillow: resize, pad by 4 zeros, crop, mirror. Visible padding is exactly 0."""
     spec = LoaderSpec(exact, batch_size=48, image_size=32, geometry=PaddedCrop(4), engine=engine)
     loader = open_loader(replace(spec, dtype=torch.uint8, device=device))
     seen = 0
@@ -122,7 +122,7 @@ def test_pixels_of_real_images_equal_the_reference(engine: str, tmp_path: Path) 
 
 
 def test_the_limits_detect_a_rounded_window(varied: Callable[[str], Path], engine: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """It is off by up to half a source pixel."""
+    """A rounded window is off by up to half a source pixel."""
     loader = open_loader(LoaderSpec(varied("lossless"), batch_size=41, engine=engine))
     batch_range = next(loader.batch_ranges(0, 0))
     exact = loader.plan(batch_range)

@@ -1,4 +1,4 @@
-"""No engine leaks memory, threads or processes, no matter how an iteration ends."""
+"""No engine leaks memory, threads or processes, however an iteration ends."""
 
 from __future__ import annotations
 
@@ -41,20 +41,20 @@ def test_repeated_opening_leaks_nothing(small: Path, engine: str) -> None:
         loader = open_loader(spec_for(small, engine, threads=2, order="blocks"))
         next(iter(loader))
         loader.close()
-    gc.collect()  # DALI's pipelines are in cycles
+    gc.collect()  # DALI's pipelines are part of reference cycles
     assert threading.active_count() <= before[0]
     assert len(psutil.Process().children(recursive=True)) == before[1]
-    assert psutil.Process().num_fds() <= before[2] + 8  # files that are opened once and kept
+    assert psutil.Process().num_fds() <= before[2] + 8  # some files are opened once and stay open
 
 
 def test_interrupts_are_raised_and_the_position_is_kept(small: Path, engine: str) -> None:
-    """As in a notebook: interrupted anywhere, the loader continues at its position when it is iterated again."""
+    """As in a notebook: after an interrupt at any point, the loader continues at its position when it is iterated again."""
     loader = open_loader(spec_for(small, engine, threads=2))
     next(iter(loader))
     rng = np.random.default_rng(0)
     for delay in rng.uniform(0.001, 0.03, 50).tolist():
         timer = threading.Timer(delay, os.kill, (os.getpid(), signal.SIGINT))
-        with pytest.raises(KeyboardInterrupt):  # noqa: PT012 - it comes anywhere
+        with pytest.raises(KeyboardInterrupt):  # noqa: PT012 - it may come at any point
             timer.start()
             deadline = time.monotonic() + 10
             while time.monotonic() < deadline:
@@ -65,8 +65,8 @@ def test_interrupts_are_raised_and_the_position_is_kept(small: Path, engine: str
     loader.close()
 
 
-# Iterates over sys.argv[1] with engine sys.argv[2], and ends in the way sys.argv[3], without closing the loader. Last it prints
-# which of our threads are alive: compiled code that runs while the interpreter is finalized aborts the process.
+# Iterates over the data sys.argv[1] with engine sys.argv[2], and ends as sys.argv[3] says, without closing the loader. At the end
+# it prints which of our threads are alive: compiled code that runs while the interpreter is finalized aborts the process.
 PROGRAM = f"""
 import atexit, sys, threading
 atexit.register(lambda: print([t.name for t in threading.enumerate() if type(t).__module__.startswith("pipeline")]))
@@ -92,8 +92,8 @@ for number, batch in enumerate(batch for _ in range(1_000_000) for batch in load
     ("end", "code", "words"),
     [("break", 0, ""), ("exception", 1, "the training failed"), ("interrupt", -signal.SIGINT, "KeyboardInterrupt")],
 )
-def test_a_program_ends_at_once(small: Path, engine: str, end: str, code: int, words: str) -> None:
-    """torch's number of threads must not change: FFCV sets it to one when imported, and to its own in its Loader."""
+def test_a_program_ends_at_once_if_the_loader_is_not_closed(small: Path, engine: str, end: str, code: int, words: str) -> None:
+    """torch's number of threads must not change. FFCV sets it to one when it is imported, and to its own number in its Loader."""
     program = [sys.executable, "-c", PROGRAM, str(small), engine, end]
     with subprocess.Popen(
         program, env=clean_environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True

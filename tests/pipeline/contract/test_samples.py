@@ -1,4 +1,4 @@
-"""Every engine delivers the same samples in the same order, for any ranks, threads, batch size and restarts."""
+"""Every engine delivers the same samples in the same order, with any ranks, threads, batch size and restarts."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def test_evaluation_counts_every_sample_once(
 
 
 def count(spec: LoaderSpec) -> Counter[int]:
-    """How often each sample comes in an epoch, over all ranks."""
+    """How often each sample occurs in an epoch, over all ranks."""
     seen: Counter[int] = Counter()
     for rank in range(spec.world_size):
         loader = open_loader(replace(spec, rank=rank))
@@ -171,7 +171,7 @@ def test_seeking_drops_batches_in_progress(small: Path, engine: str) -> None:
 
 
 def test_image_sizes_follow_the_spec(small: Path, engine: str) -> None:
-    """Crops of 32 equal those of a spec with that size only; smaller ones are drawn in proportion."""
+    """Crops of 32 equal those of a spec with that size alone. Smaller ones are drawn in proportion."""
     spec = spec_for(small, engine, image_size=((0, 16), (1, 24), (3, 32)))
     loader = open_loader(spec)
     sizes = [{tuple(batch.images.shape[2:]) for batch in loader} for _ in range(4)]
@@ -219,7 +219,7 @@ def test_batches_are_channels_last_in_the_specs_dtype(small: Path, engine: str, 
     assert batch.images.shape == (8, 3, 32, 32)
     assert batch.images.is_contiguous(memory_format=torch.channels_last)
     assert batch.labels.dtype == torch.int64
-    # half a step at 128..256, and a rounding before
+    # half a step at 128..256, and an earlier rounding
     tolerance = {torch.float32: 0.0, torch.float16: 0.07, torch.bfloat16: 0.6, torch.uint8: 0.0}[dtype]
     assert (batch.images.float() - exact.images).abs().max() <= tolerance
 
@@ -265,7 +265,7 @@ def test_a_position_in_other_data_is_refused(small: Path, engine: str) -> None:
         ({"geometry": WholeImage(40)}, "for evaluation"),
         ({"geometry": PaddedCrop(32)}, "padding 32: needs 0 <= padding < image size"),
         ({"image_size": 0}, "image_size"),
-        ({"image_size": ((1, 32),)}, "first at epoch 0"),
+        ({"image_size": ((1, 32),)}, "from epoch 0 on"),
         ({"image_size": ((0, 32), (0, 16))}, "ascending"),
         ({"order": "random"}, "full or blocks or sequential, not 'random'"),
         ({"corrupt": "ignore"}, "replace or stop, not 'ignore'"),

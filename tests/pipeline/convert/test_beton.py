@@ -1,4 +1,4 @@
-""".beton files against FFCV's reader and loader. Parts of FFCV that can hang run in another process, with a time limit."""
+""".beton files, read by FFCV's reader and loader. Parts of FFCV that can hang run in another process, with a time limit."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ from pipeline.errors import UserError
 from pipeline.jpeg.transcode import transcode
 from pipeline.store import files
 from pipeline.store.shards import EncodedSample, ShardSet, label_digits, write_shard
-from tests.helpers import ROOT, SUBSAMPLINGS, clean_environment, jpeg, open_image, picture
+from tests.helpers import ROOT, SUBSAMPLINGS, clean_environment, jpeg, open_image, random_image
 
 if "ffcv" in os.environ.get("CROPFEED_WITHOUT", ""):
-    pytest.skip("FFCV is not installed (make said what it needs); CROPFEED_WITHOUT=ffcv", allow_module_level=True)
+    pytest.skip("FFCV is not installed (see the output of make); CROPFEED_WITHOUT=ffcv", allow_module_level=True)
 
 SIZE, RATIO = 32, 0.7  # of the loaders' centre crops
 Read = dict[str, Any]  # NAME, NAME_label -> uint8 (N, height, width, 3), int64 (N,)
@@ -36,7 +36,7 @@ Read = dict[str, Any]  # NAME, NAME_label -> uint8 (N, height, width, 3), int64 
 
 @contextmanager
 def at_most(seconds: int) -> Iterator[None]:
-    """Fail after a time limit, instead of hanging."""
+    """Fail after a time limit instead of hanging."""
 
     def stop(*_: Any) -> None:
         raise TimeoutError(f"not done after {seconds} s")
@@ -54,7 +54,7 @@ def sha256(path: Path) -> str:
 
 
 def shards_of(source: Path, out: Path, samples: list[EncodedSample]) -> Path:
-    """A data set with one training shard of `samples`, and otherwise the manifest of the source."""
+    """Write a data set with one training shard of `samples`, and otherwise with the manifest of the source."""
     (out / "train").mkdir(parents=True)
     tar = out / "train/000000.tar"
     manifest = json.loads((source / "manifest.json").read_text())
@@ -74,7 +74,7 @@ def originals(small_shards: Path) -> ShardSet:
 
 @pytest.fixture(scope="module")
 def regions(small_shards: Path, originals: ShardSet, tmp_path_factory: pytest.TempPathFactory) -> ShardSet:
-    """The same images, region-addressable."""
+    """The same images, in region-addressable form."""
     samples = [
         EncodedSample(
             originals.key(i), transcode(originals.read(i).tobytes()), int(row["label"]), int(row["height"]), int(row["width"])
@@ -86,9 +86,9 @@ def regions(small_shards: Path, originals: ShardSet, tmp_path_factory: pytest.Te
 
 @pytest.fixture(scope="module")
 def alike(small_shards: Path, tmp_path_factory: pytest.TempPathFactory) -> ShardSet:
-    """Region-addressable images of every subsampling, several tiles wide, and of one size for SimpleRGBImageDecoder."""
+    """Region-addressable images of every subsampling, several tiles wide. All have one size, for SimpleRGBImageDecoder."""
     samples = [
-        EncodedSample(f"a/{i}", transcode(jpeg(picture(136, 320, i), sampling)), i % 3, 136, 320)
+        EncodedSample(f"a/{i}", transcode(jpeg(random_image(136, 320, i), sampling)), i % 3, 136, 320)
         for i, sampling in enumerate(SUBSAMPLINGS)
     ]
     return ShardSet(shards_of(small_shards, tmp_path_factory.mktemp("alike") / "data", samples), "train")
@@ -96,7 +96,7 @@ def alike(small_shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Shard
 
 @pytest.fixture(scope="module")
 def betons(originals: ShardSet, regions: ShardSet, alike: ShardSet, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A file per mode, and alike.beton, written by two workers."""
+    """A file for each mode, and alike.beton, written by two workers."""
     folder = tmp_path_factory.mktemp("betons")
     with at_most(100):
         for mode in MODES:
@@ -151,9 +151,9 @@ np.savez(folder + "/read.npz", **arrays)
 
 @pytest.fixture(scope="module")
 def read(betons: Path, small_shards: Path) -> Read:
-    """What FFCV's Loader gives: centre crops by the stock and the region decoder, whole images of alike.beton.
+    """The batches of FFCV's Loader: centre crops by the stock decoder and the region decoder, and whole images of alike.beton.
 
-    Its DatasetWriter writes stock.beton, too.
+    The program also writes stock.beton with FFCV's DatasetWriter.
     """
     command = [sys.executable, "-c", LOADERS, str(betons), str(small_shards)]
     result = subprocess.run(command, env=clean_environment(), capture_output=True, text=True, timeout=150, check=False)
@@ -174,7 +174,7 @@ def pixels(data: bytes) -> Any:
 
 
 def centre_crop(image: Any) -> Any:
-    """FFCV's CenterCrop of a decoded image, by OpenCV."""
+    """FFCV's CenterCrop of a decoded image, computed with OpenCV."""
     import cv2
 
     height, width = image.shape[:2]
@@ -198,7 +198,7 @@ def test_same_bytes_as_datasetwriter(betons: Path) -> None:
     assert (betons / "jpg.beton").read_bytes() == (betons / "stock.beton").read_bytes()
 
 
-def test_raw_has_pillows_pixels(betons: Path, read: Read, originals: ShardSet) -> None:
+def test_raw_equals_pillow(betons: Path, read: Read, originals: ShardSet) -> None:
     expected = [pixels(originals.read(i).tobytes()) for i in range(len(originals))]
     assert contents(betons / "raw.beton") == [image.tobytes() for image in expected]
     assert_near(read["raw"], np.stack([centre_crop(image) for image in expected]), 0.5)
@@ -206,7 +206,7 @@ def test_raw_has_pillows_pixels(betons: Path, read: Read, originals: ShardSet) -
 
 def test_jpg_is_close_to_the_image(betons: Path, read: Read, originals: ShardSet) -> None:
     stored = contents(betons / "jpg.beton")
-    assert_near(read["jpg"], np.stack([centre_crop(pixels(data)) for data in stored]), 1.5)  # FFCV's DCT is the fast one
+    assert_near(read["jpg"], np.stack([centre_crop(pixels(data)) for data in stored]), 1.5)  # FFCV uses the fast inverse DCT
     expected = np.stack([centre_crop(pixels(originals.read(i).tobytes())) for i in range(len(originals))])
     assert_near(read["jpg"], expected, 8)  # saturated colours at 4:2:0
 
@@ -226,7 +226,7 @@ def test_region_keeps_bytes_and_stock_ffcv_decodes_them(betons: Path, read: Read
 def test_region_decoder_gives_the_stock_decoders_pixels(read: Read) -> None:
     assert np.array_equal(read["region_ours"], read["region"])
     assert np.array_equal(read["alike_ours"], read["alike"])
-    assert np.array_equal(read["jpg_ours"], read["jpg"])  # without a table: whole
+    assert np.array_equal(read["jpg_ours"], read["jpg"])  # without a table, the whole image is decoded
 
 
 @pytest.mark.parametrize("mode", MODES)

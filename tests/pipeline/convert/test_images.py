@@ -12,7 +12,7 @@ from PIL import Image
 
 from pipeline.convert.images import MAX_PIXELS, PROFILES, ConvertedImage, UnreadableError, convert_image
 from pipeline.jpeg.region import RegionError, cut
-from tests.helpers import SUBSAMPLINGS, jpeg, open_image, picture, run_mutants
+from tests.helpers import SUBSAMPLINGS, jpeg, open_image, random_image, run_mutants
 
 # 32 x 24, made by libjpeg-turbo's cjpeg -arithmetic -quality 80
 ARITHMETIC = base64.b64decode(
@@ -22,7 +22,7 @@ ARITHMETIC = base64.b64decode(
     "XiD2nuhQfiwnxDBTkej6TG4OzxK2O8lZJQwE6Q/M0Q/jYMe7uv7dSF5Nm6plyXqaKTWtUiL8v40xyhLnKm2pAQnyU2JL7FVMAzh5UxY3MP6hcDl/Fgp5thlI"
     "K4eIkP2SLXnO+d5NUCRNmMZHLhBcX/Im5Tt3s4vm1BkMjjsd7qI66MN/6188ZQcI90l5ht2ypJAaMMMTkdCQc4ROPGDg/9k="
 )
-PICTURE = picture(133, 205)
+IMAGE = random_image(133, 205)
 
 
 def saved(image: Image.Image, kind: str = "JPEG", **options: object) -> bytes:
@@ -42,19 +42,17 @@ def exif(orientation: int) -> Image.Exif:
 
 
 def ycck() -> bytes:
-    """A CMYK JPEG with an Adobe marker that says YCCK."""
-    data = bytearray(saved(Image.fromarray(PICTURE).convert("CMYK"), quality=90))
+    """A CMYK JPEG with an Adobe marker for YCCK."""
+    data = bytearray(saved(Image.fromarray(IMAGE).convert("CMYK"), quality=90))
     data[data.index(b"Adobe") + 11] = 2
     return bytes(data)
 
 
 def non_interleaved() -> bytes:
-    """A baseline JPEG with one scan per component, assembled from three greyscale ones, as no encoder here writes it."""
-    planes = [jpeg(PICTURE[..., c : c + 1].repeat(3, axis=2), "Gray") for c in range(3)]
+    """A baseline JPEG with one scan per component, assembled from three greyscale JPEGs, as no installed encoder writes it."""
+    planes = [jpeg(IMAGE[..., c : c + 1].repeat(3, axis=2), "Gray") for c in range(3)]
     header = planes[0][: planes[0].index(b"\xff\xc0")]
-    frame = struct.pack(">BBHBHHB", 0xFF, 0xC0, 17, 8, *PICTURE.shape[:2], 3) + b"".join(
-        bytes([c + 1, 0x11, 0]) for c in range(3)
-    )
+    frame = struct.pack(">BBHBHHB", 0xFF, 0xC0, 17, 8, *IMAGE.shape[:2], 3) + b"".join(bytes([c + 1, 0x11, 0]) for c in range(3))
     tables = planes[0][planes[0].index(b"\xff\xc4") : planes[0].index(b"\xff\xda")]
     scans = b""
     for number, plane in enumerate(planes):
@@ -65,15 +63,15 @@ def non_interleaved() -> bytes:
 
 def damaged() -> bytes:
     """A JPEG with damaged entropy-coded data, which decoders accept with a warning."""
-    data = bytearray(jpeg(PICTURE, "420"))
+    data = bytearray(jpeg(IMAGE, "420"))
     middle = len(data) // 2
     data[middle:middle] = b"\xff\xd3"  # a restart marker where there are none
     return bytes(data)
 
 
-COLOUR, GREY = Image.fromarray(PICTURE), Image.fromarray(PICTURE).convert("L")
+COLOUR, GREY = Image.fromarray(IMAGE), Image.fromarray(IMAGE).convert("L")
 DEEP = Image.fromarray((np.asarray(GREY).astype(np.uint16) << 8) + 77)
-# name -> the file, a word of the fact that the report must hold (None: none)
+# name -> the file, and a word of the fact that the report must contain (None: no fact)
 REENCODED: dict[str, tuple[bytes, str]] = {
     "progressive": (saved(COLOUR, quality=92, progressive=True), "progressive"),
     "progressive grey": (saved(GREY, progressive=True), "progressive"),
@@ -92,12 +90,12 @@ REENCODED: dict[str, tuple[bytes, str]] = {
     "tiff": (saved(COLOUR, "TIFF"), "TIFF"),
 }
 KEPT: dict[str, tuple[bytes, str | None]] = {
-    **{name: (jpeg(PICTURE, name), None) for name in SUBSAMPLINGS},
+    **{name: (jpeg(IMAGE, name), None) for name in SUBSAMPLINGS},
     "adobe rgb": (saved(COLOUR, keep_rgb=True), "Adobe RGB"),
     "orientation": (saved(COLOUR, exif=exif(6)), "orientation"),
     "upright": (saved(COLOUR, exif=exif(1)), None),
     "restart markers": (saved(COLOUR, restart_marker_blocks=3), None),
-    "bytes before a marker": (jpeg(PICTURE)[:-2] + b"\0\0\0\xff\xd9junk", None),
+    "bytes before a marker": (jpeg(IMAGE)[:-2] + b"\0\0\0\xff\xd9junk", None),
 }
 
 
@@ -115,7 +113,7 @@ def test_lossless_keeps_every_pixel(name: str) -> None:
     stored = convert_image(data, "lossless")
     assert np.array_equal(pixels(stored.data), pixels(data))
     assert np.array_equal(np.asarray(stored.pixels), pixels(data))
-    assert (stored.height, stored.width) == PICTURE.shape[:2]
+    assert (stored.height, stored.width) == IMAGE.shape[:2]
     assert len(stored.facts) == (fact is not None)
     assert fact is None or fact in stored.facts[0]
     assert_opens_at_the_crop(stored)
@@ -156,11 +154,11 @@ def test_compact_is_small_and_region_addressable(name: str) -> None:
 
 @pytest.mark.parametrize("size", [(500, 375), (375, 500), (1200, 961), (481, 700), (479, 479)])
 def test_compact_limits_the_short_side(size: tuple[int, int]) -> None:
-    stored = convert_image(jpeg(picture(*size), "444"), "compact")
+    stored = convert_image(jpeg(random_image(*size), "444"), "compact")
     assert min(stored.height, stored.width) == min(480, *size)
     assert abs(stored.width / stored.height - size[1] / size[0]) < 0.005
     assert open_image(stored.data).size == (stored.width, stored.height)
-    expected = Image.fromarray(picture(*size)).resize((stored.width, stored.height), Image.Resampling.LANCZOS)
+    expected = Image.fromarray(random_image(*size)).resize((stored.width, stored.height), Image.Resampling.LANCZOS)
     assert np.abs(pixels(stored.data) - np.asarray(expected)).mean() < 5
     reference = open_image(saved(COLOUR, quality=90)).quantization  # type: ignore[attr-defined]
     assert open_image(stored.data).quantization == reference  # type: ignore[attr-defined]
@@ -182,13 +180,13 @@ def test_original_converts_formats_that_no_engine_decodes(name: str) -> None:
 
 
 def twelve_bit() -> bytes:
-    data = bytearray(jpeg(PICTURE))
+    data = bytearray(jpeg(IMAGE))
     data[data.index(b"\xff\xc0") + 4] = 12
     return bytes(data)
 
 
 def huge() -> bytes:
-    data = bytearray(jpeg(PICTURE))
+    data = bytearray(jpeg(IMAGE))
     at = data.index(b"\xff\xc0") + 5
     data[at : at + 4] = struct.pack(">HH", 13_378, 13_377)
     assert 13_378 * 13_377 > MAX_PIXELS > 13_376 * 13_377
@@ -198,9 +196,9 @@ def huge() -> bytes:
 UNREADABLE: dict[str, tuple[bytes, str]] = {
     "empty": (b"", "not an image"),
     "text": (b"no image", "not an image"),
-    "truncated": (jpeg(PICTURE)[:-900], "truncated"),
-    "no end marker": (jpeg(PICTURE)[:-2], "truncated"),
-    "truncated header": (jpeg(PICTURE)[:100], "."),
+    "truncated": (jpeg(IMAGE)[:-900], "truncated"),
+    "no end marker": (jpeg(IMAGE)[:-2], "truncated"),
+    "truncated header": (jpeg(IMAGE)[:100], "."),
     "truncated png": (saved(COLOUR, "PNG")[:-4000], "truncated"),
     "12 bits": (twelve_bit(), "."),
     "too many pixels": (huge(), "pixels"),
@@ -240,13 +238,13 @@ import numpy as np
 import simplejpeg
 from pipeline.convert.images import UnreadableError, convert_image
 from pipeline.jpeg.region import RegionError, cut
-from tests.helpers import SUBSAMPLINGS, jpeg, mutate, picture
+from tests.helpers import SUBSAMPLINGS, jpeg, mutate, random_image
 
 assert __import__("numba").config.BOUNDSCHECK == 1
 rng = np.random.default_rng(int(sys.argv[2]))
 kept = refused = cuts = 0
 for trial in range(int(sys.argv[3])):
-    pixels = picture(int(rng.integers(1, 90)), int(rng.integers(1, 90)), trial)
+    pixels = random_image(int(rng.integers(1, 90)), int(rng.integers(1, 90)), trial)
     mutant = mutate(jpeg(pixels, SUBSAMPLINGS[trial % 6], int(rng.integers(20, 100))), rng, trial % 5)
     try:
         stored = convert_image(mutant, "lossless" if trial % 7 else "compact")
@@ -263,7 +261,7 @@ for trial in range(int(sys.argv[3])):
     top_in, left_in = top - piece.top, left - piece.left
     inside = found[top_in : top_in + bottom - top, left_in : left_in + right - left]
     assert np.array_equal(inside, whole[top:bottom, left:right]), trial
-    broken = np.frombuffer(mutate(stored.data, rng, 3 if trial % 3 == 0 else 0), np.uint8)  # what storage may do afterwards
+    broken = np.frombuffer(mutate(stored.data, rng, 3 if trial % 3 == 0 else 0), np.uint8)  # as faulty storage would
     try:
         simplejpeg.decode_jpeg(cut(broken, top, left, bottom, right).jpeg.tobytes())
         cuts += 1
@@ -274,7 +272,7 @@ print(refused, kept, cuts)
 
 
 def test_mutants_are_stored_or_refused(tmp_path: Path) -> None:
-    """Bit flips, truncations and stray markers, with bounds checking on: each is left out, or stored and cut exactly."""
+    """Bit flips, truncations and stray markers, with bounds checking on: each image is left out, or stored and cut exactly."""
     refused, kept, cuts = run_mutants(MUTATE, tmp_path)
     assert min(refused, kept, cuts) > (refused + kept) / 10
     print(f"mutants: {refused} refused, {kept} stored and cut exactly, {cuts} of those decoded after more damage")

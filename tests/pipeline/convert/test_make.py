@@ -14,7 +14,7 @@ from tests.helpers import assert_refused, run_script, without_progress
 from tests.tools.test_make_shards import digests, make
 
 if os.environ.get("CROPFEED_WITHOUT") == "ffcv":
-    pytest.skip("FFCV is not installed; make said what it needs", allow_module_level=True)
+    pytest.skip("FFCV is not installed; see the output of make", allow_module_level=True)
 
 
 def test_both_formats_are_one_data_set(image_folder: Path, tmp_path: Path) -> None:

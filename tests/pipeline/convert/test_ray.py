@@ -1,4 +1,4 @@
-"""The converter on a Ray cluster of two nodes on this machine. One node dies halfway."""
+"""The converter on a local Ray cluster of two nodes. One node dies halfway."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ cluster.shutdown()
 """
 
 
-def test_a_dying_node_only_costs_time(image_folder: Path, tmp_path: Path) -> None:
+def test_a_dying_node_changes_no_bytes(image_folder: Path, tmp_path: Path) -> None:
     expected, out = tmp_path / "expected", tmp_path / "out"
     options = ("--shard-size", 3, "--workers", 1)
     assert run_script("tools/make_shards.py", image_folder, "--out", expected, *options).returncode == 0
@@ -49,7 +49,7 @@ def test_a_dying_node_only_costs_time(image_folder: Path, tmp_path: Path) -> Non
         assert result.returncode == 0, result.stderr
         assert "27 shards, 81 images" in result.stdout
         killed = cluster.stdout.readline().split()
-        assert 2 <= int(killed[2]) < 27, killed  # it really was half way
+        assert 2 <= int(killed[2]) < 27, killed  # killed during the conversion
         assert digests(out) == digests(expected)
         (tmp_path / "src" / "n1").mkdir(parents=True)
         (tmp_path / "src" / "n1" / "notes.JPEG").write_text("no image")

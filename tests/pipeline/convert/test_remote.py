@@ -1,4 +1,4 @@
-"""Converting from and to an S3 server on this machine."""
+"""Conversion from and to a local S3 server."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def download(url: str, folder: Path) -> Path:
 
 
 def test_from_s3_to_s3_gives_the_local_bytes(image_folder: Path, s3: str, tmp_path: Path) -> None:
-    """After a kill every written file is complete, and the next run resumes."""
+    """After a kill, every visible file is complete, and the next run resumes."""
     assert make(image_folder, tmp_path / "expected").returncode == 0
     upload(image_folder, f"{s3}/images")
     process = start(f"{s3}/images", f"{s3}/shards", "--workers", 1)

@@ -1,4 +1,4 @@
-"""Sources end to end: make_shards.py finds what folders, official tars and WebDataset tars contain."""
+"""Sources end to end: make_shards.py finds all images in folders, official tars and WebDataset tars."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from pipeline.convert import tars
 from pipeline.convert.sources import list_image_folder
 from pipeline.errors import UserError
 from pipeline.store.shards import ShardSet
-from tests.helpers import assert_refused, jpeg, picture, run_script, without_progress
+from tests.helpers import assert_refused, jpeg, random_image, run_script, without_progress
 
-WNIDS = ("n03000000", "n01000000", "n02000000")  # in the order of their ILSVRC2012_ID, which is not the sorted one
+WNIDS = ("n03000000", "n01000000", "n02000000")  # in the order of their ILSVRC2012_ID, which is not sorted
 
 
 def add(tar: tarfile.TarFile, name: str, data: bytes) -> None:
@@ -37,7 +37,7 @@ def packed(files: dict[str, bytes], mode: str = "w") -> bytes:
 
 
 def devkit() -> bytes:
-    """Like the official devkit: 3 classes and their parent node, with numbers that are not in the order of the wnids."""
+    """A devkit like the official one: 3 classes and their parent node. Their numbers are not in the order of the wnids."""
     kind = [("ILSVRC2012_ID", float), ("WNID", object), ("words", object), ("num_children", float)]
     rows = [(i + 1, wnid, "a thing, some thing", 0) for i, wnid in enumerate(WNIDS)] + [(4, "n00001740", "entity", 3)]
     stream = io.BytesIO()
@@ -51,14 +51,14 @@ def devkit() -> bytes:
 
 @pytest.fixture(scope="module")
 def official(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Tars with the layout of the official ones: 4 training images per class, 7 validation images."""
+    """Tars with the official layout: 4 training images per class, 7 validation images."""
     root = tmp_path_factory.mktemp("official")
     inner = {
-        f"{wnid}.tar": packed({f"{wnid}_{i}.JPEG": jpeg(picture(60, 70, seed=10 * c + i)) for i in (3, 20, 1, 100)})
+        f"{wnid}.tar": packed({f"{wnid}_{i}.JPEG": jpeg(random_image(60, 70, seed=10 * c + i)) for i in (3, 20, 1, 100)})
         for c, wnid in enumerate(WNIDS)
     }
     (root / tars.TRAIN).write_bytes(packed(inner))
-    val = {f"ILSVRC2012_val_{i + 1:08d}.JPEG": jpeg(picture(50, 40, seed=100 + i)) for i in reversed(range(7))}
+    val = {f"ILSVRC2012_val_{i + 1:08d}.JPEG": jpeg(random_image(50, 40, seed=100 + i)) for i in reversed(range(7))}
     (root / tars.VAL).write_bytes(packed(val))
     (root / tars.DEVKIT).write_bytes(devkit())
     return root
@@ -79,14 +79,14 @@ def test_official_tars_are_read_without_unpacking(official: Path, tmp_path: Path
     wnids = sorted(WNIDS)
     assert ShardSet(tmp_path / "out", "train").manifest.classes == wnids
     expected = {
-        f"{wnid}/{wnid}_{i}": (wnids.index(wnid), jpeg(picture(60, 70, seed=10 * c + i)))
+        f"{wnid}/{wnid}_{i}": (wnids.index(wnid), jpeg(random_image(60, 70, seed=10 * c + i)))
         for c, wnid in enumerate(WNIDS) for i in (3, 20, 1, 100)
     }  # fmt: skip
     assert stored(tmp_path / "out", "train") == expected
     expected = {}
     for i in range(7):  # image i has class number 1 + i % 3
         wnid = WNIDS[i % 3]
-        expected[f"{wnid}/ILSVRC2012_val_{i + 1:08d}"] = (wnids.index(wnid), jpeg(picture(50, 40, seed=100 + i)))
+        expected[f"{wnid}/ILSVRC2012_val_{i + 1:08d}"] = (wnids.index(wnid), jpeg(random_image(50, 40, seed=100 + i)))
     assert stored(tmp_path / "out", "val") == expected
 
 
@@ -130,7 +130,7 @@ def test_damaged_official_tars_are_named(official: Path, tmp_path: Path, how: st
     elif how == "junk devkit":
         files[tars.DEVKIT] = b"junk"
     elif how == "short val":
-        files[tars.VAL] = packed({f"ILSVRC2012_val_{i + 1:08d}.JPEG": jpeg(picture(50, 40)) for i in range(6)})
+        files[tars.VAL] = packed({f"ILSVRC2012_val_{i + 1:08d}.JPEG": jpeg(random_image(50, 40)) for i in range(6)})
     elif how == "truncated train":
         files[tars.TRAIN] = files[tars.TRAIN][: len(files[tars.TRAIN]) // 2 // 512 * 512 + 100]
     elif how == "junk train":
@@ -144,14 +144,14 @@ def test_damaged_official_tars_are_named(official: Path, tmp_path: Path, how: st
 
 
 def test_foreign_webdataset_tars(tmp_path: Path) -> None:
-    """Written by webdataset's own writer, with its keys and labels, and additional .json files."""
+    """The tars come from webdataset's own writer, with its keys and labels, and additional .json files."""
     src = tmp_path / "src"
     src.mkdir()
     expected: dict[str, dict[str, tuple[int, bytes]]] = {"train": {}, "val": {}}
     for split, pattern in (("train", "imagenet1k-train-%04d.tar"), ("val", "imagenet1k-validation-%02d.tar")):
         with webdataset.ShardWriter(str(src / pattern), maxcount=4, verbose=0) as writer:
             for i in range(10):
-                data = jpeg(picture(40, 50, seed=i))
+                data = jpeg(random_image(40, 50, seed=i))
                 writer.write({"__key__": f"n{i % 3}/{split}{i}", "jpg": data, "cls": i % 3, "json": {"label": i % 3}})
                 expected[split][f"n{i % 3}/{split}{i}"] = (i % 3, data)
     (src / "classes.txt").write_text("cat\ndog\nbird\n")
@@ -162,7 +162,7 @@ def test_foreign_webdataset_tars(tmp_path: Path) -> None:
 
 
 def test_cropfeeds_own_shards_are_a_source(small_shards: Path, tmp_path: Path) -> None:
-    """Original -> lossless keeps classes, labels, keys and pixels."""
+    """Conversion of original shards to lossless ones keeps classes, labels and keys."""
     result = run_script("tools/make_shards.py", small_shards, "--out", tmp_path / "out")
     assert result.returncode == 0, result.stderr
     assert ShardSet(tmp_path / "out", "train").manifest.classes == ShardSet(small_shards, "train").manifest.classes
@@ -173,10 +173,10 @@ def test_cropfeeds_own_shards_are_a_source(small_shards: Path, tmp_path: Path) -
 @pytest.mark.parametrize(
     ("files", "words"),
     [
-        ({"a.jpg": jpeg(picture(9, 9))}, "sample a has no .cls"),
+        ({"a.jpg": jpeg(random_image(9, 9))}, "sample a has no .cls"),
         ({"a.cls": b"3"}, "sample a has no image"),
-        ({"a.cls": b"cat", "a.jpg": jpeg(picture(9, 9))}, "not a number"),
-        ({"a.cls": b"-1", "a.jpg": jpeg(picture(9, 9))}, "begin at 0"),
+        ({"a.cls": b"cat", "a.jpg": jpeg(random_image(9, 9))}, "not a number"),
+        ({"a.cls": b"-1", "a.jpg": jpeg(random_image(9, 9))}, "begin at 0"),
         ({}, "hold no samples"),
     ],
 )
@@ -188,7 +188,7 @@ def test_bad_webdataset_tars_are_named(tmp_path: Path, files: dict[str, bytes], 
 
 
 def test_too_few_class_names(tmp_path: Path) -> None:
-    (tmp_path / "some.tar").write_bytes(packed({"a.cls": b"5", "a.jpg": jpeg(picture(9, 9))}))
+    (tmp_path / "some.tar").write_bytes(packed({"a.cls": b"5", "a.jpg": jpeg(random_image(9, 9))}))
     (tmp_path / "classes.txt").write_text("cat\ndog\n")
     with pytest.raises(UserError, match="up to 5, but there are names for 2"):
         tars.list_webdataset(str(tmp_path), tars.find_webdataset(str(tmp_path)))

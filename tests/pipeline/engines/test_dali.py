@@ -1,4 +1,4 @@
-"""The DALI engine only: its GPU graph without a GPU, image borders, and samples that DALI cannot decode."""
+"""The DALI engine alone: its GPU graph without a GPU, image borders, and samples that DALI cannot decode."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ from pipeline.engines import dali
 from pipeline.plan.geometry import CentreCrop, RandomResizedCrop, ScaleJitter, TenCrop
 from pipeline.spec import LoaderSpec
 from pipeline.store.shards import ShardSet
-from tests.helpers import jpeg, open_image, picture, run_script
+from tests.helpers import jpeg, open_image, random_image, run_script
 from tests.pipeline.contract.helpers import differences, spec_for
 
 
 @pytest.fixture(scope="module")
 def large_shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Large images with hard edges along their borders, and a small one without."""
+    """Large images with hard edges along their borders, and a small one without them."""
     root = tmp_path_factory.mktemp("large")
     (root / "images" / "a").mkdir(parents=True)
     for index, (height, width) in enumerate(((2000, 1500), (1300, 1800), (900, 3000), (150, 190))):
-        pixels = picture(height, width, index)
+        pixels = random_image(height, width, index)
         if height > 150:
             pixels[:3], pixels[-2:], pixels[:, :3], pixels[:, -1:] = 255, 0, 0, 255
         (root / "images" / "a" / f"{index}.JPEG").write_bytes(jpeg(pixels, "444"))
@@ -34,7 +34,7 @@ def large_shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("geometry", [RandomResizedCrop(area=(0.8, 1)), TenCrop(64), CentreCrop(56)])
-def test_downscaled_borders_equal_pillows(large_shards: Path, geometry: RandomResizedCrop | TenCrop | CentreCrop) -> None:
+def test_downscaled_borders_match_pillow(large_shards: Path, geometry: RandomResizedCrop | TenCrop | CentreCrop) -> None:
     spec = LoaderSpec(large_shards, batch_size=4, image_size=56, geometry=geometry)
     loader = dali.open(spec if geometry.random else spec.evaluation("train", geometry=geometry))
     batch_range = next(loader.batch_ranges(0, 0))
@@ -48,7 +48,7 @@ def test_downscaled_borders_equal_pillows(large_shards: Path, geometry: RandomRe
 
 @pytest.mark.parametrize("decoder", ["image", "image_slice"])
 def test_finished_views_pass_the_graph_unchanged(decoder: str) -> None:
-    """Two views in one PPM, with both decoders."""
+    """Two views in one PPM pass through both decoders."""
     pixels = np.random.default_rng(0).integers(0, 256, (2 * 37, 41, 3), np.uint8)
     tops = np.array([0, 37], np.float32)
     pipe = Pipeline(1, 1, None)
@@ -76,7 +76,7 @@ def test_whole_cuts_and_their_slices_give_the_same_views(large_shards: Path) -> 
         assert (actual.images.int() - reference.images.int()).abs().max() <= 1  # the float32 windows have other origins
 
 
-def test_dali_gets_cuts(large_shards: Path) -> None:
+def test_dali_receives_cuts(large_shards: Path) -> None:
     loader = dali.open(LoaderSpec(large_shards, batch_size=4, threads=2))
     loader._schedule = loader.batch_ranges(0, 0)
     streams = loader._source()[0]

@@ -1,4 +1,4 @@
-"""Several geometries in a pass: the views equal Pillow's and those of ordinary loaders, and images are decoded once."""
+"""Several geometries in one pass: views equal those of Pillow and of ordinary loaders, and each image is decoded once."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def spec_for(data: Path, **options: Any) -> LoaderSpec:
 
 
 def expected(image: Image.Image, view_spec: ViewSpec) -> list[np.ndarray]:
-    """The views of an image, by Pillow on the whole image."""
+    """The views of an image, made by Pillow from the whole image."""
     image = image.convert("RGB")
     short = view_spec.geometry.short  # type: ignore[attr-defined]
     sides = np.array(image.size)
@@ -69,7 +69,7 @@ def expected(image: Image.Image, view_spec: ViewSpec) -> list[np.ndarray]:
 
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 @pytest.mark.parametrize("profile", ["original", "lossless"])
-def test_views_equal_pillows(small_shards: Path, regions: Path, profile: str, device: str) -> None:
+def test_views_match_pillow(small_shards: Path, regions: Path, profile: str, device: str) -> None:
     pass_ = MultiViewLoader(spec_for(small_shards if profile == "original" else regions, device=device), ALL)
     for batch in pass_:
         assert batch.images.keys() == set(ALL)
@@ -87,8 +87,8 @@ def test_views_equal_pillows(small_shards: Path, regions: Path, profile: str, de
 @pytest.mark.parametrize(
     "view_specs", [ALL, (CENTRE, TEN), (CENTRE, ViewSpec(CentreCrop(36), 20))], ids=["all", "crops", "centres"]
 )
-def test_pictures_are_those_of_a_loader_for_each(regions: Path, view_specs: tuple[ViewSpec, ...]) -> None:
-    """Bit by bit, although the decoded regions are not those of any single view spec."""
+def test_views_equal_those_of_ordinary_loaders(regions: Path, view_specs: tuple[ViewSpec, ...]) -> None:
+    """They are bit-identical, although the decoded regions are not those of any single view spec."""
     actual: dict[ViewSpec, dict[int, np.ndarray]] = {view_spec: {} for view_spec in view_specs}
     for batch in MultiViewLoader(spec_for(regions), view_specs):
         for view_spec, images in batch.images.items():
@@ -122,7 +122,7 @@ def test_each_sample_comes_once_in_batches_of_one_size(
             sizes = {tuple(int(side * view_spec.size / min(pair) + 0.5) for side in pair) for pair in sides}
             assert sizes == {tuple(batch.images[view_spec].shape[1:3])}
     if view_specs == (CENTRE, TEN):
-        assert len(batches) == -(-21 // batch_size)  # one size, so nothing splits batches
+        assert len(batches) == -(-21 // batch_size)  # all views have one size, so batches are full
     assert [batch.ids.tolist() for batch in pass_] == [batch.ids.tolist() for batch in batches]  # and again
 
 
@@ -150,7 +150,7 @@ def test_each_image_is_read_and_decoded_once(regions: Path, monkeypatch: pytest.
     areas.clear()
     list(MultiViewLoader(spec_for(regions), (ViewSpec(CentreCrop(40), 16), ViewSpec(CentreCrop(40), 8))))
     assert len(areas) == 21
-    assert sum(areas) < 0.8 * sum(whole)  # where no view shows the whole image, not all of it is decoded
+    assert sum(areas) < 0.8 * sum(whole)  # if no view shows the whole image, only a part is decoded
 
 
 def test_a_batch_is_bounded_in_bytes(small_shards: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -181,7 +181,7 @@ def test_an_image_of_another_size_than_stored_is_corrupt(small_shards: Path, tmp
     samples = np.load(copy / "val" / "samples.npy")
     samples["height"][4] += 1
     np.save(copy / "val" / "samples.npy", samples)
-    with pytest.raises(UserError, match=r"holds \d+ x \d+ pixels, not the \d+ x \d+ it was stored with"):
+    with pytest.raises(UserError, match=r"has \d+ x \d+ pixels, but was stored as \d+ x \d+"):
         list(MultiViewLoader(spec_for(copy), ALL))
 
 
@@ -195,7 +195,7 @@ def test_an_abandoned_pass_leaves_no_threads(small_shards: Path) -> None:
 
 
 def test_unsupported_specs_are_refused(small_shards: Path) -> None:
-    with pytest.raises(UserError, match="`engine` dali makes views of one kind"):
+    with pytest.raises(UserError, match="`engine` dali makes only one kind of view"):
         MultiViewLoader(spec_for(small_shards, engine="dali"), ALL)
     with pytest.raises(UserError, match=r"short side \(16\) must be at least the image size \(32\)"):
         MultiViewLoader(spec_for(small_shards), (CENTRE, ViewSpec(CentreCrop(16), 32)))

@@ -1,4 +1,4 @@
-"""Decoding regions: bit for bit what libjpeg-turbo decodes, and nothing else than a refusal where data is damaged."""
+"""Decoding of regions: bit-identical to libjpeg-turbo; damaged data is refused, without crashes."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from PIL import Image
 from pipeline.jpeg.decode import REFUSED, decode
 from pipeline.jpeg.transcode import transcode
 from pipeline.plan import sampling
-from tests.helpers import SHARED, jpeg, picture, run_mutants
+from tests.helpers import SHARED, jpeg, random_image, run_mutants
 from tests.pipeline.jpeg.test_region import windows
 
 DECODED = ("444", "422", "440", "420", "Gray")
@@ -45,17 +45,18 @@ def assert_exact(original: bytes, count: int, seed: int) -> None:
 
 @pytest.mark.parametrize("subsampling", DECODED)
 @pytest.mark.parametrize("size", SIZES, ids=str)
-def test_every_window_is_libjpeg_turbos(subsampling: str, size: tuple[int, int]) -> None:
+def test_every_window_matches_libjpeg_turbo(subsampling: str, size: tuple[int, int]) -> None:
     if subsampling in ("422", "420") and size[1] <= 4:
-        assert decoded(transcode(jpeg(picture(*size), subsampling)), (0, 0, 1, 1))[0] == REFUSED  # libjpeg repeats chroma there
+        # For such widths libjpeg repeats chroma.
+        assert decoded(transcode(jpeg(random_image(*size), subsampling)), (0, 0, 1, 1))[0] == REFUSED
         return
     for quality in (10, 50, 90, 100):
-        assert_exact(jpeg(picture(*size, seed=quality), subsampling, quality), 12, quality)
+        assert_exact(jpeg(random_image(*size, seed=quality), subsampling, quality), 12, quality)
 
 
 @pytest.mark.parametrize("subsampling", DECODED)
-def test_noise_and_flat_pictures_are_libjpeg_turbos(subsampling: str) -> None:
-    """Coefficients of every size and number, and blocks of one."""
+def test_noise_and_flat_images_match_libjpeg_turbo(subsampling: str) -> None:
+    """These images have coefficients of every magnitude and number, and blocks with a single one."""
     rng = np.random.default_rng(0)
     noise = rng.integers(0, 256, (70, 90, 3), np.uint8)
     extremes = rng.choice(np.array([0, 255], np.uint8), (70, 90, 3))
@@ -66,7 +67,7 @@ def test_noise_and_flat_pictures_are_libjpeg_turbos(subsampling: str) -> None:
 
 
 @pytest.mark.skipif(not SHARED.exists(), reason="the real ImageNet images are not on this machine")
-def test_real_images_are_libjpeg_turbos() -> None:
+def test_real_images_match_libjpeg_turbo() -> None:
     refused = 0
     with tarfile.open(SHARED / "imagenet-400.tar") as tar:
         for index, member in enumerate([member for member in tar if member.isfile()][::4]):
@@ -84,8 +85,8 @@ def test_real_images_are_libjpeg_turbos() -> None:
     assert refused <= 2
 
 
-def test_what_it_does_not_decode_is_refused() -> None:
-    pixels = picture(100, 120)
+def test_unsupported_input_is_refused() -> None:
+    pixels = random_image(100, 120)
     whole = (0, 0, 100, 120)
     assert decoded(jpeg(pixels), whole)[0] == REFUSED  # no table
     assert decoded(transcode(jpeg(pixels, "411")), whole)[0] == REFUSED
@@ -94,7 +95,7 @@ def test_what_it_does_not_decode_is_refused() -> None:
     for window in ((0, 0, 101, 120), (0, 0, 100, 121), (-1, 0, 9, 9), (5, 5, 5, 9), (9, 9, 5, 20)):
         assert decoded(written, window)[0] == REFUSED
     rows = written.index(b"CROPFEED") + 14
-    for table_rows in (1, 60_000):  # a table that is not of this image
+    for table_rows in (1, 60_000):  # a table of another image
         damaged = written[:rows] + table_rows.to_bytes(2, "little") + written[rows + 2 :]
         assert decoded(damaged, whole)[0] == REFUSED
     stream = io.BytesIO()
@@ -102,8 +103,8 @@ def test_what_it_does_not_decode_is_refused() -> None:
     assert decoded(transcode(stream.getvalue()), whole)[0] == REFUSED
 
 
-def test_it_asks_for_the_room_that_it_needs() -> None:
-    data, place = np.frombuffer(transcode(jpeg(picture(100, 120))), np.uint8), np.zeros(4, np.int64)
+def test_the_decoder_returns_the_buffer_size_that_it_needs() -> None:
+    data, place = np.frombuffer(transcode(jpeg(random_image(100, 120))), np.uint8), np.zeros(4, np.int64)
     lacking = decode(data, 0, 0, 100, 120, np.zeros(10, np.uint8), place)
     guarded = np.full(lacking + 100, 77, np.uint8)
     assert decode(data, 0, 0, 100, 120, guarded[:lacking], place) == 0
@@ -116,9 +117,9 @@ sys.path.insert(0, sys.argv[1])
 import numpy as np
 from pipeline.jpeg.decode import decode
 from pipeline.jpeg.transcode import transcode
-from tests.helpers import SUBSAMPLINGS, jpeg, mutate, picture
+from tests.helpers import SUBSAMPLINGS, jpeg, mutate, random_image
 rng = np.random.default_rng(int(sys.argv[2]))
-sources = [transcode(jpeg(picture(60, 90, i), subsampling)) for i, subsampling in enumerate(SUBSAMPLINGS)]
+sources = [transcode(jpeg(random_image(60, 90, i), subsampling)) for i, subsampling in enumerate(SUBSAMPLINGS)]
 room, place = np.zeros(200_000, np.uint8), np.zeros(4, np.int64)
 refused = decoded = 0
 for trial in range(int(sys.argv[3])):
@@ -131,7 +132,7 @@ print(refused, decoded)
 """
 
 
-def test_damaged_data_is_refused_or_survived(tmp_path: Path) -> None:
+def test_damaged_data_does_not_crash(tmp_path: Path) -> None:
     """Bit flips, truncations and stray markers with bounds checking on."""
     refused, survived = run_mutants(MUTATE, tmp_path)
     assert refused > 0

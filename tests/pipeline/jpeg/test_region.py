@@ -1,4 +1,4 @@
-"""Region-addressable JPEGs against libjpeg-turbo's full decode, byte for byte against the format's description."""
+"""Region-addressable JPEGs: cuts decode to the pixels of the whole image, and the bytes follow the format's description."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from PIL import Image
 from pipeline.jpeg import huffman, region, transcode
 from pipeline.jpeg.region import RegionError, cut
 from pipeline.jpeg.transcode import NotBaselineError, choose_interval
-from tests.helpers import SHARED, SUBSAMPLINGS, jpeg, open_image, picture, run_mutants
+from tests.helpers import SHARED, SUBSAMPLINGS, jpeg, open_image, random_image, run_mutants
 
 SIZES = ((1, 1), (1, 40), (40, 1), (7, 9), (8, 8), (16, 16), (17, 33), (64, 200), (131, 97), (375, 500))
 
 
 def decode(data: bytes) -> np.ndarray:
-    """libjpeg-turbo's exact decode: slow integer DCT, interpolated chroma. uint8 (H, W, 3), or (H, W, 1) for grey."""
+    """Decode exactly with libjpeg-turbo: slow integer DCT, interpolated chroma. uint8 (H, W, 3), or (H, W, 1) for grey."""
     grey = open_image(data).mode == "L"
     pixels: np.ndarray = simplejpeg.decode_jpeg(data, "GRAY" if grey else "RGB", fastdct=False, fastupsample=False)
     return pixels
@@ -40,7 +40,7 @@ def assert_window_exact(whole: np.ndarray, written: bytes, window: tuple[int, in
 
 
 def windows(height: int, width: int, count: int, seed: int) -> list[tuple[int, int, int, int]]:
-    """The whole, the corners' pixels, the borders' strips, and random ones."""
+    """Windows of an image: all of it, corner pixels, strips along the borders, and random ones."""
     rng = np.random.default_rng(seed)
     found = [
         (0, 0, height, width), (0, 0, 1, 1), (height - 1, width - 1, height, width), (0, width - 1, 1, width),
@@ -57,7 +57,7 @@ def windows(height: int, width: int, count: int, seed: int) -> list[tuple[int, i
 @pytest.mark.parametrize("size", SIZES, ids=str)
 def test_every_window_of_every_kind_is_exact(subsampling: str, size: tuple[int, int]) -> None:
     for quality in (30, 90, 100):
-        original = jpeg(picture(*size, seed=quality), subsampling, quality)
+        original = jpeg(random_image(*size, seed=quality), subsampling, quality)
         whole = decode(original)
         written = transcode.transcode(original)
         assert np.array_equal(decode(written), whole)
@@ -72,7 +72,7 @@ def test_every_window_of_every_kind_is_exact(subsampling: str, size: tuple[int, 
 @pytest.mark.parametrize("subsampling", ["4:4:4", "4:2:0"])
 def test_originals_with_restart_markers_and_optimal_tables(options: dict[str, int], subsampling: str) -> None:
     stream = io.BytesIO()
-    Image.fromarray(picture(133, 205)).save(stream, "JPEG", quality=85, subsampling=subsampling, **options)
+    Image.fromarray(random_image(133, 205)).save(stream, "JPEG", quality=85, subsampling=subsampling, **options)
     original = stream.getvalue()
     written = transcode.transcode(original)
     whole = decode(original)
@@ -81,13 +81,13 @@ def test_originals_with_restart_markers_and_optimal_tables(options: dict[str, in
         assert_window_exact(whole, written, window)
 
 
-def test_writing_again_changes_nothing() -> None:
-    written = transcode.transcode(jpeg(picture(375, 500), "420"))
+def test_transcoding_twice_changes_nothing() -> None:
+    written = transcode.transcode(jpeg(random_image(375, 500), "420"))
     assert transcode.transcode(written) == written
 
 
 def read_format(data: bytes) -> tuple[dict[str, int], list[int], int]:
-    """The table's fields, the lengths and where the entropy-coded data begins, by region.py's docstring alone."""
+    """The table's fields, the segment lengths, and the start of the entropy-coded data, read as region.py's docstring says."""
     position, fields = 2, dict[str, int]()
     lengths: list[int] = []
     while True:
@@ -109,8 +109,8 @@ def read_format(data: bytes) -> tuple[dict[str, int], list[int], int]:
 @pytest.mark.parametrize(
     ("size", "subsampling"), [((375, 500), "444"), ((375, 500), "420"), ((2100, 2800), "444"), ((8, 2520), "Gray")]
 )
-def test_the_bytes_are_what_the_format_says(size: tuple[int, int], subsampling: str) -> None:
-    written = transcode.transcode(jpeg(picture(*size), subsampling))
+def test_the_bytes_follow_the_format_description(size: tuple[int, int], subsampling: str) -> None:
+    written = transcode.transcode(jpeg(random_image(*size), subsampling))
     fields, lengths, position = read_format(written)
     mcu = 16 if subsampling == "420" else 8
     assert (fields["version"], fields["mcu_width"], fields["mcu_height"]) == (1, mcu, mcu)
@@ -146,13 +146,13 @@ def test_tile_widths() -> None:
             assert mcus % interval == 0
             assert interval == mcus or interval * mcu_width >= 22
     assert choose_interval(63, 8) == 7  # 500 pixels: 56 wide
-    assert choose_interval(32, 16) == 4  # 64 rather than 32
-    assert choose_interval(62, 8) == 31  # halves rather than pairs
+    assert choose_interval(32, 16) == 4  # 64 pixels rather than 32
+    assert choose_interval(62, 8) == 31  # half a row rather than 2 MCUs
     assert choose_interval(47, 8) == 47  # a prime: whole rows
 
 
-def test_optimal_tables_cost_what_huffmans_do() -> None:
-    """Against a plain heap, where no code is longer than 16 bits; and valid where it would be."""
+def test_optimal_tables_cost_as_much_as_huffman_codes() -> None:
+    """The reference is a plain heap. Where its codes would exceed 16 bits, the table is still valid, and not cheaper."""
     rng = np.random.default_rng(0)
     for trial in range(200):
         counts = np.zeros(257, np.int64)
@@ -181,9 +181,9 @@ def test_optimal_tables_cost_what_huffmans_do() -> None:
 
 
 def restarted(step: int) -> bytearray:
-    """A JPEG with restart markers, each of whose numbers is `step` higher than the one before."""
+    """A JPEG with restart markers. Their numbers increase by `step`."""
     stream = io.BytesIO()
-    Image.fromarray(picture(64, 96)).save(stream, "JPEG", quality=85, subsampling="4:4:4", restart_marker_blocks=4)
+    Image.fromarray(random_image(64, 96)).save(stream, "JPEG", quality=85, subsampling="4:4:4", restart_marker_blocks=4)
     data = bytearray(stream.getvalue())
     places = [i for i in range(data.index(b"\xff\xda"), len(data) - 1) if data[i] == 0xFF and 0xD0 <= data[i + 1] <= 0xD7]
     for number, place in enumerate(places):
@@ -192,7 +192,7 @@ def restarted(step: int) -> bytearray:
 
 
 def test_damage_around_restart_markers() -> None:
-    """Bytes too many before one are skipped, as decoders do; wrong numbers make decoders guess, so they are refused."""
+    """Surplus bytes before a marker are skipped, as by decoders. Wrong marker numbers, where decoders guess, are refused."""
     data = restarted(1)
     whole = decode(bytes(data))
     place = data.index(b"\xff\xd3")
@@ -204,26 +204,26 @@ def test_damage_around_restart_markers() -> None:
         transcode.transcode(bytes(restarted(3)))
 
 
-def test_metadata_goes_and_colour_stays() -> None:
-    """EXIF and comments are dropped; Adobe's marker, which says how to read the colours, is kept."""
+def test_metadata_is_dropped_and_the_colour_space_kept() -> None:
+    """EXIF and comments are dropped. Adobe's marker, which determines the colour space, is kept."""
     stream = io.BytesIO()
     exif = Image.Exif()
     exif[0x0112] = 6
-    Image.fromarray(picture(80, 90)).save(stream, "JPEG", exif=exif, comment=b"hello", icc_profile=b"x" * 500)
+    Image.fromarray(random_image(80, 90)).save(stream, "JPEG", exif=exif, comment=b"hello", icc_profile=b"x" * 500)
     written = transcode.transcode(stream.getvalue())
     assert b"Exif" not in written
     assert b"hello" not in written
     assert np.array_equal(decode(written), decode(stream.getvalue()))
     rgb = io.BytesIO()
-    Image.fromarray(picture(80, 90)).save(rgb, "JPEG", keep_rgb=True)
+    Image.fromarray(random_image(80, 90)).save(rgb, "JPEG", keep_rgb=True)
     assert b"Adobe" in rgb.getvalue()
     written = transcode.transcode(rgb.getvalue())
     assert np.array_equal(np.asarray(open_image(written)), np.asarray(open_image(rgb.getvalue())))
     assert_window_exact(decode(rgb.getvalue()), written, (10, 20, 50, 60))
 
 
-def test_what_is_not_baseline_is_said() -> None:
-    image = Image.fromarray(picture(60, 70))
+def test_files_other_than_baseline_jpegs_are_refused_with_a_reason() -> None:
+    image = Image.fromarray(random_image(60, 70))
 
     def saved(kind: str, source: Image.Image = image, **options: object) -> bytes:
         stream = io.BytesIO()
@@ -240,13 +240,13 @@ def test_what_is_not_baseline_is_said() -> None:
             transcode.transcode(data)
 
 
-def test_what_cannot_be_cut_is_said() -> None:
-    original = jpeg(picture(60, 70))
+def test_impossible_cuts_are_refused_with_a_reason() -> None:
+    original = jpeg(random_image(60, 70))
     written = np.frombuffer(transcode.transcode(original), np.uint8)
     for data, window, words in (
         (np.frombuffer(original, np.uint8), (0, 0, 8, 8), "no table"),
         (written[:4], (0, 0, 8, 8), "no table"),
-        (written[:-100], (0, 0, 8, 8), "not what the table"),
+        (written[:-100], (0, 0, 8, 8), "does not match the table"),
         (written, (0, 0, 61, 8), "outside"),
         (written, (-1, 0, 5, 8), "outside"),
         (written, (5, 5, 5, 8), "outside"),
@@ -255,10 +255,10 @@ def test_what_cannot_be_cut_is_said() -> None:
             cut(data, *window)
 
 
-def test_compiled_callers_bring_their_own_output() -> None:
-    """`cut_into`, for compiled engines: the bytes that the cut has are enough, one fewer is refused, nothing beyond is
-    touched."""
-    written = np.frombuffer(transcode.transcode(jpeg(picture(90, 300), "444")), np.uint8)
+def test_cut_into_writes_to_the_callers_buffer() -> None:
+    """`cut_into`, for compiled engines, needs a buffer of exactly the cut's bytes, refuses a smaller one, and writes nothing
+    beyond it."""
+    written = np.frombuffer(transcode.transcode(jpeg(random_image(90, 300), "444")), np.uint8)
     expected = cut(written, 20, 70, 60, 140)
     size, place = len(expected.jpeg), np.zeros(4, np.int64)
     out = np.full(size + 1, 77, np.uint8)
@@ -271,7 +271,7 @@ def test_compiled_callers_bring_their_own_output() -> None:
 
 
 @pytest.mark.skipif(not SHARED.exists(), reason="the real ImageNet images are not on this machine")
-def test_real_images_stay_whole_and_small() -> None:
+def test_real_images_are_transcoded_losslessly_and_grow_by_at_most_1_percent() -> None:
     before = after = 0
     with tarfile.open(SHARED / "imagenet-400.tar") as tar:
         for number, member in enumerate(member for member in tar if member.isfile()):
@@ -298,13 +298,13 @@ import numpy as np
 import simplejpeg
 from pipeline.jpeg.region import RegionError, cut
 from pipeline.jpeg.transcode import transcode
-from tests.helpers import SUBSAMPLINGS, jpeg, mutate, picture
+from tests.helpers import SUBSAMPLINGS, jpeg, mutate, random_image
 
 assert __import__("numba").config.BOUNDSCHECK == 1
 rng = np.random.default_rng(int(sys.argv[2]))
 refused = kept = 0
 for trial in range(int(sys.argv[3])):
-    pixels = picture(int(rng.integers(1, 90)), int(rng.integers(1, 90)), trial)
+    pixels = random_image(int(rng.integers(1, 90)), int(rng.integers(1, 90)), trial)
     data = jpeg(pixels, SUBSAMPLINGS[trial % 6], int(rng.integers(20, 100)))
     mutant = mutate(data if trial % 2 else transcode(data), rng, trial % 5)
     try:
@@ -323,8 +323,8 @@ print(refused, kept)
 """
 
 
-def test_damaged_data_is_refused_or_survived(tmp_path: Path) -> None:
-    """Bit flips, truncations and stray markers with bounds checking on: nothing but RegionError, no hang."""
+def test_damaged_data_does_not_crash(tmp_path: Path) -> None:
+    """Bit flips, truncations and stray markers, with bounds checking on, cause no error but RegionError, and no hang."""
     refused, kept = run_mutants(MUTATE, tmp_path)
     assert refused > 0
     assert kept > 0

@@ -7,7 +7,7 @@ from PIL import Image, ImageOps
 
 from pipeline.pixels import normalize, reference
 from pipeline.plan import sampling
-from tests.helpers import picture
+from tests.helpers import random_image
 
 # Covariance of ImageNet's RGB in 0..1, from the eigenbasis that fb.resnet.torch published and everyone since has copied.
 PUBLISHED_VALUES = np.array([0.2175, 0.0188, 0.0045])
@@ -34,10 +34,10 @@ def window(short: int, top: int, left: int, size: tuple[int, int]) -> tuple[floa
         ((200, 200), 200, (9, 31)),
     ],
 )
-def test_reference_is_resize_then_crop(size: tuple[int, int], short: int, corner: tuple[int, int]) -> None:
-    """Down, up and not at all, at sizes that resize exactly, against Pillow's own resize of the whole image, then a slice."""
+def test_the_reference_equals_resize_then_crop(size: tuple[int, int], short: int, corner: tuple[int, int]) -> None:
+    """The expected crop is a slice of the whole image, resized by Pillow: reduced, enlarged and unchanged, by exact factors."""
     height, width = size
-    image = Image.fromarray(picture(height, width, 3))
+    image = Image.fromarray(random_image(height, width, 3))
     whole = np.asarray(image.resize((width * short // min(size), height * short // min(size)), Image.Resampling.BILINEAR))
     top, left = corner
     expected = whole[top : top + 100, left : left + 100].astype(int)
@@ -46,7 +46,7 @@ def test_reference_is_resize_then_crop(size: tuple[int, int], short: int, corner
 
 
 def test_flip_mirrors_left_to_right() -> None:
-    image = Image.fromarray(picture(300, 400))
+    image = Image.fromarray(random_image(300, 400))
     plain, flipped = (reference.resample(image, (6, 80, 206, 280), flip, (100, 100)) for flip in (False, True))
     assert np.array_equal(flipped, np.fliplr(plain))
     assert not np.array_equal(flipped, plain)
@@ -54,7 +54,7 @@ def test_flip_mirrors_left_to_right() -> None:
 
 def test_grey_palette_and_cmyk_become_rgb() -> None:
     for mode in ("L", "P", "CMYK", "RGBA"):
-        image = Image.fromarray(picture(120, 130)).convert(mode)
+        image = Image.fromarray(random_image(120, 130)).convert(mode)
         assert reference.resample(image, (1, 2, 100, 110), False, (100, 70)).shape == (100, 70, 3)
 
 
@@ -64,48 +64,48 @@ def test_orientation_tags_are_ignored() -> None:
     stream = io.BytesIO()
     exif = Image.Exif()
     exif[0x0112] = 6  # rotate by 90 degrees
-    Image.fromarray(picture(120, 200)).save(stream, "JPEG", exif=exif)
+    Image.fromarray(random_image(120, 200)).save(stream, "JPEG", exif=exif)
     image = Image.open(stream)
     assert image.size == (200, 120)
     place = (0, 80, 120, 200), False, (100, 100)
     assert np.array_equal(reference.resample(image, *place), reference.resample(image.convert("RGB"), *place))
 
 
-def test_moving_is_padding_and_cropping() -> None:
-    """By every shift up to the whole picture but one pixel, on both axes, in NumPy and in torch, against Pillow."""
+def test_translation_equals_padding_and_cropping() -> None:
+    """Every shift that leaves at least one pixel visible, on both axes, in NumPy and in torch, compared with Pillow."""
     shift = np.array([(down, right) for down in range(-6, 7) for right in range(-8, 9)])
-    pictures = np.random.default_rng(0).integers(1, 256, (len(shift), 7, 9, 3), np.uint8)
+    images = np.random.default_rng(0).integers(1, 256, (len(shift), 7, 9, 3), np.uint8)
     expected = []
-    for pixels, (down, right) in zip(pictures, shift.tolist(), strict=True):
+    for pixels, (down, right) in zip(images, shift.tolist(), strict=True):
         padded = ImageOps.expand(Image.fromarray(pixels), border=8, fill=0)
         expected.append(np.asarray(padded.crop((8 - right, 8 - down, 17 - right, 15 - down))))
-    before = pictures.copy()
-    assert np.array_equal(normalize.translate(pictures, shift), np.stack(expected))
-    found = normalize.translate_tensor(torch.from_numpy(pictures), torch.from_numpy(shift))
+    before = images.copy()
+    assert np.array_equal(normalize.translate(images, shift), np.stack(expected))
+    found = normalize.translate_tensor(torch.from_numpy(images), torch.from_numpy(shift))
     assert found.dtype == torch.uint8
     assert found.is_contiguous()
     assert np.array_equal(found.numpy(), np.stack(expected))
-    assert np.array_equal(pictures, before)
+    assert np.array_equal(images, before)
 
 
 @pytest.mark.gpu
-def test_moving_on_a_gpu_is_the_references_and_waits_for_nothing() -> None:
+def test_translation_on_a_gpu_equals_the_reference_and_never_synchronizes() -> None:
     rng = np.random.default_rng(0)
-    pictures, shift = rng.integers(1, 256, (64, 32, 32, 3), np.uint8), rng.integers(-31, 32, (64, 2))
-    pixels, shifts = torch.from_numpy(pictures).cuda(), torch.from_numpy(shift).cuda()
+    images, shift = rng.integers(1, 256, (64, 32, 32, 3), np.uint8), rng.integers(-31, 32, (64, 2))
+    pixels, shifts = torch.from_numpy(images).cuda(), torch.from_numpy(shift).cuda()
     torch.cuda.set_sync_debug_mode("error")
     try:
         found = normalize.translate_tensor(pixels, shifts)
     finally:
         torch.cuda.set_sync_debug_mode("default")
-    assert np.array_equal(found.cpu().numpy(), normalize.translate(pictures, shift))
+    assert np.array_equal(found.cpu().numpy(), normalize.translate(images, shift))
 
 
 @pytest.mark.parametrize("corner", [(-4, -3), (-4, 5), (0, 0), (12, 3), (14, -1), (16, 20)])
 @pytest.mark.parametrize("flip", [False, True])
-def test_the_reference_pads_with_black_before_the_colour_tail(corner: tuple[int, int], flip: bool) -> None:
-    """Crops of 32 from 44 x 48, padded by 4, as torchvision makes them: pad, crop, mirror, then subtract the mean."""
-    image = Image.fromarray(picture(44, 48))
+def test_the_reference_pads_with_black_before_normalization(corner: tuple[int, int], flip: bool) -> None:
+    """Crops of 32 from 44 x 48 padded by 4, in torchvision's order: pad, crop, mirror, then subtract the mean."""
+    image = Image.fromarray(random_image(44, 48))
     top, left = corner
     crop = ImageOps.expand(image, border=4, fill=0).crop((left + 4, top + 4, left + 36, top + 36))
     pixels = np.asarray(ImageOps.mirror(crop) if flip else crop).astype(np.float32)
@@ -119,8 +119,8 @@ def test_the_reference_pads_with_black_before_the_colour_tail(corner: tuple[int,
     assert np.allclose(found, (pixels + light - normalization.mean) / normalization.std, atol=1e-5)
 
 
-def test_lighting_is_alexnets_formula() -> None:
-    """[p1, p2, p3] [a1 l1, a2 l2, a3 l3]^T, written out; a component's sign is arbitrary, so each may come negated."""
+def test_lighting_follows_alexnets_formula() -> None:
+    """[p1, p2, p3] [a1 l1, a2 l2, a3 l3]^T, written out. A component's sign is arbitrary, so each may be negated."""
     basis = normalize.lighting_basis(COVARIANCE)
     for component in range(3):
         alphas = np.zeros((1, 3), np.float32)
@@ -130,7 +130,7 @@ def test_lighting_is_alexnets_formula() -> None:
         assert min(np.abs(found - expected).max(), np.abs(found + expected).max()) < 0.01
 
 
-def test_lighting_varies_as_its_law_says() -> None:
+def test_lighting_has_the_specified_covariance() -> None:
     basis = normalize.lighting_basis(COVARIANCE)
     count = 100_000
     shifts = normalize.lighting(sampling.alphas(0, 0, np.arange(count)), basis)
@@ -148,12 +148,12 @@ def test_eigenbasis_rebuilds_the_covariance() -> None:
 
 @pytest.mark.parametrize("per_pixel", [True, False])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-def test_colour_tail_on_tensors_is_the_references(per_pixel: bool, dtype: torch.dtype) -> None:
+def test_normalization_of_tensors_equals_the_reference(per_pixel: bool, dtype: torch.dtype) -> None:
     rng = np.random.default_rng(0)
     mean = rng.uniform(90, 130, (100, 100, 3) if per_pixel else 3)
     normalization = normalize.Normalization.of(mean, (58.0, 57.0, 57.5))
     basis = normalize.lighting_basis(COVARIANCE)
-    image = Image.fromarray(picture(300, 400))
+    image = Image.fromarray(random_image(300, 400))
     places = [((14, 60, 214, 260), True), ((0, 25.5, 210.25, 240), False)]
     alphas = np.array([[0.1, -0.2, 0.3], [-0.1, 0.0, 0.05]], np.float32)
     size = (100, 100)
@@ -172,11 +172,11 @@ def test_colour_tail_on_tensors_is_the_references(per_pixel: bool, dtype: torch.
     assert np.abs(found.float().permute(0, 2, 3, 1).numpy() - expected).max() < tolerance
 
 
-def test_mean_is_subtracted_at_the_pixel_that_comes_out() -> None:
-    """A flipped picture keeps the mean where it is: the mean belongs to places in the crop, not to the source."""
+def test_the_mean_image_is_not_flipped() -> None:
+    """A mean image belongs to positions in the crop, not in the source, so a flipped image has the same mean image."""
     mean = np.zeros((100, 100, 3), np.float32)
     mean[:, 0] = 50
-    image = Image.fromarray(picture(200, 200))
+    image = Image.fromarray(random_image(200, 200))
     for flip in (False, True):
         place = (0, 0, 200, 200), flip, np.zeros(3, np.float32), (100, 100), NO_LIGHT
         with_mean = reference.apply(image, *place, normalize.Normalization.of(mean))

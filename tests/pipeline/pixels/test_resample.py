@@ -1,4 +1,4 @@
-"""Resampling, the compiled colour tail and pictures against Pillow and torch."""
+"""Resampling, compiled normalization and views, compared with Pillow and torch."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from pipeline.jpeg.transcode import transcode
 from pipeline.pixels.decoder import CorruptImageError, Decoder, why_corrupt
 from pipeline.pixels.normalize import Normalization, Normalizer, normalize_tensor, stored_dtype
 from pipeline.pixels.resample import resample
-from tests.helpers import SUBSAMPLINGS, jpeg, picture
+from tests.helpers import SUBSAMPLINGS, jpeg, random_image
 
 Pixels = npt.NDArray[np.uint8]
 Window = tuple[float, float, float, float]
@@ -28,7 +28,7 @@ def by_pillow(pixels: Pixels, window: Window, size: tuple[int, int], flip: bool 
     return np.asarray(small).astype(np.int64)[:, :: -1 if flip else 1]
 
 
-def by_us(pixels: Pixels, window: Window, size: tuple[int, int], flip: bool = False) -> npt.NDArray[np.int64]:
+def by_cropfeed(pixels: Pixels, window: Window, size: tuple[int, int], flip: bool = False) -> npt.NDArray[np.int64]:
     out = np.full((*size, 3), 99, np.uint8)
     resample(pixels, *window, flip, out)
     return out.astype(np.int64)
@@ -48,37 +48,37 @@ def by_us(pixels: Pixels, window: Window, size: tuple[int, int], flip: bool = Fa
         (700, 40, (330.0, 0.0, 370.0, 40.0)),
     ],
 )
-def test_pixels_are_pillows(height: int, width: int, window: Window, size: tuple[int, int], flip: bool) -> None:
-    for pixels in (picture(height, width), np.random.default_rng(0).integers(0, 256, (height, width, 3), np.uint8)):
-        difference = np.abs(by_us(pixels, window, size, flip) - by_pillow(pixels, window, size, flip))
-        assert difference.mean() <= (1 if size[0] == 4 else 0.5)  # four rows: reduced up to 500 times
+def test_pixels_match_pillow(height: int, width: int, window: Window, size: tuple[int, int], flip: bool) -> None:
+    for pixels in (random_image(height, width), np.random.default_rng(0).integers(0, 256, (height, width, 3), np.uint8)):
+        difference = np.abs(by_cropfeed(pixels, window, size, flip) - by_pillow(pixels, window, size, flip))
+        assert difference.mean() <= (1 if size[0] == 4 else 0.5)  # with four rows, images are reduced up to 500 times
         assert difference.max() <= 5
 
 
-def test_random_windows_are_pillows() -> None:
+def test_random_windows_match_pillow() -> None:
     rng = np.random.default_rng(1)
     for _ in range(300):
         height, width = rng.integers(1, 400, 2)
         size = (int(rng.integers(1, 130)), int(rng.integers(1, 130)))
-        pixels = picture(int(height), int(width), int(rng.integers(100)))
+        pixels = random_image(int(height), int(width), int(rng.integers(100)))
         (top, bottom), (left, right) = np.sort(rng.uniform(0, height, 2)), np.sort(rng.uniform(0, width, 2))
         if min(bottom - top, right - left) < 0.1:
             continue
         window = (float(top), float(left), float(bottom), float(right))
-        difference = np.abs(by_us(pixels, window, size) - by_pillow(pixels, window, size))
+        difference = np.abs(by_cropfeed(pixels, window, size) - by_pillow(pixels, window, size))
         assert difference.mean() <= 0.6, (height, width, window, size)
         assert difference.max() <= 5, (height, width, window, size)
 
 
-def test_flat_pictures_stay_flat_and_in_their_bounds() -> None:
+def test_flat_images_stay_flat() -> None:
     for value in (0, 1, 127, 254, 255):
         pixels = np.full((333, 222, 3), value, np.uint8)
-        assert (by_us(pixels, (3.3, 7.7, 300.3, 199.9), (224, 224)) == value).all()
+        assert (by_cropfeed(pixels, (3.3, 7.7, 300.3, 199.9), (224, 224)) == value).all()
 
 
-def test_nothing_is_written_beyond_the_picture() -> None:
+def test_nothing_is_written_outside_the_output() -> None:
     memory = np.full(3 * 37 * 41 + 2000, 7, np.uint8)
-    resample(picture(100, 100), 0.0, 0.0, 100.0, 100.0, False, memory[1000:-1000].reshape(37, 41, 3))
+    resample(random_image(100, 100), 0.0, 0.0, 100.0, 100.0, False, memory[1000:-1000].reshape(37, 41, 3))
     assert (memory[:1000] == 7).all()
     assert (memory[-1000:] == 7).all()
 
@@ -86,7 +86,7 @@ def test_nothing_is_written_beyond_the_picture() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("std", [(1, 1, 1), (58, 57, 56)])
 @pytest.mark.parametrize("per_pixel", [True, False])
-def test_the_compiled_tail_is_torchs(dtype: torch.dtype, std: tuple[int, ...], per_pixel: bool) -> None:
+def test_compiled_normalization_equals_torch(dtype: torch.dtype, std: tuple[int, ...], per_pixel: bool) -> None:
     rng = np.random.default_rng(0)
     pixels = rng.integers(0, 256, (30, 41, 3), np.uint8)
     shift = rng.normal(0, 20, 3).astype(np.float32)
@@ -98,7 +98,7 @@ def test_the_compiled_tail_is_torchs(dtype: torch.dtype, std: tuple[int, ...], p
     found = torch.from_numpy(out).view(dtype).permute(2, 0, 1)
     if std == (1, 1, 1):
         assert torch.equal(found, expected)
-    else:  # a product with the inverse instead of a quotient
+    else:  # it multiplies by the inverse instead of dividing
         assert torch.allclose(found.float(), expected.float(), rtol=torch.finfo(dtype).eps, atol=1e-5)
 
 
@@ -106,7 +106,7 @@ WINDOWS = np.array([[10.5, 20.25, 110.5, 120.25], [0.0, 0.0, 100.0, 100.0], [150
 FLIPS = np.array([False, True, False])
 
 
-def assert_pictures_are_pillows(data: bytes, height: int, width: int) -> None:
+def assert_views_match_pillow(data: bytes, height: int, width: int) -> None:
     out = np.empty((3, 64, 64, 3), np.uint8)
     Decoder().make_views(np.frombuffer(data, np.uint8), height, width, WINDOWS, FLIPS, out)
     whole = np.asarray(Image.open(io.BytesIO(data)).convert("RGB"))
@@ -118,15 +118,15 @@ def assert_pictures_are_pillows(data: bytes, height: int, width: int) -> None:
 
 @pytest.mark.parametrize("subsampling", SUBSAMPLINGS)
 @pytest.mark.parametrize("transcoded", [False, True])
-def test_pictures_of_jpegs_are_pillows(subsampling: str, transcoded: bool) -> None:
-    """Several windows of one image, whole files and files that open at the crop."""
-    data = jpeg(picture(250, 350), subsampling)
-    assert_pictures_are_pillows(transcode(data) if transcoded else data, 250, 350)
+def test_views_of_jpegs_match_pillow(subsampling: str, transcoded: bool) -> None:
+    """Several windows of one image, from ordinary and from region-addressable files."""
+    data = jpeg(random_image(250, 350), subsampling)
+    assert_views_match_pillow(transcode(data) if transcoded else data, 250, 350)
 
 
 @pytest.mark.parametrize("kind", ["PNG", "CMYK", "progressive", "palette", "WEBP"])
-def test_pictures_of_other_files_are_pillows(kind: str) -> None:
-    image, stream = Image.fromarray(picture(250, 350)), io.BytesIO()
+def test_views_of_other_files_match_pillow(kind: str) -> None:
+    image, stream = Image.fromarray(random_image(250, 350)), io.BytesIO()
     if kind == "CMYK":
         image.convert("CMYK").save(stream, "JPEG")
     elif kind == "progressive":
@@ -135,13 +135,13 @@ def test_pictures_of_other_files_are_pillows(kind: str) -> None:
         image.convert("P").save(stream, "PNG")
     else:
         image.save(stream, kind, lossless=True)
-    assert_pictures_are_pillows(stream.getvalue(), 250, 350)
+    assert_views_match_pillow(stream.getvalue(), 250, 350)
 
 
 @pytest.mark.parametrize("subsampling", ["420", "411"])
 def test_no_more_than_the_region_is_decoded(subsampling: str) -> None:
-    """By our decoder, to whole MCUs; 4:1:1 by libjpeg-turbo from a cut, to whole tiles."""
-    data = np.frombuffer(transcode(jpeg(picture(480, 640), subsampling)), np.uint8)
+    """Our decoder rounds the region to whole MCUs. 4:1:1 is decoded by libjpeg-turbo from a cut, which has whole tiles."""
+    data = np.frombuffer(transcode(jpeg(random_image(480, 640), subsampling)), np.uint8)
     decoder, window = Decoder(), np.array([[100.0, 200.0, 200.0, 300.0]])
     decoder.make_views(data, 480, 640, window, FLIPS[:1], np.empty((1, 64, 64, 3), np.uint8))
     top, left, height, width = decoder._place.tolist()
@@ -152,8 +152,8 @@ def test_no_more_than_the_region_is_decoded(subsampling: str) -> None:
 
 
 @pytest.mark.parametrize("transcoded", [False, True])
-def test_damage_is_said(transcoded: bool) -> None:
-    data = jpeg(picture(250, 350))
+def test_damage_is_reported(transcoded: bool) -> None:
+    data = jpeg(random_image(250, 350))
     data = transcode(data) if transcoded else data
     truncated = np.frombuffer(data[: len(data) // 3], np.uint8)
     zeros = np.zeros(len(data), np.uint8)
@@ -163,11 +163,11 @@ def test_damage_is_said(transcoded: bool) -> None:
             Decoder().make_views(bad, 250, 350, WINDOWS, FLIPS, out)
         assert why_corrupt(bad)
     with pytest.raises(CorruptImageError, match="250 x 350 pixels, not the 100 x 350"):
-        Decoder().make_views(np.frombuffer(jpeg(picture(250, 350)), np.uint8), 100, 350, WINDOWS[1:2], FLIPS[:1], out[:1])
+        Decoder().make_views(np.frombuffer(jpeg(random_image(250, 350)), np.uint8), 100, 350, WINDOWS[1:2], FLIPS[:1], out[:1])
     assert why_corrupt(np.frombuffer(data, np.uint8)) is None
 
 
-def test_memory_comes_back_when_the_last_tensor_is_gone() -> None:
+def test_buffers_are_recycled_when_the_last_tensor_is_gone() -> None:
     pool = BufferPool("cpu")
     array, tensor = pool.acquire((2, 3, 4), np.float32)
     address = tensor.data_ptr()

@@ -81,7 +81,7 @@ def test_views_depend_only_on_their_own_sample(geometry: Geometry) -> None:
     assert all(np.array_equal(a, b) for a, b in zip(alone.arrays, other.arrays, strict=True)) != geometry.random
 
 
-def test_other_sizes_are_in_proportion() -> None:
+def test_geometries_scale_with_the_image_size() -> None:
     assert ScaleJitter().scaled(112, 224) == ScaleJitter(128, 240)
     assert ScaleJitter(36, 68).scaled(16, 32) == ScaleJitter(18, 34)
     assert CentreCrop().scaled(64, 224) == CentreCrop(73)
@@ -119,7 +119,7 @@ def test_choose_geometry() -> None:
             choose_geometry(name, (40, 50), 32)
 
 
-# --- Scale jitter and centre crop: pipeline.plan.sampling's, see test_plan.py
+# --- Scale jitter and centre crop. Their draws are tested in test_sampling.py.
 
 
 def test_scale_jitter_uses_the_plans_draws() -> None:
@@ -168,7 +168,7 @@ def published_crops(height: int, width: int, count: int) -> npt.NDArray[np.int64
 
 
 def test_random_resized_crops_follow_torchvisions_algorithm() -> None:
-    """Each sample against a transcription in Python with the same random words."""
+    """Each sample equals a transcription of the algorithm in Python, with the same random words."""
     heights, widths = np.random.default_rng(0).integers(1, 600, (2, 500))
     heights[:50], widths[:50] = 10, 400  # attempts fail
     found = views(RandomResizedCrop(), heights, widths, seed=9, epoch=4).windows
@@ -190,14 +190,14 @@ def test_random_resized_crops_follow_torchvisions_algorithm() -> None:
 
 
 @pytest.mark.parametrize(("height", "width"), [(375, 500), (500, 333), (300, 300), (100, 500)])
-def test_random_resized_crops_are_distributed_as_torchvisions(height: int, width: int) -> None:
+def test_random_resized_crops_are_distributed_as_in_torchvision(height: int, width: int) -> None:
     actual, reference = many(RandomResizedCrop(), height, width).windows, published_crops(height, width, MANY // 4)
     for figure in (area_of, aspect_of, lambda crops: crops[:, 0], lambda crops: crops[:, 1]):
         assert ks_2samp(figure(actual), figure(reference)).pvalue > 1e-4
 
 
 def test_areas_and_aspects_are_uniform_where_every_attempt_fits() -> None:
-    """Areas below a half in a square image: every attempt fits, so the histograms are those of the specified ranges."""
+    """For areas below a half in a square image, every attempt fits, so areas and aspects are uniform on their ranges."""
     crops = many(RandomResizedCrop(area=(0.08, 0.5)), 4000, 4000).windows
     assert kstest(area_of(crops) / 4000**2, "uniform", (0.08, 0.42)).pvalue > 1e-3
     low, high = np.log(ASPECT)
@@ -214,7 +214,7 @@ def aspect_of(crops: npt.NDArray[Any]) -> npt.NDArray[Any]:
     return aspect
 
 
-def test_random_resized_crops_flip_half_the_time_whatever_the_crop() -> None:
+def test_random_resized_crops_flip_half_the_time_independently_of_the_crop() -> None:
     found = many(RandomResizedCrop(), 375, 500)
     assert abs(int(found.flip.sum()) - MANY / 2) < 5 * math.sqrt(MANY / 4)
     for column in (*found.windows.T, *found.alphas.T):
@@ -231,7 +231,7 @@ def test_random_resized_crops_of_neighbouring_keys_are_unrelated() -> None:
 
 
 def test_random_resized_crops_golden_values() -> None:
-    """Any change here changes every user's epochs: it needs a new major version."""
+    """A change of these values changes every user's epochs and needs a new major version."""
     found, flip = sampling.resized_crops(2**63 + 5, 89, [0, 1, 2**40 - 1], [375, 500, 100], [500, 333, 3000], AREA, ASPECT)
     assert found.tolist() == GOLDEN_WINDOWS
     assert flip.tolist() == GOLDEN_FLIPS
@@ -241,9 +241,9 @@ def test_random_resized_crops_golden_values() -> None:
 
 
 def positions(found: Views, short: int, size: int) -> npt.NDArray[np.float64]:
-    """The crops' corners in the resized image, (V, 2): the position of the window, and the shift of the view.
+    """The crops' corners in the resized image, (V, 2), from the position of the window and the shift of the view.
 
-    short: the short side of the images, in proportion to which they are resized to `size`.
+    short: the short side of the images, which is resized to `size`.
     """
     assert found.shift is not None
     across = np.where(found.flip, -1, 1)
@@ -251,8 +251,8 @@ def positions(found: Views, short: int, size: int) -> npt.NDArray[np.float64]:
     return corners
 
 
-def test_padded_crops_are_where_the_plan_draws_them() -> None:
-    """80 x 64, 64 x 64 and 64 x 160 to short side 32: a resized pixel is two source pixels."""
+def test_padded_crops_are_at_the_drawn_positions() -> None:
+    """80 x 64, 64 x 64 and 64 x 160, resized to short side 32: a resized pixel is two source pixels."""
     heights, widths = np.tile([80, 64, 64], 2000), np.tile([64, 64, 160], 2000)
     found = views(PaddedCrop(4), heights, widths, 32)
     drawn = sampling.draw(1, 0, np.arange(6000), heights, widths, (32, 32), 32, padding=4)
@@ -264,7 +264,7 @@ def test_padded_crops_are_where_the_plan_draws_them() -> None:
     moved = np.abs(found.shift) > 0
     assert (np.abs(found.shift) <= 4).all()
     ends = np.stack([heights, widths], axis=1)
-    assert (moved <= ((found.windows[:, :2] == 0) | (found.windows[:, 2:] == ends))).all()  # only from the image's border
+    assert (moved <= ((found.windows[:, :2] == 0) | (found.windows[:, 2:] == ends))).all()  # only at the image's border
 
 
 @pytest.mark.parametrize(("height", "width", "places"), [(32, 32, (9, 9)), (96, 64, (25, 9)), (48, 72, (9, 25))])
@@ -278,7 +278,7 @@ def test_padded_crops_are_uniform_over_every_position(height: int, width: int, p
     assert chisquare(both).pvalue > 1e-4
 
 
-def test_padded_crops_flip_half_the_time_wherever_the_crop_is() -> None:
+def test_padded_crops_flip_half_the_time_independently_of_the_crop() -> None:
     found = many(PaddedCrop(4), 32, 32, size=32)
     assert abs(int(found.flip.sum()) - MANY / 2) < 5 * math.sqrt(MANY / 4)
     for column in (*positions(found, 32, 32).T, *found.alphas.T):
@@ -286,7 +286,7 @@ def test_padded_crops_flip_half_the_time_wherever_the_crop_is() -> None:
 
 
 def test_the_amount_of_visible_padding() -> None:
-    """Along each axis 0 to 4 of 32 pixels are zero, 20/9 on average; the axes are independent."""
+    """Along each axis, 0 to 4 of 32 pixels are zero, 20/9 on average. The axes are independent."""
     found = many(PaddedCrop(4), 32, 32, size=32)
     assert found.shift is not None
     black = (translate(np.full((MANY, 32, 32, 3), 255, np.uint8), found.shift) == 0).mean(axis=(1, 2, 3))
@@ -294,7 +294,7 @@ def test_the_amount_of_visible_padding() -> None:
     assert abs(black.mean() - expected) < 5 * black.std() / math.sqrt(MANY)
 
 
-def test_no_padding_is_no_shift() -> None:
+def test_without_padding_there_is_no_shift() -> None:
     found = many(PaddedCrop(0), 48, 32, size=32)
     jittered = many(ScaleJitter(32, 32), 48, 32, size=32)
     assert not np.any(found.shift)
@@ -304,14 +304,14 @@ def test_no_padding_is_no_shift() -> None:
 # --- Testing schemes
 
 
-def test_ten_crops_are_where_torchvision_puts_them() -> None:
-    """300 x 400 to short side 150: a resized pixel is two source pixels."""
+def test_ten_crops_are_at_torchvisions_positions() -> None:
+    """300 x 400, resized to short side 150: a resized pixel is two source pixels."""
     found = views(TenCrop(150), [300, 600], [400, 450], 100)
     five = [(0, 0), (0, 100), (50, 0), (50, 100), (25, 50)]  # corners of 100 x 100 in 150 x 200
     expected = [(2 * top, 2 * left, 2 * top + 200, 2 * left + 200) for top, left in five]
     assert found.windows[:10].tolist() == pytest.approx(np.array(expected * 2))
     assert found.flip[:10].tolist() == [False] * 5 + [True] * 5
-    five = [(0, 0), (0, 50), (100, 0), (100, 50), (50, 25)]  # in 200 x 150, a resized pixel is three
+    five = [(0, 0), (0, 50), (100, 0), (100, 50), (50, 25)]  # in 200 x 150, where a resized pixel is three source pixels
     expected = [(3 * top, 3 * left, 3 * top + 300, 3 * left + 300) for top, left in five]
     assert found.windows[10:].tolist() == pytest.approx(np.array(expected * 2))
 
@@ -321,7 +321,7 @@ def test_the_fifth_of_ten_crops_is_the_central_one() -> None:
     assert np.array_equal(views(TenCrop(), heights, widths).windows[4::10], views(CentreCrop(), heights, widths).windows)
 
 
-def test_whole_images_keep_their_shape() -> None:
+def test_whole_images_keep_their_aspect_ratio() -> None:
     heights, widths = np.array([300, 500, 1]), np.array([400, 333, 4000])
     assert WholeImage(256).shapes(heights, widths, 224).tolist() == [[256, 341], [384, 256], [256, 1_024_000]]
     found = views(WholeImage(256, mirrored=True), heights, widths)

@@ -1,4 +1,4 @@
-"""Orders: permutations that can be computed at any position, and how well blocks shuffle."""
+"""Orders are permutations that can be computed at any position. Measures how well blocks shuffle."""
 
 from __future__ import annotations
 
@@ -53,19 +53,19 @@ def test_positions_can_be_evaluated_alone_and_in_any_order() -> None:
     together = whole(Blocks(SIZES, 3, 2), 4)
     alone = Blocks(SIZES, 3, 2)
     for position in np.random.default_rng(0).permutation(30).tolist():
-        alone.samples(position % 3, np.array([position]))  # other epochs between
+        alone.samples(position % 3, np.array([position]))  # other epochs in between
         assert alone.samples(4, np.array([position])) == together[position]
     assert alone.samples(4, np.array([29, 3, 3, 0])).tolist() == together[[29, 3, 3, 0]].tolist()
     assert len(alone._epochs) <= 2
 
 
 def test_blocks_golden_values() -> None:
-    """Any change here changes every user's epochs: it needs a new major version."""
+    """A change of these values changes every user's epochs and needs a new major version."""
     assert whole(Blocks(SIZES, 2**63 + 5, 3), 89)[:15].tolist() == GOLDEN_BLOCKS
 
 
 def test_within_a_block_every_sample_is_equally_likely_at_every_position() -> None:
-    """One block of all shards, and the first position of an epoch over many epochs: chi-square of equally likely cells."""
+    """One block contains all shards. Chi-square of the samples at two positions, over many epochs."""
     order, keys = Blocks((10, 10, 10), 7, 3), 6000
     for position in (0, 17):
         counts = np.bincount([order.samples(epoch, np.array([position]))[0] for epoch in range(keys)], minlength=30)
@@ -83,7 +83,7 @@ def test_epochs_blocks_and_seeds_are_unrelated() -> None:
         assert (places[0] == places[block]).sum() < 20  # Poisson with mean 4
 
 
-def test_set_up_and_lookup_are_fast_for_a_billion_samples() -> None:
+def test_a_billion_samples_need_memory_only_per_shard() -> None:
     sizes = np.full(100_000, 10_000)  # 10^9
     tracemalloc.start()
     order = Blocks(sizes, 0, 8)
@@ -114,9 +114,9 @@ def test_samples_npy_is_ordered_by_shard(small_shards: Path) -> None:
 
 
 class Shuffle(NamedTuple):
-    """How well an order shuffles. correlation: Spearman's, absolute, of position and stored position.
+    """How well an order shuffles. correlation: absolute value of Spearman's, between position and stored position.
 
-    companions: fraction of a batch's images with another image of their shard in the batch. shards: distinct ones in a batch.
+    companions: share of a batch's images with another image of their shard in the batch. shards: distinct shards in a batch.
     """
 
     correlation: float

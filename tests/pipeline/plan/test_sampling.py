@@ -32,14 +32,14 @@ MANY = 225 * 1000
 
 
 def chi_square_is_ordinary(counts: np.ndarray, expected: float) -> bool:
-    """Counts of equally likely cells: the statistic lies within five standard deviations of its mean."""
+    """Whether the statistic of counts of equally likely cells lies within five standard deviations of its mean."""
     degrees = len(counts) - 1
     statistic = float(((counts - expected) ** 2).sum() / expected)
     return abs(statistic - degrees) < 5 * math.sqrt(2 * degrees)
 
 
 def uncorrelated(a: np.ndarray, b: np.ndarray) -> bool:
-    """Pearson's r within 4.5 standard deviations of zero."""
+    """Whether Pearson's r lies within 4.5 standard deviations of zero."""
     return abs(float(np.corrcoef(a.astype(float), b.astype(float))[0, 1])) < 4.5 / math.sqrt(len(a))
 
 
@@ -186,7 +186,7 @@ def test_flip_is_a_fair_coin() -> None:
 
 @pytest.mark.parametrize("component", [0, 1, 2])
 def test_alphas_are_normal(component: int) -> None:
-    """Over eight keys: for single keys, a few in a thousand exceed the limit, as expected."""
+    """Pools eight keys. Of single keys, a few in a thousand exceed the limit, as expected."""
     drawn = [draw_many(MANY // 8, seed=seed, epoch=seed % 3).alphas[:, component] for seed in range(8)]
     alphas = np.sort(np.concatenate(drawn).astype(float)) / 0.1
     cdf = np.array([0.5 * (1 + math.erf(x / math.sqrt(2))) for x in alphas])
@@ -202,7 +202,7 @@ def columns(drawn: sampling.Draws) -> list[np.ndarray]:
 
 
 def test_draws_of_one_sample_are_independent() -> None:
-    drawn = columns(draw_many(MANY, height=300, width=300, scale=(400, 400)))[1:]  # at one S: the corner's range depends on it
+    drawn = columns(draw_many(MANY, height=300, width=300, scale=(400, 400)))[1:]  # at one S, on which the corner's range depends
     for i, first in enumerate(drawn):
         for second in drawn[i + 1 :]:
             assert uncorrelated(first, second)
@@ -292,7 +292,7 @@ def test_resized_is_the_rounded_formula() -> None:
 
 
 def test_windows_of_an_exact_resize() -> None:
-    """400 x 300 to short side 150: a resized pixel is two source pixels, and a crop's window is its corner times two."""
+    """400 x 300, resized to short side 150: a resized pixel is two source pixels, so windows are twice as large as crops."""
     drawn = draw_many(100, height=300, width=400, scale=(150, 150), crop=100)
     expected = np.stack([drawn.top, drawn.left, drawn.top + 100, drawn.left + 100], axis=1) * 2.0
     assert np.allclose(sampling.windows(drawn, np.full(100, 300), np.full(100, 400), 100), expected)
@@ -330,7 +330,7 @@ def test_rank_ranges_tile_the_global_batch(world_size: int) -> None:
 def test_regions_contain_the_filters_support_on_each_axis() -> None:
     windows = np.array([[100.5, 200.5, 300.5, 250.5], [0.0, 0.0, 50.0, 50.0]])
     heights, widths = np.array([400, 50]), np.array([400, 50])
-    found = sampling.regions(windows, heights, widths, (50, 100))  # reduced fourfold down the rows, enlarged along them
+    found = sampling.regions(windows, heights, widths, (50, 100))  # heights are reduced fourfold, widths enlarged
     assert found.tolist() == [[95, 198, 306, 253], [0, 0, 50, 50]]
     assert np.array_equal(sampling.regions(windows, heights, widths, 50), sampling.regions(windows, heights, widths, (50, 50)))
 

@@ -1,4 +1,4 @@
-"""The cache of files: its limit, its checks, concurrent processes, and SIGKILL."""
+"""The file cache: its limit, its checks, concurrent processes, and SIGKILL."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ from tests.helpers import ROOT
 
 BYTES = 40_000
 
-# A process that fetches files (given as URLs) one after another and checks each; every download is a line in $LOG.
-# A download hands out half of a file, sleeps $PAUSE seconds, then hands out the rest.
+# A process that fetches files, given as URLs, one after another and checks each. It logs every download as a line in $LOG.
+# A download yields half of a file, sleeps for $PAUSE seconds, then yields the rest.
 WORKER = """
 import hashlib, os, random, sys, time
 from pathlib import Path
@@ -79,13 +79,13 @@ def start_worker(folder: Path, limit: int, urls: list[str], log: Path, pause: fl
 
 
 def used_bytes(folder: Path) -> int:
-    """The content of the folder, while nothing is added or removed."""
+    """The bytes in the folder, counted while nothing is added or removed."""
     with (folder / ".lock").open("a") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         return sum(path.stat().st_size for path in folder.iterdir())
 
 
-def test_a_file_is_downloaded_once_and_is_the_same(tmp_path: Path, sources: list[Source], downloads: list[str]) -> None:
+def test_a_file_is_downloaded_once_and_unchanged(tmp_path: Path, sources: list[Source], downloads: list[str]) -> None:
     cache = ShardCache(tmp_path / "deep" / "cache", 10 * BYTES)
     for _ in range(3):
         path = cache.fetch(*sources[3])
@@ -94,7 +94,7 @@ def test_a_file_is_downloaded_once_and_is_the_same(tmp_path: Path, sources: list
     assert held(cache.folder) == {sources[3].sha256}
 
 
-def test_a_file_comes_from_any_file_system(tmp_path: Path, sources: list[Source], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_files_are_fetched_from_any_file_system(tmp_path: Path, sources: list[Source], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(files, "CHUNK", 1000)  # many chunks in several rounds, and a shorter last one
     content = os.urandom(BYTES + 17)
     files.write("memory://bucket/a.tar", content)
@@ -108,7 +108,7 @@ def test_least_recently_used_files_are_evicted_first(tmp_path: Path, sources: li
     for age, source in enumerate(sources[:3]):
         path = cache.fetch(*source)
         os.utime(path, (1000 + age, 1000 + age))
-    cache.fetch(*sources[0])  # used again: the others are older now
+    cache.fetch(*sources[0])  # used again, so the others are older now
     cache.fetch(*sources[3])
     assert held(cache.folder) == {sources[i].sha256 for i in (0, 2, 3)}
     cache.fetch(*sources[4])
@@ -125,7 +125,7 @@ def test_an_open_file_outlives_its_eviction(tmp_path: Path, sources: list[Source
         assert stream.read() == b"\1" * BYTES
 
 
-def test_pinned_files_stay(tmp_path: Path, sources: list[Source]) -> None:
+def test_pinned_files_are_not_evicted(tmp_path: Path, sources: list[Source]) -> None:
     cache = ShardCache(tmp_path / "cache", 2 * BYTES)
     with cache.open_pinned(*sources[0]):
         os.utime(cache.path(sources[0].sha256), (0, 0))
@@ -199,7 +199,7 @@ def test_a_full_disk_is_named_and_leaves_nothing(tmp_path: Path, sources: list[S
     assert not held(cache.folder)
 
 
-def test_processes_that_want_one_file_download_it_once(tmp_path: Path, sources: list[Source]) -> None:
+def test_concurrent_processes_download_a_file_once(tmp_path: Path, sources: list[Source]) -> None:
     log = tmp_path / "log"
     workers = [start_worker(tmp_path / "cache", 10 * BYTES, [sources[5].url], log, 1.0) for _ in range(3)]
     for worker in workers:
@@ -223,9 +223,9 @@ def test_processes_together_never_exceed_the_limit(tmp_path: Path, sources: list
     assert len(held(folder)) == 2
 
 
-def test_a_killed_download_leaves_nothing_that_is_used(tmp_path: Path, sources: list[Source], downloads: list[str]) -> None:
+def test_the_partial_file_of_a_killed_download_is_not_used(tmp_path: Path, sources: list[Source], downloads: list[str]) -> None:
     cache = ShardCache(tmp_path / "cache", 2 * BYTES)
-    for wanted, other in ((sources[0], sources[0]), (sources[1], sources[2])):  # the next fetch is of the same, or another file
+    for wanted, other in ((sources[0], sources[0]), (sources[1], sources[2])):  # the next fetch: the same file, or another one
         worker = start_worker(cache.folder, cache.limit, [wanted.url], tmp_path / "log", 1000)
         partial = cache.folder / f".{wanted.sha256}.{BYTES}.partial"
         deadline = time.monotonic() + 60

@@ -1,4 +1,4 @@
-"""Remote shards, from an S3 server (moto) through the cache, behave like local ones."""
+"""Remote shards, read from an S3 server (moto) through the cache, behave like local ones."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def remote(small_shards: Path, s3: str) -> str:
 
 
 def gigabytes(folder: Path, shards: int) -> float:
-    """A cache size for `count` times the largest training shard of a local data set, and its samples.npy."""
+    """The size of a cache for `shards` times the largest training shard of a local data set, and its samples.npy."""
     largest = max(path.stat().st_size for path in (folder / "train").glob("*.tar"))
     return (shards * largest + (folder / "train" / "samples.npy").stat().st_size + 1) / GIGABYTE
 
@@ -48,7 +48,7 @@ def used_bytes(folder: Path) -> int:
 
 
 def deleted_but_held(folder: Path) -> list[str]:
-    """Deleted files of a folder that this process still holds open or mapped."""
+    """Deleted files of a folder that are still open or mapped in this process."""
     links = [os.readlink(path) for path in Path("/proc/self/fd").iterdir() if path.is_symlink()]
     names = links + Path("/proc/self/maps").read_text().splitlines()
     return [name for name in names if f"{folder}/" in name and name.endswith("(deleted)")]
@@ -65,7 +65,7 @@ def test_remote_shards_equal_the_local_ones(
     local, actual = ShardSet(small_shards, split), ShardSet(remote + "/", split, tmp_path)
     assert isinstance(actual.samples, np.memmap)
     assert np.array_equal(actual.samples, local.samples)
-    assert downloads == [f"{remote}/{split}/samples.npy"]  # no shard before it is touched
+    assert downloads == [f"{remote}/{split}/samples.npy"]  # no shard is downloaded before it is read
     for index in range(len(local)):
         assert np.array_equal(actual.read(index), local.read(index))
         assert actual.key(index) == local.key(index)
@@ -94,7 +94,7 @@ def test_a_cache_of_two_shards_serves_every_image(small_shards: Path, remote: st
     for index in np.random.default_rng(0).permutation(60).tolist():
         assert np.array_equal(actual.read(index), local.read(index))
         assert used_bytes(tmp_path) <= limit * GIGABYTE
-    assert len(downloads) > 5  # they do not fit at once
+    assert len(downloads) > 5  # the shards do not all fit at once
     assert (tmp_path / actual._entry["samples_sha256"]).exists()  # never evicted: it stays mapped
     assert not deleted_but_held(tmp_path)
 
@@ -131,13 +131,13 @@ def test_the_shards_of_a_block_and_the_next_are_prefetched(remote: str, tmp_path
     spec = spec_for(remote, cache=tmp_path, order="blocks", block_shards=1, engine="cpu", prefetch=1)
     loader = open_loader(spec)
     assert isinstance(loader.order, Blocks)
-    next(iter(loader))  # 8 of the first shard's 16 images, or of 12
+    next(iter(loader))  # 8 of the first shard's 16 or 12 images
     first = [loader.shards._urls[shard] for block in (0, 1) for shard in loader.order.shards(0, block)]
     wait_until(lambda: set(downloads) >= set(first))
     loader.close()
     wait_until(lambda: not threads_named("cropfeed-prefetch"))
     local = open_loader(replace(spec, data=remote, cache=tmp_path))
-    assert [batch.ids.tolist() for batch in local]  # a closed cache is as good as before
+    assert [batch.ids.tolist() for batch in local]  # the cache is still usable
 
 
 def test_batches_of_blocks_equal_the_local_ones(small_shards: Path, remote: str, tmp_path: Path) -> None:

@@ -111,7 +111,7 @@ def test_the_manifest_has_every_file_and_its_hash(small_shards: Path) -> None:
     assert {path.name for path in (small_shards / "train").glob("*.tar")} == {f"{i:06d}.tar" for i in range(4)}
 
 
-def test_damage_is_named(small_shards: Path, tmp_path: Path) -> None:
+def test_damaged_data_sets_are_named(small_shards: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no such folder"):
         ShardSet(tmp_path / "nowhere", "train")
     with pytest.raises(UserError, match="not found"):

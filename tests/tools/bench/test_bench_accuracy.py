@@ -1,4 +1,4 @@
-"""tools/bench/bench_accuracy.py: curves become rows, and all contenders train with the same recipe."""
+"""tools/bench/bench_accuracy.py: the figures of validation curves, and that all contenders train with the same recipe."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def rows_of(path: Path) -> dict[tuple[str, str], dict[str, str]]:
 
 
 def write_run(work: Path, contender: str, seed: int, tops: list[float], seconds_per_epoch: float, start: float) -> None:
-    """A finished run as the scripts leave it: a row of training and one of validation in each epoch."""
+    """Write a finished run as the scripts do, with a row of training and a row of validation for each epoch."""
     folder = bench.run_folder(work, contender, seed)
     (folder / "run").mkdir(parents=True)
     lines = ["step,epoch,seconds,lr,train_loss,val_top1"]
@@ -101,7 +101,7 @@ def test_rows_of_hand_made_curves(tmp_path: Path, recipe: Path, monkeypatch: pyt
     assert values("cropfeed", "minutes to 80 %") == pytest.approx((2.65, 2, 3.3, 2))
     assert values("cropfeed", "minutes to 80 %, mean")[0] == pytest.approx(2.65)
     assert values("cropfeed", "minutes to 80 %, standard deviation")[0] == pytest.approx(1.3 / math.sqrt(2), rel=1e-5)
-    # One seed alone reaches 90 %: the rows say so, and there is no mean over the seeds that do.
+    # Only one seed reaches 90 %. The rows say so, and there is no mean over the seeds that reach it.
     assert values("cropfeed", "runs reaching 90 %")[0] == 1
     assert values("cropfeed", "minutes to 90 %") == (math.inf, 4, math.inf, 2)
     assert ("cropfeed", "minutes to 90 %, mean") not in rows
@@ -133,8 +133,8 @@ def test_a_row_for_each_run_and_rows_are_appended(tmp_path: Path, recipe: Path, 
     assert rows[: len(rows) // 2] == rows[len(rows) // 2 :]
 
 
-def test_the_recorded_results_are_whole() -> None:
-    """424 rows were recorded before accuracy.csv was split into two tables: joined, they are the same bytes."""
+def test_the_recorded_results_are_complete() -> None:
+    """424 rows were recorded before accuracy.csv was split into two tables. Joined, they have the same bytes as before."""
     rows = joined(RESULTS / "accuracy.csv")
     assert len(rows) >= 424
     text = io.StringIO(newline="")
@@ -153,7 +153,7 @@ def test_missing_runs_are_named(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"plain-seed1: no finished run"):
         bench.finished_runs(tmp_path, bench.CONTENDERS, [0, 1])
     (tmp_path / "plain-seed0" / "run" / "metrics.csv").write_text("step,epoch,seconds,val_top1\n")
-    with pytest.raises(UserError, match="holds no validation"):
+    with pytest.raises(UserError, match="contains no validation"):
         bench.finished_runs(tmp_path, ["plain"], [0])
 
 
@@ -182,7 +182,7 @@ sys.exit(sys.argv[1])
     (folder / "run" / "seen").write_text("kept")
     bench.run_once(folder, good, [core], 1)
     assert (folder / "run" / "seen").read_text() == "kept"
-    with pytest.raises(UserError, match="was made by another command"):
+    with pytest.raises(UserError, match="holds a run of another command"):
         bench.run_once(folder, bad, [core], 1)
     with pytest.raises(UserError, match="--cores 4095"), bench.pinned([4095]):
         pass
@@ -225,7 +225,7 @@ def test_options_that_the_plain_script_lacks_are_refused(recipe: Path) -> None:
     ):
         with pytest.raises(UserError, match=f"no {more[0]}"):
             plain_options([*words, *more], True)
-    with pytest.raises(UserError, match="--seed may not stand behind"):
+    with pytest.raises(UserError, match="--seed is not allowed after"):
         bench.parse(["--shards", "S", "--images", "I", "--work", "W", "--", "--seed=1"])
 
 

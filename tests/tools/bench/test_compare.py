@@ -1,4 +1,4 @@
-"""tools/bench/compare.py, and the images that its contenders make."""
+"""tools/bench/compare.py, and the crops that its contenders make."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from tools.bench.peers.turns import measure
 
 SIZE, LOW, HIGH = 32, 36, 68
 FIELDS = {"name", "data", "images_per_s", "low", "high", "cpu_ms_per_image", "ratio", "cpu_over_decode", "versions", "error"}
-HEIGHT, WIDTH, STEP = 96, 112, 2  # of ramp images: red is STEP * column, green STEP * row
+HEIGHT, WIDTH, STEP = 96, 112, 2  # of ramp images, where red is STEP * column and green is STEP * row
 
 
 @pytest.fixture(scope="module")
@@ -51,7 +51,7 @@ def compare(images: Path, out: Path, *options: object) -> Any:
 
 
 def test_figures_failures_and_missing_packages(images: Path, tmp_path: Path) -> None:
-    """`false` as Python exits at once; tensorflow is not installed."""
+    """A contender with `false` as its Python exits at once. tensorflow is not installed."""
     only = ["dali-roi:original", "dali-plain:original", "dali-plain:500", "tf-data:original", f"{DECODE}:lossless"]
     pythons = ["--python-for", "dali-plain=/bin/false"]
     before = set(Path("/tmp").glob("cropfeed-compare-*"))
@@ -161,7 +161,7 @@ def leaves_a_child(job):
 
 @pytest.fixture
 def unruly(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Job:
-    """A job for the contenders of UNRULY."""
+    """A job for the contenders in UNRULY."""
     (tmp_path / "unruly.py").write_text(UNRULY)
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     return Job(str(tmp_path / "pid"), 8, 8, 16, (16, 20), 2, "uint8", (0.0, 0.0, 0.0))
@@ -206,7 +206,7 @@ def test_a_hanging_contender_is_abandoned(unruly: Job) -> None:
 
 @pytest.fixture(scope="module")
 def ramps(tmp_path_factory: pytest.TempPathFactory) -> Job:
-    """48 equal images, as files, tars and (with FFCV) a .beton. A pixel's red and green channels encode its column and row."""
+    """48 equal images as files, as tars and, with FFCV, as a .beton. A pixel's red and green encode its column and row."""
     root = tmp_path_factory.mktemp("ramps")
     pixels = np.zeros((HEIGHT, WIDTH, 3), np.uint8)
     pixels[..., 0] = STEP * np.arange(WIDTH)
@@ -214,7 +214,7 @@ def ramps(tmp_path_factory: pytest.TempPathFactory) -> Job:
     for number in range(48):
         path = root / "source" / f"n{number % 2}" / f"{number}.JPEG"
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(jpeg(pixels, "444", 100) + bytes(number))  # the converter would report duplicates
+        path.write_bytes(jpeg(pixels, "444", 100) + bytes(number))  # different lengths, because the converter reports duplicates
     with_ffcv = os.environ.get("CROPFEED_WITHOUT") != "ffcv"
     assert data.prepare(root / "source", root, {"original"}, {"original"} if with_ffcv else set()) == {}
     return Job(str(root / "original"), 48, 16, SIZE, (LOW, HIGH), 2, "uint8", (100.0, 110.0, 120.0))
@@ -225,7 +225,7 @@ def shown(images: npt.NDArray[Any]) -> npt.NDArray[np.float64]:
     along y, and 1 if the crop is mirrored."""
     found = []
     for image in images.astype(np.float64):
-        inner = slice(2, -2)  # at the border of the image, filters are asymmetric
+        inner = slice(2, -2)  # filters are asymmetric at the border of the image
         places = np.arange(SIZE)[inner] + 0.5
         across, along_x = np.polyfit(places, image[:, inner, 0].mean(0) / STEP + 0.5, 1)
         down, along_y = np.polyfit(places, image[inner, :, 1].mean(1) / STEP + 0.5, 1)
@@ -235,10 +235,10 @@ def shown(images: npt.NDArray[Any]) -> npt.NDArray[np.float64]:
 
 
 def assert_windows(windows: npt.NDArray[np.float64], slack: float = 1.2) -> None:
-    """Check that the windows have the distribution that `Job` describes.
+    """Assert that the windows have the distribution that `Job` describes.
 
-    slack: tolerance of a window's edges, source pixels. It is half a pixel for windows of whole pixels. In addition, a window of
-    a resized side that was rounded up exceeds the image by a quarter of a crop pixel, 0.7 here.
+    slack: tolerance of a window's edges, source pixels. Rounding to whole pixels needs half a pixel. If a resized side was
+    rounded up, its windows also exceed the image by a quarter of a crop pixel, 0.7 here.
     """
     left, top, across, down, flip = windows.T
     short = min(HEIGHT, WIDTH) / down
@@ -293,7 +293,7 @@ def test_the_mean_is_subtracted_from_float32(ramps: Job, name: str) -> None:
 
 @pytest.mark.skipif(os.environ.get("CROPFEED_WITHOUT") == "ffcv", reason="FFCV is not installed")
 def test_crops_of_ffcv(ramps: Job) -> None:
-    """Tests the function that draws crops, without FFCV's compilation."""
+    """Tests the function that draws crops without FFCV's compilation."""
     from tools.bench.peers.ffcv import jitter_crop
 
     found = np.array([jitter_crop(HEIGHT, WIDTH, ramps.scale, (SIZE, SIZE)) for _ in range(192)], float)
@@ -313,7 +313,7 @@ def test_windows_drawn_in_python(ramps: Job) -> None:
 
 
 def test_draft_changes_little() -> None:
-    """For an image reduced sixfold, Pillow's `draft` decodes at half or quarter size, with nearly the same result."""
+    """Pillow's `draft` decodes an image that is reduced sixfold at half or quarter size, with nearly the same result."""
     pixels = np.add.outer(np.arange(400), np.arange(600))[..., None].repeat(3, 2) / 4
     data = jpeg(pixels.astype(np.uint8), "420", 95)
     job = Job("", 1, 1, SIZE, (66, 66), 1, "uint8", (0.0, 0.0, 0.0))

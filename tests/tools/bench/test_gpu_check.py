@@ -1,4 +1,4 @@
-"""tools/bench/gpu_check.py: its code on a CPU, and its checks on a GPU, if there is one (python -m pytest -m gpu)."""
+"""tools/bench/gpu_check.py: the script on a CPU, and its checks on a GPU, if there is one (python -m pytest -m gpu)."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ SPEC = LoaderSpec("nowhere", batch_size=4, image_size=32, geometry=ScaleJitter(3
 
 
 def install(monkeypatch: pytest.MonkeyPatch, torchvision: ModuleType | None, timm: ModuleType | None) -> None:
-    """Replace the packages by these modules, or by none."""
+    """Replace the packages by these modules. None: the package cannot be imported."""
     for name, module in (("torchvision", torchvision), ("torchvision.models", torchvision), ("timm", timm)):
         monkeypatch.setitem(sys.modules, name, module)
 
@@ -87,7 +87,9 @@ def measured_steps(tmp_path: Path) -> dict[tuple[str, str], dict[str, str]]:
         return {(row["engine"], row["metric"]): row for row in csv.DictReader(stream)}
 
 
-def test_steps_beside_other_packages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_steps_are_compared_with_other_packages(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     torchvision, timm = ModuleType("torchvision.models"), ModuleType("timm")
     vars(torchvision)["resnet20"] = partial(ARCHS["resnet20"], num_classes=CLASSES)
     vars(timm)["create_model"] = lambda arch, num_classes: ARCHS[arch](num_classes=num_classes)
@@ -121,7 +123,7 @@ def test_steps_without_other_packages(
 
 @pytest.mark.parametrize("script", ["torchvision", "timm"])
 def test_the_reference_step(script: str) -> None:
-    """Two updates as the scripts' optimizers make them: PyTorch's SGD, by its documented formula."""
+    """Two updates equal those of the scripts' optimizers, computed by the documented formula of PyTorch's SGD."""
     torch.manual_seed(0)
     model = ARCHS["resnet20"](num_classes=CLASSES)
     batch = synthetic(SPEC, torch.float32, torch.contiguous_format)
@@ -140,12 +142,12 @@ def test_the_reference_step(script: str) -> None:
 
 
 def test_share_of_peak() -> None:
-    # ResNet-50 at 224: 4.089e9 multiply-adds (torchvision's documentation: 4.09 GFLOPS), two operations each, three times.
+    # ResNet-50 at 224: 4.089e9 multiply-adds (torchvision's documentation: 4.09 GFLOPS), of two operations each, three times.
     assert share_of_peak("resnet50", 224, 3000, "NVIDIA H100 80GB HBM3") == pytest.approx(3000 * 6 * 4.089e9 / 989e12, rel=1e-3)
     assert share_of_peak("resnet50", 224, 3000, "Voodoo 2") is None
 
 
-def test_the_profilers_model_compiles_as_train_pys(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_profilers_model_compiles_like_train_py(monkeypatch: pytest.MonkeyPatch) -> None:
     model = Model("resnet20", "bf16", SPEC, CLASSES)
     batch = synthetic(SPEC, torch.bfloat16, torch.channels_last)
     eager = model.module
@@ -162,7 +164,7 @@ def test_the_profilers_model_compiles_as_train_pys(monkeypatch: pytest.MonkeyPat
     before = [value.detach().clone() for value in eager.parameters()]
     model.step(batch)
     assert all((new != old).any() for new, old in zip(eager.parameters(), before, strict=True) if new.ndim > 1)
-    monkeypatch.setattr(torch, "compile", lambda *_, **__: torch.nn.Linear(1, 1))  # whose forward fails
+    monkeypatch.setattr(torch, "compile", lambda *_, **__: torch.nn.Linear(1, 1))  # its forward pass fails
     assert "does not work here" in (model.compile("default", batch.images) or "")
 
 

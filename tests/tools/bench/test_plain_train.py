@@ -1,4 +1,4 @@
-"""plain_train.py and plain_images.py of tools/bench/peers, the script that people write: its images, learning rates and steps."""
+"""The typical training script in tools/bench/peers/plain_train.py and plain_images.py: images, learning rates and steps."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from PIL import Image
 
 from model import ARCHS
 from pipeline.errors import UserError
-from tests.helpers import picture
+from tests.helpers import random_image
 from tools.bench.peers import plain_images, plain_train
 from tools.bench.peers.plain_train import PlainOptions
 from training.metrics import read_metrics
@@ -25,19 +25,19 @@ pytestmark = pytest.mark.usefixtures("one_core")
 
 
 @pytest.mark.parametrize("kind", ["cosine", "linear"])
-def test_learning_rates_are_train_pys(kind: str) -> None:
+def test_learning_rates_equal_train_pys(kind: str) -> None:
     schedule = make_schedule(TrainOptions(data="D", schedule=kind, epochs=3, warmup=0.7, lr=0.5), 10)
     rates = [0.5 * plain_train.learning_rate(step, kind, 7.0, 30) for step in range(30)]
     assert rates == pytest.approx([schedule.rate(step, ()) for step in range(30)])
 
 
 def normalized(pixels: Any) -> Any:
-    """(H, W, 3) of 255 -> (3, H, W), by ImageNet's published mean and deviation."""
+    """(H, W, 3) in 0..255 -> (3, H, W), normalized with ImageNet's published mean and standard deviation."""
     return ((np.asarray(pixels, np.float64) / 255 - [0.485, 0.456, 0.406]) / [0.229, 0.224, 0.225]).transpose(2, 0, 1)
 
 
 def test_jitter_draws_crops_uniformly() -> None:
-    image = Image.fromarray(picture(20, 24))
+    image = Image.fromarray(random_image(20, 24))
     resized = image.resize((12, 10), Image.Resampling.BILINEAR)
     expected = {}
     for top in range(2):
@@ -54,9 +54,9 @@ def test_jitter_draws_crops_uniformly() -> None:
 
 
 def test_jitter_draws_short_sides_uniformly() -> None:
-    image = Image.fromarray(picture(40, 50))
+    image = Image.fromarray(random_image(40, 50))
     random.seed(2)
-    # A crop of 8 x 8 pixels occurs in exactly one of the resized images, which tells the short side.
+    # A crop of 8 x 8 pixels occurs in exactly one of the resized images, so it identifies the short side.
     sizes = {short: np.asarray(image.resize((int(short * 50 / 40), short), Image.Resampling.BILINEAR)) for short in (8, 9, 10)}
     seen: Counter[int] = Counter()
     for _ in range(300):
@@ -71,7 +71,7 @@ def test_jitter_draws_short_sides_uniformly() -> None:
 def test_resized_crops_lie_in_their_ranges() -> None:
     height, width, size = 160, 200, 20
     y, x = np.mgrid[:height, :width]
-    image = Image.fromarray(np.stack([x, y, 0 * x], axis=2).astype(np.uint8))  # a pixel's value is its place
+    image = Image.fromarray(np.stack([x, y, 0 * x], axis=2).astype(np.uint8))  # a pixel's value is its position
     random.seed(0)
     shares, aspects = [], []
     for _ in range(400):
@@ -83,13 +83,13 @@ def test_resized_crops_lie_in_their_ranges() -> None:
     assert 0.9 < max(shares) < 1.05
     assert 0.7 < min(aspects) < 0.8
     assert 1.25 < max(aspects) < 1.4
-    strip = Image.fromarray(picture(20, 1000))
-    middle = strip.crop((486, 0, 513, 20)).resize((size, size), Image.Resampling.BILINEAR)  # 4:3, torchvision's last resort
+    strip = Image.fromarray(random_image(20, 1000))
+    middle = strip.crop((486, 0, 513, 20)).resize((size, size), Image.Resampling.BILINEAR)  # 4:3, torchvision's fallback
     assert np.array_equal(np.asarray(plain_images.resized_crop(strip, size, 0.08, 1)), np.asarray(middle))
 
 
 def test_validation_takes_the_centre(tmp_path: Path) -> None:
-    pixels = picture(50, 70)
+    pixels = random_image(50, 70)
     transform = plain_train.evaluation_transform(options(tmp_path, eval_size=28))
     found = transform(Image.fromarray(pixels)).numpy()
     resized = np.asarray(Image.fromarray(pixels).resize((44, 32), Image.Resampling.BILINEAR))  # 28 * 256 / 224; int(32 * 70 / 50)
@@ -156,7 +156,7 @@ def test_smoothing_average_and_decay(image_folder: Path) -> None:
 
 
 def test_flip_test_adds_the_mirror_images_logits(image_folder: Path) -> None:
-    """A model that sees only the left half; with the mirror image, both halves."""
+    """The model sees only the left half of an image, and with the mirror image both halves."""
     trainer = plain_train.Trainer(options(image_folder, flip_test=True))
 
     class Left(torch.nn.Module):
@@ -172,7 +172,7 @@ def test_flip_test_adds_the_mirror_images_logits(image_folder: Path) -> None:
     assert trainer.validate() == pytest.approx(right / 21)
 
 
-def test_folders_that_do_not_fit_are_refused(image_folder: Path, tmp_path: Path) -> None:
+def test_unsuitable_image_folders_are_refused(image_folder: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no images there"):
         plain_train.Trainer(options(tmp_path))
     with pytest.raises(UserError, match="do not fill a batch of 200"):

@@ -1,4 +1,4 @@
-"""tools/bench/record_run.py: an evaluation's rows. (tests/test_train.py and tests/tools/test_evaluate.py record runs.)"""
+"""tools/bench/record_run.py: the rows of an evaluation. tests/test_train.py and tests/tools/test_evaluate.py record runs."""
 
 from __future__ import annotations
 

@@ -49,29 +49,29 @@ def done(small_shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_rows_are_the_runs_figures(done: Path) -> None:
+def test_rows_hold_the_figures_of_the_runs(done: Path) -> None:
     with (done / "rows.csv").open(newline="") as stream:
         found = {(row["benchmark"], row["metric"]): row for row in csv.DictReader(stream)}
     assert len(found) == 4
-    for net in ("plain20", "resnet20"):
+    for arch in ("plain20", "resnet20"):
         train, val = [], []
         for seed in (0, 1):
-            rows = read_metrics(done / "runs" / f"{net}-seed{seed}" / "metrics.csv")
+            rows = read_metrics(done / "runs" / f"{arch}-seed{seed}" / "metrics.csv")
             tops = [float(row["train_top1"]) for row in rows if row["train_top1"]]
             assert len(tops) == 4
             train.append(100 * (1 - sum(tops[-3:]) / 3))  # the last epoch is 3 steps long
             val.append(100 * (1 - float(rows[-1]["val_top1"])))
         for metric, values in (("train_error_%", train), ("val_error_%", val)):
-            row = found[net, metric]
+            row = found[arch, metric]
             assert [float(row[key]) for key in ("value", "low", "high")] == pytest.approx(
                 [sum(values) / 2, min(values), max(values)], rel=1e-5
             )
             assert row["repeats"] == "2"
 
 
-def test_twins_have_the_same_options_and_the_figure_shows_both(done: Path) -> None:
+def test_models_are_trained_with_the_same_options_and_shown_in_the_figure(done: Path) -> None:
     options = [
-        json.loads((done / "runs" / f"{net}-seed1" / "config.json").read_text())["arguments"] for net in ("plain20", "resnet20")
+        json.loads((done / "runs" / f"{arch}-seed1" / "config.json").read_text())["arguments"] for arch in ("plain20", "resnet20")
     ]
     assert [one.pop("arch") for one in options] == ["plain20", "resnet20"]
     assert options[0].pop("output") != options[1].pop("output")
@@ -84,13 +84,13 @@ def test_twins_have_the_same_options_and_the_figure_shows_both(done: Path) -> No
     assert blue[:, middle:].sum() > 100
 
 
-def test_started_again_it_trains_only_what_is_missing(small_shards: Path, done: Path, tmp_path: Path) -> None:
+def test_a_second_start_trains_only_unfinished_runs(small_shards: Path, done: Path, tmp_path: Path) -> None:
     shutil.copytree(done / "runs", tmp_path / "runs", symlinks=True)
-    for path in tmp_path.glob("runs/*/config.json"):  # the commands name the folders
+    for path in tmp_path.glob("runs/*/config.json"):  # the commands contain the folders
         path.write_text(path.read_text().replace(str(done), str(tmp_path)))
     stopped, broken = tmp_path / "runs" / "resnet20-seed0", tmp_path / "runs" / "resnet20-seed1"
-    (stopped / "model.safetensors").unlink()  # killed after its last checkpoint
-    shutil.rmtree(broken / "checkpoints")  # and before its first
+    (stopped / "model.safetensors").unlink()  # as if killed after its last checkpoint
+    shutil.rmtree(broken / "checkpoints")  # as if killed before its first checkpoint
     (broken / "model.safetensors").unlink()
     kept = {path: path.stat().st_mtime_ns for path in (tmp_path / "runs").glob("plain20-*/*")}
     result = degradation(small_shards, tmp_path, "--seeds", 0, 1)
@@ -103,7 +103,7 @@ def test_started_again_it_trains_only_what_is_missing(small_shards: Path, done: 
 
 def test_bad_input_is_refused(small_shards: Path, done: Path, tmp_path: Path) -> None:
     assert_refused(degradation(small_shards, done, training=("--", "--iterations", 5)), "plain20-seed0", "other options")
-    assert_refused(degradation(small_shards, tmp_path, training=("--", "--arch", "plain18")), "--arch belongs before `--`")
+    assert_refused(degradation(small_shards, tmp_path, training=("--", "--arch", "plain18")), "--arch is not allowed after `--`")
     assert_refused(degradation(small_shards, tmp_path, "--nets", "vgg"), "unknown model 'vgg'")
     failed = without_progress(degradation(small_shards, tmp_path, training=("--", "--epochs", 0)))
     assert failed.returncode == 2

@@ -53,7 +53,7 @@ def test_two_models_in_one_figure(small_shards: Path, tmp_path: Path) -> None:
     ("arch", "layers"), [("resnet20", 19), ("plain56", 55), ("resnet18", 16), ("resnet50", 16), ("resnet34_c", 32)]
 )
 def test_every_3x3_layer_counts(arch: str, layers: int) -> None:
-    """CIFAR's models: all layers but the classifier. ImageNet's: neither the 7x7 stem, nor 1x1 layers, nor projections."""
+    """CIFAR models: all layers but the classifier. ImageNet models: neither the 7x7 stem, nor 1x1 layers, nor projections."""
     with torch.device("meta"):
         model = ARCHS[arch]()
     names = norms_of_3x3_layers(model)
@@ -83,7 +83,7 @@ def test_deviations_are_those_of_the_outputs() -> None:
 
 
 def test_responses_follow_bns_scale() -> None:
-    """In training statistics BN's output has deviation gamma: with gamma 0.1 the layer responds a tenth as much."""
+    """With the statistics of the batch, the deviation of BN's output is gamma: with gamma 0.1, it is a tenth of the others'."""
     torch.manual_seed(0)
     model = ARCHS["plain20"]()
     model.train()

@@ -132,7 +132,7 @@ def no_demand() -> Profile:
 
 
 def compute_bound() -> Profile:
-    """ResNet-50 on a CPU, with a fortieth of the loader's throughput."""
+    """ResNet-50 on a CPU. Its throughput is a fortieth of the loader's."""
     made = input_bound()
     made["demand"] = demand(50.93, 50.41, 0.0062, what="resnet50, bf16, batch 64, on cpu", emulated=False, ready=0.97)
     text = "The demand is 50.9 images/s, the loader delivers 40 times that. No change to the input would make training faster."
@@ -157,7 +157,7 @@ def throttled() -> Profile:
     made["demand"] = demand(4_009.3, 175.1, 0.956)
     text = "Training waits for the storage, which delivers 20 MB/s: 183 images/s. A local cache would give 11.4 times that."
     made["verdict"] |= {"text": text, "stage": "read cold", "remedy": "cache", "change": "--cache /ssd", "predicted_gain": 11.43}
-    made["made"]["planted"] = "a storage of 20 MB/s"
+    made["made"]["planted"] = "reads limited to 20 MB/s"
     made["data"] |= {"cache": "cold"}
     return made
 
@@ -197,7 +197,7 @@ def ahead() -> Profile:
 
 
 def on_a_gpu() -> Profile:
-    """DALI on an H100, three engines, up to 64 threads; the CPU's decoding stages are not used."""
+    """DALI on an H100, three engines, up to 64 threads. The CPU's decoding stages are not used."""
     made = input_bound()
     ways = (1, 2, 4, 8, 16, 32, 64)
     made["spec"] |= {"threads": 16, "prefetch": 3, "device": "cuda:0", "cores": 64, "batch_size": 256, "dtype": "bfloat16"}
@@ -228,7 +228,7 @@ def on_a_gpu() -> Profile:
 
 
 def extreme() -> Profile:
-    """Levels that coincide, one loader only, one step."""
+    """Coinciding levels, a single loader, a single step."""
     made = input_bound()
     made["loaders"] = [loader("cpu", 1, 4, 2_038.4), failed("dali", 1, 4, "no GPU")]
     made["ceilings"] = [{"name": name, "images_per_s": 2_040.0, "why": "as it is"} for name in ("decoding", "storage", "copy")]

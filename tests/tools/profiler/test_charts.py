@@ -1,4 +1,4 @@
-"""The profile's charts: their content, and that texts do not overlap."""
+"""The profile's charts: their content, and that their texts do not overlap."""
 
 from __future__ import annotations
 

@@ -15,6 +15,7 @@ import pytest
 import scipy.stats
 import torch
 
+from pipeline import progress
 from tools.profiler.measuring import Estimate, GpuSampler, cores, cpu_seconds, in_turns, usage
 
 # --- Intervals and turns
@@ -52,6 +53,17 @@ def test_in_turns_covers_every_way_in_every_repeat() -> None:
     assert len(repeats) == 6
     assert all(sorted(repeat) == list("abcd") for repeat in repeats)
     assert len(set(repeats)) > 1  # the order varies
+
+
+def test_in_turns_shows_its_progress_if_it_has_a_label(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(progress, "DELAY_S", 0.1)
+    monkeypatch.setattr(progress, "LOG_S", 0.01)
+    in_turns("ab", 2, lambda _: time.sleep(0.1))
+    assert capsys.readouterr().err == ""
+    in_turns("ab", 2, lambda _: time.sleep(0.1), "stages")
+    assert "stages: 100%" in capsys.readouterr().err
 
 
 # --- CPU and GPU utilization

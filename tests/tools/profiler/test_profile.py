@@ -64,7 +64,7 @@ def options(shards: Path, **changes: Any) -> ProfileOptions:
 
 
 def checked(found: dict[str, Any]) -> dict[str, Any]:
-    """The profile, if it is valid by the schema and terminal and HTML show the same figures."""
+    """Assert that the profile is valid by the schema, and that terminal and HTML show the same figures. Returns it."""
     jsonschema.validate(found, SCHEMA)
     text = " ".join(table(found).split())
     page = " ".join(re.sub(r"<[^>]*>", " ", html(found, {})).split())
@@ -84,26 +84,26 @@ def assert_predicted(found: dict[str, Any], repeats: int = 3) -> None:
 
 
 def test_slow_storage(small_shards: Path) -> None:
-    """A copy in memory is not slowed down. The demand limits its loader, and waits instead of computing."""
+    """Reading is slow, but a copy in memory is not slowed down. The emulated train step waits instead of computing."""
     found = checked(profile(options(small_shards, demand=DEMAND / 2, planted=Planted("reader", 0.2))))
     verdict = found["verdict"]
     assert (verdict["limit"], verdict["stage"], verdict["remedy"]) == ("input", "read warm", "cache")
     assert "The slowest stage is reading" in verdict["text"]
     assert found["demand"]["wait_share"] > 0.5
     assert 0.12e6 < found["storage"]["bytes_per_s"] < 0.24e6
-    assert found["made"]["planted"] == "a storage of 0.2 MB/s"
+    assert found["made"]["planted"] == "reads limited to 0.2 MB/s"
     assert_predicted(found)
 
 
 @pytest.mark.usefixtures("slow_decoding")
 def test_one_decoding_thread(small_shards: Path) -> None:
-    """With five repeats: with three, a gain of 1.9 is not significant if another test takes the cores during one of them."""
+    """Five repeats: with three, a gain of 1.9 is not significant if another test occupies the cores during one of them."""
     spec = replace(options(small_shards).spec, threads=1)
     found = checked(profile(options(small_shards, spec=spec, demand=4 * DEMAND, repeats=5)))
     verdict = found["verdict"]
     assert (verdict["limit"], verdict["stage"], verdict["remedy"]) == ("input", "decode", "threads")
     assert verdict["change"] == "--threads 2"
-    assert "with 1 thread on 2 usable cores" in verdict["text"]
+    assert "with 1 thread on 2 cores" in verdict["text"]
     assert_predicted(found, repeats=5)
 
 
@@ -138,6 +138,7 @@ def test_the_script_with_model_tuning_and_plan(small_shards: Path, tmp_path: Pat
         )
     )  # fmt: skip
     assert result.returncode == 0, result.stderr
+    assert re.match(r"profiling takes about \d+ seconds, plus 8 training steps of resnet18", result.stderr)
     found = checked(json.loads(file.read_text()))
     assert found["demand"]["what"] == "resnet18, float32"
     assert found["ahead"]["images_per_s"] == pytest.approx(32 * found["demand"]["images_per_s"])
@@ -183,7 +184,7 @@ def test_wrong_command_lines_are_refused(small_shards: Path, tmp_path: Path) -> 
         ([small_shards, "--geometry", "pad", "--scale", 36, 68], ("--scale", "--geometry jitter")),
         ([small_shards, "--geometry", "pad", "--batch-size", 8, "--image-size", 4], ("padding 4", "image size (4)")),
         ([small_shards, "--json", tmp_path], (str(tmp_path), "is a folder")),
-        ([small_shards, "--report", tmp_path / "file" / "report"], (str(tmp_path / "file"), "cannot be made")),
+        ([small_shards, "--report", tmp_path / "file" / "report"], (str(tmp_path / "file"), "cannot be created")),
         ([tmp_path / "nothing"], (str(tmp_path / "nothing"),)),
         ([small_shards, "--batch-size", 1000], ("60 images", "batch of 1000")),
         ([small_shards, "--gpus", 8, "--batch-size", 8, "--image-size", 32, "--scale", 36, 68], ("--demand",)),
@@ -204,7 +205,7 @@ def test_options_are_validated() -> None:
         ({"seconds": 0.0}, "`seconds` must be above 0, not 0.0"),
         ({"demand": -1.0}, "`demand` must be above 0"),
         ({"gpus": 0, "demand": 1.0}, "`gpus` must be above 0"),
-        ({"hosts": 4}, "`gpus` and `hosts` need the demand of a GPU"),
+        ({"hosts": 4}, "`gpus` and `hosts` needs the demand of one GPU"),
         ({"arch": "resnet18", "demand": 3.0}, "leave out one of them"),
     ]
     for changes, words in wrong:
@@ -216,7 +217,7 @@ def test_options_are_validated() -> None:
 
 @pytest.mark.gpu
 def test_on_a_gpu(small_shards: Path) -> None:
-    """A model that trains on the GPU, from the CPU engine; times are from the device's clock."""
+    """The model trains on the GPU, with the CPU engine. Times are from the device's clock."""
     spec = replace(options(small_shards).spec, device="cuda", dtype=torch.bfloat16)
     found = checked(profile(options(small_shards, spec=spec, arch="resnet18", precision="bf16")))
     assert next(stage for stage in found["stages"] if stage["name"] == "copy")["used"]

@@ -1,4 +1,4 @@
-"""A profile's figures as text: the same strings in the terminal's tables and in the HTML report."""
+"""A profile's figures as text. The terminal's tables and the HTML report show the same strings."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def plain(text: str) -> str:
 
 
 def shown(text: str, line: str) -> bool:
-    """Whether a line contains a figure, other than as a part of a longer one."""
+    """Whether a line contains a figure, and not only as part of a longer one."""
     return re.search(rf"(?<![\w.,]){re.escape(text)}(?![\w]|[.,]\d)", line) is not None
 
 

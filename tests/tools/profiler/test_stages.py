@@ -1,4 +1,4 @@
-"""The profiler's stages: they do what the CPU engine does, and their speeds are correct."""
+"""The profiler's stages: they compute the same as the CPU engine, and their speeds are correct."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def spec_for(shards: Path, dtype: torch.dtype = torch.float32) -> LoaderSpec:
 
 @pytest.fixture(scope="module")
 def lossless(image_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Shards of profile lossless, of the training images."""
+    """Shards of the training images, with profile lossless."""
     out = tmp_path_factory.mktemp("lossless") / "shards"
     convert(image_folder / "train", out, "lossless", 60, beton=False)
     return out
@@ -58,7 +58,7 @@ def opened() -> Iterator[Any]:
 
 
 def loaded(spec: LoaderSpec) -> dict[tuple[int, int], npt.NDArray[Any]]:
-    """The images of the engine's first epoch, by batch and place: (H, W, 3), bfloat16 as its bits."""
+    """The images of the engine's first epoch, by batch and place: (H, W, 3), with bfloat16 as bits."""
     loader = open_loader(spec)
     found = {}
     for number, batch in enumerate(loader):
@@ -164,7 +164,7 @@ def test_corrupt_images_are_left_out(small_shards: Path, tmp_path: Path, opened:
     measured = measure_stages(spec_for(shards), [1], 2, 0.02).measured
     assert measured["decode"].at(1).mean > 0
     overwrite(shards, list(range(60)))
-    with pytest.raises(UserError, match="none of its images can be decoded"):
+    with pytest.raises(UserError, match="none of the sampled images can be decoded"):
         measure_stages(spec_for(shards), [1], 2, 0.02)
 
 

@@ -1,4 +1,4 @@
-"""The profiler's conclusions from given figures, compared with manual computations."""
+"""The profiler's conclusions from given figures, compared with calculations by hand."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from tools.profiler.storage import Ceiling
 from tools.profiler.training import Emulated, Training, Window
 from tools.profiler.verdict import Verdict, ceilings, judge, limit_of
 
-JITTER = (0.99, 1.0, 1.01)  # factors of the repeats
+JITTER = (0.99, 1.0, 1.01)  # each repeat's factor
 SPEC = LoaderSpec("shards", engine="cpu", threads=1, prefetch=2)
 DECODE_BOUND = {"read warm": 0.1, "decode": 2.0, "resample": 0.5, "normalize": 0.3, "assembly": 0.1}  # 3 ms
 STORAGE_BOUND = {"read cold": 10.0, "decode": 1.0, "resample": 0.5, "normalize": 0.4, "assembly": 0.1}  # 12 ms
@@ -39,9 +39,11 @@ class CpuModel:
 
 @dataclass
 class Case:
-    """stages: ms per image and thread. speeds: of loaders by (engine, threads, prefetch), the configured one first.
+    """A profile's figures. stages: ms per image and thread. speeds: images/s by (engine, threads, prefetch) of loaders, the
+    configured one first.
 
-    demand, waits: of training; without a demand there is no training. jitter: factors of a speed's repeats, by default JITTER.
+    demand, waits: images/s of the train step alone, and data wait; without a demand there is no training. jitter: each repeat's
+    factor of a loader's speed, by default JITTER.
     """
 
     stages: dict[str, float]
@@ -100,7 +102,7 @@ THREADS = {("cpu", 1, 2): 320.0, ("cpu", 2, 2): 640.0, ("cpu", 4, 2): 650.0}
 
 @pytest.mark.parametrize(("demand", "gain", "after"), [(500.0, 500 / 320, "500"), (1000.0, 2.0, "640")])
 def test_one_decoding_thread(demand: float, gain: float, after: str) -> None:
-    """The cheapest number of threads about as good as the best is proposed. The demand limits the gain."""
+    """The verdict proposes the smallest number of threads that is about as good as the best one. The demand limits the gain."""
     found = Case(DECODE_BOUND, THREADS, demand, waits=1 - 320 / demand).verdict()
     assert (found.limit, found.stage) == ("input", "decode")
     assert found.chosen
@@ -109,10 +111,14 @@ def test_one_decoding_thread(demand: float, gain: float, after: str) -> None:
     assert found.chosen.gain == pytest.approx(gain)
     assert kinds(found.others) == ["machine"]
     assert found.json()["predicted_gain"] == found.chosen.gain
-    has(found.text, f"waits for data {100 * (1 - 320 / demand):.0f} %", f") is {demand:,.0f} images/s", "runs at 320;")
-    has(found.text, "the loader alone delivers 320", "The slowest stage is decoding: 2.00 ms per image, 67 % of all stages")
-    has(found.text, "with 1 thread on 2 usable cores", f"--threads 2; predicted gain {gain:.2f} ×, to {after} images/s")
-    has(found.text, f"{min(2, demand / 320):.1f} times this machine's cores, on this host or on others")
+    has(found.text, f"waits for data {100 * (1 - 320 / demand):.0f} %", f") could process {demand:,.0f} images/s", "runs at 320.")
+    has(
+        found.text,
+        "The loader alone delivers 320",
+        "The slowest stage is decoding: 2.00 ms per image, 67 % of the time of all stages",
+    )
+    has(found.text, "with 1 thread on 2 cores", f"--threads 2. Predicted gain: {gain:.2f} ×, to {after} images/s")
+    has(found.text, f"{min(2, demand / 320):.1f} times the cores, in one host or several")
     # 2.9 ms without reading, 22 MB/s
     has(found.text, "decoding 690 images/s (2.90 ms per image on one core, 2 cores)", "storage 200 images/s (22.0 MB/s, 110 kB")
 
@@ -124,9 +130,9 @@ def test_no_demand() -> None:
     assert found.chosen.gain == pytest.approx(2.0)
     has(
         found.text,
-        "no demand was given (--arch or --demand)",
+        "Give --arch or --demand",
         "alone delivers 320 images/s",
-        "predicted gain 2.00 ×, to 640 images/s",
+        "Predicted gain: 2.00 ×, to 640 images/s",
     )
 
 
@@ -142,8 +148,8 @@ def test_slow_storage(demand: float, gain: float) -> None:
     assert found.chosen.gain == pytest.approx(gain)
     assert found.chosen.spec == replace(SPEC, cache="/dev/shm/cropfeed")
     has(found.chosen.change, "--cache /dev/shm/cropfeed", "5 GB")
-    has(found.text, "The slowest stage is reading from the storage: 10.0 ms per image, 83 %", f"predicted gain {gain:.2f} ×")
-    has(found.text, "2.0 times this machine's storage or network speed")
+    has(found.text, "The slowest stage is reading from the storage: 10.0 ms per image, 83 %", f"Predicted gain: {gain:.2f} ×")
+    has(found.text, "2.0 times the storage or network speed")
     cached = replace(case, more={})
     assert "cache" not in kinds(remedies(cached.situation()))  # 5 GB do not fit into 1 GB
     situation = case.situation()
@@ -178,8 +184,8 @@ def test_a_small_gain_is_no_remedy() -> None:
     assert kinds(remedies(case.situation())) == ["machine"]
 
 
-def test_time_outside_the_stages_stays() -> None:
-    """The stages explain 3 of 5 ms per image. If they become half a millisecond shorter, 4.5 ms remain."""
+def test_predictions_keep_the_time_outside_the_stages() -> None:
+    """The stages explain 3 of 5 ms per image. If they become half a millisecond faster, 4.5 ms remain."""
     situation = Case(DECODE_BOUND, {("cpu", 1, 2): 200.0}).situation()
     assert situation.total_ms == pytest.approx(3.0)
     assert situation.with_ms(2.5)[0] == pytest.approx(1000 / 4.5)
@@ -196,8 +202,8 @@ def test_an_engine_slower_than_its_stages() -> None:
     has(
         found.text,
         "The engine cpu itself is the bottleneck: it takes 5.00 ms",
-        "explain 2.90 ms",
-        "predicted gain 1.50 ×, to 300 images/s",
+        "account for only 2.90 ms",
+        "Predicted gain: 1.50 ×, to 300 images/s",
     )
     explained = Case(stages | {"decode": 2.1}, {("cpu", 1, 2): 200.0}, 400.0, 0.5)
     assert explained.verdict().stage == "decode"
@@ -228,13 +234,15 @@ def test_slow_model(precision: float | None, kind: str, gain: float, others: lis
     has(
         found.text,
         "Compute-bound: the model is the bottleneck",
-        ") is 100 images/s",
-        "150, 1.50 × the demand",
+        ") could process 100 images/s",
+        "150, 1.50 × as many",
         "runs at 100 images/s",
     )
-    has(found.text, "waits for data 1.0 %", "gain more than 1.01 ×", f"predicted gain {gain:.2f} ×, to {100 * gain:.0f} images/s")
+    has(
+        found.text, "waits for data 1.0 %", "gain more than 1.01 ×", f"Predicted gain: {gain:.2f} ×, to {100 * gain:.0f} images/s"
+    )
     if kind == "precision":
-        has(found.text, "--precision bf16")
+        has(found.text, "--amp bf16")
 
 
 def test_a_second_device_at_most_doubles_the_speed() -> None:
@@ -256,7 +264,7 @@ def test_training_and_loader_share_the_cores() -> None:
     has(
         case.verdict().text,
         "The model and the loader share the cores; the loader uses 12 %",
-        "The demand (resnet18, float32) is 100 images/s",
+        "The train step (resnet18, float32) could process 100 images/s",
     )
     for other in (replace(case, consumer=None), replace(case, demand=None)):
         assert not other.situation().shares_cores
@@ -270,8 +278,10 @@ def test_balanced(demand: float) -> None:
     assert (found.limit, found.chosen) == ("balanced", None)
     assert found.json()["remedy"] == "none"
     assert found.json()["predicted_gain"] == 1
-    has(found.text, "Balanced:", f") is {demand:.0f} images/s", "alone delivers 300.", f"runs at {demand:.0f} images/s")
-    has(found.text, "waits for data 4.0 % of the time", "would be limited by decoding", "Nothing needs to be changed")
+    has(
+        found.text, "Balanced:", f") could process {demand:.0f} images/s", "alone delivers 300.", f"runs at {demand:.0f} images/s"
+    )
+    has(found.text, "waits for data 4.0 % of the time", "the bottleneck would be decoding", "Nothing needs to be changed")
 
 
 @pytest.mark.parametrize(
@@ -282,7 +292,7 @@ def test_thresholds_of_the_limits(demand: float | None, waits: float, limit: str
     assert limit_of(Case(DECODE_BOUND, {("cpu", 1, 2): 121.0}, demand, waits).situation()) == limit
 
 
-def test_the_easiest_gains_at_least_half_of_the_best() -> None:
+def test_the_easiest_remedy_with_half_of_the_best_gain_is_chosen() -> None:
     gains = {"threads": 1.44, "prefetch": 1.5, "cache": 1.9, "profile": 1.4, "machine": 2.0}
     found = [Remedy(kind, kind, gain) for kind, gain in gains.items()]
 

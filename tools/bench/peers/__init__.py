@@ -1,9 +1,9 @@
-"""Input pipelines side by side: what `tools/bench/compare.py` runs.
+"""The input pipelines ("contenders") that `tools/bench/compare.py` compares.
 
-contenders.py lists them. dali.py, torch_loaders.py, spdl.py, ffcv.py, tf_data.py and cropfeed.py implement them, each as a
-function from a Job to endless batches. data.py writes their input. worker.py is the process that a contender runs in, and
-runner.py controls it. turns.py measures all in turns, compare.py puts this together, and report.py writes the figures. cuts.py
-measures what our format alone costs.
+contenders.py lists them. dali.py, torch_loaders.py, spdl.py, ffcv.py, tf_data.py and cropfeed.py implement them as functions
+from a Job to endless batches. data.py writes their input. worker.py is the process of one contender, and runner.py controls it.
+turns.py measures all contenders in turns, compare.py runs the whole comparison, and report.py writes the figures. cuts.py
+measures the cost of the format alone.
 
-plain_train.py, with plain_images.py, is a whole training script, for bench_accuracy.py.
+plain_train.py, with plain_images.py, is a complete training script for bench_accuracy.py.
 """

@@ -1,9 +1,9 @@
-"""A fair comparison of input pipelines on the CPU: pipelines that make the same crops from the same images, and their throughput.
+"""A fair comparison of input pipelines on the CPU: the throughput of pipelines that make the same crops from the same images.
 
-Each contender runs in its own process. All use the same cores, one at a time, while the others idle. Each is warmed up by an
-epoch. In every repeat, each contender is measured for some seconds, in an order drawn anew from a fixed seed; batches that it
+Each contender runs in its own process. All use the same cores, one at a time, while the others idle. Each is warmed up for an
+epoch. In every repeat, each contender is measured for some seconds, in a new order drawn from a fixed seed. Batches that it
 prefetched before do not count. Ratios are taken within a repeat, to the peer on the same data with the highest median: Cropfeed
-on shards of the original files to peers on the original files, Cropfeed on `compact` shards to peers on the 500 pixel files.
+on shards of the original files to peers on the original files, and Cropfeed on `compact` shards to peers on the 500 pixel files.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ class CompareOptions:
 
     repeats, seconds: number and duration of each contender's measurements. only: contenders, by name or name:data; empty for all.
     out: the dtype of batches, one of OUT. image_size, scale: the crop's side and the range of the resized short side, pixels.
-    threads: cores, and threads or workers of each contender. python_for: contender's name -> the Python that runs it, if not
-    this one. Raises UserError for values outside their ranges.
+    threads: number of cores, and of threads or workers of each contender. python_for: contender's name -> the Python that runs
+    it; by default the one that runs this script. Raises UserError for values outside their ranges.
     """
 
     images: Path
@@ -60,14 +60,14 @@ class CompareOptions:
                 )
         for name in self.python_for:
             if name not in names:
-                raise UserError(f"`python_for` {name}=...: no such contender", "`only` has their names")
+                raise UserError(f"`python_for` {name}=...: no such contender", f"choose from {', '.join(sorted(names))}")
         if self.out not in OUT:
             raise UserError(f"`out` is {' or '.join(OUT)}, not {self.out!r}")
         low, high = self.scale
         if not 1 <= self.image_size <= low <= high:
             raise UserError(f"`scale` {low} {high}: needs `image_size` ({self.image_size}) <= low <= high")
         if self.repeats < 2:
-            raise UserError(f"`repeats` must be at least 2, to show a spread, not {self.repeats}")
+            raise UserError(f"`repeats` must be at least 2, not {self.repeats}: one repeat shows no spread")
         if not (0 < self.seconds < float("inf") and self.batch_size > 0):
             raise UserError("`seconds` and `batch_size` must be above 0")
         usable = len(os.sched_getaffinity(0))
@@ -76,12 +76,12 @@ class CompareOptions:
 
     @property
     def contenders(self) -> list[Contender]:
-        """Those that `only` names, or all."""
+        """The contenders that `only` names, or all."""
         return [one for one in CONTENDERS if not self.only or one.name in self.only or one.key in self.only]
 
 
 def compare(options: CompareOptions) -> dict[str, Any]:
-    """Prepare the data, measure, write the rows and print the table. Returns the content of a JSON file, see `report`."""
+    """Prepare the data, measure, write the rows and print the table. Returns the content of the JSON file, see report.py."""
     contenders = options.contenders
     os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: options.threads])  # all contenders inherit this
     with tempfile.TemporaryDirectory(prefix="cropfeed-compare-") as name:
@@ -91,7 +91,7 @@ def compare(options: CompareOptions) -> dict[str, Any]:
         errors = {one.key: without_beton[one.data] for one in contenders if one.reads_beton and one.data in without_beton}
         jobs = {kind: job(folder / kind, options) for kind in kinds}
         results = measure(contenders, jobs, options.repeats, options.seconds, options.python_for, errors)
-        touched = cuts.touched(jobs["lossless"]) if "lossless" in jobs else None  # last: no process maps the shards any more
+        touched = cuts.touched(jobs["lossless"]) if "lossless" in jobs else None  # at the end, when no process maps the shards
     figures = report.figures(results)
     spec = describe(options, next(iter(jobs.values())).images)
     report.write_csv(options.results, figures, touched, spec)
@@ -100,7 +100,7 @@ def compare(options: CompareOptions) -> dict[str, Any]:
 
 
 def job(folder: Path, options: CompareOptions) -> Job:
-    """The task of the contenders on this data."""
+    """The contenders' job on this data."""
     shards = ShardSet(folder / "shards", "train")
     if len(shards) < options.batch_size:
         raise UserError(f"{options.images}: {len(shards)} usable images, fewer than `batch_size` {options.batch_size}")

@@ -1,4 +1,4 @@
-"""All contenders, by name. Each family of peers has a module; its docstring names the documentation that its settings follow."""
+"""All contenders, by name. Each family of peers has a module. Its docstring names the documentation that the settings follow."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ DECODE = "decode-of-the-cut-alone"
 class Contender:
     """One input pipeline on one kind of data.
 
-    data: "original" (the files as they are) or "500" (longest side at most 500 pixels, quality 90, 4:2:0); for Cropfeed also
-    "lossless" and "compact". function: module:name of a function from a Job to endless batches. packages: what it needs from
-    PyPI; their versions are recorded. ahead: batches that it may have prefetched before the clock starts, with two threads.
-    kind: "peer", "cropfeed", or "decode" (decoding the cuts alone, in one thread).
+    data: "original" (unchanged files) or "500" (longest side at most 500 pixels, quality 90, 4:2:0); for Cropfeed also "lossless"
+    and "compact". function: module:name of a function from a Job to endless batches. packages: its packages on PyPI, recorded
+    with their versions. ahead: number of batches that it may have prefetched before the clock starts, with two threads. kind:
+    "peer", "cropfeed", or "decode" (decoding of the cuts alone, in one thread).
     """
 
     name: str
@@ -27,7 +27,7 @@ class Contender:
 
     @property
     def group(self) -> str:
-        """The data of the peers that this contender is compared with."""
+        """The data of the peers with which this contender is compared."""
         return {"lossless": "original", "compact": "500"}.get(self.data, self.data)
 
     @property

@@ -1,4 +1,4 @@
-"""Cropfeed, opened as users open it: with `pipeline.open_loader`."""
+"""Cropfeed, opened with `pipeline.open_loader`, as users open it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What our format alone costs: decoding cuts without any pipeline around it, and the bytes of a file that a crop touches."""
+"""The cost of Cropfeed's format alone: decoding of cuts without a pipeline, and the bytes of a file that a crop reads."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from pipeline.store.shards import ShardSet
 from tools.bench.peers.job import Job
 from tools.profiler.page_cache import drop_pages
 
-EPOCHS = 3  # of draws, for more crops than there are images
+EPOCHS = 3  # with different crops of the same images
 PAGE = mmap.PAGESIZE
 
 
 def decode(job: Job) -> Iterator[tuple[Any, Any]]:
-    """Decode ready cuts with simplejpeg into one buffer, in one thread: the minimum that each of our engines has to do."""
+    """Decode prepared cuts with simplejpeg into one buffer, in one thread: the minimum work of each Cropfeed engine."""
     shards = ShardSet(Path(job.data) / "shards", "train")
     cuts = [
         cut(shards.read(index), *region).jpeg.copy()
@@ -32,7 +32,7 @@ def decode(job: Job) -> Iterator[tuple[Any, Any]]:
         for index, region in enumerate(regions(shards, job, epoch).tolist())
     ]
     buffer = np.empty(max(3 * height * width for height, width, *_ in map(simplejpeg.decode_jpeg_header, cuts)), np.uint8)
-    images = np.empty((job.batch_size, job.size, job.size, 3), job.out)  # only counted
+    images = np.empty((job.batch_size, job.size, job.size, 3), job.out)  # never filled, as images are only counted
     at = 0
     while True:
         for _ in range(job.batch_size):
@@ -42,17 +42,17 @@ def decode(job: Job) -> Iterator[tuple[Any, Any]]:
 
 
 def regions(shards: ShardSet, job: Job, epoch: int) -> npt.NDArray[np.int64]:
-    """The region that the crop of each image needs, whole pixels: int64 (N, 4) of top, left, bottom, right."""
+    """The region that the crop of each image needs, in whole pixels: int64 (N, 4) of top, left, bottom, right."""
     heights, widths = shards.samples["height"].astype(np.int64), shards.samples["width"].astype(np.int64)
     draws = sampling.draw(0, epoch, np.arange(len(shards)), heights, widths, job.scale, job.size)
     return sampling.regions(sampling.windows(draws, heights, widths, job.size), heights, widths, job.size)
 
 
 class Touched(NamedTuple):
-    """What crops read from their files, int64 (N,), for each image. needed: bytes that a cut reads. loaded, loaded_randomly:
-    bytes that a cold page cache loads for it, in whole pages, with the kernel's default read-ahead and with madvise(MADV_RANDOM);
-    None if the file system cannot drop pages. stored: bytes of the image. read_ahead: that default on this disk, e.g. "128
-    KiB"."""
+    """Bytes of each image that its crop reads, int64 (N,). needed: bytes that a cut reads. loaded, loaded_randomly: bytes that a
+    cold page cache loads for the cut, in whole pages, with the kernel's default read-ahead and with madvise(MADV_RANDOM); None if
+    the file system cannot drop pages. stored: bytes of the whole image. read_ahead: the kernel's default read-ahead on this disk,
+    e.g. "128 KiB"."""
 
     needed: npt.NDArray[np.int64]
     loaded: npt.NDArray[np.int64] | None
@@ -67,7 +67,7 @@ def touched(job: Job) -> Touched:
     windows = regions(shards, job, 0).tolist()
     needed = [len(cut(shards.read(i), *window).jpeg) + table_bytes(shards.read(i)) for i, window in enumerate(windows)]
     files, samples = shards.shards, shards.samples.copy()
-    del shards  # closes its maps: pages in use stay in the cache
+    del shards  # closes its maps, because mapped pages cannot be dropped
     loaded = {
         advice: [
             pages_loaded(files[sample["shard"]], int(sample["offset"]), int(sample["bytes"]), window, advice)
@@ -98,7 +98,8 @@ def table_bytes(jpeg: Bytes) -> int:
 
 
 def pages_loaded(file: Path, offset: int, count: int, window: list[int], advice: int) -> int | None:
-    """Pages of a shard that cutting one of its images loads into an empty page cache; None if pages cannot be dropped."""
+    """Number of pages that a cut of an image loads into an empty page cache; None if pages cannot be dropped. file: the shard.
+    offset, count: the image's bytes in it."""
     drop_pages([file])
     with file.open("rb") as stream, mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as mapped:
         mapped.madvise(advice)
@@ -106,12 +107,12 @@ def pages_loaded(file: Path, offset: int, count: int, window: list[int], advice:
         before = resident(content)
         cut(content[offset : offset + count], *window)
         after = resident(content)
-        del content  # else the map cannot be closed
+        del content  # otherwise the map cannot be closed
     return None if before else after
 
 
 def resident(content: Bytes) -> int:
-    """Pages of a map that are in memory, by mincore(2)."""
+    """Number of a map's pages that are in memory, by mincore(2)."""
     found = np.zeros(-(-len(content) // PAGE), np.uint8)
     libc = ctypes.CDLL(None, use_errno=True)
     if libc.mincore(ctypes.c_void_p(content.ctypes.data), ctypes.c_size_t(len(content)), ctypes.c_void_p(found.ctypes.data)):

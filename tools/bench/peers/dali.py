@@ -23,17 +23,17 @@ Graph = Callable[[Any, Job], Any]  # from encoded images to crops
 
 
 def plain(job: Job) -> Iterator[tuple[Any, Any]]:
-    """Decode, resize, crop, as in the documentation."""
+    """Decode, resize, then crop, as in the documentation."""
     return batches(job, decode_resize_crop)
 
 
 def resize_crop_mirror(job: Job) -> Iterator[tuple[Any, Any]]:
-    """Decode, then fn.resize_crop_mirror: only the crop is resampled."""
+    """Decode, then fn.resize_crop_mirror, which resamples only the crop."""
     return batches(job, decode_fused)
 
 
 def roi(job: Job) -> Iterator[tuple[Any, Any]]:
-    """fn.peek_image_shape and fn.decoders.image_slice: only the crop is decoded, then resampled at sub-pixel positions."""
+    """fn.peek_image_shape and fn.decoders.image_slice: decode only the crop, then resample it at sub-pixel positions."""
     return batches(job, decode_roi)
 
 
@@ -67,7 +67,7 @@ decode = partial(fn.decoders.image, device="cpu", output_type=types.RGB, use_fas
 
 
 def short_side(job: Job) -> Any:
-    """S: the floor of a uniform float, because DALI draws no integers from a range."""
+    """S, as the floor of a uniform float, because DALI draws no integers from a range."""
     low, high = job.scale
     return dmath.floor(fn.random.uniform(range=[float(low), float(high + 1)]))
 
@@ -101,9 +101,9 @@ def decode_fused(encoded: Any, job: Job) -> Any:
 
 
 def decode_roi(encoded: Any, job: Job) -> Any:
-    """The crop's window in source pixels, decoded with a margin for the resampling filter, so that the result is the same.
+    """Decode the crop's window in source pixels, with a margin for the resampling filter, so that the result is the same.
 
-    The nodes hold two numbers, for height and width. Mirroring is free: the window's left and right ends are swapped.
+    Each node holds two numbers, for height and width. Mirroring costs nothing: it swaps the window's left and right ends.
     """
     size = float(job.size)
     sides = fn.cast(fn.peek_image_shape(encoded, adjust_orientation=False)[0:2], dtype=types.FLOAT)

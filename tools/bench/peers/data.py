@@ -1,10 +1,10 @@
-"""The contenders' data, all made from one set of images: in each kind of data, all contenders read the same JPEGs.
+"""The contenders' data, all made from one set of images. All contenders on one kind of data read the same JPEGs.
 
-    original    the files as they are            500       longest side at most 500 pixels, quality 90, 4:2:0
+    original    the unchanged files              500       longest side at most 500 pixels, quality 90, 4:2:0
     lossless    Cropfeed's default profile       compact   Cropfeed's small profile
 
-Each is a folder with shards/: tars, indices and a .beton of the same JPEGs. original and 500 also have images/: files in class
-folders.
+Each kind is a folder with shards/: tars, indices and a .beton of the same JPEGs. original and 500 also have images/: files in
+class folders.
 """
 
 from __future__ import annotations
@@ -32,9 +32,9 @@ SHARDS = 8  # at least: WebDataset distributes tars over workers
 
 
 def prepare(images: Path, folder: Path, kinds: set[str], betons_of: set[str]) -> dict[str, str]:
-    """Write these kinds of data into `folder`, some with a .beton. Returns kind -> why its .beton could not be written.
+    """Write these kinds of data into `folder`. Returns kind -> why its .beton could not be written.
 
-    images: a folder of class folders of JPEGs, a tar of one, or a folder of shards.
+    images: a folder of class folders of JPEGs, a tar of one, or a folder of shards. betons_of: the kinds with a .beton.
     """
     if (images / "manifest.json").exists():
         write_files(images, folder / "stored", np.ndarray.tobytes)
@@ -74,7 +74,7 @@ def shrink(jpeg: Bytes) -> bytes:
 
 
 def write_beton(shards: Path) -> str | None:
-    """Write a .beton with the JPEGs of the tars, which stock FFCV can read. Returns why that failed, or None."""
+    """Write a .beton with the JPEGs of the tars, which stock FFCV can read. Returns None, or the reason for a failure."""
     try:
         write_betons(str(shards), BetonSettings(), os.cpu_count() or 1)
     except UserError as error:

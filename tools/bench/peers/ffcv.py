@@ -1,8 +1,8 @@
 """Stock FFCV on a .beton of JPEGs.
 
 Settings follow FFCV's documentation and ffcv-imagenet: one worker per core, the file in the page cache (os_cache), random order,
-flips and the decoder compiled by numba; NormalizeImage before ToTensor, so that it runs on the CPU. FFCV decodes every image
-whole and resamples with OpenCV's area average, which is antialiased.
+flips and the decoder compiled by numba; NormalizeImage before ToTensor, so that it runs on the CPU. FFCV decodes whole images
+and resamples them with OpenCV's area average, which is antialiased.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from tools.bench.peers.job import Job
 
 
 def random_resized_crop(job: Job) -> Iterator[tuple[Any, Any]]:
-    """ffcv-imagenet's own recipe, with another distribution of crops: 8 to 100 % of the area, aspect 3/4 to 4/3."""
+    """ffcv-imagenet's own recipe. Its crops have another distribution: 8 to 100 % of the area, aspect 3/4 to 4/3."""
     return batches(job, RandomResizedCropRGBImageDecoder((job.size, job.size)))
 
 
 def scale_jitter(job: Job) -> Iterator[tuple[Any, Any]]:
-    """The crops of `Job`, at whole source pixels."""
+    """The crops of `Job`, rounded to whole source pixels."""
     return batches(job, ScaleJitterDecoder(job))
 
 
@@ -34,7 +34,7 @@ class ScaleJitterDecoder(ResizedCropRGBImageDecoder):
 
     def __init__(self, job: Job) -> None:
         super().__init__((job.size, job.size))
-        self.scale, self.ratio = job.scale, (job.size, job.size)  # the two arrays that FFCV hands to its crop generator
+        self.scale, self.ratio = job.scale, (job.size, job.size)  # the two arrays that FFCV passes to the crop generator
 
     @property
     def get_crop_generator(self) -> Callable[..., Any]:
@@ -44,7 +44,7 @@ class ScaleJitterDecoder(ResizedCropRGBImageDecoder):
 def jitter_crop(height: Any, width: Any, scale: Any, ratio: Any) -> Any:
     """Draw a crop: top, left, height, width in source pixels. FFCV compiles this function.
 
-    scale: S, lowest and highest. ratio: the crop's side, twice.
+    scale: lowest and highest S. ratio: the crop's side, twice.
     """
     short = np.random.randint(scale[0], scale[1] + 1)
     zoom = min(height, width) / short

@@ -1,6 +1,6 @@
-"""What every contender has to make (`Job`), and the draw of one image's crop, for contenders that draw in Python (`draw`).
+"""`Job` describes the batches that every contender has to make. `draw` draws the crop of an image, for contenders in Python.
 
-It imports only the standard library: a contender may run in another Python, without torch or our packages.
+This module imports only the standard library, because a contender may run in another Python without torch and our packages.
 """
 
 from __future__ import annotations
@@ -12,14 +12,14 @@ from typing import Any, NamedTuple
 
 
 class Job(NamedTuple):
-    """Batches of random crops, endlessly.
+    """Endless batches of random crops.
 
     For each image: resize the short side to S, uniform on the integers scale[0]..scale[1]; crop size x size pixels at a uniform
     integer position; mirror left to right with probability 1/2.
 
     data: a folder with images/<class>/*.JPEG and, with the same images, shards/train/*.tar (WebDataset, each with DALI's index
-    *.idx) and shards/train.beton. images: how many there are. out: "uint8", or "float32" with `mean` (per channel, in 0..255)
-    subtracted. Batches are (batch_size, size, size, 3) in memory, the last axis RGB.
+    *.idx) and shards/train.beton. images: number of images. out: "uint8", or "float32" with `mean` (per channel, in 0..255)
+    subtracted. Batches are (batch_size, size, size, 3) in memory; the last axis is RGB.
     """
 
     data: str
@@ -50,7 +50,7 @@ class Job(NamedTuple):
 
 
 class Window(NamedTuple):
-    """The part of an image that a crop shows, in pixels of the image, and whether the crop is mirrored."""
+    """The window of an image that a crop shows, in pixels of the image, and whether the crop is mirrored."""
 
     left: float
     top: float
@@ -65,7 +65,7 @@ class Window(NamedTuple):
 
 
 def draw(height: int, width: int, job: Job) -> Window:
-    """Draw a crop of an image of height x width pixels: the window that, resized to size x size, is a crop of `Job`."""
+    """Draw a crop of an image of height x width pixels. Its window, resized to size x size, is a crop as `Job` describes."""
     side = min(height, width)
     short = random.randint(*job.scale)
     scale = side / short

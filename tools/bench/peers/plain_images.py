@@ -1,4 +1,4 @@
-"""Images for plain_train.py: a folder of images, and torchvision's transforms, both with Pillow."""
+"""Images for plain_train.py: a folder of images and torchvision's transforms, with Pillow."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from torch.utils.data import Dataset
 
 from pipeline.errors import UserError
 
-MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet's RGB in 0..1: torchvision's
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # torchvision's values for ImageNet's RGB in 0..1
 SUFFIXES = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".webp")
 Transform = Callable[[Image.Image], torch.Tensor]
 
 
 class ImageFolder(Dataset[tuple[torch.Tensor, int]]):
-    """A folder of class folders. transform: from an RGB image to float32 (3, size, size); may be replaced between epochs."""
+    """A folder of class folders. transform: from an RGB image to float32 (3, size, size). It may be replaced between epochs."""
 
     def __init__(self, root: Path, transform: Transform) -> None:
         self.transform = transform
@@ -51,14 +51,14 @@ def resize(image: Image.Image, short: int) -> Image.Image:
 
 
 def jitter(image: Image.Image, size: int, low: int, high: int) -> Image.Image:
-    """Resize to a short side uniform on low..high, then RandomCrop."""
+    """Resize to a short side that is uniform on low..high, then RandomCrop."""
     resized = resize(image, random.randint(low, high))
     left, top = random.randint(0, resized.width - size), random.randint(0, resized.height - size)
     return resized.crop((left, top, left + size, top + size))
 
 
 def resized_crop(image: Image.Image, size: int, low: float, high: float) -> Image.Image:
-    """RandomResizedCrop with its default range of aspect ratios. low, high: share of the image's area."""
+    """RandomResizedCrop with its default range of aspect ratios. low, high: range of the crop's share of the image's area."""
     for _ in range(10):
         area = image.width * image.height * random.uniform(low, high)
         aspect = math.exp(random.uniform(math.log(3 / 4), math.log(4 / 3)))
@@ -66,7 +66,7 @@ def resized_crop(image: Image.Image, size: int, low: float, high: float) -> Imag
         if 0 < width <= image.width and 0 < height <= image.height:
             left, top = random.randint(0, image.width - width), random.randint(0, image.height - height)
             break
-    else:  # none of ten fits: the largest central crop within the range of aspect ratios
+    else:  # no attempt fits: the largest central crop within the range of aspect ratios
         width, height = min(image.width, round(image.height * 4 / 3)), min(image.height, round(image.width / (3 / 4)))
         left, top = (image.width - width) // 2, (image.height - height) // 2
     return image.crop((left, top, left + width, top + height)).resize((size, size), Image.Resampling.BILINEAR)

@@ -1,15 +1,15 @@
-"""The training script that people write: PyTorch's DataLoader over a folder of images, Pillow behind it, and a loop.
+"""A typical training script: a PyTorch DataLoader that reads a folder of images with Pillow, and a training loop.
 
     python -m tools.bench.peers.plain_train --data IMAGES --output RUN --arch resnet18 --epochs 16
 
-For bench_accuracy.py, which gives it the hyper-parameters of one of train.py's recipes. Its options have train.py's names.
-By default it is what most scripts are: float32, contiguous layout, the final image size throughout. --precision, --channels-last,
---compile, --start-size and --ramp do for the model what our recipes do: then only the input differs.
+bench_accuracy.py runs it with the hyper-parameters of one of train.py's recipes. Its options have the names of train.py's. By
+default it trains as most scripts do: in float32, with contiguous layout, at the final image size throughout. --precision,
+--channels-last, --compile, --start-size and --ramp do for the model what our recipes do, so that only the input differs.
 
-IMAGES holds train/ and val/, with a folder for each class. The transforms are those of torchvision, which need not be installed:
-Resize to a random short side and RandomCrop (or RandomResizedCrop), RandomHorizontalFlip, ToTensor, Normalize. Normalize also
-divides by the standard deviation, unlike train.py. That makes no difference to a model that begins with a convolution and a batch
-normalization.
+IMAGES contains train/ and val/, with a folder for each class. The transforms are those of torchvision, which need not be
+installed: Resize to a random short side and RandomCrop (or RandomResizedCrop), RandomHorizontalFlip, ToTensor, Normalize. Unlike
+train.py, Normalize also divides by the standard deviation. That makes no difference to a model that begins with a convolution and
+a batch normalization.
 """
 
 from __future__ import annotations
@@ -52,8 +52,8 @@ from training.options import TrainOptions, make_sizes
 
 @dataclass(frozen=True)
 class PlainOptions:
-    """What to train, and how. Fields mean what train.py's options of these names mean. precision: "no" or "bf16". workers: of the
-    DataLoader. threads: of the model on a CPU, None for torch's default."""
+    """What to train, and how. Fields mean the same as train.py's options of these names. precision: "no" or "bf16". workers:
+    number of the DataLoader's workers. threads: number of the model's threads on a CPU, None for torch's default."""
 
     data: Path
     arch: str = "resnet18"
@@ -98,7 +98,7 @@ def words(options: PlainOptions) -> list[str]:
 
 
 def size_at(options: PlainOptions, epoch: int) -> int:
-    """The image size of an epoch, pixels."""
+    """The image size in an epoch, pixels."""
     start, end = options.start_size, options.image_size
     resized = TrainOptions(data="", epochs=options.epochs, image_size=end, start_size=start, ramp=options.ramp)
     sizes = make_sizes(resized, 1)
@@ -106,7 +106,7 @@ def size_at(options: PlainOptions, epoch: int) -> int:
 
 
 def transform_at(options: PlainOptions, size: int) -> Transform:
-    """Training's transform at an image size. `scale` is meant for `image_size`; at other sizes it is in proportion."""
+    """The training transform at an image size. `scale` applies to `image_size`; for other sizes it is scaled in proportion."""
     if options.geometry == "rrc":
         low, high = options.area
         return partial(training_transform, crop=partial(resized_crop, size=size, low=low, high=high))
@@ -116,14 +116,17 @@ def transform_at(options: PlainOptions, size: int) -> Transform:
 
 
 def evaluation_transform(options: PlainOptions) -> Transform:
-    """Validation's transform: a short side of 256 for crops of 224, others in proportion."""
+    """The validation transform: a short side of 256 for crops of 224, and in proportion for other crops."""
     trained = options.image_size
     size = options.eval_size or trained
     return partial(validation_transform, size=size, short=short_at(short_at(EVAL_SHORT, trained), size, trained))
 
 
 def learning_rate(step: int, schedule: str, warmup: float, steps: int) -> float:
-    """Share of `lr` at the middle of a step: linear from 0 in the warm-up, then as scheduled to 0. warmup, steps: in steps."""
+    """The factor of `lr` in the middle of a step: it rises linearly from 0 in the warm-up, then falls to 0 as scheduled.
+
+    warmup, steps: length of the warm-up and of the run, in steps.
+    """
     if step + 0.5 < warmup:
         return (step + 0.5) / warmup
     done = (step + 0.5 - warmup) / (steps - warmup)
@@ -131,7 +134,7 @@ def learning_rate(step: int, schedule: str, warmup: float, steps: int) -> float:
 
 
 def make_optimizer(model: nn.Module, options: PlainOptions) -> torch.optim.SGD:
-    """SGD with momentum; with `no_norm_decay`, weight decay only of parameters of two and more dimensions."""
+    """SGD with momentum. With `no_norm_decay`, weight decay applies only to parameters of two or more dimensions."""
     parameters, decay = list(model.parameters()), 0.0 if options.no_norm_decay else options.weight_decay
     groups: list[dict[str, Any]] = [
         {"params": [parameter for parameter in parameters if parameter.ndim > 1]},
@@ -168,14 +171,14 @@ class Trainer:
         self.schedule = torch.optim.lr_scheduler.LambdaLR(self.optimizer, share)
 
     def _open_data(self) -> tuple[ImageFolder, DataLoader[Any], DataLoader[Any]]:
-        """The training images, and the loaders of training and validation."""
+        """The training images, the training loader and the validation loader."""
         data, batch_size = self.options.data, self.options.batch_size
         train_set = ImageFolder(data / "train", to_tensor)
         val_set = ImageFolder(data / "val", evaluation_transform(self.options))
         if val_set.classes != train_set.classes:
-            raise UserError(f"{data}: train/ and val/ hold different classes")
+            raise UserError(f"{data}: train/ and val/ contain different classes")
         common: dict[str, Any] = {"num_workers": self.options.workers, "pin_memory": self.device.type == "cuda"}
-        # Workers start anew in each epoch, the default: persistent ones would keep the first epoch's transform.
+        # By default new workers start in each epoch. Persistent workers would keep the first epoch's transform.
         train_loader = DataLoader(train_set, batch_size, shuffle=True, drop_last=True, **common)
         if not len(train_loader):
             raise UserError(f"{data / 'train'}: {len(train_set)} images do not fill a batch of {batch_size}")
@@ -189,7 +192,7 @@ class Trainer:
         return images, labels.to(self.device, non_blocking=True)
 
     def step(self, images: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        """One update; its mean loss."""
+        """Make one update; returns its mean loss."""
         images, labels = self.moved(images, labels)
         with self.autocast():
             loss = F.cross_entropy(self.compiled(images), labels, label_smoothing=self.options.label_smoothing)
@@ -219,7 +222,7 @@ class Trainer:
 
 
 def train(options: PlainOptions, output: Path) -> None:
-    """The whole run. Writes OUTPUT/metrics.csv and config.json, which tools/report.py reads, as train.py does, and model.pt."""
+    """The whole run. Writes model.pt to OUTPUT, and metrics.csv and config.json, which tools/report.py can read."""
     trainer = Trainer(options)
     output.mkdir(parents=True, exist_ok=True)
     arguments = asdict(options) | {"output": output}
@@ -252,10 +255,10 @@ def train(options: PlainOptions, output: Path) -> None:
 
 
 def parse(arguments: Sequence[str] | None = None) -> tuple[PlainOptions, Path]:
-    """The options and the output folder from a command line, by default this process's."""
+    """The options and the output folder from a command line, by default that of this process."""
     parser = Parser(__doc__)
     parser.add_argument("--data", required=True, type=Path, help="folder of images: train/CLASS/IMAGE and val/CLASS/IMAGE")
-    parser.add_argument("--output", required=True, type=Path, help="folder of this run")
+    parser.add_argument("--output", required=True, type=Path, help="folder for this run")
     parser.add_argument("--arch", choices=ARCHS, metavar="ARCH")
     parser.add_argument("--epochs", type=positive)
     parser.add_argument("--batch-size", type=positive)

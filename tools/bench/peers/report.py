@@ -1,10 +1,15 @@
 """The comparison's figures: as rows of tools/bench/results/compare.csv, as a table, and as the content of a JSON file.
 
-The JSON is {"compared", "rows", "bytes_touched"}. compared: the options, as text. rows: one for each contender, with name; data
-(original, 500, lossless, compact); images_per_s, low and high, the median, minimum and maximum of the repeats; cpu_ms_per_image,
-user and system time of the process tree, median; ratio to the fastest peer on the same data, median; cpu_over_decode, CPU time
-over that of decoding the same cuts alone, median, for Cropfeed on lossless and compact; versions; error, why the contender could
-not be measured. Fields that do not apply are null. bytes_touched (null without `lossless`): see the function.
+The JSON is {"compared", "rows", "bytes_touched"}. compared: the options, as text. bytes_touched: see the function; null without
+`lossless` shards. rows: one for each contender, with these fields, which are null if they do not apply:
+
+    name, data                 the contender, and original, 500, lossless or compact
+    images_per_s, low, high    median, minimum and maximum over the repeats
+    cpu_ms_per_image           user and system time of the process tree, median
+    ratio                      throughput over that of the fastest peer on the same data, median
+    cpu_over_decode            CPU time over that of decoding the same cuts alone, median; for Cropfeed on lossless and compact
+    versions                   of the contender's packages
+    error                      why the contender could not be measured
 """
 
 from __future__ import annotations
@@ -32,7 +37,7 @@ TITLES = {
 
 @dataclass(frozen=True)
 class Row:
-    """One contender's figures, each with one value per repeat. Empty if the contender failed or the figure does not apply."""
+    """One contender's figures, with one value per repeat. They are empty if the contender failed or the figure does not apply."""
 
     result: Result
     ratios: list[float]  # to the fastest peer on the same data
@@ -95,9 +100,9 @@ def divided(values: list[float], by: list[float]) -> list[float]:
 
 
 def bytes_touched(touched: Touched) -> dict[str, dict[str, float]]:
-    """Bytes read for a crop over the bytes of the image: of the cut itself, and of the pages read into a cold page cache.
+    """Bytes read for a crop over the bytes of the image, for the cut itself and for the pages read into a cold page cache.
 
-    Returns name -> mean over the images, and ratio of the sums.
+    Returns name -> mean of the ratios over the images, and ratio of the sums.
     """
     kinds = {
         "cut": touched.needed,
@@ -113,7 +118,7 @@ def bytes_touched(touched: Touched) -> dict[str, dict[str, float]]:
 
 def write_csv(file: Path, rows: list[Row], touched: Touched | None, spec: str) -> None:
     """Append the measured rows."""
-    with redirect_stdout(None):  # `record` prints them, and so does the table
+    with redirect_stdout(None):  # `record` prints the rows, which the table shows anyway
         for row in rows:
             contender = row.result.contender
             if found := list(row.figures()):
@@ -134,7 +139,7 @@ def content(rows: list[Row], touched: Touched | None, spec: str) -> dict[str, An
 
 
 def table(rows: list[Row], touched: Touched | None) -> str:
-    """Text for a terminal: the fastest contenders first; those that failed last, with the reason."""
+    """Text for a terminal: the fastest contenders first, and those that failed last, with the reason."""
     lines = []
     for group, title in TITLES.items():
         summaries = [row.summary() for row in rows if row.result.contender.group == group]

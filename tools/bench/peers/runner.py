@@ -25,7 +25,7 @@ class ContenderError(Exception):
 
 
 class Runner:
-    """One contender in its own process and session, so that `close` kills everything that it has started."""
+    """One contender in its own process and session, so that `close` kills it with all its children."""
 
     def __init__(self, contender: Contender, python: str) -> None:
         self.contender = contender
@@ -54,7 +54,7 @@ class Runner:
         self.versions = self.ask(order, OPENING)["versions"]
 
     def run(self, seconds: float) -> tuple[float, float]:
-        """Images per second, and CPU milliseconds per image, over about so many seconds. Raises ContenderError."""
+        """Images per second and CPU milliseconds per image, measured for about `seconds`. Raises ContenderError."""
         found = self.ask({"run": seconds, "ahead": self.contender.ahead}, seconds + PATIENCE)
         return found["images"] / found["seconds"], found["cpu_seconds"] / found["images"] * 1e3
 

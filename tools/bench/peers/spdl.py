@@ -2,7 +2,7 @@
 
 Settings follow SPDL's documentation and its image_dataloading example: paths are aggregated to batches, a stage decodes whole
 batches with one thread per core (as `load_image_batch` does, but with a filter for each image), FFmpeg's own threads are off, and
-the sink prefetches batches. FFmpeg crops before it scales; swscale's bilinear is antialiased.
+the sink prefetches batches. FFmpeg crops before it scales; swscale's bilinear filter is antialiased.
 """
 
 from __future__ import annotations

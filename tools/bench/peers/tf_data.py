@@ -1,8 +1,8 @@
 """TensorFlow's tf.data with tf.image.decode_and_crop_jpeg.
 
 Settings follow the tf.data performance guide and the ImageNet input of the official models: only the crop is decoded, by
-libjpeg-turbo's partial decoding with INTEGER_FAST; AUTOTUNE for parallel map and prefetch, in any order; a private thread pool
-with one thread per core, so that the tuning sees the cores that it may use.
+libjpeg-turbo's partial decoding with INTEGER_FAST; parallel map and prefetch use AUTOTUNE, in any order; a private thread pool
+has one thread per core, so that the tuning knows the usable cores.
 """
 
 from __future__ import annotations

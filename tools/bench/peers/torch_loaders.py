@@ -1,8 +1,8 @@
 """PyTorch's DataLoader with worker processes: WebDataset or files as the source, decoded by OpenCV, Pillow or libvips.
 
 Settings follow these projects' documentation:
-- WebDataset: each worker resamples shards endlessly, a shuffle buffer, batching in the workers (`batched`, and batch_size=None in
-  the loader), so that processes exchange only batches;
+- WebDataset: each worker resamples shards endlessly and has a shuffle buffer; the workers form batches (`batched`, and
+  batch_size=None in the loader), so that processes exchange only batches;
 - PyTorch and timm: one worker per core, persistent_workers, prefetch_factor 2; timm's fast_collate, which fills one uint8 tensor,
   and its normalization after the loader;
 - OpenCV: one thread in each worker, since the workers share the cores; bilinear without antialiasing, which OpenCV lacks; RGB
@@ -85,7 +85,7 @@ def pillow(job: Job, encoded: bytes) -> Pixels:
 
 
 def pillow_draft(job: Job, encoded: bytes) -> Pixels:
-    """`draft` reduces by 2, 4 or 8 while decoding, if the result is no smaller than asked for in both dimensions."""
+    """`draft` reduces the image by 2, 4 or 8 while decoding, if neither side becomes smaller than requested."""
     image = Image.open(io.BytesIO(encoded))
     width, height = image.size
     window = draw(height, width, job)
@@ -192,7 +192,7 @@ def fast_collate(samples: list[Sample]) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def normalized(loader: Any, job: Job) -> Iterator[tuple[Any, Any]]:
-    """Normalizes after the loader, as timm's PrefetchLoader does."""
+    """Normalize after the loader, as timm's PrefetchLoader does."""
     mean = torch.tensor(job.mean)
     for images, labels in loader:
         yield (images.float().sub_(mean) if job.out == "float32" else images), labels

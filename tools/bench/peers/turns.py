@@ -1,4 +1,4 @@
-"""Measures contenders in turns: each is warmed up once, and runs for some seconds in every repeat, in an order drawn anew."""
+"""Measures contenders in turns. Each is warmed up once, and runs for some seconds in every repeat, in a new random order."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from tools.bench.peers.runner import ContenderError, Runner
 
 @dataclass
 class Result:
-    """A contender's figures, a value per repeat: images_per_s, and cpu_ms per image. error: why there are none, in one line.
+    """A contender's figures. images_per_s, cpu_ms: a value per repeat; CPU time in milliseconds per image.
 
-    runner: its process, until it is stopped.
+    error: one line with the reason if the contender could not be measured. runner: its process, until it is stopped.
     """
 
     contender: Contender
@@ -31,7 +31,7 @@ class Result:
 
     @contextmanager
     def trying(self) -> Iterator[None]:
-        """A failure inside stops only this contender."""
+        """A context in which a failure stops only this contender."""
         try:
             yield
         except ContenderError as error:
@@ -47,8 +47,8 @@ class Result:
 def measure(
     chosen: list[Contender], jobs: dict[str, Job], repeats: int, seconds: float, pythons: dict[str, str], errors: dict[str, str]
 ) -> list[Result]:
-    """Measure the chosen contenders. seconds: of each turn. jobs: by the kind of data. pythons: interpreters by a contender's
-    name, if not this one. errors: by name:data, why a contender cannot take part."""
+    """Measure the chosen contenders. seconds: duration of each turn. jobs: by kind of data. pythons: contender's name -> its
+    Python, by default the one that runs this script. errors: name:data -> why a contender cannot take part."""
     results = [Result(contender, error=errors.get(contender.key)) for contender in chosen]
     try:
         for result in tqdm(results, "warming up", unit=" contenders"):

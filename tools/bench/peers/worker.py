@@ -1,6 +1,6 @@
 """The process of one contender: python -m tools.bench.peers.worker FD
 
-It is controlled by runner.py, which sends JSON orders through the socket FD and gets one JSON answer to each:
+runner.py controls it: it sends JSON orders through the socket FD and receives one JSON answer to each:
 
     {"open": function, "job": Job, "packages": [...], "warm": seconds}    -> {"versions": "name version, ..."}
     {"run": seconds, "ahead": batches}                                    -> {"images", "seconds", "cpu_seconds"}
@@ -8,7 +8,7 @@ It is controlled by runner.py, which sends JSON orders through the socket FD and
 or {"missing": reason} if a package is not installed, {"error": reason} if anything else fails. The contender is idle between
 orders: an answer is sent once its threads and workers have filled their queues and use no more CPU time.
 
-It imports only the standard library and psutil, so that it runs in any Python.
+This module imports only the standard library and psutil, so that it runs in any Python.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from typing import Any
 
 from tools.bench.peers.job import Job
 
-RESTING = 0.2  # seconds in which an idle process uses no CPU time, as shown by its clock with a resolution of 10 ms
+RESTING = 0.2  # a process is idle if it uses no CPU time for so many seconds; the clock's resolution is 10 ms
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
@@ -62,7 +62,7 @@ class Contender:
         return len(images)
 
     def check(self) -> None:
-        """Raise ValueError unless the next batch is what the job asks for."""
+        """Raise ValueError unless the next batch has the job's shape and dtype."""
         images, labels = next(self.batches)
         shape, dtype = tuple(images.shape), str(images.dtype).rpartition(".")[2]
         expected = (self.job.batch_size, self.job.size, self.job.size, 3)
@@ -70,13 +70,13 @@ class Contender:
             raise ValueError(f"its batch is {dtype} {shape} with {len(labels)} labels, not {self.job.out} {expected}")
 
     def warm(self, seconds: float) -> None:
-        """Run for an epoch, and for at least so many seconds."""
+        """Run for at least an epoch, and for at least `seconds`."""
         began, images = time.perf_counter(), 0
         while images < self.job.images or time.perf_counter() - began < seconds:
             images += self.next()
 
     def run(self, seconds: float, ahead: int) -> dict[str, float]:
-        """Take batches for about so many seconds. The first `ahead`, which may have been prefetched, do not count."""
+        """Take batches for about `seconds`. The first `ahead` batches may have been prefetched and do not count."""
         for _ in range(ahead):
             self.next()
         tree = Tree()
@@ -126,13 +126,13 @@ def serve(connection: Connection) -> None:
             rest()
         except ImportError as error:
             answer = {"missing": first_line(error)}
-        except Exception as error:  # whatever a contender raises goes into its row
+        except Exception as error:  # any failure of a contender goes into its row
             answer = {"error": first_line(error)}
         connection.send_bytes(json.dumps(answer).encode())
 
 
 def report_threads(connection: Connection) -> None:
-    """Answer with the exception of any thread: FFCV's main thread would wait without end for a thread that died."""
+    """Answer with the exception of any thread that fails. Without this, FFCV's main thread would wait forever for that thread."""
 
     def answer(failure: threading.ExceptHookArgs) -> None:
         error = failure.exc_value or failure.exc_type()
@@ -148,7 +148,7 @@ def first_line(error: BaseException) -> str:
 
 
 def main() -> None:
-    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)  # end with the benchmark, even if that is killed
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)  # end with the benchmark, even if it is killed
     connection = Connection(int(sys.argv[1]))
     report_threads(connection)
     serve(connection)

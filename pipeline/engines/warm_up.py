@@ -1,0 +1,72 @@
+"""Compile the CPU engine's kernels before the first batch.
+
+They take 25 s of one core, and numba compiles one function at a time in a process. So a second process compiles some of them, and
+this process loads these from numba's cache. Later starts load all kernels from there.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+
+from ..jit import is_cached
+from ..jpeg.decode import Area, Header, McuBlocks, decode_tiles
+from ..jpeg.huffman import empty_tables
+from ..jpeg.idct import Planes, finish
+from ..jpeg.region import TileLayout, open_tiles
+from ..pixels.decoder import decode_views, resample_windows
+from ..pixels.normalize import Normalization, Normalizer
+from ..plan import sampling
+from ..progress import announce_if_slow
+
+
+def warm_up() -> None:
+    """Compile the kernels unless they are in numba's cache."""
+    if is_cached(decode_views):
+        return
+    paths = filter(None, (str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH")))
+    code = f"from {__name__} import compile_others; compile_others()"
+    with announce_if_slow("compiling the image decoder, once on this machine, which takes about 15 seconds on two cores"):
+        second = subprocess.Popen(
+            [sys.executable, "-c", code],
+            env={**os.environ, "PYTHONPATH": os.pathsep.join(paths)},
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
+        try:
+            compile_decoding()
+            second.wait()
+        finally:
+            second.kill()
+            second.wait()
+
+
+def compile_decoding() -> None:
+    """Compile `decode_tiles` by giving it no tiles, and `decode_views` by giving it bytes that it refuses."""
+    data, scratch, ints = np.zeros(4, np.uint8), np.zeros(1, np.uint8), np.zeros(4, np.int64)
+    data.setflags(write=False)  # like bytes that are memory-mapped
+    layout = TileLayout(0, ints, 0, 0, 0, 0, 1, 1, 8, 8, 8, 8)
+    header = Header(np.zeros((4, 64), np.int32), np.zeros((3, 5), np.int64), empty_tables(), np.zeros((4, 1), np.uint32))
+    decode_tiles(data, layout, Area(0, 0, 0, 0), header, McuBlocks(np.zeros((1, 7), np.uint64), ints, ints), scratch)
+    decode_views(data, 1, 1, np.zeros((1, 4)), np.zeros(1, np.bool_), np.zeros((1, 8, 8, 3), np.uint8), scratch, ints)
+
+
+def compile_others() -> None:
+    """Compile other parts of `decode_views`, in the order in which it needs them, then the plan and normalization.
+
+    Runs in a process of its own.
+    """
+    data = np.zeros(4, np.uint8)
+    data.setflags(write=False)
+    open_tiles(data)
+    place, out = np.array([0, 0, 8, 8]), np.zeros((1, 8, 8, 3), np.uint8)
+    finish(np.zeros(1024, np.uint8), Planes(np.zeros(3, np.int64), np.full(3, 8), 1, 1, 1), 8, 8, place)
+    resample_windows(out[0], place, np.array([[0.0, 0.0, 8.0, 8.0]]), np.zeros(1, np.bool_), out)
+    sampling.order(0, 0, [0], 1)
+    sampling.draw(0, 0, [0], [8], [8], (8, 8), 8)
+    Normalizer(Normalization.of(np.zeros(3)), 8).batch(out, np.zeros((1, 3), np.float32), np.zeros((1, 8, 8, 3), np.float32))
