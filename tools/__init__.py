@@ -4,7 +4,7 @@
 - profile_pipeline.py: finds the bottleneck of input and training; its parts are in profiler/.
 - evaluate.py: accuracy of models and ensembles. export.py: safetensors, ONNX and torch.export. report.py: training runs on one
   HTML page; its parts are in reporting/.
-- pages.py: what HTML pages share. launch/: configurations for accelerate and Slurm. install.sh: installs all packages.
+- pages.py: what HTML pages share. launch/: configurations for accelerate and Slurm. install.sh: installs packages.
 
 bench/ and paper/ are the laboratory: benchmarks and the paper's experiments. Nothing else imports them.
 """

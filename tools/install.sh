@@ -21,8 +21,8 @@ case ",$extras," in *,ffcv,*)
     fi
     rm -f "$venv/without-ffcv"
     if ! can_compile_ffcv; then
-        echo "FFCV and its tests are left out: compiling it needs: apt-get install $needs" >&2
-        echo "then run: make clean, and make again" >&2
+        echo "FFCV and its tests are left out, because FFCV cannot be compiled without: apt-get install $needs" >&2
+        echo "To include FFCV, install these packages, run make clean, then run make again." >&2
         if [ "${CI:-}" = true ]; then exit 1; fi
         touch "$venv/without-ffcv"
         extras=$(echo ",$extras," | sed 's/,ffcv,/,/; s/^,//; s/,$//')

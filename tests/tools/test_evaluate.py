@@ -102,7 +102,7 @@ def test_torchvision_style_weights(small_shards: Path, run: Path, tmp_path: Path
     (tmp_path / "junk.pth").write_text("junk")
     for path, options, words in (
         ("model.pth", (), "give --arch"),
-        ("model.pth", ("--arch", "resnet34"), "holds no resnet34"),
+        ("model.pth", ("--arch", "resnet34"), "does not fit resnet34"),
         ("model.pth", ("--arch", "vgg"), "unknown --arch"),
         ("thousand.pth", ("--arch", "resnet18"), "its 1000 classes differ from the 3 of the data"),
         ("junk.pth", ("--arch", "resnet18"), "junk.pth"),

@@ -236,7 +236,7 @@ def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     check_packages(["safetensors", "onnx", "torch-export"])
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name == "onnxscript" else object())
     check_packages(["safetensors", "torch-export"])
-    with pytest.raises(UserError, match=r"needs onnxscript: pip install -e '\.\[export\]'"):
+    with pytest.raises(UserError, match=r"needs onnxscript; pip install -e '\.\[export\]'"):
         check_packages(["onnx"])
 
 

@@ -206,7 +206,7 @@ def test_options_are_validated() -> None:
         ({"demand": -1.0}, "`demand` must be above 0"),
         ({"gpus": 0, "demand": 1.0}, "`gpus` must be above 0"),
         ({"hosts": 4}, "`gpus` and `hosts` needs the demand of one GPU"),
-        ({"arch": "resnet18", "demand": 3.0}, "leave out one of them"),
+        ({"arch": "resnet18", "demand": 3.0}, "leave one of them out"),
     ]
     for changes, words in wrong:
         with pytest.raises(UserError) as refused:
