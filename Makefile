@@ -30,9 +30,11 @@ demo: $(VENV)/installed-demo
 	mkdir $(DEMO)
 	$(BIN)/python tools/make_demo_data.py $(DEMO)/images
 	$(BIN)/python tools/make_shards.py $(DEMO)/images --out $(DEMO)/shards --shard-size 250
-	$(LAUNCH) train.py --data $(DEMO)/shards --output $(DEMO)/run --recipe demo
+	$(LAUNCH) train.py --data $(DEMO)/shards --output $(DEMO)/run --arch resnet20 --image-size 32 --scale 32 40 --batch-size 16 \
+		--epochs 8 --lr 0.03 --weight-decay 5e-4 --schedule cosine --warmup 1 --eval-every 2
 	$(BIN)/python tools/report.py $(DEMO)/run --out $(DEMO)/report.html
-	$(BIN)/python tools/bench/compare.py $(DEMO)/images --only torch-pillow cropfeed-cpu-lossless --results $(DEMO)/loaders.csv
+	$(BIN)/python tools/bench/compare.py $(DEMO)/images/val --only torch-pillow:original cropfeed-cpu-lossless --repeats 3 --seconds 0.5 \
+		--results $(DEMO)/loaders.csv
 	@echo "The curves, the confusion matrix and a batch of images are in $(DEMO)/report.html. Next, with your own images:"
 	@echo "  $(BIN)/python tools/make_shards.py FOLDER --out SHARDS         # FOLDER/train/CLASS/*.jpg and FOLDER/val/CLASS/*.jpg"
 	@echo "  $(BIN)/accelerate launch train.py --arch resnet50 --data SHARDS"

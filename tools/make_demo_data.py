@@ -93,19 +93,19 @@ def background(rng: np.random.Generator, width: int, height: int, colour: np.nda
 
 
 def draw_image(shape: str, rng: np.random.Generator) -> bytes:
-    """One JPEG of nine copies of a shape."""
+    """One JPEG of four copies of a shape."""
     width, height = random_size(rng)
     colours = rng.uniform(0, 255, (2, 3))
-    while abs(colours[0].mean() - colours[1].mean()) < 50:  # visible in grey, too
+    while colours[1].mean() - colours[0].mean() < 70:  # bright on dark, visible in grey, too
         colours = rng.uniform(0, 255, (2, 3))
     image = background(rng, width, height, colours[0])
     mask = Image.new("L", (width, height))
     canvas = ImageDraw.Draw(mask)
-    radius = min(width, height) * rng.uniform(0.12, 0.17)
-    for row in range(3):  # nine copies, so that every crop contains some
-        for column in range(3):
-            dx, dy = rng.uniform(-0.25, 0.25, 2)
-            x, y = (column + 0.5 + dx) * width / 3, (row + 0.5 + dy) * height / 3
+    radius = min(width, height) * rng.uniform(0.16, 0.22)
+    for row in range(2):  # four copies, so that every crop contains some
+        for column in range(2):
+            dx, dy = rng.uniform(-0.1, 0.1, 2)
+            x, y = (column + 0.5 + dx) * width / 2, (row + 0.5 + dy) * height / 2
             SHAPES[shape](canvas, x, y, radius, rng.uniform(0, 2 * math.pi))
     image.paste(background(rng, width, height, colours[1]), mask=mask)
     kind = rng.random()
@@ -149,8 +149,8 @@ def make_demo_data(out: Path, train: int, val: int, seed: int, workers: int) -> 
 def main() -> None:
     parser = Parser(__doc__)
     parser.add_argument("out", type=Path, metavar="OUT", help="folder to create")
-    parser.add_argument("--train", type=positive, default=250, metavar="N", help="training images per class (default: 250)")
-    parser.add_argument("--val", type=positive, default=50, metavar="N", help="validation images per class (default: 50)")
+    parser.add_argument("--train", type=positive, default=120, metavar="N", help="training images per class (default: 120)")
+    parser.add_argument("--val", type=positive, default=32, metavar="N", help="validation images per class (default: 32)")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="seed of the random numbers (default: 0)")
     parser.add_argument("--workers", type=positive, default=os.cpu_count() or 1, metavar="N", help="processes that draw images "
                         "(default: one per core)")  # fmt: skip

@@ -1,8 +1,9 @@
 """Compare training runs on one HTML page: python tools/report.py runs/a runs/b --out report.html
 
 The page is one self-contained file. It contains a table of the runs; curves of loss, top-1 accuracy (over epochs and minutes),
-learning rate, images/s and data wait; and for each run's model the classes that it confuses and the validation images with the
-lowest probability for their label. Runs may still be training: run the script again to see their progress.
+learning rate, images/s and data wait; and for each run the classes that its model confuses, the validation images with the lowest
+probability for their label, and the first crops of the training. Runs may still be training: run the script again to see their
+progress.
 
 Each model is evaluated on the validation images of its training data, or on --data. With --no-evaluate, the page has no
 confusions and images, but takes only a second.

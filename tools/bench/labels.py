@@ -59,7 +59,11 @@ CONVERTERS = (  # label, engine in convert.csv
 BASELINES = {"plain": "plain script, float32", "plain bf16": "plain script with bfloat16, channels-last, progressive sizes"}
 LEVELS = 75, 80  # of top-1, percent: columns of the table accuracy
 SCHEMES = {"centre": "centre crop", "ten-crop": "ten crops", "multi-scale": "whole image, average of the scales below"}
-DATA = {"s-imagenette-128": "Imagenette, 128 px", "s-imagenet-400": "ImageNet, full size (sample)", "demo/shards": "`make demo`"}
+DATA = {
+    "s-imagenette-128": "Imagenette, 128 px",
+    "s-imagenet-400": "ImageNet, full size (sample)",
+    "demo/shards": "drawn images of 8 shapes",
+}
 ROBUSTNESS = {
     "SIGKILLs survived, all files equal": "conversion: kills (SIGKILL) after which the finished files equal an undisturbed run's",
     "of these, after further shards": "of these, kills after further shards were finished",

@@ -14,7 +14,7 @@ from tools.pages import cell, embed_image, page
 from tools.profiler.figures import DASH, share, speed, three_digits
 from tools.reporting.curves import COLOURS, DASHES, Chart, colour
 from tools.reporting.runs import Run, Summary, first_at, summary
-from tools.reporting.worst import RunEvaluation, WorstImage
+from tools.reporting.worst import RunEvaluation, TrainingImage, WorstImage, jpeg
 
 MAX_MATRIX = 20  # most classes for which the whole confusion matrix is shown
 PAIRS = 20  # pairs of classes to show, if there are more
@@ -217,6 +217,9 @@ def evaluation(place: int, run: Run, found: RunEvaluation | str, split: str) -> 
     if found.worst:
         yield "<h3>Images with the lowest probability for their class</h3>"
         yield f'<div class="images">{"".join(image(one, found.classes) for one in found.worst)}</div>'
+    if found.batch:
+        yield "<h3>First images of the training, before color augmentation and normalization</h3>"
+        yield f'<div class="images">{"".join(training_image(one) for one in found.batch)}</div>'
 
 
 def confusion(accuracy: Accuracy, classes: Sequence[str]) -> Iterator[str]:
@@ -264,7 +267,13 @@ def image(one: WorstImage, classes: Sequence[str]) -> str:
         f"predicted: {predicted} {small(one.prediction_probability)}" if one.prediction != one.label else "classified correctly",
         f"<i>{one.id}: {escape(one.key)}</i>",
     ]
-    return f"<figure>{embed_image(one.key, one.jpeg(), 'jpeg')}<figcaption>{'<br>'.join(lines)}</figcaption></figure>"
+    return f"<figure>{embed_image(one.key, jpeg(one.pixels), 'jpeg')}<figcaption>{'<br>'.join(lines)}</figcaption></figure>"
+
+
+def training_image(one: TrainingImage) -> str:
+    name = escape(one.name)
+    embedded = embed_image(f"training image {one.id}", jpeg(one.pixels), "jpeg")
+    return f"<figure>{embedded}<figcaption><b>{name}</b><br><i>{one.id}</i></figcaption></figure>"
 
 
 def small(probability: float) -> str:

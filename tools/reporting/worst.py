@@ -17,11 +17,13 @@ from PIL import Image
 from model.loading import load_model
 from model.schemes import MultiViewClassifier
 from model.testing import Accuracy, AccuracyMeter
+from pipeline import open_loader
 from pipeline.cli import with_flags
 from pipeline.engines.multiview import MultiViewBatch
 from pipeline.errors import UserError
+from pipeline.plan.geometry import choose_geometry
 from pipeline.progress import progress_bar
-from pipeline.spec import check_device
+from pipeline.spec import LoaderSpec, check_device
 from pipeline.store.class_names import class_name
 from pipeline.store.shards import Manifest, ShardSet
 from tools.reporting.evaluation import EvaluateOptions, open_batches
@@ -45,10 +47,19 @@ class WorstImage(NamedTuple):
     prediction_probability: float
     pixels: npt.NDArray[np.uint8]
 
-    def jpeg(self) -> bytes:
-        stream = io.BytesIO()
-        Image.fromarray(self.pixels).save(stream, "JPEG", quality=QUALITY)
-        return stream.getvalue()
+
+def jpeg(pixels: npt.NDArray[np.uint8]) -> bytes:
+    stream = io.BytesIO()
+    Image.fromarray(pixels).save(stream, "JPEG", quality=QUALITY)
+    return stream.getvalue()
+
+
+class TrainingImage(NamedTuple):
+    """An image of a run's first training batch. name: of its class. pixels: uint8 (H, W, 3), the crop before normalization."""
+
+    id: int
+    name: str
+    pixels: npt.NDArray[np.uint8]
 
 
 @dataclass(frozen=True, eq=False)
@@ -56,7 +67,7 @@ class RunEvaluation:
     """How a run's model classifies a split.
 
     weights: the file, relative to the run's folder. scheme: in `model.schemes`. worst: the images with the lowest probabilities
-    for their labels, ascending. classes: their names for people, in label order.
+    for their labels, ascending. classes: their names for people, in label order. batch: see `training_images`.
     """
 
     weights: str
@@ -65,6 +76,7 @@ class RunEvaluation:
     classes: list[str]
     accuracy: Accuracy
     worst: list[WorstImage]
+    batch: Sequence[TrainingImage] = ()
 
 
 @dataclass
@@ -147,8 +159,25 @@ def _evaluate_group(
             images = [image._replace(key=_key(shards, image.id)) for image in one.worst]
             file = str(weights.relative_to(run.folder))
             classes = [class_name(each, manifest.class_names) for each in manifest.classes]
-            found[run.name] = RunEvaluation(file, data, one.scheme, classes, one.meter.compute(), images)
+            batch = training_images(run, data, classes, options, worst)
+            found[run.name] = RunEvaluation(file, data, one.scheme, classes, one.meter.compute(), images, batch)
     return found
+
+
+def training_images(run: Run, data: str, names: Sequence[str], options: EvaluateOptions, count: int) -> list[TrainingImage]:
+    """The first `count` images of the first epoch, cropped as in training. Empty if the run or `data` does not tell."""
+    fields = {name: run.argument(name) for name in ("batch_size", "order", "block_shards", "seed", "geometry", "image_size")}
+    if not count or None in fields.values() or "train" not in Manifest(data).splits:
+        return []
+    final = fields.pop("image_size")
+    size = run.argument("start_size") or final
+    geometry = choose_geometry(fields.pop("geometry"), run.argument("scale"), final, run.argument("area")).scaled(size, final)
+    spec = LoaderSpec(data, image_size=size, geometry=geometry, dtype=torch.uint8, engine="cpu", **fields)
+    spec = replace(spec, batch_size=min(count, spec.batch_size), cache=options.cache, cache_gb=options.cache_gb)
+    with open_loader(spec) as loader:
+        images, labels, ids = next(iter(loader))
+    pixels = images.permute(0, 2, 3, 1).numpy()
+    return [TrainingImage(i, names[label], one) for i, label, one in zip(ids.tolist(), labels.tolist(), pixels, strict=True)]
 
 
 def _evaluator(run: Run, weights: Path, classes: list[str], options: EvaluateOptions, worst: int) -> RunEvaluator:
