@@ -9,6 +9,8 @@
 bench/ and paper/ are the laboratory: benchmarks and the paper's experiments. Nothing else imports them.
 """
 
+import os
 from pathlib import Path
 
+os.environ["MPLBACKEND"] = "Agg"  # figures are only saved; the backend of a notebook, if set here, might not be installed
 ROOT = Path(__file__).resolve().parents[1]

@@ -34,7 +34,7 @@ from model.ensembles import EnsembleMember, EvalSet, PredictionWriter, SavedPred
 from model.loading import load_model
 from model.schemes import SCALES, SCHEMES, MultiViewClassifier, view_specs_of
 from model.testing import Accuracy
-from pipeline.cli import Parser, positive, run_cli
+from pipeline.cli import Parser, check_writable, positive, run_cli
 from pipeline.engines.multiview import MultiViewBatch
 from pipeline.errors import UserError
 from pipeline.progress import progress_bar
@@ -189,6 +189,8 @@ def write_tables(result: Accuracy, classes: list[str], per_class: Path | None, c
 def main() -> None:
     args = parser().parse_args()
     weights, options = args.weights, options_from(args)
+    for file in filter(None, (args.save, args.json, args.per_class, args.confusion)):
+        check_writable(Path(file))
     saved = {path: SavedPredictions(path) for path in weights if path.endswith(".npz")}
     schemes = choose_schemes(options.schemes, list(saved.values()))
     check_options(options, weights, schemes, args.save)
@@ -199,6 +201,7 @@ def main() -> None:
     results = evaluate_ensemble(members, shares, batches, schemes, len(eval_set.classes), writer)
 
     names = [member.name for member in members]
+    print_table([*names, AVERAGE][: len(results)], results)
     if writer:
         writer.save(args.save, " + ".join(names))
     names_of_data = Manifest(options.data).class_names if options.data else {}
@@ -206,7 +209,6 @@ def main() -> None:
     write_tables(results[-1][schemes[0]], classes, args.per_class, args.confusion)
     if args.json:
         args.json.write_text(json.dumps(summary(options, names, shares, results, schemes[0])) + "\n")
-    print_table([*names, AVERAGE][: len(results)], results)
 
 
 if __name__ == "__main__":

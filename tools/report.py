@@ -18,7 +18,7 @@ from pathlib import Path
 
 import _path  # noqa: F401
 
-from pipeline.cli import Parser, positive, run_cli
+from pipeline.cli import Parser, check_writable, positive, run_cli
 from pipeline.progress import announce_if_slow
 from pipeline.store import files
 from tools.reporting.curves import draw
@@ -45,6 +45,8 @@ def main() -> None:
     args = parser().parse_args()
     options = options_from(args)
     runs = read_runs(args.runs)
+    if not files.is_remote(args.out):
+        check_writable(Path(args.out))
     with announce_if_slow("drawing the curves, a few seconds for each run"):
         charts = draw(runs)
     evaluations = {} if args.no_evaluate else evaluate_runs(runs, options, args.worst)

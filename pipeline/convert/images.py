@@ -7,9 +7,11 @@
 | progressive, arithmetic or extended JPEG, or one scan per component | re-encoded | re-encoded | unchanged |
 | CMYK or YCCK JPEG | re-encoded, Pillow's conversion to RGB | re-encoded | unchanged |
 | PNG, WebP, BMP, under any name | re-encoded, alpha dropped | re-encoded | unchanged |
+| gray PNG with 16 bits | re-encoded from the upper 8 bits | re-encoded | re-encoded |
 | other formats that Pillow opens (first frame of GIF, TIFF) | re-encoded | re-encoded | re-encoded |
 | damaged JPEG that decoders accept | re-encoded as decoded | re-encoded | unchanged |
 | 12-bit JPEG, undecodable, truncated, more than 178,956,970 pixels | left out | left out | left out |
+| 32-bit or floating-point pixels (TIFF), which have no defined range | left out | left out | left out |
 
 Re-encoding: for `lossless` and `original`, quality 95, 4:4:4. For `compact`, the short side is reduced to at most 480 (Lanczos),
 quality 90, 4:2:0. Grayscale images stay grayscale. Re-encoded images are region-addressable, too. Orientation tags are ignored,
@@ -31,13 +33,14 @@ from PIL import Image
 
 from ..jpeg.region import RegionError
 from ..jpeg.transcode import transcode
+from ..pixels.decoder import to_8_bits
 
 PROFILES = ("lossless", "compact", "original")
 MAX_PIXELS = 178_956_970  # Pillow's limit for decompression bombs
 COMPACT_SHORT = 480  # pixels: the largest short side of the scale jitter
 ENGINE_FORMATS = ("JPEG", "MPO", "PNG", "BMP", "WEBP")  # decoded by every engine; MPO is a JPEG followed by more images
 
-_GREY_MODES = ("1", "L", "LA", "La", "I;16", "I;16B", "I;16L")
+_GREY_MODES = ("1", "L", "LA", "La")
 
 
 class UnreadableError(ValueError):
@@ -65,7 +68,7 @@ def convert_image(data: bytes, profile: str) -> ConvertedImage:
             return _lossless(data, ())
     image = _open(data)
     facts = _facts(image)
-    if profile == "original" and image.format in ENGINE_FORMATS:
+    if profile == "original" and image.format in ENGINE_FORMATS and image.mode[0] not in "IF":
         return ConvertedImage(data, image.height, image.width, facts, _load(image))
     if profile == "compact":
         return _compact(_load(image), facts)
@@ -88,7 +91,10 @@ def _has_metadata(data: bytes) -> bool:
 
 def _lossless(data: bytes, facts: tuple[str, ...]) -> ConvertedImage:
     """Transcode a baseline JPEG. Raises RegionError for other or damaged images, ValueError for too large or undecodable ones."""
-    height, width, *_ = simplejpeg.decode_jpeg_header(data)
+    try:
+        height, width, *_ = simplejpeg.decode_jpeg_header(data)
+    except KeyError as error:
+        raise ValueError("sampling factors that simplejpeg has no name for") from error
     if height * width > MAX_PIXELS:
         raise ValueError("too many pixels")
     written = transcode(data)
@@ -113,8 +119,7 @@ def _load(image: Image.Image) -> Image.Image:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            if image.mode.startswith("I;16"):  # Pillow's own conversion would clip
-                return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+            image = to_8_bits(image)
             return image.convert("L" if image.mode in _GREY_MODES else "RGB")
     except Exception as error:  # decoders raise a dozen types; each means the same
         raise UnreadableError(_reason(error)) from error

@@ -68,7 +68,7 @@ def list_image_folder(src: str) -> Listing:
     """SRC/train/<class>/* and SRC/val/<class>/*, or SRC/<class>/* alone as the training split; labels by sorted class names."""
     folders = {name: files.join(src, name) for name in ("train", "val") if files.is_folder(files.join(src, name))}
     folders = folders or {"train": src}
-    found = {split: [entry.name for entry in files.list_folder(folder) if entry.is_folder] for split, folder in folders.items()}
+    found = {split: [entry.name for entry in _entries(folder) if entry.is_folder] for split, folder in folders.items()}
     first = next(iter(folders))
     classes = found[first]
     if not classes:
@@ -89,10 +89,19 @@ def list_image_folder(src: str) -> Listing:
     )
 
 
+def _entries(folder: str) -> list[files.Entry]:
+    """As `files.list_folder`. Raises UserError for a symbolic link that leads nowhere."""
+    entries = files.list_folder(folder)
+    for entry in entries:
+        if entry.bytes == files.BROKEN:
+            raise UserError(f"{files.join(folder, entry.name)}: is a symbolic link that leads nowhere", "restore its target")
+    return entries
+
+
 def _image_files(folder: str, split: str, classes: Iterable[str], labels: dict[str, int]) -> Iterator[Source]:
     keys = Keys()
     for name in progress_bar(classes, desc=f"listing {folder}", unit=" classes"):
-        entries = files.list_folder(files.join(folder, name))
+        entries = _entries(files.join(folder, name))
         if not entries:
             raise UserError(f"{files.join(folder, name)}: class folder without images", "remove it or fill it")
         for file in entries:

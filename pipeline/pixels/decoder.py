@@ -68,7 +68,7 @@ class Decoder:
         piece = np.empty(len(data), np.uint8)
         length = cut_windows(data, height, width, windows, *size, piece, self._place)
         try:
-            if length < 0 and simplejpeg.decode_jpeg_header(data)[2] == "CMYK":
+            if length < 0 and _jpeg_colorspace(data) == "CMYK":
                 raise ValueError("libjpeg-turbo converts CMYK to RGB differently from Pillow")
             pixels: Pixels = simplejpeg.decode_jpeg(piece[:length] if length > 0 else data, buffer=self._scratch_for_place())
         except ValueError:  # CMYK, not a JPEG, or damaged
@@ -85,14 +85,34 @@ class Decoder:
         return self._scratch
 
 
+def to_8_bits(image: Image.Image) -> Image.Image:
+    """An image of 16-bit gray values with their upper 8 bits; others as they are. Pillow's own conversion would clip.
+
+    Raises ValueError for 32-bit integers and floating-point numbers, whose range the file does not define.
+    """
+    if image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM")):  # these two hold 16 bits at most
+        return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    if image.mode.startswith(("I", "F")):
+        raise ValueError(f"{'floating-point' if image.mode[0] == 'F' else '32-bit'} pixels, which have no defined range")
+    return image
+
+
 def decode_by_pillow(data: Bytes) -> Pixels:
     """Decode a whole image: uint8 (H, W, 3). Raises CorruptImageError if Pillow cannot decode it."""
     try:
-        return np.array(Image.open(io.BytesIO(data.data)).convert("RGB"))
+        return np.array(to_8_bits(Image.open(io.BytesIO(data.data))).convert("RGB"))
     except UnidentifiedImageError as error:
         raise CorruptImageError("not an image of a known format") from error
     except Exception as error:  # Pillow raises a dozen types
         raise CorruptImageError(" ".join(str(error).split()) or type(error).__name__) from error
+
+
+def _jpeg_colorspace(data: Bytes | bytes) -> str:
+    """The colorspace of a JPEG by simplejpeg's names. Raises ValueError for other data."""
+    try:
+        return str(simplejpeg.decode_jpeg_header(data)[2])
+    except KeyError as error:
+        raise ValueError("sampling factors that simplejpeg has no name for") from error
 
 
 def why_corrupt(data: Bytes) -> str | None:

@@ -30,8 +30,14 @@ _REQUESTS = 8  # requests at a time, as object stores limit the throughput of ea
 _OBJECT_STORES = {"s3", "s3a", "gs", "gcs", "az", "abfs", "abfss", "oci", "oss", "memory"}
 
 
+BROKEN = -1
+
+
 class Entry(NamedTuple):
-    """A file or folder in a folder. name: without the folder. bytes: size of a file."""
+    """A file or folder in a folder, or what a symbolic link there leads to.
+
+    name: without the folder. bytes: size of a file; BROKEN for a symbolic link that leads nowhere.
+    """
 
     name: str
     is_folder: bool
@@ -110,8 +116,14 @@ def is_folder(path: str) -> bool:
 
 
 def list_folder(folder: str) -> list[Entry]:
-    """The entries of a folder, sorted by name, without hidden ones. A missing folder has none."""
+    """The entries of a folder, sorted by name, without hidden ones. A missing folder has none. Symbolic links are followed."""
     with _explained(folder):
+        if not is_remote(folder):  # for fsspec, a link to a folder is no folder
+            try:
+                with os.scandir(absolute(folder)) as found:
+                    return sorted(_local_entry(entry) for entry in found if not entry.name.startswith("."))
+            except FileNotFoundError:
+                return []
         system, target = _system(folder)
         system.invalidate_cache()
         try:
@@ -120,6 +132,15 @@ def list_folder(folder: str) -> list[Entry]:
             return []
         entries = [Entry(i["name"].rstrip("/").rsplit("/", 1)[1], i["type"] == "directory", i["size"] or 0) for i in found]
         return sorted(entry for entry in entries if entry.name and not entry.name.startswith("."))
+
+
+def _local_entry(entry: os.DirEntry[str]) -> Entry:
+    try:
+        return Entry(entry.name, entry.is_dir(), entry.stat().st_size)
+    except OSError:  # a link to nothing, or in a loop
+        if not entry.is_symlink():
+            raise
+        return Entry(entry.name, False, BROKEN)
 
 
 def remove(path: str) -> None:

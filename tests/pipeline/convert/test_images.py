@@ -12,6 +12,7 @@ from PIL import Image
 
 from pipeline.convert.images import MAX_PIXELS, PROFILES, ConvertedImage, UnreadableError, convert_image
 from pipeline.jpeg.region import RegionError, cut
+from pipeline.pixels.decoder import Decoder, decode_by_pillow
 from tests.helpers import SUBSAMPLINGS, jpeg, open_image, random_image, run_mutants
 
 # 32 x 24, made by libjpeg-turbo's cjpeg -arithmetic -quality 80
@@ -135,9 +136,36 @@ def test_images_that_cannot_be_lossless_are_re_encoded_and_reported(name: str) -
     assert_opens_at_the_crop(stored)
 
 
-def test_sixteen_bit_greys_are_scaled_not_clipped() -> None:
-    stored = convert_image(saved(DEEP, "PNG"), "lossless")
+@pytest.mark.parametrize("profile", ["lossless", "original"])
+@pytest.mark.parametrize("kind", ["PNG", "PPM", "TIFF"])
+def test_sixteen_bit_grays_are_scaled_not_clipped(kind: str, profile: str) -> None:
+    """No engine gets such an image, as each would convert it in another way."""
+    stored = convert_image(saved(DEEP, kind), profile)
     assert np.array_equal(pixels(stored.data), pixels(saved(GREY, quality=95)))
+
+
+def test_pillow_decodes_stored_sixteen_bit_grays_in_the_same_way() -> None:
+    """In shards that an earlier version has made."""
+    decoded = decode_by_pillow(np.frombuffer(saved(DEEP, "PNG"), np.uint8))
+    assert np.array_equal(decoded, np.asarray(GREY.convert("RGB")))
+
+
+def turned_411() -> bytes:
+    """A 4:1:1 JPEG with the sampling factors of one that was turned by 90 degrees, luma 1 x 4, which simplejpeg has no name for."""
+    data = bytearray(jpeg(random_image(64, 64), "411"))
+    at = data.index(b"\xff\xc0") + 11
+    assert data[at] == 0x41
+    data[at] = 0x14
+    return bytes(data)
+
+
+@pytest.mark.parametrize("profile", PROFILES)
+def test_unusual_sampling_factors(profile: str) -> None:
+    stored = convert_image(turned_411(), profile)
+    assert np.abs(pixels(stored.data) - pixels(turned_411())).mean() < (12 if profile == "compact" else 4)
+    windows, out = np.array([[8.0, 8.0, 40.0, 40.0]]), np.empty((1, 32, 32, 3), np.uint8)
+    Decoder().make_views(np.frombuffer(stored.data, np.uint8), 64, 64, windows, np.zeros(1, np.bool_), out)
+    assert np.array_equal(out[0], pixels(stored.data)[8:40, 8:40])
 
 
 @pytest.mark.parametrize("name", ["420", "444", "Gray", "cmyk", "png", "damaged", "orientation"])
@@ -202,6 +230,8 @@ UNREADABLE: dict[str, tuple[bytes, str]] = {
     "truncated png": (saved(COLOUR, "PNG")[:-4000], "truncated"),
     "12 bits": (twelve_bit(), "."),
     "too many pixels": (huge(), "pixels"),
+    "32-bit integers": (saved(Image.fromarray(np.asarray(GREY).astype(np.int32)), "TIFF"), "no defined range"),
+    "floating-point": (saved(Image.fromarray(np.asarray(GREY) / np.float32(255)), "TIFF"), "no defined range"),
     "too wide for a JPEG": (saved(Image.new("L", (65_600, 1)), "PNG"), "more than a JPEG can hold"),
 }
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import shutil
 import tarfile
 from pathlib import Path
 
@@ -196,14 +197,37 @@ def test_too_few_class_names(tmp_path: Path) -> None:
 
 def test_the_fingerprint_of_a_listing_detects_changed_sources(image_folder: Path, tmp_path: Path) -> None:
     """The fingerprint depends on names, labels and sizes, but not on the location of the folder."""
-    import shutil
-
     first = list_image_folder(str(image_folder)).fingerprint()
     shutil.copytree(image_folder, tmp_path / "copy")
     assert list_image_folder(str(tmp_path / "copy")).fingerprint() == first
     victim = next(iter(sorted((tmp_path / "copy" / "train" / "n00000001").iterdir())))
     victim.write_bytes(victim.read_bytes() + b"x")
     assert list_image_folder(str(tmp_path / "copy")).fingerprint() != first
+
+
+def test_symbolic_links_are_followed(image_folder: Path, tmp_path: Path) -> None:
+    """A class, an image and a split that are links give the same listing, apart from the images' paths."""
+    train, val = tmp_path / "train", tmp_path / "val"
+    train.mkdir()
+    val.symlink_to(image_folder / "val")
+    first, *others = sorted((image_folder / "train").iterdir())
+    (train / first.name).mkdir()
+    for image in first.iterdir():
+        (train / first.name / image.name).symlink_to(image)
+    for folder in others:
+        (train / folder.name).symlink_to(folder)
+    found, expected = list_image_folder(str(tmp_path)), list_image_folder(str(image_folder))
+    assert found.classes == expected.classes
+    assert found.fingerprint() == expected.fingerprint()
+
+
+@pytest.mark.parametrize("name", ["train/missing", "train/n00000001/missing.JPEG", "train/n00000001/loop.JPEG"])
+def test_links_that_lead_nowhere_are_named(image_folder: Path, tmp_path: Path, name: str) -> None:
+    shutil.copytree(image_folder, tmp_path / "copy")
+    link = tmp_path / "copy" / name
+    link.symlink_to(link if "loop" in name else tmp_path / "nothing")
+    with pytest.raises(UserError, match=f"{name}: is a symbolic link that leads nowhere"):
+        list_image_folder(str(tmp_path / "copy"))
 
 
 def test_manifest_and_report_describe_the_source(official: Path, tmp_path: Path) -> None:
