@@ -38,7 +38,7 @@ from training.learner import Learner
 from training.loaders import model_config_of, open_loaders, profile_command
 from training.metrics import Meter, MetricsFile, NonFiniteLoss
 from training.options import TrainOptions, make_schedule
-from training.run_folder import check_output, write_config
+from training.run_folder import check_output, lock, point_latest, write_config
 from training.stopping import Stopped, StopRequest
 from training.trackers import make_trackers, start_trackers
 
@@ -90,7 +90,7 @@ class Run:
                 f"engine {loader.engine}: {loader.engine_reason}; {spec.threads} threads, prefetch {spec.prefetch}",
                 flush=True,
             )
-            output.mkdir(parents=True, exist_ok=True)
+            self.locked = lock(output)  # held until this process ends
             self.metrics = MetricsFile(output / "metrics.csv", step)
             run_id = write_config(output, options, accelerator, loader, step)
         accelerator.wait_for_everyone()
@@ -272,6 +272,8 @@ class Run:
 def main() -> None:
     options = parse_arguments(__doc__, sys.argv[1:])
     output = (options.output or Path("runs") / options.arch).absolute()
+    if output.is_symlink():  # runs/latest
+        output = output.resolve()
     resumes = check_output(options.resume, output)
     terminate_with_launcher()
     rejoin_process_group()
@@ -289,9 +291,7 @@ def main() -> None:
         torch.set_num_threads(cores_per_process())  # accelerate launch and torchrun set OMP_NUM_THREADS=1
     run = Run(options, accelerator, output, resumes)
     if accelerator.is_main_process and output.parent.name == "runs":
-        latest = output.parent / "latest"
-        latest.unlink(missing_ok=True)
-        latest.symlink_to(output.name)
+        point_latest(output)
     run.train()
 
 

@@ -128,11 +128,12 @@ def evaluate_ensemble(
     schemes: Sequence[str],
     classes: int,
     writer: PredictionWriter | None = None,
+    confusion: bool = False,
 ) -> list[dict[str, Accuracy]]:
     """The accuracy of each member by scheme and, last, of their average if there are several. One pass over `batches`.
 
     shares: each member's weight in the average, above 0. schemes: the schemes to average; members may return further ones.
-    writer: receives the predictions of the average, or of the only member.
+    writer: receives the predictions of the average, or of the only member. confusion: count confusion matrices, too.
     """
     meters: list[dict[str, AccuracyMeter]] = [{} for _ in range(len(members) + (len(members) > 1))]
     for batch in batches:
@@ -141,7 +142,8 @@ def evaluate_ensemble(
             predictions.append(weighted_average(predictions, shares, schemes))
         for by_scheme, found in zip(meters, predictions, strict=True):
             for scheme, probabilities in found.items():
-                by_scheme.setdefault(scheme, AccuracyMeter(classes, batch.labels.device)).update(probabilities, batch.labels)
+                meter = by_scheme.setdefault(scheme, AccuracyMeter(classes, batch.labels.device, confusion))
+                meter.update(probabilities, batch.labels)
         if writer:
             writer.add(batch, predictions[-1])
     return [{scheme: meter.compute() for scheme, meter in by_scheme.items()} for by_scheme in meters]

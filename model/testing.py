@@ -1,4 +1,4 @@
-"""Accuracy of a classifier: one pass over the batches counts the confusion matrix and the top-5 hits of each class."""
+"""Accuracy of a classifier: one pass over the batches counts the hits of each class and, on request, the confusion matrix."""
 
 from __future__ import annotations
 
@@ -20,20 +20,23 @@ def _one_process(counts: torch.Tensor) -> torch.Tensor:
 class Accuracy:
     """Counts of images.
 
-    confusion: int64 (classes, classes), rows are labels, columns predictions. top5_correct: int64 (classes,), for each label the
-    number of its images with the label among the five highest scores (with fewer than five classes: all of them).
+    of_class, top1_correct, top5_correct: int64 (classes,), for each label the number of its images, of those with the label as
+    the highest score, and of those with it among the five highest (with fewer than five classes: all of them). confusion: int64
+    (classes, classes), rows are labels, columns predictions, or None.
     """
 
-    confusion: torch.Tensor
+    of_class: torch.Tensor
+    top1_correct: torch.Tensor
     top5_correct: torch.Tensor
+    confusion: torch.Tensor | None = None
 
     @property
     def images(self) -> int:
-        return int(self.confusion.sum())
+        return int(self.of_class.sum())
 
     @property
     def top1_rate(self) -> float:
-        return float(self.confusion.diagonal().sum()) / max(self.images, 1)
+        return float(self.top1_correct.sum()) / max(self.images, 1)
 
     @property
     def top5_rate(self) -> float:
@@ -43,21 +46,26 @@ class Accuracy:
 class AccuracyMeter:
     """Accumulates counts on the device, without synchronizing before `compute`."""
 
-    def __init__(self, classes: int, device: torch.device) -> None:
-        self._confusion = torch.zeros(classes, classes, dtype=torch.int64, device=device)
-        self._top5_correct = torch.zeros(classes, dtype=torch.int64, device=device)
+    def __init__(self, classes: int, device: torch.device, confusion: bool = False) -> None:
+        """confusion: also count the confusion matrix, which takes 8 * classes^2 bytes."""
+        self._counts = torch.zeros(3, classes, dtype=torch.int64, device=device)
+        self._confusion = torch.zeros(classes, classes, dtype=torch.int64, device=device) if confusion else None
 
     def update(self, scores: torch.Tensor, labels: torch.Tensor) -> None:
         """Count N images. scores: (N, classes), logits or probabilities. labels: int64 (N,)."""
-        classes = len(self._top5_correct)
+        classes = self._counts.shape[1]
         best = scores.float().topk(min(5, classes)).indices
+        hits = best == labels[:, None]
         ones = torch.ones_like(labels)
-        self._confusion.view(-1).index_add_(0, labels * classes + best[:, 0], ones)  # torch.bincount would synchronize
-        self._top5_correct.index_add_(0, labels, (best == labels[:, None]).any(dim=1).long())
+        # torch.bincount would synchronize.
+        self._counts.index_add_(1, labels, torch.stack([ones, hits[:, 0].long(), hits.any(dim=1).long()]))
+        if self._confusion is not None:
+            self._confusion.view(-1).index_add_(0, labels * classes + best[:, 0], ones)
 
     def compute(self, reduce: Reduce = _one_process) -> Accuracy:
         """The counts so far, on the CPU. reduce: sums counts over processes."""
-        return Accuracy(reduce(self._confusion).cpu(), reduce(self._top5_correct).cpu())
+        confusion = None if self._confusion is None else reduce(self._confusion).cpu()
+        return Accuracy(*reduce(self._counts).cpu(), confusion)
 
 
 @torch.inference_mode()

@@ -10,6 +10,7 @@ import base64
 import json
 import os
 import zlib
+from argparse import Namespace
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -88,11 +89,20 @@ def _unpack(text: str) -> npt.NDArray[np.float32]:
 def save_weights(path: Path, state: dict[str, torch.Tensor], metadata: dict[str, str]) -> None:
     """Write `state` to `path` atomically, under a temporary name first. metadata: strings for the file's header."""
     temporary = path.with_name(path.name + ".partial")
+    temporary.touch()  # with the mode that the user's umask gives; safetensors creates files that only their owner can read
+    mode = temporary.stat().st_mode
     save_file({name: tensor.contiguous() for name, tensor in state.items()}, temporary, metadata)
+    temporary.chmod(mode)
     with temporary.open("rb") as stream:
         os.fsync(stream.fileno())
     os.replace(temporary, path)
 
+
+# Types that training scripts save beside the weights: their arguments and metrics. Loading them runs no code of the file.
+_SCALAR = np._core.multiarray.scalar  # type: ignore[attr-defined]
+_HARMLESS: list[Any] = [
+    Namespace, np.dtype, _SCALAR, (_SCALAR, "numpy.core.multiarray.scalar"), *(type(np.dtype(kind)) for kind in "?bBhHiIlLefd"),
+]  # fmt: skip
 
 # Keys of checkpoints that hold a state dict. The first one present wins: a moving average of the weights is what is evaluated.
 _WRAPPERS = ("state_dict_ema", "model_ema", "state_dict", "model")
@@ -107,22 +117,34 @@ def load_weights(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
     evaluation. The prefixes "module." and "_orig_mod." are removed from keys. Raises UserError for a file that cannot be read.
     """
     try:
+        path.open("rb").close()  # safetensors calls a file that this user may not read missing
         with announce_if_slow(f"reading {path.stat().st_size / 1e9:.2g} GB from {path}"):
             if path.suffix == ".safetensors":
                 with safe_open(path, framework="pt") as file:
                     metadata = file.metadata() or {}
                 return _as_float32(load_file(path)), metadata
-            content = torch.load(path, map_location="cpu", weights_only=True)
+            with torch.serialization.safe_globals(_HARMLESS):
+                content = torch.load(path, map_location="cpu", weights_only=True)
     except (OSError, SafetensorError, RuntimeError, EOFError, ValueError) as error:
         raise UserError(f"{path}: cannot be read ({str(error).splitlines()[0]})", "give a .safetensors or .pth file") from error
     except Exception as error:  # pickle.UnpicklingError and related errors
-        raise UserError(f"{path}: holds more than tensors, or is damaged", "give a file that holds only weights") from error
+        blocked = _blocked(path)
+        what = f"holds objects of {', '.join(blocked)}" if blocked else "holds more than tensors, or is damaged"
+        raise UserError(f"{path}: {what}", "give a file that holds only weights") from error
     state = _unwrapped(content)
     if not isinstance(state, dict) or not all(isinstance(value, torch.Tensor) for value in state.values()):
         raise UserError(f"{path}: holds no state dict", "give a file of weights")
     names = {_without_prefixes(str(name)): tensor for name, tensor in state.items()}
     names.pop("n_averaged", None)  # AveragedModel's counter, next to its "module." keys
     return _as_float32(names), {}
+
+
+def _blocked(path: Path) -> list[str]:
+    """The types in a .pth file that weights_only refuses; empty if unknown."""
+    try:
+        return sorted(torch.serialization.get_unsafe_globals_in_checkpoint(path))
+    except Exception:  # damaged, or of a format before torch 1.6
+        return []
 
 
 def _unwrapped(content: Any) -> Any:

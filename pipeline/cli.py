@@ -180,7 +180,9 @@ def _shards_parser(prog: str, verify: str) -> Parser:
         help="with the mode proportion: fraction of the images that are stored as JPEG, the others raw (default: 0.5)",
     )
     how = parser.add_argument_group("how it runs")
-    how.add_argument("--workers", type=positive, default=os.cpu_count() or 1, help="worker processes (default: one per core)")
+    how.add_argument(
+        "--workers", type=positive, default=len(os.sched_getaffinity(0)), help="worker processes (default: one per core)"
+    )
     how.add_argument(
         "--engine", choices=ENGINES, default="local", help="make shards on this machine or on a Ray cluster (default: local)"
     )
@@ -220,7 +222,7 @@ def verify(arguments: Sequence[str]) -> None:
     """`cropfeed verify`."""
     parser = Parser("Verify a data set against its manifest, and name damaged files.", "cropfeed verify")
     parser.add_argument("data", metavar="SHARDS", help="folder or URL of shards")
-    parser.add_argument("--workers", type=positive, default=os.cpu_count() or 1, help="threads (default: one per core)")
+    parser.add_argument("--workers", type=positive, default=len(os.sched_getaffinity(0)), help="threads (default: one per core)")
     args = parser.parse_args(arguments)
     _verify(args.data, args.workers)
 

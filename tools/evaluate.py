@@ -40,7 +40,7 @@ from pipeline.errors import UserError
 from pipeline.progress import progress_bar
 from pipeline.store.class_names import class_name
 from pipeline.store.shards import Manifest
-from tools.reporting.evaluation import EvaluateOptions, add_loading_flags, open_batches, options_from
+from tools.reporting.evaluation import MAX_CONFUSION, EvaluateOptions, add_loading_flags, open_batches, options_from
 
 AVERAGE = "all, averaged"  # the ensemble's name
 
@@ -170,20 +170,20 @@ def print_table(names: Sequence[str], results: Sequence[dict[str, Accuracy]]) ->
 def write_tables(result: Accuracy, classes: list[str], per_class: Path | None, confusion: Path | None) -> None:
     """per_class: for each class its name, images, top-1 and top-5 rates. confusion: rows are labels, columns predictions.
     classes: their names for people, in label order."""
-    counts = result.confusion
     if per_class:
         with per_class.open("w", newline="") as stream:
             writer = csv.writer(stream)
             writer.writerow(["class", "images", "top1", "top5"])
             for index, name in enumerate(classes):
-                images = int(counts[index].sum())
-                correct = (counts[index, index], result.top5_correct[index])
+                images = int(result.of_class[index])
+                correct = (result.top1_correct[index], result.top5_correct[index])
                 writer.writerow([name, images, *(int(count) / images if images else "" for count in correct)])
     if confusion:
+        assert result.confusion is not None
         with confusion.open("w", newline="") as stream:
             writer = csv.writer(stream)
             writer.writerow(["label \\ prediction", *classes])
-            writer.writerows([name, *row] for name, row in zip(classes, counts.tolist(), strict=True))
+            writer.writerows([name, *row] for name, row in zip(classes, result.confusion.tolist(), strict=True))
 
 
 def main() -> None:
@@ -196,9 +196,14 @@ def main() -> None:
     check_options(options, weights, schemes, args.save)
     shares = options.shares or (1.0,) * len(weights)
     eval_set = choose_eval_set(options, list(saved.values()))
+    if args.confusion and len(eval_set.classes) > MAX_CONFUSION:
+        raise UserError(
+            f"--confusion: {len(eval_set.classes):,} classes squared are too many, at most {MAX_CONFUSION:,} classes",
+            "use --per-class instead",
+        )
     members, batches = open_members(weights, saved, options, schemes, eval_set.classes)
     writer = PredictionWriter(eval_set, schemes) if args.save else None
-    results = evaluate_ensemble(members, shares, batches, schemes, len(eval_set.classes), writer)
+    results = evaluate_ensemble(members, shares, batches, schemes, len(eval_set.classes), writer, args.confusion is not None)
 
     names = [member.name for member in members]
     print_table([*names, AVERAGE][: len(results)], results)

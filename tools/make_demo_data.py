@@ -152,8 +152,8 @@ def main() -> None:
     parser.add_argument("--train", type=positive, default=120, metavar="N", help="training images per class (default: 120)")
     parser.add_argument("--val", type=positive, default=32, metavar="N", help="validation images per class (default: 32)")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="seed of the random numbers (default: 0)")
-    parser.add_argument("--workers", type=positive, default=os.cpu_count() or 1, metavar="N", help="processes that draw images "
-                        "(default: one per core)")  # fmt: skip
+    parser.add_argument("--workers", type=positive, default=len(os.sched_getaffinity(0)), metavar="N",
+                        help="processes that draw images (default: one per usable core)")  # fmt: skip
     args = parser.parse_args()
     make_demo_data(args.out.absolute(), args.train, args.val, args.seed, args.workers)
     print(f"{args.out}: {len(SHAPES)} classes, {args.train} training and {args.val} validation images each")

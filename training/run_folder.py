@@ -5,12 +5,16 @@ RUN/ holds config.json, metrics.csv, tensorboard/, checkpoints/{last,best} and, 
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
+import socket
 import sys
+from contextlib import suppress
 from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import IO
 from uuid import uuid4
 
 from accelerate import Accelerator
@@ -21,6 +25,8 @@ from pipeline.store import files
 from training.loaders import scale_of
 from training.options import TrainOptions
 from training.provenance import commit, environment, hardware, versions
+
+LOCK = ".lock"
 
 
 def check_output(resume: str | None, output: Path) -> bool:
@@ -34,11 +40,42 @@ def check_output(resume: str | None, output: Path) -> bool:
         if last.exists():
             return True
         if resume == "last" and not restarted:
-            raise UserError(f"{last}: there is no checkpoint to resume from", "start without `resume`")
+            raise UserError(f"{last}: there is no checkpoint to resume from", "start anew with `resume` auto")
     died_early = (restarted or resume == "auto") and (output / "config.json").exists()  # before its first checkpoint
-    if output.exists() and any(output.iterdir()) and not died_early:
-        raise UserError(f"{output}: exists already", "continue it with `resume`, or give another `output`")
+    if output.exists() and any(file.name != LOCK for file in output.iterdir()) and not died_early:
+        how = "continue it with `resume`" if last.exists() else "start anew with `resume` auto if it is a run that stopped early"
+        raise UserError(f"{output}: exists already", f"{how}, or give another `output`")
     return False
+
+
+def point_latest(output: Path) -> None:
+    """Make the symbolic link `latest` beside `output`, unless something else has that name or the file system has no links."""
+    latest = output.parent / "latest"
+    if output == latest or (latest.exists() and not latest.is_symlink()):
+        return
+    with suppress(OSError):
+        latest.unlink(missing_ok=True)
+        latest.symlink_to(output.name)
+
+
+def lock(output: Path) -> IO[str] | None:
+    """Claim the output folder, until the file that is returned is closed or this process ends, however it ends.
+
+    Raises UserError if another training uses the folder. None if the file system has no locks.
+    """
+    output.mkdir(parents=True, exist_ok=True)
+    file = (output / LOCK).open("a+")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        file.seek(0)
+        raise UserError(f"{output}: {file.read() or 'another training'} writes to it", "choose another `output`") from error
+    except OSError:
+        return None
+    file.truncate(0)
+    file.write(f"process {os.getpid()} on host {socket.gethostname()}")
+    file.flush()
+    return file
 
 
 def write_config(output: Path, options: TrainOptions, accelerator: Accelerator, loader: Loader, step: int) -> str:

@@ -59,7 +59,7 @@ class ConvertOptions:
     strict: bool = False
     check_md5: bool = True
     beton: BetonSettings = field(default_factory=BetonSettings)
-    workers: int = field(default_factory=lambda: os.cpu_count() or 1)
+    workers: int = field(default_factory=lambda: len(os.sched_getaffinity(0)))
     engine: str = "local"
     ray_address: str = "auto"
     shards: range | None = None

@@ -27,8 +27,13 @@ def test_counts_equal_a_plain_count() -> None:
     for label, ranked in zip(labels.tolist(), ranks, strict=True):
         confusion[label, ranked[0]] += 1
         top5[label] += label in ranked[:5]
-    assert torch.equal(result.confusion, confusion)
+    assert torch.equal(result.of_class, confusion.sum(dim=1))
+    assert torch.equal(result.top1_correct, confusion.diagonal())
     assert torch.equal(result.top5_correct, top5)
+    assert result.confusion is None  # its size is the square of the number of classes
+    meter = AccuracyMeter(9, torch.device("cpu"), confusion=True)
+    meter.update(logits, labels)
+    assert torch.equal(meter.compute().confusion, confusion)
     assert result.images == 100
     assert result.top1_rate == sum(label == ranked[0] for label, ranked in zip(labels.tolist(), ranks, strict=True)) / 100
     assert result.top5_rate == int(top5.sum()) / 100
@@ -48,7 +53,7 @@ def test_probabilities_count_like_logits_and_processes_are_summed() -> None:
     for part, targets in zip(logits.split(25), labels.split(25), strict=True):
         meter.update(part.softmax(dim=1), targets)
     plain = evaluate(Identity(), [(logits, labels)], 7, torch.device("cpu"), nullcontext)
-    assert torch.equal(meter.compute().confusion, plain.confusion)
+    assert torch.equal(meter.compute().top1_correct, plain.top1_correct)
     assert torch.equal(meter.compute().top5_correct, plain.top5_correct)
     doubled = meter.compute(lambda counts: counts * 2)
     assert doubled.images == 120

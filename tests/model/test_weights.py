@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import argparse
+import os
 from pathlib import Path
 
 import numpy as np
@@ -70,6 +72,30 @@ class Harmful:
         import os
 
         return os.system, ("touch /tmp/cropfeed-was-here",)
+
+
+@pytest.mark.parametrize("extra", [argparse.Namespace(lr=1), np.float64(76.1), np.int64(3), np.float32(0.5)])
+def test_checkpoints_of_training_scripts_load(tmp_path: Path, extra: object) -> None:
+    """timm and torchvision save their arguments, others metrics as NumPy numbers."""
+    state = ARCHS["resnet20"](num_classes=3).state_dict()
+    torch.save({"state_dict": state, "extra": extra}, tmp_path / "checkpoint.pth.tar")
+    found, _ = load_weights(tmp_path / "checkpoint.pth.tar")
+    assert set(found) == set(state)
+
+
+def test_types_that_might_run_code_are_named(tmp_path: Path) -> None:
+    torch.save({"state_dict": {}, "extra": Path("x")}, tmp_path / "checkpoint.pth")
+    with pytest.raises(UserError, match=r"holds objects of pathlib\S*PosixPath"):
+        load_weights(tmp_path / "checkpoint.pth")
+
+
+def test_weights_can_be_read_by_others_if_the_umask_allows(tmp_path: Path) -> None:
+    before = os.umask(0o022)
+    try:
+        save_weights(tmp_path / "model.safetensors", {"w": torch.zeros(1)}, {})
+    finally:
+        os.umask(before)
+    assert (tmp_path / "model.safetensors").stat().st_mode & 0o777 == 0o644
 
 
 def test_unreadable_files_are_one_line_errors(tmp_path: Path) -> None:

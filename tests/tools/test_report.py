@@ -42,6 +42,11 @@ SHORT, SIZE = 40, 32
 STD = 30.0
 
 
+def accuracy_of(confusion: torch.Tensor) -> Accuracy:
+    images, correct = confusion.sum(dim=1), confusion.diagonal()
+    return Accuracy(images, correct, torch.minimum(correct + 1, images), confusion)
+
+
 class Page(HTMLParser):
     """Parses a page. Fails for mismatched tags and for references to anything outside the page."""
 
@@ -221,6 +226,7 @@ def test_worst_images_equal_a_plain_evaluation(
         matrix = np.zeros((3, 3), int)
         for label, probabilities in certain:
             matrix[label, probabilities.argmax()] += 1
+        assert result.accuracy.confusion is not None
         difference = result.accuracy.confusion.numpy() - matrix
         assert (difference >= 0).all()
         assert difference.sum() == len(plain) - len(certain)
@@ -238,6 +244,7 @@ def test_worst_images_equal_a_plain_evaluation(
         assert f"{one.id}: {one.key}" in parsed.text
     assert len(parsed.images) == 10
     assert f"top-1 {100 * shown.accuracy.top1_rate:.2f} %" in parsed.text
+    assert shown.accuracy.confusion is not None
     for name, counts in zip(classes, shown.accuracy.confusion.tolist(), strict=True):
         assert f"{name} {' '.join(str(count) for count in counts if count)} " in parsed.text
 
@@ -366,7 +373,7 @@ def test_long_curves_are_thinned_without_bias() -> None:
 def test_many_classes_are_shown_as_pairs(tmp_path: Path) -> None:
     classes = [f"c{number:02}" for number in range(25)]
     confusion = np.random.default_rng(0).permutation(625).reshape(25, 25)
-    accuracy = Accuracy(torch.from_numpy(confusion), torch.from_numpy(confusion.diagonal().copy()))
+    accuracy = accuracy_of(torch.from_numpy(confusion))
     run = runs.read_run(make_run(tmp_path / "a"), "a")
     parsed = read(
         page.html([run], [], {"a": RunEvaluation("model.safetensors", "x", "centre", classes, accuracy, [])}, "val", "today")
@@ -375,7 +382,7 @@ def test_many_classes_are_shown_as_pairs(tmp_path: Path) -> None:
     expected = [f"{classes[i]} {classes[j]} {n} {page.share(n / confusion[i].sum())}" for n, i, j in wrong[: page.PAIRS]]
     assert " ".join(expected) in parsed.text
     assert f"{classes[wrong[page.PAIRS][1]]} {classes[wrong[page.PAIRS][2]]} {wrong[page.PAIRS][0]} " not in parsed.text
-    correct = Accuracy(torch.eye(25, dtype=torch.int64), torch.ones(25, dtype=torch.int64))
+    correct = accuracy_of(torch.eye(25, dtype=torch.int64))
     assert "every image is classified correctly" in "".join(page.pairs(correct, classes))
 
 
@@ -384,7 +391,7 @@ def test_text_from_outside_is_escaped(tmp_path: Path) -> None:
         tmp_path / HOSTILE.replace("/", ""), arguments={"arch": HOSTILE}, commit=HOSTILE, versions=HOSTILE, engine=HOSTILE
     )
     (run,) = runs.read_runs([folder])
-    accuracy = Accuracy(torch.tensor([[1, 2], [3, 4]]), torch.tensor([3, 7]))
+    accuracy = accuracy_of(torch.tensor([[1, 2], [3, 4]]))
     worst_image = WorstImage(7, HOSTILE, 0, 1, 0.00001, 0.9, np.zeros((4, 4, 3), np.uint8))
     found = RunEvaluation("model.safetensors", HOSTILE, "centre", [HOSTILE, "b"], accuracy, [worst_image])
     content = page.html([run], curves.draw([run]), {run.name: found}, HOSTILE, "today")

@@ -48,7 +48,7 @@ def convert(source: Path, out: Path, profile: str, count: int, beton: bool) -> N
     make_shards(ConvertOptions(str(source), str(out), profile, shard_size=max(1, count // SHARDS)))
     if beton:
         with suppress(UserError):  # then the FFCV engine reports what is missing
-            write_betons(str(out), BetonSettings(), os.cpu_count() or 1)
+            write_betons(str(out), BetonSettings(), len(os.sched_getaffinity(0)))
 
 
 def convert_sample(spec: LoaderSpec, profile: str, folder: Path, repeats: int, seconds: float) -> Converted:

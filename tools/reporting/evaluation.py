@@ -20,6 +20,8 @@ from pipeline.errors import UserError
 from pipeline.spec import PRECISIONS, LoaderSpec
 from training.launch import cores_per_process
 
+MAX_CONFUSION = 10_000  # most classes of a confusion matrix, which takes 8 * classes^2 bytes
+
 
 def _default_device() -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"

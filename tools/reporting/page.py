@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 
-from model.testing import Accuracy
 from tools.pages import cell, embed_image, page
 from tools.profiler.figures import DASH, share, speed, three_digits
 from tools.reporting.curves import COLOURS, DASHES, Chart, colour
@@ -213,7 +212,10 @@ def evaluation(place: int, run: Run, found: RunEvaluation | str, split: str) -> 
     accuracy = found.accuracy
     rates = f"top-1 {percent(accuracy.top1_rate)}, top-5 {percent(accuracy.top5_rate)} of {accuracy.images:,} images"
     yield f'<p class="under">{escape(f"{found.weights} on {found.data}, {split}, scheme {found.scheme}: {rates}")}</p>'
-    yield from confusion(accuracy, found.classes) if len(found.classes) <= MAX_MATRIX else pairs(accuracy, found.classes)
+    if accuracy.confusion is None:
+        yield f'<p class="under">{len(found.classes):,} classes are too many for a confusion matrix.</p>'
+    else:
+        yield from (confusion if len(found.classes) <= MAX_MATRIX else pairs)(accuracy.confusion, found.classes)
     if found.worst:
         yield "<h3>Images with the lowest probability for their class</h3>"
         yield f'<div class="images">{"".join(image(one, found.classes) for one in found.worst)}</div>'
@@ -222,12 +224,12 @@ def evaluation(place: int, run: Run, found: RunEvaluation | str, split: str) -> 
         yield f'<div class="images">{"".join(training_image(one) for one in found.batch)}</div>'
 
 
-def confusion(accuracy: Accuracy, classes: Sequence[str]) -> Iterator[str]:
+def confusion(matrix: torch.Tensor, classes: Sequence[str]) -> Iterator[str]:
     """The whole matrix: rows are true classes, columns predictions. Shades show shares of the row."""
     heads = "".join(f'<th class="turned">{escape(name)}</th>' for name in classes)
     yield '<div class="wide"><table class="confusion">'
     yield f'<thead><tr><th class="text">true ↓ predicted →</th>{heads}<th>correct</th></tr></thead>'
-    for label, (name, counts) in enumerate(zip(classes, accuracy.confusion.tolist(), strict=True)):
+    for label, (name, counts) in enumerate(zip(classes, matrix.tolist(), strict=True)):
         images = sum(counts)
         cells = [shaded(count, images, place == label) for place, count in enumerate(counts)]
         correct = share(counts[label] / images) if images else DASH
@@ -243,10 +245,10 @@ def shaded(count: int, images: int, correct: bool) -> str:
     return f'<td style="background: rgba(var(--{"hit" if correct else "miss"}), {depth:.2f})">{count:,}</td>'
 
 
-def pairs(accuracy: Accuracy, classes: Sequence[str]) -> Iterator[str]:
+def pairs(matrix: torch.Tensor, classes: Sequence[str]) -> Iterator[str]:
     """The pairs of classes that are confused most often."""
-    images = accuracy.confusion.sum(dim=1).tolist()
-    wrong = accuracy.confusion.clone().fill_diagonal_(0).flatten()
+    images = matrix.sum(dim=1).tolist()
+    wrong = matrix.clone().fill_diagonal_(0).flatten()
     counts, places = wrong.sort(descending=True, stable=True)
     heads = cell("th", "true", True) + cell("th", "predicted", True) + cell("th", "images") + cell("th", "of the class")
     yield f'<div class="wide"><table><thead><tr>{heads}</tr></thead>'

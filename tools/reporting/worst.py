@@ -26,7 +26,7 @@ from pipeline.progress import progress_bar
 from pipeline.spec import LoaderSpec, check_device
 from pipeline.store.class_names import class_name
 from pipeline.store.shards import Manifest, ShardSet
-from tools.reporting.evaluation import EvaluateOptions, open_batches
+from tools.reporting.evaluation import MAX_CONFUSION, EvaluateOptions, open_batches
 from tools.reporting.runs import Run
 
 QUALITY = 85  # of the images in the page, as JPEG
@@ -185,7 +185,8 @@ def _evaluator(run: Run, weights: Path, classes: list[str], options: EvaluateOpt
     scheme = "centre-flip" if run.argument("flip_test") else "centre"
     how = [scheme], (), options.device, options.dtype, options.batch_size
     classifier = MultiViewClassifier(run.name, model, config, *how)
-    return RunEvaluator(classifier, scheme, AccuracyMeter(len(classes), torch.device(options.device)), worst)
+    meter = AccuracyMeter(len(classes), torch.device(options.device), len(classes) <= MAX_CONFUSION)
+    return RunEvaluator(classifier, scheme, meter, worst)
 
 
 def _update_all(evaluators: dict[str, RunEvaluator], batches: Iterable[MultiViewBatch]) -> dict[str, str]:

@@ -151,7 +151,7 @@ def test_pillow_decodes_stored_sixteen_bit_grays_in_the_same_way() -> None:
 
 
 def turned_411() -> bytes:
-    """A 4:1:1 JPEG with the sampling factors of one that was turned by 90 degrees, luma 1 x 4, which simplejpeg has no name for."""
+    """A JPEG with the sampling factors of a 4:1:1 one turned by 90 degrees, luma 1 x 4. simplejpeg has no name for them."""
     data = bytearray(jpeg(random_image(64, 64), "411"))
     at = data.index(b"\xff\xc0") + 11
     assert data[at] == 0x41

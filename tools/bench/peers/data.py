@@ -76,7 +76,7 @@ def shrink(jpeg: Bytes) -> bytes:
 def write_beton(shards: Path) -> str | None:
     """Write a .beton with the JPEGs of the tars, which stock FFCV can read. Returns None, or the reason for a failure."""
     try:
-        write_betons(str(shards), BetonSettings(), os.cpu_count() or 1)
+        write_betons(str(shards), BetonSettings(), len(os.sched_getaffinity(0)))
     except UserError as error:
         return with_flags(str(error))
     return None
