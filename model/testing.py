@@ -65,7 +65,8 @@ class AccuracyMeter:
     def compute(self, reduce: Reduce = _one_process) -> Accuracy:
         """The counts so far, on the CPU. reduce: sums counts over processes."""
         confusion = None if self._confusion is None else reduce(self._confusion).cpu()
-        return Accuracy(*reduce(self._counts).cpu(), confusion)
+        of_class, top1, top5 = reduce(self._counts).cpu()
+        return Accuracy(of_class, top1, top5, confusion)
 
 
 @torch.inference_mode()

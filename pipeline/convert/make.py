@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import tarfile
 import time
@@ -25,6 +26,8 @@ from .names import find_names
 from .report import summary
 from .sources import Listing
 from .task import ShardTask
+
+log = logging.getLogger("cropfeed")
 
 FORMATS = ("webdataset", "ffcv", "both")
 ENGINES = ("local", "ray")
@@ -86,9 +89,17 @@ def list_sources(src: str, check_md5: bool) -> Listing:
         for name in official if check_md5 else ():
             tars.check_md5(src, name)
         return tars.list_official(src, official)
-    if found := tars.find_webdataset(src):
+    if not sources.has_class_folders(src) and (found := tars.find_webdataset(src)):
         return tars.list_webdataset(src, found)
     return sources.list_image_folder(src)
+
+
+def unused(src: str, listing: Listing) -> list[str]:
+    """The folders and tars in SRC that hold no image of the listing."""
+    used = {source.name.partition("/")[0] for split in listing.splits.values() for source in split}
+    return [
+        entry.name for entry in files.list_folder(src) if entry.name not in used and (entry.is_folder or ".tar" in entry.name)
+    ]
 
 
 def make_shards(options: ConvertOptions) -> list[str]:
@@ -98,6 +109,9 @@ def make_shards(options: ConvertOptions) -> list[str]:
     """
     src, out = files.absolute(options.src), files.absolute(options.out)
     listing = list_sources(src, options.check_md5)
+    if others := unused(src, listing):
+        more = f" and {len(others) - 5} more" if len(others) > 5 else ""
+        log.warning("%s: not used: %s%s", options.src, ", ".join(others[:5]), more)
     listing = replace(listing, names=listing.names or find_names(src, listing.classes))
     tasks = conversion.plan_tasks(listing, out, options.settings, options.strict)
     conversion.begin(out, conversion.fingerprint(listing, options.settings))

@@ -64,28 +64,80 @@ class Keys:
         return key
 
 
+SPLITS = {
+    **dict.fromkeys(("train", "training", "trainset"), "train"),
+    **dict.fromkeys(("val", "valid", "validation", "valset"), "val"),
+    **dict.fromkeys(("test", "testing", "testset"), "test"),  # never converted, so that nobody trains on it
+}
+
+
+def split_of(name: str) -> str | None:
+    """The split that a file or folder belongs to, by the words in its name, in any case: "train", "val", "test" or None.
+
+    Raises UserError for a name with the words of two splits.
+    """
+    found = {SPLITS[word]: None for word in re.split("[^a-z]+", name.lower()) if word in SPLITS}
+    if len(found) > 1:
+        raise UserError(f"{name}: names two splits, {' and '.join(found)}", "rename it")
+    return next(iter(found), None)
+
+
+def split_folders(src: str) -> dict[str, str]:
+    """The folders of SRC whose whole name is a split's, such as "train" or "Validation", by split.
+
+    Raises UserError for two folders of one split.
+    """
+    found: dict[str, str] = {}
+    for entry in _entries(src):
+        split = SPLITS.get(entry.name.lower()) if entry.is_folder else None
+        if split in found:
+            raise UserError(f"{src}: {entry.name} and {found[split]} are both the split {split}", "move one of them elsewhere")
+        if split:
+            found[split] = entry.name
+    return found
+
+
+def class_folders(folder: str) -> list[str]:
+    """The names of the folders in a folder, in label order."""
+    return [entry.name for entry in _entries(folder) if entry.is_folder]
+
+
+def has_class_folders(src: str) -> bool:
+    """Whether SRC/train/<class>/ or SRC/<class>/ exist. Tars beside them, such as those that they were unpacked from, are not used."""
+    named = split_folders(src)
+    if any(class_folders(files.join(src, name)) for split, name in named.items() if split != "test"):
+        return True
+    entries = files.list_folder(src)
+    folders = {entry.name for entry in entries if entry.is_folder} - set(named.values())
+    tars = {entry.name.removesuffix(".tar") for entry in entries if entry.name.endswith(".tar")}
+    return bool(folders) and tars <= folders
+
+
 def list_image_folder(src: str) -> Listing:
-    """SRC/train/<class>/* and SRC/val/<class>/*, or SRC/<class>/* alone as the training split; labels by sorted class names."""
-    folders = {name: files.join(src, name) for name in ("train", "val") if files.is_folder(files.join(src, name))}
-    folders = folders or {"train": src}
-    found = {split: [entry.name for entry in _entries(folder) if entry.is_folder] for split, folder in folders.items()}
+    """SRC/train/<class>/* and SRC/val/<class>/*, or SRC/<class>/* alone as the training split; labels by sorted class names.
+
+    See `split_folders` for other names of the splits. A test split is not listed.
+    """
+    named = {split: name for split, name in sorted(split_folders(src).items()) if split != "test"}
+    folders = {split: files.join(src, name) for split, name in named.items()} or {"train": src}
+    found = {split: class_folders(folder) for split, folder in folders.items()}
     first = next(iter(folders))
     classes = found[first]
     if not classes:
-        raise UserError(f"{folders[first]}: holds no class folders", f"expected {folders[first]}/<class>/*.JPEG")
+        raise UserError(
+            f"{folders[first]}: holds no class folders",
+            f"give the folder above {folders[first]}/<class>/*.JPEG, or the one above train/ and val/",
+        )
     for split, names in found.items():
         for name in sorted(set(names) - set(classes)):
             raise UserError(
                 f"{files.join(folders[split], name)}: class {name} is not in the training split",
-                "remove it or add its training images",
+                "add its training images, or convert a folder without this class",
             )
     labels = {name: label for label, name in enumerate(classes)}
     return Listing(
         classes,
-        {
-            split: list(_image_files(folder, split if folder != src else "", found[split], labels))
-            for split, folder in folders.items()
-        },
+        {split: list(_image_files(folder, named.get(split, ""), found[split], labels)) for split, folder in folders.items()},
     )
 
 
@@ -103,10 +155,15 @@ def _image_files(folder: str, split: str, classes: Iterable[str], labels: dict[s
     for name in progress_bar(classes, desc=f"listing {folder}", unit=" classes"):
         entries = _entries(files.join(folder, name))
         if not entries:
-            raise UserError(f"{files.join(folder, name)}: class folder without images", "remove it or fill it")
+            raise UserError(
+                f"{files.join(folder, name)}: class folder without images", "add its images, or convert a folder without it"
+            )
         for file in entries:
             path = files.join(folder, name, file.name)
             if file.is_folder:
-                raise UserError(f"{path}: is a folder, but only images are expected here", "remove it")
+                raise UserError(
+                    f"{path}: is a folder, but only images are expected here",
+                    f"if the classes are folders in {files.join(folder, name)}, give that folder or the one above train/ and val/",
+                )
             key = keys.make(name, file.name.rsplit(".", 1)[0])
             yield Source(path, 0, None, key, labels[name], "/".join(filter(None, (split, name, file.name))), file.bytes)

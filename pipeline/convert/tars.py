@@ -11,7 +11,6 @@ import hashlib
 import io
 import itertools
 import json
-import re
 import tarfile
 from collections.abc import Iterator
 from typing import Any
@@ -22,7 +21,7 @@ from ..errors import UserError
 from ..progress import BYTES, progress_bar
 from ..store import files
 from .names import read_text
-from .sources import Keys, Listing, Source
+from .sources import Keys, Listing, Source, split_folders, split_of
 
 TRAIN, VAL, DEVKIT = "ILSVRC2012_img_train.tar", "ILSVRC2012_img_val.tar", "ILSVRC2012_devkit_t12.tar.gz"
 MD5 = {
@@ -137,10 +136,19 @@ def _val(path: str, classes: list[str], wnids: dict[int, str], truth: list[int])
 
 
 def find_webdataset(src: str) -> dict[str, list[str]]:
-    """The WebDataset tars of SRC by split: SRC/train/*.tar and SRC/val/*.tar; or SRC/*.tar, with "val" in names of that split."""
-    splits = {name: _tars(files.join(src, name)) for name in ("train", "val")}
-    for path in _tars(src):
-        splits["val" if re.search(r"val(id|idation)?[-_.0-9]", path.rsplit("/", 1)[1]) else "train"].append(path)
+    """The tars of SRC by split: those in folders such as SRC/train and SRC/val, and SRC/*.tar by the words in their names.
+
+    If no tar in SRC names a split, all of them are the training split. Raises UserError if only some do.
+    """
+    splits: dict[str, list[str]] = {"train": [], "val": [], "test": []}
+    for split, name in sorted(split_folders(src).items()):
+        splits[split] += _tars(files.join(src, name))
+    found = {path: split_of(path.rsplit("/", 1)[1].removesuffix(".tar")) for path in _tars(src)}
+    unnamed = [path for path, split in found.items() if split is None]
+    if unnamed and (len(unnamed) < len(found) or any(splits.values())):
+        raise UserError(f"{unnamed[0]}: is it for training or validation?", 'rename it, with the word "train" or "val"')
+    for path, split in found.items():
+        splits[split or "train"].append(path)
     return {name: paths for name, paths in splits.items() if paths}
 
 
@@ -156,11 +164,15 @@ def list_webdataset(src: str, tars: dict[str, list[str]]) -> Listing:
     """
     splits: dict[str, list[Source]] = {}
     for name, paths in tars.items():
+        if name == "test":  # nobody shall train on it
+            continue
         keys = Keys()
         shown = progress_bar(paths, unit=" tars", desc=f"index of {name}")
         splits[name] = [source for path in shown for source in _samples(src, path, keys)]
         if not splits[name]:
             raise UserError(f"{paths[0]}: the {name} tars hold no samples", "expected KEY.jpg and KEY.cls")
+    if not splits:
+        raise UserError(f"{src}: holds only a test split", "give a folder with training or validation images")
     highest = max(source.label for sources in splits.values() for source in sources)
     classes, names = _classes(src)
     classes = classes or [str(label) for label in range(highest + 1)]

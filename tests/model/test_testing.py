@@ -33,7 +33,9 @@ def test_counts_equal_a_plain_count() -> None:
     assert result.confusion is None  # its size is the square of the number of classes
     meter = AccuracyMeter(9, torch.device("cpu"), confusion=True)
     meter.update(logits, labels)
-    assert torch.equal(meter.compute().confusion, confusion)
+    counted = meter.compute().confusion
+    assert counted is not None
+    assert torch.equal(counted, confusion)
     assert result.images == 100
     assert result.top1_rate == sum(label == ranked[0] for label, ranked in zip(labels.tolist(), ranks, strict=True)) / 100
     assert result.top5_rate == int(top5.sum()) / 100

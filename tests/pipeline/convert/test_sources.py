@@ -15,6 +15,7 @@ import webdataset
 from scipy.io import savemat
 
 from pipeline.convert import tars
+from pipeline.convert.make import list_sources
 from pipeline.convert.sources import list_image_folder
 from pipeline.errors import UserError
 from pipeline.store.shards import ShardSet
@@ -235,3 +236,90 @@ def test_manifest_and_report_describe_the_source(official: Path, tmp_path: Path)
     report = json.loads((tmp_path / "out" / "report.json").read_text())
     assert report["splits"]["train"]["listed"] == report["splits"]["train"]["stored"] == 12
     assert report["splits"]["val"]["stored"] == 7
+
+
+# Names of splits
+
+
+def tar_of(labels: range) -> bytes:
+    members: dict[str, bytes] = {}
+    for label in labels:
+        members |= {f"s{label}.jpg": jpeg(random_image(40, 50, seed=label)), f"s{label}.cls": str(label % 3).encode()}
+    return packed(members)
+
+
+@pytest.mark.parametrize(
+    ("train", "val"), [("train", "validation"), ("Train", "Val"), ("training", "valid"), ("TRAIN", "VALIDATION")]
+)
+def test_split_folders_have_many_names(image_folder: Path, tmp_path: Path, train: str, val: str) -> None:
+    shutil.copytree(image_folder / "train", tmp_path / train)
+    shutil.copytree(image_folder / "val", tmp_path / val)
+    found, expected = list_sources(str(tmp_path), True), list_image_folder(str(image_folder))
+    assert {split: len(images) for split, images in found.splits.items()} == {"train": 60, "val": 21}
+    assert [image.label for image in found.splits["val"]] == [image.label for image in expected.splits["val"]]
+
+
+def test_a_test_split_is_named_and_not_converted(image_folder: Path, tmp_path: Path) -> None:
+    shutil.copytree(image_folder, tmp_path / "src")
+    shutil.copytree(image_folder / "val", tmp_path / "src" / "test")
+    result = without_progress(run_script("tools/make_shards.py", tmp_path / "src", "--out", tmp_path / "out"))
+    assert result.returncode == 0, result.stderr
+    assert "not used: test" in result.stderr
+    assert set(json.loads((tmp_path / "out" / "manifest.json").read_text())["splits"]) == {"train", "val"}
+
+
+@pytest.mark.parametrize(
+    ("names", "expected"),
+    [
+        (["imagenet-train-0.tar", "imagenet-test-0.tar"], {"train": 1}),
+        (["train-0.tar", "VAL-0.tar"], {"train": 1, "val": 1}),
+        (["train-0.tar", "valset_0.tar"], {"train": 1, "val": 1}),
+        (["medieval-train-0.tar", "medieval-train-1.tar"], {"train": 2}),
+        (["a-0.tar", "a-1.tar"], {"train": 2}),
+        (["train/0.tar", "validation/0.tar"], {"train": 1, "val": 1}),
+    ],
+)
+def test_splits_of_tars(tmp_path: Path, names: list[str], expected: dict[str, int]) -> None:
+    for name in names:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(tar_of(range(4)))
+    found = list_sources(str(tmp_path), True).splits
+    assert {split: len(images) // 4 for split, images in found.items()} == expected
+
+
+@pytest.mark.parametrize(
+    ("names", "words"),
+    [
+        (["train-0.tar", "more-0.tar"], "more-0.tar: is it for training or validation"),
+        (["train-val-0.tar"], "names two splits, train and val"),
+        (["test-0.tar"], "holds only a test split"),
+        (["train/0.tar", "Training/0.tar"], "both the split train"),
+    ],
+)
+def test_doubtful_splits_are_refused(tmp_path: Path, names: list[str], words: str) -> None:
+    for name in names:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(tar_of(range(4)))
+    with pytest.raises(UserError, match=words):
+        list_sources(str(tmp_path), True)
+
+
+@pytest.mark.parametrize("where", ["train", "."])
+def test_tars_that_class_folders_were_unpacked_from_are_not_used(image_folder: Path, tmp_path: Path, where: str) -> None:
+    source = image_folder if where == "train" else image_folder / "train"
+    shutil.copytree(source, tmp_path / "src")
+    for folder in (tmp_path / "src" / where).iterdir():
+        if folder.name.startswith("n"):
+            with tarfile.open(folder.with_suffix(".tar"), "w") as tar:
+                tar.add(folder, ".")
+    assert list_sources(str(tmp_path / "src"), True).fingerprint() == list_image_folder(str(source)).fingerprint()
+
+
+def test_a_source_one_level_too_high_or_too_low(image_folder: Path, tmp_path: Path) -> None:
+    """No message advises to remove data."""
+    shutil.copytree(image_folder, tmp_path / "imagenet")
+    for wrong in (tmp_path, image_folder / "train" / "n00000001"):
+        with pytest.raises(UserError) as refused:
+            list_sources(str(wrong), True)
+        assert "above train/ and val/" in str(refused.value)
+        assert "remove" not in str(refused.value)
