@@ -97,9 +97,8 @@ def list_sources(src: str, check_md5: bool) -> Listing:
 def unused(src: str, listing: Listing) -> list[str]:
     """The folders and tars in SRC that hold no image of the listing."""
     used = {source.name.partition("/")[0] for split in listing.splits.values() for source in split}
-    return [
-        entry.name for entry in files.list_folder(src) if entry.name not in used and (entry.is_folder or ".tar" in entry.name)
-    ]
+    others = (entry for entry in files.list_folder(src) if entry.name not in used)
+    return [entry.name for entry in others if entry.is_folder or ".tar" in entry.name]
 
 
 def make_shards(options: ConvertOptions) -> list[str]:

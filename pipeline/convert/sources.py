@@ -103,7 +103,7 @@ def class_folders(folder: str) -> list[str]:
 
 
 def has_class_folders(src: str) -> bool:
-    """Whether SRC/train/<class>/ or SRC/<class>/ exist. Tars beside them, such as those that they were unpacked from, are not used."""
+    """Whether SRC/train/<class>/ or SRC/<class>/ exist, with no tars beside them or only those that they were unpacked from."""
     named = split_folders(src)
     if any(class_folders(files.join(src, name)) for split, name in named.items() if split != "test"):
         return True
@@ -163,7 +163,7 @@ def _image_files(folder: str, split: str, classes: Iterable[str], labels: dict[s
             if file.is_folder:
                 raise UserError(
                     f"{path}: is a folder, but only images are expected here",
-                    f"if the classes are folders in {files.join(folder, name)}, give that folder or the one above train/ and val/",
+                    "give the folder of the class folders, or the one above train/ and val/",
                 )
             key = keys.make(name, file.name.rsplit(".", 1)[0])
             yield Source(path, 0, None, key, labels[name], "/".join(filter(None, (split, name, file.name))), file.bytes)

@@ -141,8 +141,8 @@ def find_webdataset(src: str) -> dict[str, list[str]]:
     If no tar in SRC names a split, all of them are the training split. Raises UserError if only some do.
     """
     splits: dict[str, list[str]] = {"train": [], "val": [], "test": []}
-    for split, name in sorted(split_folders(src).items()):
-        splits[split] += _tars(files.join(src, name))
+    for folder_split, name in sorted(split_folders(src).items()):
+        splits[folder_split] += _tars(files.join(src, name))
     found = {path: split_of(path.rsplit("/", 1)[1].removesuffix(".tar")) for path in _tars(src)}
     unnamed = [path for path, split in found.items() if split is None]
     if unnamed and (len(unnamed) < len(found) or any(splits.values())):
