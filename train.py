@@ -218,7 +218,7 @@ class Run:
         path = self.output / "not-finite.json"
         if self.accelerator.is_main_process:
             found = {"step": step, "epoch": epoch, "ids": ids, "images": [self.loader.locate(sample) for sample in ids]}
-            path.write_text(json.dumps(found, indent=1))
+            path.write_text(json.dumps(found, indent=1), "utf-8")
         raise UserError(
             f"the loss of step {step} is not finite; the images of that step are listed in {path}",
             "inspect them or lower `lr`, then continue with `resume`",

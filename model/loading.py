@@ -134,7 +134,7 @@ def _timm_config(path: Path) -> ModelConfig | None:
     if path.name not in _HUB_FILES or not file.is_file():
         return None
     try:
-        content = json.loads(file.read_text())
+        content = json.loads(file.read_text("utf-8"))
         if not isinstance(content, dict) or "architecture" not in content:  # a Cropfeed run has a config.json, too
             return None
         preprocessing = content.get("pretrained_cfg") or content  # timm before 0.9 has its entries at the top level

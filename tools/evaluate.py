@@ -171,7 +171,7 @@ def write_tables(result: Accuracy, classes: list[str], per_class: Path | None, c
     """per_class: for each class its name, images, top-1 and top-5 rates. confusion: rows are labels, columns predictions.
     classes: their names for people, in label order."""
     if per_class:
-        with per_class.open("w", newline="") as stream:
+        with per_class.open("w", encoding="utf-8", newline="") as stream:
             writer = csv.writer(stream)
             writer.writerow(["class", "images", "top1", "top5"])
             for index, name in enumerate(classes):
@@ -180,7 +180,7 @@ def write_tables(result: Accuracy, classes: list[str], per_class: Path | None, c
                 writer.writerow([name, images, *(int(count) / images if images else "" for count in correct)])
     if confusion:
         assert result.confusion is not None
-        with confusion.open("w", newline="") as stream:
+        with confusion.open("w", encoding="utf-8", newline="") as stream:
             writer = csv.writer(stream)
             writer.writerow(["label \\ prediction", *classes])
             writer.writerows([name, *row] for name, row in zip(classes, result.confusion.tolist(), strict=True))
@@ -213,7 +213,7 @@ def main() -> None:
     classes = [class_name(one, names_of_data) for one in eval_set.classes]
     write_tables(results[-1][schemes[0]], classes, args.per_class, args.confusion)
     if args.json:
-        args.json.write_text(json.dumps(summary(options, names, shares, results, schemes[0])) + "\n")
+        args.json.write_text(json.dumps(summary(options, names, shares, results, schemes[0])) + "\n", "utf-8")
 
 
 if __name__ == "__main__":

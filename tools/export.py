@@ -47,7 +47,7 @@ def read_figures(path: Path) -> tuple[dict[str, tuple[float, float]], int]:
     of images."""
     remedy = "give a file that tools/evaluate.py --json wrote"
     try:
-        content = json.loads(path.read_text())
+        content = json.loads(path.read_text("utf-8"))
         if "members" in content:
             raise UserError(f"{path}: holds the accuracies of an ensemble", "give those of one model")
         schemes = content.get("schemes") or {"centre": content}
@@ -88,8 +88,8 @@ def write_files(model: ResNet, config: ModelConfig, details: CardDetails, folder
         save_weights(folder / "model.safetensors", model.state_dict(), config.header())
     if config.mean.ndim == 3:
         np.save(folder / "mean.npy", Normalization.of(config.mean, config.std).at(config.image_size).mean)
-    (folder / "config.json").write_text(json.dumps(timm_config(model, config), indent=1) + "\n")
-    (folder / "README.md").write_text(model_card(model, config, details))
+    (folder / "config.json").write_text(json.dumps(timm_config(model, config), indent=1) + "\n", "utf-8")
+    (folder / "README.md").write_text(model_card(model, config, details), "utf-8")
     for form, name, export in (("onnx", "model.onnx", export_onnx), ("torch-export", "model.pt2", export_program)):
         if form in details.formats:
             with announce_if_slow(f"exporting {name} and comparing it with torch, which takes up to a minute"):

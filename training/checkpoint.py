@@ -38,7 +38,7 @@ def save_checkpoint(
     temporary.mkdir(parents=True)
     write_weights(temporary / "model.safetensors")
     torch.save(optimizer, temporary / "optimizer.pt")
-    (temporary / "state.json").write_text(json.dumps(state))
+    (temporary / "state.json").write_text(json.dumps(state), "utf-8")
     for file in temporary.iterdir():
         with file.open("rb") as stream:
             os.fsync(stream.fileno())
@@ -56,7 +56,7 @@ def load_checkpoint(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     file = path / "optimizer.pt"
     with announce_if_slow(f"reading {file.stat().st_size / 1e9:.2g} GB from {file}"):
         optimizer = torch.load(file, map_location="cpu", weights_only=True)
-    return optimizer, json.loads((path / "state.json").read_text())
+    return optimizer, json.loads((path / "state.json").read_text("utf-8"))
 
 
 def _point(link: Path, target: str) -> None:

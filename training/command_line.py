@@ -194,7 +194,7 @@ def read_recipe(name: str, parse: argparse.ArgumentParser) -> dict[str, Any]:
     if not path.is_file():
         raise UserError(f"no recipe {name!r}", f"choose from {', '.join(recipes())}, or give a .toml file")
     try:
-        values = tomllib.loads(path.read_text())
+        values = tomllib.loads(path.read_text("utf-8"))
     except (tomllib.TOMLDecodeError, UnicodeDecodeError, OSError) as error:
         raise UserError(f"{path}: cannot be read as TOML ({error})") from error
     known = {option.removeprefix("--") for action in parse._actions for option in action.option_strings}

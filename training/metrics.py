@@ -120,7 +120,7 @@ class MetricsFile:
         self.path = path
         rows = [row for row in read_metrics(path) if int(row["step"]) <= step] if path.exists() else []
         temporary = path.with_name(path.name + ".partial")
-        with temporary.open("w", newline="") as stream:
+        with temporary.open("w", encoding="utf-8", newline="") as stream:
             writer = csv.DictWriter(stream, COLUMNS)
             writer.writeheader()
             writer.writerows(rows)
@@ -133,5 +133,5 @@ class MetricsFile:
 
 def read_metrics(path: Path) -> list[dict[str, str]]:
     """The rows as text. A last line that is incomplete, because the run was killed, is dropped."""
-    with path.open(newline="") as stream:
+    with path.open(encoding="utf-8", newline="") as stream:
         return [row for row in csv.DictReader(stream) if row["step"] and None not in row.values()]

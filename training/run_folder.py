@@ -84,7 +84,7 @@ def write_config(output: Path, options: TrainOptions, accelerator: Accelerator, 
     step: where this start begins.
     """
     path = output / "config.json"
-    before = json.loads(path.read_text()) if step and path.exists() else {}
+    before = json.loads(path.read_text("utf-8")) if step and path.exists() else {}
     run_id: str = before.get("id") or uuid4().hex
     start = {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),

@@ -77,7 +77,7 @@ def with_tuned(spec: LoaderSpec, threads: int | None, prefetch: int | None) -> L
 
 def _read() -> dict[str, Any]:
     try:
-        content = json.loads(file().read_text())
+        content = json.loads(file().read_text("utf-8"))
     except (OSError, ValueError):
         return {}
     return content if isinstance(content, dict) else {}

@@ -135,8 +135,9 @@ def list_image_folder(src: str) -> Listing:
                 "add its training images, or convert a folder without this class",
             )
     labels = {name: label for label, name in enumerate(classes)}
+    as_utf8 = str if files.is_remote(src) else files.as_utf8
     return Listing(
-        classes,
+        [as_utf8(name) for name in classes],
         {split: list(_image_files(folder, named.get(split, ""), found[split], labels)) for split, folder in folders.items()},
     )
 
@@ -152,6 +153,7 @@ def _entries(folder: str) -> list[files.Entry]:
 
 def _image_files(folder: str, split: str, classes: Iterable[str], labels: dict[str, int]) -> Iterator[Source]:
     keys = Keys()
+    as_utf8 = str if files.is_remote(folder) else files.as_utf8
     for name in progress_bar(classes, desc=f"listing {folder}", unit=" classes"):
         entries = _entries(files.join(folder, name))
         if not entries:
@@ -165,5 +167,6 @@ def _image_files(folder: str, split: str, classes: Iterable[str], labels: dict[s
                     f"{path}: is a folder, but only images are expected here",
                     "give the folder of the class folders, or the one above train/ and val/",
                 )
-            key = keys.make(name, file.name.rsplit(".", 1)[0])
-            yield Source(path, 0, None, key, labels[name], "/".join(filter(None, (split, name, file.name))), file.bytes)
+            shown_class, shown = as_utf8(name), as_utf8(file.name)
+            key = keys.make(shown_class, shown.rsplit(".", 1)[0])
+            yield Source(path, 0, None, key, labels[name], "/".join(filter(None, (split, shown_class, shown))), file.bytes)

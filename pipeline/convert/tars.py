@@ -72,12 +72,19 @@ def list_official(src: str, present: dict[str, int]) -> Listing:
 def _members(path: str, stream: Any) -> Iterator[tuple[tarfile.TarFile, tarfile.TarInfo]]:
     """The regular files of an uncompressed tar, each with the open tar."""
     try:
-        with tarfile.open(fileobj=stream, mode="r:") as tar:
+        with tarfile.open(fileobj=stream, mode="r:", encoding="utf-8", errors="backslashreplace") as tar:
             for member in tar:
                 if member.isreg():
                     yield tar, member
+            stream.seek(tar.offset)
+            if stream.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):  # a tar that was cut between two members
+                raise tarfile.ReadError("its end is missing")
     except tarfile.TarError as error:
-        raise UserError(f"{path}: not a complete, uncompressed tar ({error})", "download it again") from error
+        raise _incomplete(path, error) from error
+
+
+def _incomplete(path: str, error: tarfile.TarError) -> UserError:
+    return UserError(f"{path}: not a complete, uncompressed tar ({error})", "download it again")
 
 
 def _shown(path: str, stream: Any) -> Iterator[tuple[tarfile.TarFile, tarfile.TarInfo]]:
@@ -200,7 +207,11 @@ def _samples(src: str, path: str, keys: Keys) -> Iterator[Source]:
             for tar, member in group:
                 extension = member.name[len(key) + 1 :].lower()
                 if extension == "cls":
-                    label = _label(path, key, tar.extractfile(member).read())  # type: ignore[union-attr]
+                    try:
+                        text = tar.extractfile(member).read()  # type: ignore[union-attr]
+                    except tarfile.TarError as error:
+                        raise _incomplete(path, error) from error
+                    label = _label(path, key, text)
                 elif extension in _IMAGES:
                     image = member
             if image is None or label is None:

@@ -119,7 +119,7 @@ def main(arguments: Sequence[str] | None = None, prog: str = "python tools/docto
     print(summary(lines))
     if args.json:
         try:
-            args.json.write_text(json.dumps([asdict(line) for line in lines], indent=1) + "\n")
+            args.json.write_text(json.dumps([asdict(line) for line in lines], indent=1) + "\n", "utf-8")
         except OSError as error:
             raise UserError(f"--json {args.json}: cannot be written ({error})") from error
     sys.exit(exit_code(lines, args.strict))

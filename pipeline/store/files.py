@@ -58,6 +58,11 @@ def absolute(path: str) -> str:
     return path.rstrip("/") if is_remote(path) else os.path.abspath(path.removeprefix("file://").removeprefix("local://"))
 
 
+def as_utf8(name: str) -> str:
+    """A local file's name as proper UTF-8, whatever the locale: bytes that are no UTF-8 become \\xNN."""
+    return os.fsencode(name).decode("utf-8", "backslashreplace")
+
+
 def read(path: str, start: int = 0, count: int | None = None) -> bytes:
     """Read `count` bytes from `start` on; all, if None; fewer if the file ends earlier."""
     with _explained(path):
@@ -121,7 +126,8 @@ def list_folder(folder: str) -> list[Entry]:
         if not is_remote(folder):  # for fsspec, a link to a folder is no folder
             try:
                 with os.scandir(absolute(folder)) as found:
-                    return sorted(_local_entry(entry) for entry in found if not entry.name.startswith("."))
+                    entries = [_local_entry(entry) for entry in found if not entry.name.startswith(".")]
+                return sorted(entries, key=lambda entry: os.fsencode(entry.name))  # the same order in every locale
             except FileNotFoundError:
                 return []
         system, target = _system(folder)

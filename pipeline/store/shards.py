@@ -89,7 +89,7 @@ def write_shard(tar_path: Path, idx_path: Path, shard: int, samples: Iterable[En
             records.append((shard, jpg_offset, len(sample.jpeg), sample.height, sample.width, sample.label, 0))
         tar.write(bytes(2 * _BLOCK))  # the end of a tar; its size is a multiple of RECORDSIZE
         tar.write(bytes(-tar.tell() % tarfile.RECORDSIZE))
-    idx_path.write_text("\n".join([f"v1.2 {len(lines)}", *lines]) + "\n")  # as DALI's wds2idx writes it
+    idx_path.write_text("\n".join([f"v1.2 {len(lines)}", *lines]) + "\n", "utf-8")  # as DALI's wds2idx writes it
     written = np.array(records, SAMPLE)
     written["crc32"] = sample_checksums(np.memmap(tar_path, np.uint8, "r"), written)
     return written
@@ -102,7 +102,7 @@ def _add_file(tar: BinaryIO, name: str, content: bytes) -> int:
     """
     member = tarfile.TarInfo(name)
     member.size, member.mode = len(content), 0o444
-    tar.write(member.tobuf(tarfile.GNU_FORMAT))
+    tar.write(member.tobuf(tarfile.GNU_FORMAT, "utf-8", "strict"))
     start = tar.tell()
     tar.write(content)
     tar.write(bytes(-len(content) % _BLOCK))

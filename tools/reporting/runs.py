@@ -76,7 +76,7 @@ def read_run(folder: Path, name: str) -> Run:
     if not config.is_file() or not metrics.is_file():
         raise UserError(f"{folder}: no run there (no config.json and metrics.csv)", "give the --output folder of a train.py run")
     try:
-        content = json.loads(config.read_text())
+        content = json.loads(config.read_text("utf-8"))
         if not isinstance(content, dict) or not isinstance(content.get("arguments", {}), dict):
             raise ValueError("it has no object of options")
     except (OSError, ValueError) as error:

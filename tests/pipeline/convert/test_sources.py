@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import os
 import shutil
 import tarfile
 from pathlib import Path
@@ -323,3 +324,35 @@ def test_a_source_one_level_too_high_or_too_low(image_folder: Path, tmp_path: Pa
             list_sources(str(wrong), True)
         assert "above train/ and val/" in str(refused.value)
         assert "remove" not in str(refused.value)
+
+
+# Names and damage
+
+
+def test_names_that_are_no_utf8(tmp_path: Path) -> None:
+    """A class and an image with Latin-1 names; the same shards under a Latin-1 locale."""
+    folder = os.fsencode(tmp_path / "src") + b"/caf\xe9"
+    os.makedirs(folder)
+    for name in (b"\xe9t\xe9.jpg", "plätze.jpg".encode(), b"plain.jpg"):
+        with open(folder + b"/" + name, "wb") as file:
+            file.write(jpeg(random_image(40, 50)))
+    shards = {}
+    for locale in ("C.UTF-8", "en_US.ISO-8859-1", "C"):
+        environment = {"LC_ALL": locale, "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+        result = run_script("tools/make_shards.py", tmp_path / "src", "--out", tmp_path / locale, **environment)
+        assert result.returncode == 0, result.stderr
+        shards[locale] = {file.name: file.read_bytes() for file in sorted((tmp_path / locale).rglob("*")) if file.is_file()}
+    assert shards["C"] == shards["C.UTF-8"] == shards["en_US.ISO-8859-1"]
+    assert json.loads(shards["C"]["manifest.json"])["classes"] == ["caf\\xe9"]
+    with tarfile.open(tmp_path / "C" / "train" / "000000.tar", encoding="utf-8") as tar:
+        keys = {name.rsplit(".", 1)[0] for name in tar.getnames()}
+    assert keys == {"caf\\xe9/\\xe9t\\xe9", "caf\\xe9/plätze", "caf\\xe9/plain"}
+
+
+def test_a_tar_that_is_cut_at_any_block_is_noticed(tmp_path: Path) -> None:
+    data = tar_of(range(3))
+    end = len(data.rstrip(b"\0"))
+    for cut in (*range(tarfile.BLOCKSIZE, end, tarfile.BLOCKSIZE), end):
+        (tmp_path / "train-0.tar").write_bytes(data[:cut])
+        with pytest.raises(UserError, match="not a complete, uncompressed tar"):
+            list_sources(str(tmp_path), True)
