@@ -23,7 +23,7 @@ from ..jit import Int, jit
 from .entropy import refill, unstuff
 from .huffman import DecodingTables, empty_tables, fill_decoding_table, lookup
 from .idct import Planes, finish, idct_2, idct_4, idct_8
-from .region import Bytes, Ints, TileLayout, big16, open_tiles
+from .region import Bytes, Ints, TileLayout, big16, is_segment, open_tiles
 
 REFUSED = -1
 
@@ -182,6 +182,8 @@ def decode_tiles(data: Bytes, layout: TileLayout, area: Area, header: Header, mc
     for row in range(first_row, last_row):
         for tile in range(first_column // interval, -(-last_column // interval)):
             start, stop = layout.scan + starts[row * tiles + tile], layout.scan + starts[row * tiles + tile + 1] - 2
+            if not is_segment(data, layout.scan, starts, row * tiles + tile):
+                return False
             _, end = unstuff(data, start, stop, unstuffed)
             mcus = min(interval, last_column - tile * interval)
             skipped = first_column - tile * interval

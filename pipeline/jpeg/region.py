@@ -188,6 +188,19 @@ def _is_table(data: Bytes, position: Int) -> bool:
 
 
 @jit
+def is_segment(data: Bytes, scan: Int, starts: Ints, number: Int) -> bool:
+    """Whether segment `number` begins and ends at the markers that it should have: RSTm with m = number modulo 8, at last EOI.
+
+    Otherwise the table of lengths is damaged, or the data is. starts: relative to `scan`.
+    """
+    start, end = scan + starts[number], scan + starts[number + 1]
+    marker = 0xD9 if number == len(starts) - 2 else 0xD0 | (number & 7)
+    if end - start < 2 or data[end - 2] != 0xFF or data[end - 1] != marker:
+        return False
+    return number == 0 or (data[start - 2] == 0xFF and data[start - 1] == 0xD0 | (number - 1 & 7))
+
+
+@jit
 def cut_into(data: Bytes, top: Int, left: Int, bottom: Int, right: Int, out: Bytes, place: Ints) -> Any:
     """`cut` for compiled callers, without the GIL. Returns the JPEG's size in bytes, or a negative error code such as NO_TABLE.
 
@@ -222,10 +235,9 @@ def cut_into(data: Bytes, top: Int, left: Int, bottom: Int, right: Int, out: Byt
         first, last = row * tiles + first_column, row * tiles + last_column
         end = _copy(data, layout.scan + starts[first], layout.scan + starts[last], out, written)
         for segment in range(first, last):
-            length = starts[segment + 1] - starts[segment]
-            written += length
-            if length < 2 or out[written - 2] != 0xFF:
+            if not is_segment(data, layout.scan, starts, segment):
                 return DAMAGED_DATA
+            written += starts[segment + 1] - starts[segment]
             out[written - 1] = 0xD0 + (number & 7)
             number += 1
         written = end

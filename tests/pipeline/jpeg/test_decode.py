@@ -13,6 +13,7 @@ import simplejpeg
 from PIL import Image
 
 from pipeline.jpeg.decode import REFUSED, decode
+from pipeline.jpeg.region import RegionError, cut
 from pipeline.jpeg.transcode import transcode
 from pipeline.plan import sampling
 from tests.helpers import SHARED, jpeg, random_image, run_mutants
@@ -116,6 +117,7 @@ import sys
 sys.path.insert(0, sys.argv[1])
 import numpy as np
 from pipeline.jpeg.decode import decode
+from pipeline.jpeg.region import RegionError, cut
 from pipeline.jpeg.transcode import transcode
 from tests.helpers import SUBSAMPLINGS, jpeg, mutate, random_image
 rng = np.random.default_rng(int(sys.argv[2]))
@@ -137,3 +139,25 @@ def test_damaged_data_does_not_crash(tmp_path: Path) -> None:
     refused, survived = run_mutants(MUTATE, tmp_path)
     assert refused > 0
     assert survived > 0
+
+
+def test_a_flipped_bit_in_the_table_of_lengths_gives_no_other_pixels() -> None:
+    """Each bit of each length: a window is decoded exactly, or refused, and so is its cut. The whole image is refused."""
+    written = transcode(jpeg(random_image(90, 150), "420"))
+    whole = simplejpeg.decode_jpeg(written)
+    end = written.index(b"\xff\xdb")  # the table is followed by DQT
+    places = windows(90, 150, 12, 0)
+    for bit in range(8 * (written.index(b"CROPFEED") + 22), 8 * end):
+        damaged = bytearray(written)
+        damaged[bit // 8] ^= 1 << bit % 8
+        assert decoded(bytes(damaged), places[0])[0] == REFUSED
+        for window in places:
+            top, left, bottom, right = window
+            status, pixels = decoded(bytes(damaged), window)
+            assert status == REFUSED or np.array_equal(pixels, whole[top:bottom, left:right]), (bit, window)
+            try:
+                piece = cut(np.frombuffer(damaged, np.uint8), *window)
+            except RegionError:
+                continue
+            inside = simplejpeg.decode_jpeg(piece.jpeg.tobytes())[top - piece.top :, left - piece.left :]
+            assert np.array_equal(inside[: bottom - top, : right - left], whole[top:bottom, left:right]), (bit, window)
