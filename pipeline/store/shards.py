@@ -58,6 +58,7 @@ SAMPLE = np.dtype(
     ]
 )
 _BLOCK = 512  # a tar's headers and contents begin at multiples of this
+_CHECKED_AT_ONCE = 256 << 20  # bytes of samples.npy that are checked before the first batch, in less than a second
 Samples = npt.NDArray[Any]
 log = logging.getLogger("cropfeed")
 
@@ -171,6 +172,32 @@ class Manifest:
         return lighting_basis(self.statistics["rgb_covariance"])
 
 
+class BackgroundCheck:
+    """Compares a file's SHA-256 with the expected one, in a thread. problem: what is wrong with it, if anything was found.
+
+    samples.npy has the labels and the places of the images: with one flipped bit, a training would learn something else.
+    """
+
+    def __init__(self, path: Path, sha256: str) -> None:
+        self.problem = ""
+        self._thread = threading.Thread(target=self._run, args=(path, sha256), name="cropfeed-check", daemon=True)
+        self._thread.start()
+
+    def wait(self) -> None:
+        """Raise UserError if the file is damaged."""
+        self._thread.join()
+        if self.problem:
+            raise UserError(self.problem, "make the shards again")
+
+    def _run(self, path: Path, sha256: str) -> None:
+        try:
+            with path.open("rb") as stream:
+                found = hashlib.file_digest(stream, "sha256").hexdigest()
+            self.problem = "" if found == sha256 else f"{path}: its SHA-256 is not the one in manifest.json"
+        except OSError as error:
+            self.problem = f"{path}: cannot be read ({error})"
+
+
 class ShardSet:
     """One split of a data set: random access to encoded images. Start-up and memory do not grow with the number of samples.
 
@@ -206,13 +233,19 @@ class ShardSet:
         self._downloads = _download_bar(split, self.shards, self._entry["shards"])
         self._prefetcher = Prefetcher(_fetcher(self.cache, self._urls, self._entry["shards"], self._downloads))
         weakref.finalize(self, self._prefetcher.close)
+        self._check: BackgroundCheck | None = None
         self.samples = self._open_samples(files.join(root, self._entry["samples"]))
 
     def __len__(self) -> int:
         return len(self.samples)
 
     def read(self, index: int) -> npt.NDArray[np.uint8]:
-        """The encoded image of one sample: uint8 (bytes,), a view of the mapped shard, or a copy from the cache."""
+        """The encoded image of one sample: uint8 (bytes,), a view of the mapped shard, or a copy from the cache.
+
+        Raises UserError for damaged shards, or once samples.npy was found to be damaged, see `BackgroundCheck`.
+        """
+        if self._check and self._check.problem:
+            self._check.wait()
         record = self.samples[index]
         shard, offset, count = int(record["shard"]), int(record["offset"]), int(record["bytes"])
         if self.cache:
@@ -276,6 +309,10 @@ class ShardSet:
             raise UserError(f"{path}: cannot be read ({error})", "make the shards again") from error
         if samples.dtype != SAMPLE or len(samples) != self._entry["images"]:
             raise UserError(f"{path}: does not match manifest.json", "make the shards again")
+        if not self.cache:  # the cache checks what it downloads
+            self._check = BackgroundCheck(local, sha256)
+            if samples.nbytes <= _CHECKED_AT_ONCE:
+                self._check.wait()
         return samples
 
     def _read_cached(self, cache: ShardCache, shard: int, offset: int, count: int) -> npt.NDArray[np.uint8]:

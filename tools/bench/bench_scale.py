@@ -9,6 +9,7 @@ tools/bench/results/scale.csv.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import random
 import resource
@@ -60,12 +61,15 @@ def write_data(source: Manifest, folder: Path, count: int) -> None:
         }
         for number in range(-(-count // size))
     ]
-    manifest = json.loads((Path(source.root) / "manifest.json").read_text())
-    split = {"images": count, "samples": "train/samples.npy", "samples_sha256": "0", "shards": shards}
-    manifest["splits"] = {"train": split}
     (folder / "train").mkdir(parents=True)
+    samples = folder / "train/samples.npy"
+    np.lib.format.open_memmap(samples, "w+", SAMPLE, (count,)).flush()  # sparse: nothing is written
+    with samples.open("rb") as stream:
+        sha256 = hashlib.file_digest(stream, "sha256").hexdigest()
+    manifest = json.loads((Path(source.root) / "manifest.json").read_text())
+    split = {"images": count, "samples": "train/samples.npy", "samples_sha256": sha256, "shards": shards}
+    manifest["splits"] = {"train": split}
     (folder / "manifest.json").write_text(json.dumps(manifest))
-    np.lib.format.open_memmap(folder / "train/samples.npy", "w+", SAMPLE, (count,)).flush()  # sparse: nothing is written
 
 
 def measure(folder: Path) -> dict[str, float]:

@@ -5,6 +5,7 @@ import json
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import webdataset
 from PIL import Image
 
 from pipeline.errors import UserError
+from pipeline.store import shards
 from pipeline.store.shards import ShardSet, label_digits
 from tests.helpers import open_image
 
@@ -150,3 +152,27 @@ def test_a_relative_path_stays_valid_after_chdir(small_shards: Path, tmp_path: P
     monkeypatch.chdir(tmp_path)
     assert np.array_equal(stored.read(20), ShardSet(f"file://{small_shards}", "train").read(20))
     assert stored.locate(20) == f"{small_shards}/train/000001.tar: {stored.key(20)}"
+
+
+@pytest.mark.parametrize("field", ["label", "shard", "offset", "bytes"])
+def test_one_flipped_bit_in_the_samples_is_noticed(
+    small_shards: Path, tmp_path: Path, field: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """When the split is opened or, if that would take long, while it is read."""
+    shutil.copytree(small_shards, tmp_path / "data")
+    path = tmp_path / "data" / "train" / "samples.npy"
+    samples = np.load(path)
+    samples[field][7] ^= 1
+    np.save(path, samples)
+    with pytest.raises(UserError, match=r"samples.npy: its SHA-256 is not the one in manifest.json"):
+        ShardSet(tmp_path / "data", "train")
+    monkeypatch.setattr(shards, "_CHECKED_AT_ONCE", 0)
+    late = ShardSet(tmp_path / "data", "train")
+    with pytest.raises(UserError, match=r"samples.npy: its SHA-256"):
+        read_for(late, seconds=30)
+
+
+def read_for(stored: ShardSet, seconds: float) -> None:
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        stored.read(0)
