@@ -9,6 +9,7 @@ import os
 import shutil
 import tarfile
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -338,7 +339,7 @@ def test_names_that_are_no_utf8(tmp_path: Path) -> None:
             file.write(jpeg(random_image(40, 50)))
     shards = {}
     for locale in ("C.UTF-8", "en_US.ISO-8859-1", "C"):
-        environment = {"LC_ALL": locale, "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+        environment: dict[str, Any] = {"LC_ALL": locale, "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
         result = run_script("tools/make_shards.py", tmp_path / "src", "--out", tmp_path / locale, **environment)
         assert result.returncode == 0, result.stderr
         shards[locale] = {file.name: file.read_bytes() for file in sorted((tmp_path / locale).rglob("*")) if file.is_file()}
