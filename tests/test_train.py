@@ -107,6 +107,7 @@ def test_two_processes_share_the_epoch(small_shards: Path, tmp_path: Path) -> No
     assert (tmp_path / "run" / "model.safetensors").exists()
 
 
+@pytest.mark.slow
 def test_without_an_output_the_run_is_the_latest(small_shards: Path, tmp_path: Path) -> None:
     """Train without --output, then evaluate runs/latest, as in the README."""
     options = ("--data", small_shards, "--arch", "resnet18", "--epochs", 1, "--batch-size", 20, "--image-size", 32)
@@ -145,6 +146,7 @@ def test_blocks_random_resized_crops_and_a_corrupt_image(small_shards: Path, tmp
     assert_refused(without_progress(stopping), f"{shards.locate(7)}: cannot be decoded", "make the shards again")
 
 
+@pytest.mark.slow
 def test_tuned_settings_and_the_profilers_command_when_a_run_waits(
     small_shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -180,6 +182,7 @@ def test_tuned_settings_and_the_profilers_command_when_a_run_waits(
     assert (spec.engine, command.threads, command.prefetch) == ("cpu", 2, 1)
 
 
+@pytest.mark.slow
 def test_launches_that_would_not_train_in_parallel_are_refused(small_shards: Path, tmp_path: Path) -> None:
     if torch.cuda.is_available():
         pytest.skip("these launches are correct on a machine with a GPU")

@@ -37,6 +37,7 @@ pytestmark = pytest.mark.usefixtures("one_core")
 TORCHRUN = torchrun(29612)
 
 
+@pytest.mark.slow
 def test_a_run_killed_20_times_ends_bit_identical(small_shards: Path, finished: Path, tmp_path: Path) -> None:
     """Every second kill comes while a checkpoint is written, before one of its renames and fsyncs."""
     rng = random.Random(4)
@@ -108,6 +109,7 @@ def test_a_non_finite_loss_stops_the_run_and_lists_the_images(small_shards: Path
     assert assert_checkpoints_are_complete(run) == 1
 
 
+@pytest.mark.slow
 def test_a_run_resumes_on_two_processes_and_restarts_after_a_rank_died(
     small_shards: Path, finished: Path, tmp_path: Path
 ) -> None:
@@ -169,6 +171,7 @@ def test_a_run_that_ends_within_an_epoch_resumes_there(small_shards: Path, finis
     assert traces(trace) == {place: expected[place] for place in sorted(expected)[:14]}
 
 
+@pytest.mark.slow
 def test_a_plateau_divides_the_rate_and_a_resumed_run_remembers_it(small_shards: Path, tmp_path: Path) -> None:
     """With a negligible learning rate the error never improves, so every second validation after the first one divides the
     rate."""

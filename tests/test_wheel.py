@@ -80,6 +80,7 @@ def run(*command: object, cwd: Path) -> subprocess.CompletedProcess[str]:
     )
 
 
+@pytest.mark.slow
 def test_the_wheel_holds_the_library_and_nothing_else(wheel: Path) -> None:
     names = zipfile.ZipFile(wheel).namelist()
     assert {name.split("/")[0] for name in names} == {"cropfeed", f"{wheel.name.split('-py3')[0]}.dist-info"}
@@ -88,6 +89,7 @@ def test_the_wheel_holds_the_library_and_nothing_else(wheel: Path) -> None:
     assert inside == there | {"py.typed", "store/imagenet_classes.txt"}
 
 
+@pytest.mark.slow
 def test_a_wheel_can_be_built_from_the_sdist(tmp_path: Path) -> None:
     with tarfile.open(build("sdist", tmp_path / "sdist")) as tar:
         tar.extractall(tmp_path, filter="data")
@@ -98,6 +100,7 @@ def test_a_wheel_can_be_built_from_the_sdist(tmp_path: Path) -> None:
     assert {"cropfeed/engines/cpu.py", "cropfeed/store/imagenet_classes.txt"} <= set(zipfile.ZipFile(made).namelist())
 
 
+@pytest.mark.slow
 def test_images_are_converted_loaded_and_a_loader_resumed(environment: Path, tmp_path: Path) -> None:
     write_image_folder(tmp_path / "images", classes=3, train=11, val=3)
     command = environment / "cropfeed"
@@ -119,6 +122,7 @@ def test_images_are_converted_loaded_and_a_loader_resumed(environment: Path, tmp
     assert "damaged" in damaged.stderr
 
 
+@pytest.mark.slow
 def test_an_unknown_command_is_refused_in_one_line(environment: Path, tmp_path: Path) -> None:
     result = run(environment / "cropfeed", "shard", cwd=tmp_path)
     assert (result.returncode, result.stderr) == (

@@ -8,6 +8,8 @@ from typing import Any, cast
 import torch
 from torch import nn
 
+from pipeline.progress import announce_if_slow
+
 MODES = ("default", "reduce-overhead", "max-autotune")  # of torch.compile; reduce-overhead uses CUDA graphs
 
 
@@ -22,13 +24,13 @@ def compile_model(
     mode: one of MODES. inputs: arguments of the forward pass, as in training. autocast: returns the context manager of the
     forward pass. report: prints a line.
     """
-    report(f"torch.compile ({mode}) compiles the model; this takes one to ten minutes")
     before = [buffer.clone() for buffer in model.buffers()]
     compiled = cast(nn.Module, torch.compile(model, mode=mode))
     try:
-        with autocast():
-            loss = compiled(*inputs).float().square().mean()
-        loss.backward()
+        with announce_if_slow(f"compiling the model (torch.compile, {mode}), which takes one to ten minutes"):
+            with autocast():
+                loss = compiled(*inputs).float().square().mean()
+            loss.backward()
     except Exception as error:  # compilers, linkers and drivers raise all kinds
         reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
         report(f"torch.compile does not work here ({reason.strip()[:200]}); training in eager mode")

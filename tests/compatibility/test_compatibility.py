@@ -52,6 +52,7 @@ def test_shards_have_the_same_bytes(profile: str, tmp_path: Path) -> None:
     assert_same_files(convert(tmp_path / "data", profile), profile)
 
 
+@pytest.mark.slow
 def test_lossless_shards_and_their_manifest_are_the_same(lossless: Path) -> None:
     assert_same_files(lossless, "lossless")
     found, expected = (json.loads(path.read_text()) for path in (lossless / "manifest.json", HERE / "manifest.json"))

@@ -161,6 +161,7 @@ def test_file_names_give_the_architecture() -> None:
         assert arch_of_name(name) == arch, name
 
 
+@pytest.mark.slow
 def test_timm_folders(tmp_path: Path) -> None:
     weights = torchvision_state("resnet18", 7)
     folder = write_timm_folder(tmp_path / "new", weights)
@@ -230,6 +231,7 @@ def test_hub_repositories_load_from_the_cache(tmp_path: Path, monkeypatch: pytes
             weights_file(source)
 
 
+@pytest.mark.slow
 def test_mismatches_are_named(tmp_path: Path) -> None:
     weights = torchvision_state("resnet18", 7)
     deep = {name.replace("conv1.", "conv1.0.") if name == "conv1.weight" else name: value for name, value in weights.items()}
@@ -280,6 +282,7 @@ def test_cropfeeds_files_contain_architecture_and_classes(tmp_path: Path) -> Non
         load_model(tmp_path / "bad.safetensors", None, SEVEN)
 
 
+@pytest.mark.slow
 def test_initial_weights_for_fine_tuning(tmp_path: Path) -> None:
     weights = torchvision_state("resnet18", 7)
     torch.save(weights, tmp_path / "model.pth")

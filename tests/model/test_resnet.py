@@ -146,6 +146,7 @@ def test_multiply_adds_of_a_model_follow_from_its_shapes() -> None:
     assert describe("resnet20", 64).multiply_adds == 4 * (hand - 640) + 640
 
 
+@pytest.mark.slow
 def test_the_table_lists_all_models() -> None:
     lines = table([describe(arch) for arch in ARCHS]).splitlines()[1:]
     assert [line.split()[0] for line in lines] == list(ARCHS)

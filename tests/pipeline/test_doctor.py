@@ -56,6 +56,7 @@ def expect(lines: list[Line], status: str, found: str = "", remedy: str = "") ->
     assert bool(line.remedy) == (status != "ok"), line
 
 
+@pytest.mark.slow
 def test_this_machine_with_data(small_shards: Path, tmp_path: Path) -> None:
     result = run_script("tools/doctor.py", small_shards, "--json", tmp_path / "lines.json")
     assert result.returncode == 0, result.stdout + result.stderr

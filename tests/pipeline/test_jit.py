@@ -67,6 +67,7 @@ def run(package: Path) -> list[object]:
     return found
 
 
+@pytest.mark.slow
 def test_compiled_code_is_cached_until_a_source_changes(package: Path) -> None:
     assert run(package) == [20, [1, 1, 1], 0, 0]
     (package / "other.py").write_text("NUMBER = 1\n")  # compiles nothing
@@ -77,6 +78,7 @@ def test_compiled_code_is_cached_until_a_source_changes(package: Path) -> None:
     assert (package / "high.py").stat().st_mtime_ns == before
 
 
+@pytest.mark.slow
 def test_cached_code_may_refer_to_a_class_that_no_longer_exists(package: Path) -> None:
     low = "from typing import NamedTuple\nclass Old(NamedTuple):\n    step: int\n" + LOW.replace("+ STEP", "+ Old(1).step")
     high = HIGH.replace("low(x)", "low(x) * Old(1).step").replace("import low", "import Old, low")
@@ -90,6 +92,7 @@ def test_cached_code_may_refer_to_a_class_that_no_longer_exists(package: Path) -
     assert run(package) == [20, [1, 1, 1], 0, 0]
 
 
+@pytest.mark.slow
 def test_two_names_of_one_package_do_not_share_a_cache(package: Path) -> None:
     """As with `pipeline` and `cropfeed` of an editable install."""
     assert run(package) == [20, [1, 1, 1], 0, 0]

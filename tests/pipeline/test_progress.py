@@ -123,6 +123,7 @@ def test_verifying_shards(small_shards: Path, slow: Callable[..., None], capsys:
     said(capsys, "verifying train: 100%", "verifying val: 100%", "B/s")
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("impatient")
 def test_unpacking_a_tar(
     image_folder: Path, large_tar: Path, tmp_path: Path, slow: Callable[..., None], capsys: pytest.CaptureFixture[str]

@@ -48,6 +48,7 @@ def write_weights(path: Path, names: dict[str, str]) -> Path:
     return path
 
 
+@pytest.mark.slow
 def test_tables_show_names(named: Path, tmp_path: Path) -> None:
     weights = write_weights(tmp_path / "model.safetensors", {})
     result = run_forked(

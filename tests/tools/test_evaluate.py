@@ -89,6 +89,7 @@ def test_figures_agree_with_training_and_checkpoints_are_read(small_shards: Path
         (tmp_path / "moved.safetensors").rename(run / "model.safetensors")
 
 
+@pytest.mark.slow
 def test_torchvision_style_weights(small_shards: Path, run: Path, tmp_path: Path) -> None:
     weights, _ = load_weights(run / "model.safetensors")
     torch.save(weights, tmp_path / "model.pth")

@@ -135,6 +135,7 @@ def by_sample(data: Path, paths: list[Path]) -> list[int]:
     return [next(place for place, name in enumerate(names) if key.endswith(name.split("/")[1])) for key in keys]
 
 
+@pytest.mark.slow
 def test_schemes_equal_a_plain_evaluation(
     image_folder: Path, small_shards: Path, models: dict[str, Path], tmp_path: Path, evaluated: Callable[..., dict[str, Any]],
     capsys: pytest.CaptureFixture[str],
@@ -176,6 +177,7 @@ def test_schemes_equal_a_plain_evaluation(
     assert [float(row["top1"]) for row in rows] == pytest.approx([right[labels[order] == label].mean() for label in range(3)])
 
 
+@pytest.mark.slow
 def test_tables_show_the_first_scheme_and_scales_can_be_chosen(
     image_folder: Path, small_shards: Path, models: dict[str, Path], tmp_path: Path, evaluated: Callable[..., dict[str, Any]]
 ) -> None:
@@ -237,6 +239,7 @@ def squares(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     return found[0], found[1]
 
 
+@pytest.mark.slow
 def test_fully_convolutional_testing_at_224_equals_the_centre_crop(
     squares: tuple[Path, Path], tmp_path: Path, evaluated: Callable[..., dict[str, Any]]
 ) -> None:
@@ -259,6 +262,7 @@ def test_fully_convolutional_testing_at_224_equals_the_centre_crop(
     np.testing.assert_allclose(mirrored["multi-scale"], given["multi-scale"], atol=1e-4)
 
 
+@pytest.mark.slow
 def test_ensembles_of_models_and_saved_predictions_are_weighted_averages(
     small_shards: Path, models: dict[str, Path], tmp_path: Path, evaluated: Callable[..., dict[str, Any]],
     capsys: pytest.CaptureFixture[str],

@@ -103,6 +103,7 @@ def exported(saved: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -
     return {arch: folder / arch for arch in saved}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("config", [channels(), mean_image()], ids=lambda config: config.arch)
 def test_graphs_take_raw_pixels(config: ModelConfig, exported: dict[str, Path]) -> None:
     folder, model = exported[config.arch], model_of(config.arch)
@@ -124,6 +125,7 @@ def test_graphs_take_raw_pixels(config: ModelConfig, exported: dict[str, Path]) 
     assert json.loads(extra["recipe.json"]) == facts
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("arch", "size"), [("resnet18_a", 32), ("resnet20", 32)])
 def test_graphs_of_other_models_and_of_small_images(arch: str, size: int, tmp_path: Path) -> None:
     """At 32 pixels, the last feature map of a resnet18 is a single pixel. torch.export then allows no other sizes."""

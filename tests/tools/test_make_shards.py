@@ -245,6 +245,7 @@ def test_a_split_without_any_usable_image_is_refused(tmp_path: Path) -> None:
     assert not (tmp_path / "out" / "manifest.json").exists()
 
 
+@pytest.mark.slow
 def test_shards_made_by_several_jobs_in_any_order(image_folder: Path, lossless: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     for part, missing in (("4-99", 4), ("0", 3), ("2-3", 1)):
@@ -294,6 +295,7 @@ def stop(process: subprocess.Popen[str], how: signal.Signals, reached: Callable[
     return process.returncode
 
 
+@pytest.mark.slow
 def test_a_run_stopped_anywhere_can_be_resumed(image_folder: Path, lossless: Path, tmp_path: Path) -> None:
     """After Ctrl-C and repeated SIGKILLs, the last run gives the bytes of an uninterrupted one."""
     out, rng = tmp_path / "out", np.random.default_rng(0)
@@ -320,6 +322,7 @@ def test_a_run_stopped_anywhere_can_be_resumed(image_folder: Path, lossless: Pat
     assert digests(out) == digests(lossless)
 
 
+@pytest.mark.slow
 def test_intact_shards_are_kept_and_damaged_ones_made_again(image_folder: Path, lossless: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     assert make(image_folder, out, "--shards", "0-4").returncode == 0
@@ -335,6 +338,7 @@ def test_intact_shards_are_kept_and_damaged_ones_made_again(image_folder: Path, 
     assert digests(out) == digests(lossless)
 
 
+@pytest.mark.slow
 def test_verify_names_shard_and_sample_of_any_flipped_bit(lossless: Path, tmp_path: Path) -> None:
     result = run_script("tools/make_shards.py", "--verify", lossless)
     assert result.returncode == 0

@@ -3,6 +3,7 @@ from __future__ import annotations
 import time
 from pathlib import Path
 
+import pytest
 import torch
 from safetensors.torch import load_file
 
@@ -58,6 +59,7 @@ for step in range(1, 100000):
 """
 
 
+@pytest.mark.slow
 def test_the_last_checkpoint_is_complete_whenever_the_process_is_killed(tmp_path: Path) -> None:
     reached = 0
     script, folder = tmp_path / "saver.py", tmp_path / "checkpoints"

@@ -24,7 +24,7 @@ def test_a_compiled_model_gives_the_same_results_and_the_trial_changes_nothing(
     before = {name: value.clone() for name, value in model.state_dict().items()}
     messages: list[str] = []
     compiled = compile_model(model, "default", [torch.zeros(5, 3, 8, 8)], nullcontext, messages.append)
-    assert messages == ["torch.compile (default) compiles the model; this takes one to ten minutes"]
+    assert messages == []
     assert compiled is not model
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     assert all(parameter.grad is None for parameter in model.parameters())
@@ -46,5 +46,5 @@ def test_a_model_that_cannot_be_compiled_falls_back_to_eager_mode(model: nn.Modu
     monkeypatch.setattr(torch, "compile", broken)
     messages: list[str] = []
     assert compile_model(model, "default", [torch.zeros(5, 3, 8, 8)], nullcontext, messages.append) is model
-    assert messages[1:] == ["torch.compile does not work here (no compiler here); training in eager mode"]
+    assert messages == ["torch.compile does not work here (no compiler here); training in eager mode"]
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())

@@ -254,6 +254,7 @@ def test_autocast_is_close_to_float32(run: Callable[..., Outcome], small_shards:
     assert parsed(small_shards, "--mixed-precision", "fp16").amp == "fp16"
 
 
+@pytest.mark.slow
 @covers("--compile")
 def test_failing_compilation_is_reported_and_changes_nothing(
     run: Callable[..., Outcome], small_shards: Path, tmp_path: Path
@@ -433,6 +434,7 @@ def test_resume_needs_a_checkpoint_unless_it_is_auto(run: Callable[..., Outcome]
     assert config["id"] == run_id
 
 
+@pytest.mark.slow
 @covers("--recipe", "--list")
 def test_options_from_a_recipe_and_the_list_of_models(capsys: pytest.CaptureFixture[str]) -> None:
     options = parse_arguments(None, ["--data", "x", "--recipe", "strong", "--lr", "0.7"])

@@ -14,6 +14,7 @@ from training.metrics import read_metrics
 pytestmark = pytest.mark.usefixtures("one_core")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", recipes())
 def test_a_few_steps_of_each_recipe(name: str, small_shards: Path, tmp_path: Path) -> None:
     """Length, batch size and image sizes are reduced. Compilation, which takes minutes on a CPU, is made to fail."""

@@ -70,6 +70,7 @@ def exact(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make(root / "images", root / "shards")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 def test_padded_crops_are_expanded_and_cropped(exact: Path, engine: str, device: str) -> None:
     """The reference is made step by step in Pillow: resize, pad by 4 zeros, crop, mirror. Visible padding is exactly 0."""
@@ -110,6 +111,7 @@ def test_padding_is_zero_before_normalization(exact: Path, engine: str, dtype: t
     assert (plain == 0).any()
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not SHARED.exists(), reason="the real ImageNet images are not on this machine")
 def test_pixels_of_real_images_equal_the_reference(engine: str, tmp_path: Path) -> None:
     with tarfile.open(SHARED / "imagenet-400.tar") as tar:

@@ -21,6 +21,7 @@ from tests.pipeline.contract.conftest import WITHOUT
 from tests.pipeline.contract.helpers import differences, ids, spec_for
 
 
+@pytest.mark.slow
 def test_training_follows_the_plan(small: Path, engine: str) -> None:
     loader = open_loader(spec_for(small, engine, seed=3))
     assert len(loader) == 7

@@ -188,6 +188,7 @@ def assert_near(found: Any, expected: Any, mean: float) -> None:
     assert np.abs(found.astype(int) - expected).mean(axis=(1, 2, 3)).max() < mean
 
 
+@pytest.mark.slow
 def test_samples_and_labels_in_order(read: Read, originals: ShardSet) -> None:
     for name in ("region", "region_ours", "raw", "jpg", "jpg_ours"):
         assert np.array_equal(read[f"{name}_label"][:, 0], originals.samples["label"])
@@ -319,6 +320,7 @@ if __name__ == "__main__":
 """
 
 
+@pytest.mark.slow
 def test_a_killed_writer_leaves_no_file_and_no_workers(small_shards: Path, tmp_path: Path) -> None:
     script = tmp_path / "killed.py"
     script.write_text(KILLED)

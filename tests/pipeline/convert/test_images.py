@@ -301,6 +301,7 @@ print(refused, kept, cuts)
 """
 
 
+@pytest.mark.slow
 def test_mutants_are_stored_or_refused(tmp_path: Path) -> None:
     """Bit flips, truncations and stray markers, with bounds checking on: each image is left out, or stored and cut exactly."""
     refused, kept, cuts = run_mutants(MUTATE, tmp_path)

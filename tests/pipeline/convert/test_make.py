@@ -17,6 +17,7 @@ if os.environ.get("CROPFEED_WITHOUT") == "ffcv":
     pytest.skip("FFCV is not installed; see the output of make", allow_module_level=True)
 
 
+@pytest.mark.slow
 def test_both_formats_are_one_data_set(image_folder: Path, tmp_path: Path) -> None:
     from ffcv.fields import IntField, RGBImageField
     from ffcv.reader import Reader
@@ -43,6 +44,7 @@ def test_both_formats_are_one_data_set(image_folder: Path, tmp_path: Path) -> No
     assert digests(out) == before
 
 
+@pytest.mark.slow
 def test_format_ffcv_keeps_no_tars(image_folder: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     result = make(image_folder, out, "--format", "ffcv", "--ffcv-mode", "jpg", "--ffcv-max-resolution", 64)

@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 
 import psutil
+import pytest
 
 from tests.helpers import ROOT, assert_refused, clean_environment, run_script, without_progress
 from tests.tools.test_make_shards import digests
@@ -32,6 +33,7 @@ cluster.shutdown()
 """
 
 
+@pytest.mark.slow
 def test_a_dying_node_changes_no_bytes(image_folder: Path, tmp_path: Path) -> None:
     expected, out = tmp_path / "expected", tmp_path / "out"
     options = ("--shard-size", 3, "--workers", 1)

@@ -24,6 +24,7 @@ def download(url: str, folder: Path) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_from_s3_to_s3_gives_the_local_bytes(image_folder: Path, s3: str, tmp_path: Path) -> None:
     """After a kill, every visible file is complete, and the next run resumes."""
     assert make(image_folder, tmp_path / "expected").returncode == 0
@@ -43,6 +44,7 @@ def test_from_s3_to_s3_gives_the_local_bytes(image_folder: Path, s3: str, tmp_pa
     assert digests(download(f"{s3}/shards", tmp_path / "found")) == digests(tmp_path / "expected")
 
 
+@pytest.mark.slow
 def test_verify_and_repair_on_s3(image_folder: Path, s3: str) -> None:
     out = f"{s3}/shards"
     assert make(image_folder, out).returncode == 0
@@ -58,6 +60,7 @@ def test_verify_and_repair_on_s3(image_folder: Path, s3: str) -> None:
     assert run_script("tools/make_shards.py", "--verify", out).returncode == 0
 
 
+@pytest.mark.slow
 def test_missing_sources_and_outputs_are_named(image_folder: Path, s3: str, tmp_path: Path) -> None:
     assert_refused(make(f"{s3}/nothing", tmp_path / "out"), f"{s3}/nothing: no such folder")
     result = without_progress(make(image_folder, "s3://no-such-bucket-here/out"))

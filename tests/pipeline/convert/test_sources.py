@@ -165,6 +165,7 @@ def test_foreign_webdataset_tars(tmp_path: Path) -> None:
         assert stored(tmp_path / "out", split) == expected[split]
 
 
+@pytest.mark.slow
 def test_cropfeeds_own_shards_are_a_source(small_shards: Path, tmp_path: Path) -> None:
     """Conversion of original shards to lossless ones keeps classes, labels and keys."""
     result = run_script("tools/make_shards.py", small_shards, "--out", tmp_path / "out")

@@ -33,6 +33,7 @@ def large_shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root / "shards"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("geometry", [RandomResizedCrop(area=(0.8, 1)), TenCrop(64), CentreCrop(56)])
 def test_downscaled_borders_match_pillow(large_shards: Path, geometry: RandomResizedCrop | TenCrop | CentreCrop) -> None:
     spec = LoaderSpec(large_shards, batch_size=4, image_size=56, geometry=geometry)

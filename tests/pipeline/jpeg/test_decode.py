@@ -134,6 +134,7 @@ print(refused, decoded)
 """
 
 
+@pytest.mark.slow
 def test_damaged_data_does_not_crash(tmp_path: Path) -> None:
     """Bit flips, truncations and stray markers with bounds checking on."""
     refused, survived = run_mutants(MUTATE, tmp_path)

@@ -323,6 +323,7 @@ print(refused, kept)
 """
 
 
+@pytest.mark.slow
 def test_damaged_data_does_not_crash(tmp_path: Path) -> None:
     """Bit flips, truncations and stray markers, with bounds checking on, cause no error but RegionError, and no hang."""
     refused, kept = run_mutants(MUTATE, tmp_path)

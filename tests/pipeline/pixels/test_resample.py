@@ -162,7 +162,7 @@ def test_damage_is_reported(transcoded: bool) -> None:
         with pytest.raises(CorruptImageError):
             Decoder().make_views(bad, 250, 350, WINDOWS, FLIPS, out)
         assert why_corrupt(bad)
-    with pytest.raises(CorruptImageError, match="250 x 350 pixels, not the 100 x 350"):
+    with pytest.raises(CorruptImageError, match="has 250 x 350 pixels, but was stored as 100 x 350"):
         Decoder().make_views(np.frombuffer(jpeg(random_image(250, 350)), np.uint8), 100, 350, WINDOWS[1:2], FLIPS[:1], out[:1])
     assert why_corrupt(np.frombuffer(data, np.uint8)) is None
 

@@ -284,6 +284,7 @@ def test_a_changed_object_is_refused(small_shards: Path, remote: str, s3: str, t
         list(open_loader(spec_for(remote, cache=tmp_path)))
 
 
+@pytest.mark.slow
 def test_training_and_evaluation_from_a_url(
     small_shards: Path, remote: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -239,6 +239,7 @@ def test_cropfeed_is_train_py_with_the_recipe() -> None:
     assert found == [str(ROOT / "train.py"), "--recipe", "imagenette", "--data", "S", "--seed", "2", "--epochs", "3"]
 
 
+@pytest.mark.slow
 def test_a_plain_run_from_start_to_rows(
     image_folder: Path, recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -50,6 +50,7 @@ def compare(images: Path, out: Path, *options: object) -> Any:
     )  # fmt: skip
 
 
+@pytest.mark.slow
 def test_figures_failures_and_missing_packages(images: Path, tmp_path: Path) -> None:
     """A contender with `false` as its Python exits at once. tensorflow is not installed."""
     only = ["dali-roi:original", "dali-plain:original", "dali-plain:500", "tf-data:original", f"{DECODE}:lossless"]
@@ -87,6 +88,7 @@ def test_figures_failures_and_missing_packages(images: Path, tmp_path: Path) -> 
     assert set(Path("/tmp").glob("cropfeed-compare-*")) <= before
 
 
+@pytest.mark.slow
 def test_images_of_shards(small_shards: Path, tmp_path: Path) -> None:
     result = compare(small_shards, tmp_path, "--only", "dali-roi:original", "cropfeed-cpu-original", "--seconds", 0.1)
     assert result.returncode == 0, result.stderr
@@ -98,6 +100,7 @@ def test_images_of_shards(small_shards: Path, tmp_path: Path) -> None:
     assert ratios["cropfeed-cpu-original"] > 0
 
 
+@pytest.mark.slow
 def test_wrong_options_are_refused(images: Path, tmp_path: Path) -> None:
     assert_refused(compare(images, tmp_path, "--only", "nobody"), "--only nobody", "dali-roi")
     (tmp_path / "x.tar").write_text("no tar")
@@ -171,6 +174,7 @@ def contender(name: str) -> Contender:
     return Contender(name, "original", f"unruly:{name}", ("nothing",), 0)
 
 
+@pytest.mark.slow
 def test_a_failing_contender_does_not_stop_the_others(unruly: Job) -> None:
     names = ["dies", "batches", "raises", "in_a_thread", "other_shape", "leaves_a_child"]
     results = measure([contender(name) for name in names], {"original": unruly}, 3, 0.3, {}, {})

@@ -23,6 +23,7 @@ from tools.profiler.training import Model
 from training.options import make_sizes
 
 
+@pytest.mark.slow
 def test_all_parts_run_on_a_cpu(image_folder: Path, tmp_path: Path) -> None:
     result = run_forked(
         "tools/bench/gpu_check.py", "--device", "cpu", "--arch", "resnet18", "--batch-size", 8, "--image-size", 64,
@@ -87,6 +88,7 @@ def measured_steps(tmp_path: Path) -> dict[tuple[str, str], dict[str, str]]:
         return {(row["engine"], row["metric"]): row for row in csv.DictReader(stream)}
 
 
+@pytest.mark.slow
 def test_steps_are_compared_with_other_packages(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -49,6 +49,7 @@ def done(small_shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_rows_hold_the_figures_of_the_runs(done: Path) -> None:
     with (done / "rows.csv").open(newline="") as stream:
         found = {(row["benchmark"], row["metric"]): row for row in csv.DictReader(stream)}
@@ -84,6 +85,7 @@ def test_models_are_trained_with_the_same_options_and_shown_in_the_figure(done: 
     assert blue[:, middle:].sum() > 100
 
 
+@pytest.mark.slow
 def test_a_second_start_trains_only_unfinished_runs(small_shards: Path, done: Path, tmp_path: Path) -> None:
     shutil.copytree(done / "runs", tmp_path / "runs", symlinks=True)
     for path in tmp_path.glob("runs/*/config.json"):  # the commands contain the folders
@@ -101,6 +103,7 @@ def test_a_second_start_trains_only_unfinished_runs(small_shards: Path, done: Pa
         assert all(torch.equal(resumed[name], undisturbed[name]) for name in undisturbed)
 
 
+@pytest.mark.slow
 def test_bad_input_is_refused(small_shards: Path, done: Path, tmp_path: Path) -> None:
     assert_refused(degradation(small_shards, done, training=("--", "--iterations", 5)), "plain20-seed0", "other options")
     assert_refused(degradation(small_shards, tmp_path, training=("--", "--arch", "plain18")), "--arch is not allowed after `--`")

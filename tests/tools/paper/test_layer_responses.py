@@ -21,6 +21,7 @@ pytestmark = pytest.mark.usefixtures("one_core")
 CPU = torch.device("cpu")
 
 
+@pytest.mark.slow
 def test_two_models_in_one_figure(small_shards: Path, tmp_path: Path) -> None:
     classes = Manifest(small_shards).classes
     torch.manual_seed(0)

@@ -83,6 +83,7 @@ def assert_predicted(found: dict[str, Any], repeats: int = 3) -> None:
     assert abs(applied["predicted_gain"] / applied["measured_gain"] - 1) <= NEAR, applied
 
 
+@pytest.mark.slow
 def test_slow_storage(small_shards: Path) -> None:
     """Reading is slow, but a copy in memory is not slowed down. The emulated train step waits instead of computing."""
     found = checked(profile(options(small_shards, demand=DEMAND / 2, planted=Planted("reader", 0.2))))
@@ -95,6 +96,7 @@ def test_slow_storage(small_shards: Path) -> None:
     assert_predicted(found)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("slow_decoding")
 def test_one_decoding_thread(small_shards: Path) -> None:
     """Five repeats: with three, a gain of 1.9 is not significant if another test occupies the cores during one of them."""
@@ -107,6 +109,7 @@ def test_one_decoding_thread(small_shards: Path) -> None:
     assert_predicted(found, repeats=5)
 
 
+@pytest.mark.slow
 def test_slow_model(small_shards: Path) -> None:
     found = checked(profile(options(small_shards, demand=DEMAND, planted=Planted("model", 10))))
     verdict = found["verdict"]
@@ -116,6 +119,7 @@ def test_slow_model(small_shards: Path) -> None:
     assert_predicted(found)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("slow_decoding")
 def test_without_a_demand_the_verdict_is_on_the_loader(small_shards: Path) -> None:
     found = checked(profile(options(small_shards)))
@@ -127,6 +131,7 @@ def test_without_a_demand_the_verdict_is_on_the_loader(small_shards: Path) -> No
     )
 
 
+@pytest.mark.slow
 def test_the_script_with_model_tuning_and_plan(small_shards: Path, tmp_path: Path) -> None:
     """JSON, report, tuned settings, the plan of a cluster, and a real model."""
     file, report, tuned = tmp_path / "out" / "p.json", tmp_path / "report", tmp_path / "tuned.json"
@@ -148,6 +153,7 @@ def test_the_script_with_model_tuning_and_plan(small_shards: Path, tmp_path: Pat
     assert {path.name for path in report.iterdir()} == {"report.html", "stages.png", "threads.png", "timeline.png"}
 
 
+@pytest.mark.slow
 def test_a_folder_of_images(image_folder: Path, tmp_path: Path) -> None:
     file = tmp_path / "p.json"
     result = run_script(
@@ -159,6 +165,7 @@ def test_a_folder_of_images(image_folder: Path, tmp_path: Path) -> None:
     assert (found["data"]["profile"], found["data"]["images"]) == ("lossless", 60)
 
 
+@pytest.mark.slow
 def test_padded_crops(small_shards: Path, tmp_path: Path) -> None:
     file = tmp_path / "p.json"
     result = run_script(

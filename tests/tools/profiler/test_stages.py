@@ -76,6 +76,7 @@ def keys(samples: Samples) -> list[tuple[int, int]]:
     return [(numbers[id(plan)], place) for plan, place in samples.places]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("profile", ["original", "lossless"])
 def test_decoding_and_resampling_equal_the_engine(small_shards: Path, lossless: Path, opened: Any, profile: str) -> None:
     spec = spec_for(small_shards if profile == "original" else lossless, torch.uint8)
