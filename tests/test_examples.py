@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import re
 
+import pytest
+
 from tests.helpers import run_script
 
 
+@pytest.mark.slow
 def test_quickstart() -> None:
     """The classes differ in color, so the model learns them."""
     result = run_script("examples/quickstart.py")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import shutil
 import threading
 from collections import Counter
@@ -181,6 +183,9 @@ def test_an_image_of_another_size_than_stored_is_corrupt(small_shards: Path, tmp
     samples = np.load(copy / "val" / "samples.npy")
     samples["height"][4] += 1
     np.save(copy / "val" / "samples.npy", samples)
+    manifest = json.loads((copy / "manifest.json").read_text())
+    manifest["splits"]["val"]["samples_sha256"] = hashlib.sha256((copy / "val" / "samples.npy").read_bytes()).hexdigest()
+    (copy / "manifest.json").write_text(json.dumps(manifest))
     with pytest.raises(UserError, match=r"has \d+ x \d+ pixels, but was stored as \d+ x \d+"):
         list(MultiViewLoader(spec_for(copy), ALL))
 

@@ -38,9 +38,18 @@ def batch_of(count: int, dtype: torch.dtype = torch.float32) -> Batch:
     return Batch(images, torch.arange(count) % 3, np.arange(count))
 
 
+BEFORE: set[threading.Thread] = set()
+
+
+@pytest.fixture(autouse=True)
+def threads_of_other_tests() -> None:
+    """Loaders that other tests have left open keep their threads until they are collected."""
+    BEFORE.update(threading.enumerate())
+
+
 def prefetching() -> list[str]:
     """Names of threads that prefetch batches."""
-    return [thread.name for thread in threading.enumerate() if thread.name.startswith("cropfeed")]
+    return [thread.name for thread in threading.enumerate() if thread.name.startswith("cropfeed") and thread not in BEFORE]
 
 
 @pytest.fixture
