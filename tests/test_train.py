@@ -86,6 +86,7 @@ def test_padded_crops_in_the_recipe_cifar110(small_shards: Path, tmp_path: Path)
     assert "resnet20 at 32, crops of the padded image, 8 iterations" in (tmp_path / "rows.csv").read_text()
 
 
+@pytest.mark.slow
 def test_two_processes_share_the_epoch(small_shards: Path, tmp_path: Path) -> None:
     options = arguments(small_shards, tmp_path / "run", "--epochs", 2, "--accumulate", 2, "--mixed-precision", "bf16")
     result = run_script(

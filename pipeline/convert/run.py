@@ -28,7 +28,7 @@ _done: Synchronized[int]  # images finished by all workers of a pool, for the pr
 
 def run_local(tasks: Sequence[ShardTask], workers: int) -> None:
     """Run all tasks in `workers` processes; 1 means in this process. The first error stops all. Finished shards are kept."""
-    _compile_transcoder()
+    compile_transcoder()
     if min(workers, len(tasks)) == 1:
         with progress_bar(total=sum(len(task.sources) for task in tasks), unit=" images", smoothing=0.1, delayed=False) as bar:
             for task in tasks:
@@ -59,7 +59,7 @@ def run_local(tasks: Sequence[ShardTask], workers: int) -> None:
         pool.shutdown(cancel_futures=True)
 
 
-def _compile_transcoder() -> None:
+def compile_transcoder() -> None:
     """Compile the JPEG transcoder into numba's cache, so that the workers do not all compile it."""
     if is_cached(read_scan):
         return

@@ -47,6 +47,7 @@ def assert_same_files(out: Path, profile: str) -> None:
             assert hashlib.sha256((out / name).read_bytes()).hexdigest() == digest, name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("profile", ["compact", "original"])
 def test_shards_have_the_same_bytes(profile: str, tmp_path: Path) -> None:
     assert_same_files(convert(tmp_path / "data", profile), profile)

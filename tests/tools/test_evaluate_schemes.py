@@ -197,6 +197,7 @@ def test_tables_show_the_first_scheme_and_scales_can_be_chosen(
     assert [[int(n) for n in row[1:]] for row in list(csv.reader((tmp_path / "confusion.csv").open()))[1:]] == counts.tolist()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("engine", ["cpu", "dali"])
 def test_any_engine_can_load_one_scheme(
     engine: str, small_shards: Path, models: dict[str, Path], tmp_path: Path, evaluated: Callable[..., dict[str, Any]],

@@ -28,6 +28,7 @@ def mean_colours(folder: Path) -> tuple[np.ndarray, np.ndarray]:
     return np.array(rows), np.array(labels)
 
 
+@pytest.mark.slow
 def test_a_linear_model_on_mean_colour_cannot_tell_the_classes(demo_images: Path) -> None:
     """The accuracy of least squares on one-hot labels is not significantly better than chance, 1 in 8."""
     features, labels = mean_colours(demo_images / "train")

@@ -67,6 +67,7 @@ def test_any_number_of_workers_gives_the_same_bytes(image_folder: Path, lossless
     assert not (lossless / "conversion").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("profile", ["lossless", "compact", "original"])
 def test_profiles(image_folder: Path, tmp_path: Path, profile: str) -> None:
     assert make(image_folder, tmp_path / "out", "--profile", profile).returncode == 0
@@ -143,6 +144,7 @@ def test_bad_folders_are_refused_and_leave_nothing(image_folder: Path, tmp_path:
     assert [path.name for path in tmp_path.iterdir()] == ["src"]
 
 
+@pytest.mark.slow
 def test_bad_arguments_are_refused(image_folder: Path, lossless: Path, tmp_path: Path) -> None:
     before = digests(lossless)
     (tmp_path / "full").mkdir()

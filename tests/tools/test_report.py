@@ -26,7 +26,8 @@ from model import ARCHS, ResNet
 from model.testing import Accuracy
 from model.weights import ModelConfig, save_weights
 from pipeline.errors import UserError
-from pipeline.store.shards import Manifest
+from pipeline.plan import sampling
+from pipeline.store.shards import Manifest, ShardSet
 from tests.helpers import run_forked
 from tools import report
 from tools.reporting import curves, page, runs, worst
@@ -249,6 +250,16 @@ def test_worst_images_equal_a_plain_evaluation(
         assert f"{name} {' '.join(str(count) for count in counts if count)} " in parsed.text
 
 
+def test_the_first_crops_of_a_training_are_those_of_its_plan(finished: Path, small_shards: Path) -> None:
+    (run,) = runs.read_runs([finished])
+    shown = worst.training_images(run, str(small_shards), ["zero", "one", "two"], EvaluateOptions(data=str(small_shards)), 5)
+    assert [one.id for one in shown] == sampling.order(run.argument("seed"), 0, np.arange(5), 60).tolist()
+    labels = ShardSet(small_shards, "train").samples["label"]
+    assert [one.name for one in shown] == [["zero", "one", "two"][labels[one.id]] for one in shown]
+    side = run.argument("image_size")
+    assert {one.pixels.shape for one in shown} == {(side, side, 3)}
+
+
 def test_weights_are_the_final_ones_or_those_of_the_best_checkpoint(small_shards: Path, tmp_path: Path) -> None:
     classes, folder = Manifest(small_shards).classes, make_run(tmp_path / "a", arguments={"data": str(small_shards)})
 
@@ -441,6 +452,7 @@ def test_bad_input_is_refused(tmp_path: Path, make_page: Callable[..., Page]) ->
     assert (tmp_path / "out" / "report.html").read_bytes() == before
 
 
+@pytest.mark.slow
 def test_as_a_script(tmp_path: Path) -> None:
     result = run_forked("tools/report.py", make_run(tmp_path / "a"), "--no-evaluate", cwd=tmp_path)
     assert result.returncode == 0, result.stderr

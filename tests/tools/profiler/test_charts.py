@@ -22,6 +22,7 @@ from tests.tools.profiler.profiles import EXAMPLES, Profile, far_apart, input_bo
 from tools.profiler import charts
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("example", EXAMPLES)
 def test_no_texts_of_the_charts_overlap(example: Callable[[], Profile], monkeypatch: pytest.MonkeyPatch) -> None:
     profile = example()
