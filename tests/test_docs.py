@@ -94,7 +94,7 @@ def accept_train(words: Sequence[str]) -> TrainOptions:
 def accept_python(words: list[str]) -> None:
     if words[0] == "-c":
         compile(words[1], "command", "exec")
-    elif words[:2] == ["-m", "pytest"]:  # its options are checked when it runs
+    elif words[:2] == ["-m", "pytest"]:
         assert all((ROOT / word).exists() for word in words if word.startswith("tests"))
     elif words == ["train.py", "--list"]:
         return
@@ -189,7 +189,7 @@ def runnable(words: list[str]) -> list[str] | None:
             options, module = [*rest[:at], "--master_port", "29671"], "torch.distributed.run"
         return ["-m", module, *options, "train.py", *small_training(rest[at + 1 :])]
     if rest[:2] == ["-m", "pytest"]:
-        return [*rest, "--collect-only", "-c", "pyproject.toml", *([] if "tests/" in " ".join(rest) else ["tests"])]
+        return None  # CI runs these tests
     return [*rest, *SMALL.get(Path(rest[0]).name, "").split()]
 
 
