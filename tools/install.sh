@@ -30,7 +30,6 @@ case ",$extras," in *,ffcv,*)
 esac
 
 echo "Installing PyTorch, then the packages of the extras $extras, into $venv" >&2
-# Without --no-compile, pip would compile every Python file of PyTorch to bytecode, which takes longer than copying it.
-install="$venv/bin/python -m pip install --disable-pip-version-check --no-compile --constraint constraints.txt"
+install="$venv/bin/python -m pip install --disable-pip-version-check --constraint constraints.txt"
 $install torch
 $install --editable ".[$extras]"
