@@ -33,7 +33,7 @@ from PIL import Image
 
 from ..jpeg.region import RegionError
 from ..jpeg.transcode import transcode
-from ..pixels.decoder import to_8_bits
+from ..pixels.decoder import jpeg_header, to_8_bits
 
 PROFILES = ("lossless", "compact", "original")
 MAX_PIXELS = 178_956_970  # Pillow's limit for decompression bombs
@@ -91,10 +91,7 @@ def _has_metadata(data: bytes) -> bool:
 
 def _lossless(data: bytes, facts: tuple[str, ...]) -> ConvertedImage:
     """Transcode a baseline JPEG. Raises RegionError for other or damaged images, ValueError for too large or undecodable ones."""
-    try:
-        height, width, *_ = simplejpeg.decode_jpeg_header(data)
-    except KeyError as error:
-        raise ValueError("sampling factors that simplejpeg has no name for") from error
+    height, width, _ = jpeg_header(data)
     if height * width > MAX_PIXELS:
         raise ValueError("too many pixels")
     written = transcode(data)

@@ -68,7 +68,7 @@ class Decoder:
         piece = np.empty(len(data), np.uint8)
         length = cut_windows(data, height, width, windows, *size, piece, self._place)
         try:
-            if length < 0 and _jpeg_colorspace(data) == "CMYK":
+            if length < 0 and jpeg_header(data)[2] == "CMYK":
                 raise ValueError("libjpeg-turbo converts CMYK to RGB differently from Pillow")
             pixels: Pixels = simplejpeg.decode_jpeg(piece[:length] if length > 0 else data, buffer=self._scratch_for_place())
         except ValueError:  # CMYK, not a JPEG, or damaged
@@ -107,10 +107,11 @@ def decode_by_pillow(data: Bytes) -> Pixels:
         raise CorruptImageError(" ".join(str(error).split()) or type(error).__name__) from error
 
 
-def _jpeg_colorspace(data: Bytes | bytes) -> str:
-    """The colorspace of a JPEG by simplejpeg's names. Raises ValueError for other data."""
+def jpeg_header(data: Bytes | bytes) -> tuple[int, int, str]:
+    """Height, width and, by simplejpeg's names, colorspace of a JPEG. Raises ValueError for other data."""
     try:
-        return str(simplejpeg.decode_jpeg_header(data)[2])
+        height, width, colorspace, _ = simplejpeg.decode_jpeg_header(data)
+        return height, width, colorspace
     except KeyError as error:
         raise ValueError("sampling factors that simplejpeg has no name for") from error
 

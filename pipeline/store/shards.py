@@ -191,11 +191,10 @@ class BackgroundCheck:
 
     def _run(self, path: Path, sha256: str) -> None:
         try:
-            with path.open("rb") as stream:
-                found = hashlib.file_digest(stream, "sha256").hexdigest()
-            self.problem = "" if found == sha256 else f"{path}: its SHA-256 is not the one in manifest.json"
-        except OSError as error:
-            self.problem = f"{path}: cannot be read ({error})"
+            if files.sha256(str(path)) != sha256:
+                self.problem = f"{path}: its SHA-256 is not the one in manifest.json"
+        except UserError as error:
+            self.problem = str(error)
 
 
 class ShardSet:
