@@ -68,6 +68,7 @@ def test_lossless_shards_and_their_manifest_are_the_same(lossless: Path) -> None
     assert statistics["mean_image_sha256"] == before["mean_image_sha256"]
 
 
+@pytest.mark.slow
 def test_a_checkpoint_resumes_with_the_same_samples_draws_and_losses(lossless: Path, tmp_path: Path) -> None:
     with tarfile.open(HERE / "run.tar.gz") as tar:
         tar.extractall(tmp_path, filter="data")

@@ -150,6 +150,7 @@ def test_a_graph_that_differs_is_refused(tmp_path: Path, monkeypatch: pytest.Mon
         export_program(model, config, tmp_path / "model.pt2")  # type: ignore[arg-type]
 
 
+@pytest.mark.slow
 def test_safetensors_card_and_config(exported: dict[str, Path]) -> None:
     folder = exported["resnet18"]
     assert {path.name for path in folder.iterdir()} == {
@@ -180,6 +181,7 @@ def test_safetensors_card_and_config(exported: dict[str, Path]) -> None:
     assert content["pretrained_cfg"]["mean"] == pytest.approx((mean_image().mean.mean(axis=(0, 1)) / 255).tolist())
 
 
+@pytest.mark.slow
 def test_the_config_says_what_the_header_says(exported: dict[str, Path], tmp_path: Path) -> None:
     """If the folder is read as a timm folder, without Cropfeed's header, the config is the same."""
     folder = exported["resnet18"]

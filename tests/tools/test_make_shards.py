@@ -60,6 +60,7 @@ def lossless(image_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Pa
     return out
 
 
+@pytest.mark.slow
 def test_any_number_of_workers_gives_the_same_bytes(image_folder: Path, lossless: Path, tmp_path: Path) -> None:
     assert make(image_folder, tmp_path / "again").returncode == 0  # with a single process
     assert digests(tmp_path / "again") == digests(lossless)

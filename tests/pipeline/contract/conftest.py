@@ -10,12 +10,15 @@ import os
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import pytest
 from PIL import Image
 
 from pipeline import ENGINES
-from tests.helpers import SUBSAMPLINGS, jpeg, random_image, run_script
+from pipeline.convert.beton import BetonSettings
+from pipeline.convert.make import ConvertOptions, make_shards
+from tests.helpers import SUBSAMPLINGS, jpeg, random_image
 
 WITHOUT = os.environ.get("CROPFEED_WITHOUT", "").split(",")
 # FFCV needs its own files.
@@ -42,7 +45,7 @@ def engine(request: pytest.FixtureRequest) -> str:
 @pytest.fixture(scope="session")
 def small(image_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Region-addressable shards of `image_folder`, 8 images each."""
-    return make(image_folder, tmp_path_factory.mktemp("small") / "data", "--shard-size", 8)
+    return make(image_folder, tmp_path_factory.mktemp("small") / "data", shard_size=8)
 
 
 @pytest.fixture(scope="session")
@@ -54,14 +57,14 @@ def varied(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     @cache
     def of_profile(profile: str) -> Path:
         mode = "jpg" if profile == "original" else "region"  # region takes only JPEGs
-        return make(root / "images", root / profile, "--profile", profile, "--ffcv-mode", mode)
+        return make(root / "images", root / profile, profile=profile, beton=BetonSettings(mode))
 
     return of_profile
 
 
-def make(images: Path, out: Path, *options: object) -> Path:
-    result = run_script("tools/make_shards.py", images, "--out", out, "--format", FORMAT, "--workers", 1, *options)
-    assert result.returncode == 0, result.stderr
+def make(images: Path, out: Path, **options: Any) -> Path:
+    """Shards of a folder of images, made in this process, as a new process would import FFCV again."""
+    make_shards(ConvertOptions(str(images), str(out), format=FORMAT, workers=1, **options))
     return out
 
 

@@ -47,9 +47,16 @@ def assert_like_the_reference(loader: Loader, epochs: int) -> set[str]:
     return seen
 
 
-@pytest.mark.parametrize("geometry", GEOMETRIES, ids=lambda geometry: type(geometry).__name__)
+@pytest.mark.parametrize(
+    ("size", "geometry"),
+    [
+        # Ten crops and whole images have many pixels; at 64 pixels they are quick.
+        pytest.param(size, geometry, id=f"{size}-{type(geometry).__name__}",
+                     marks=[pytest.mark.slow] if size == 224 and isinstance(geometry, TenCrop | WholeImage) else [])
+        for size in (224, 64) for geometry in GEOMETRIES
+    ],
+)  # fmt: skip
 @pytest.mark.parametrize("profile", ["original", "lossless", "compact"])
-@pytest.mark.parametrize("size", [224, 64])
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 def test_pixels_equal_the_reference(
     varied: Callable[[str], Path], engine: str, profile: str, geometry: Geometry, size: int, device: str

@@ -194,17 +194,20 @@ def test_samples_and_labels_in_order(read: Read, originals: ShardSet) -> None:
         assert np.array_equal(read[f"{name}_label"][:, 0], originals.samples["label"])
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("read")
 def test_same_bytes_as_datasetwriter(betons: Path) -> None:
     assert (betons / "jpg.beton").read_bytes() == (betons / "stock.beton").read_bytes()
 
 
+@pytest.mark.slow
 def test_raw_equals_pillow(betons: Path, read: Read, originals: ShardSet) -> None:
     expected = [pixels(originals.read(i).tobytes()) for i in range(len(originals))]
     assert contents(betons / "raw.beton") == [image.tobytes() for image in expected]
     assert_near(read["raw"], np.stack([centre_crop(image) for image in expected]), 0.5)
 
 
+@pytest.mark.slow
 def test_jpg_is_close_to_the_image(betons: Path, read: Read, originals: ShardSet) -> None:
     stored = contents(betons / "jpg.beton")
     assert_near(read["jpg"], np.stack([centre_crop(pixels(data)) for data in stored]), 1.5)  # FFCV uses the fast inverse DCT
@@ -219,17 +222,20 @@ def test_proportion_mixes_raw_and_jpg(betons: Path) -> None:
     assert 15 < sum(chosen) < 45
 
 
+@pytest.mark.slow
 def test_region_keeps_bytes_and_stock_ffcv_decodes_them(betons: Path, read: Read, regions: ShardSet, alike: ShardSet) -> None:
     assert contents(betons / "region.beton") == [regions.read(i).tobytes() for i in range(len(regions))]
     assert_near(read["alike_whole"], np.stack([pixels(alike.read(i).tobytes()) for i in range(len(alike))]), 1.5)
 
 
+@pytest.mark.slow
 def test_region_decoder_gives_the_stock_decoders_pixels(read: Read) -> None:
     assert np.array_equal(read["region_ours"], read["region"])
     assert np.array_equal(read["alike_ours"], read["alike"])
     assert np.array_equal(read["jpg_ours"], read["jpg"])  # without a table, the whole image is decoded
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", MODES)
 def test_same_bytes_for_any_number_of_workers(
     mode: str, betons: Path, originals: ShardSet, regions: ShardSet, tmp_path: Path

@@ -70,6 +70,7 @@ def test_rows_hold_the_figures_of_the_runs(done: Path) -> None:
             assert row["repeats"] == "2"
 
 
+@pytest.mark.slow
 def test_models_are_trained_with_the_same_options_and_shown_in_the_figure(done: Path) -> None:
     options = [
         json.loads((done / "runs" / f"{arch}-seed1" / "config.json").read_text())["arguments"] for arch in ("plain20", "resnet20")
