@@ -13,8 +13,9 @@ PRECISION := $(shell grep -q -E 'avx512_bf16|amx_bf16' /proc/cpuinfo 2>/dev/null
 LAUNCH := $(BIN)/accelerate launch --num_processes 1 --num_machines 1 --mixed_precision $(PRECISION) --dynamo_backend no
 PYTEST = if [ -e $(VENV)/without-ffcv ]; then export CROPFEED_WITHOUT=ffcv; fi; $(BIN)/python -m pytest -n 2 --dist loadfile
 
-# Compiles the kernels once; otherwise, each of pytest's two workers would compile all of them.
-COMPILE := from pipeline.convert.run import compile_transcoder; from pipeline.engines.warm_up import warm_up; compile_transcoder(); warm_up()
+# These compile the kernels once. Otherwise, each of pytest's two workers would compile all of them.
+COMPILE_TRANSCODER := from pipeline.convert.run import compile_transcoder; compile_transcoder()
+COMPILE_ENGINE := from pipeline.engines.warm_up import warm_up; warm_up()
 
 .PHONY: demo test test-slow test-all lint docs clean
 
@@ -44,7 +45,7 @@ demo: $(VENV)/installed-demo
 	@echo "  $(BIN)/python tools/profile_pipeline.py SHARDS --arch resnet50 # is the input the bottleneck?"
 
 test: $(VENV)/installed-dev
-	$(BIN)/python -c "$(COMPILE)"
+	$(BIN)/python -c "$(COMPILE_TRANSCODER)" & $(BIN)/python -c "$(COMPILE_ENGINE)"; wait
 	$(PYTEST)
 
 test-slow: $(VENV)/installed-dev

@@ -54,7 +54,7 @@ def test_images_are_mixed_like_imagenets(demo_images: Path) -> None:
 
 
 def test_the_same_seed_draws_the_same_images(tmp_path: Path) -> None:
-    for name, options in [("two", []), ("again", ["--workers", 1]), ("other", ["--seed", 5])]:
+    for name, options in [("two", []), ("again", ["--workers", 1]), ("other", ["--seed", 5, "--workers", 1])]:
         run_forked("tools/make_demo_data.py", tmp_path / name, "--train", 1 + (name == "two"), "--val", 1, *options)
     drawn = sorted(path.relative_to(tmp_path / "again") for path in (tmp_path / "again").rglob("*.JPEG"))
     assert len(drawn) == 8 * 2
