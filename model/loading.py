@@ -5,7 +5,8 @@ A source is one of
 - a file that Cropfeed wrote (.safetensors with the model's config in its header), a run's folder, or a folder that
   tools/export.py wrote;
 - any .pth, .pt, .bin or .safetensors file with torchvision's keys. The architecture is `arch` or, if that is None, taken from
-  the file's name (resnet50-0676ba61.pth, resnet18.a1_in1k.safetensors). Preprocessing is torchvision's;
+  the file's name (resnet50-0676ba61.pth, resnet18.a1_in1k.safetensors). The published files of torchvision and timm are
+  recognized, see `PUBLISHED`. For others, the preprocessing of torchvision's V1 weights is assumed;
 - a folder in timm's format: config.json with model.safetensors or pytorch_model.bin;
 - hf://user/repo or hf://user/repo@revision: any of these on the Hugging Face Hub, or in its local cache.
 
@@ -28,8 +29,30 @@ from model.resnet import ARCHS, ResNet
 from model.weights import ModelConfig, load_weights
 from pipeline.errors import UserError
 from pipeline.pixels.normalize import TORCHVISION
+from pipeline.store import files
 
 Weights = dict[str, torch.Tensor]
+
+# The preprocessing of published weights: short side, crop, interpolation. Torchvision and timm put the first digits of a file's
+# SHA-256 into its name; timm also has tags. The sources are torchvision/models/resnet.py (ResNet50_Weights and its kin: V1, with
+# the files before it, and V2) and timm/models/resnet.py (default_cfgs, at the test size: mostly Wightman et al. 2021, "ResNet
+# strikes back").
+PUBLISHED = {
+    name: sizes
+    for sizes, names in {
+        (256, 224, "bilinear"): "f37072fd 5c106cde b627a593 333f7ec4 0676ba61 19c8e357 63fe2227 5d3b4d8f 394f9c45 b121ed2d "
+        ".tv_in1k",
+        (232, 224, "bilinear"): "11ad3fa6 cd907fc2 f82ba261 .tv2_in1k",
+        (224, 224, "bicubic"): "001a1197 resnet50.a1h_in1k",
+        (288, 288, "bicubic"): "d63eafa0 b61bd467 46f8f793 82d47d71 14fe96d1 a2746f79 532a802a 1ba180c1 5ba5e060 d01e05b2 "
+        "f39db8af 36d3f2aa cdcb52a9 6edb36c7 dc400468 2eee8a7a b4c6978f .a1_in1k .a1h_in1k .a2_in1k .b1k_in1k .b2k_in1k "
+        ".c1_in1k .c2_in1k .d_in1k",
+        (235, 224, "bicubic"): "40c531c8 a20cabb6 59cae1ef 1db14157 134d4688 .a3_in1k",
+        (303, 288, "bicubic"): "43635321 a26f946b 85ebb6e5 86acaeed .bt_in1k .ra_in1k .ram_in1k",
+    }.items()
+    for name in names.split()
+}
+ASSUMED = "torchvision's V1 weights, as the file does not tell"  # the origin of preprocessing that is assumed
 
 _HUB_FILES = ("model.safetensors", "pytorch_model.bin")  # names of weight files with a config.json beside them
 
@@ -63,8 +86,7 @@ def load_model(source: str | Path, arch: str | None, classes: list[str] | None) 
     model = ARCHS[arch](**({"num_classes": outputs} if outputs else {}))
     _load_state(model, weights, path, arch)
     if config is None:
-        short = 256 if model.image_size == 224 else model.image_size  # CIFAR's images are not cropped
-        config = ModelConfig(arch, [], model.image_size, short, TORCHVISION.mean, TORCHVISION.std)
+        config = published_config(path, arch, model.image_size)
     if config.classes and len(config.classes) != outputs:
         raise UserError(f"{path}: names {len(config.classes)} classes, but has {outputs} outputs", "give an undamaged file")
     if classes is None:
@@ -124,11 +146,32 @@ def _identify(path: Path, header: dict[str, str], arch: str | None) -> tuple[str
     return config.arch, config
 
 
+def published_config(path: Path, arch: str, size: int) -> ModelConfig:
+    """The config of a file that has none: as in PUBLISHED, by its name or else by its content, or as in torchvision's V1 weights.
+
+    size: of the images that the model is designed for.
+    """
+    known = next((name for name in PUBLISHED if name in path.name), "")
+    origin = f"the file's name ({known.strip('.')})"
+    if not known:
+        known = files.sha256(str(path))[:8]
+        origin = f"the file's content (SHA-256 {known}...)"
+    short, crop, interpolation = PUBLISHED.get(known, (256, 224, "bilinear"))
+    if size != 224:  # CIFAR's images are not cropped
+        short = crop = size
+    origin = origin + _bilinear_instead_of(interpolation) if known in PUBLISHED and size == 224 else ASSUMED
+    return ModelConfig(arch, [], crop, short, TORCHVISION.mean, TORCHVISION.std, origin=origin)
+
+
+def _bilinear_instead_of(interpolation: str) -> str:
+    return "" if interpolation == "bilinear" else f", but resized by bilinear instead of {interpolation} interpolation"
+
+
 def _timm_config(path: Path) -> ModelConfig | None:
     """The config in the config.json of a folder in timm's format; None if there is none.
 
-    Preprocessing is timm's evaluation preprocessing at the training size: `input_size` (not `test_input_size`), short side
-    floor(size / crop_pct), mean and std times 255. Resizing is always bilinear, while timm may use bicubic.
+    Preprocessing is that of timm's validation: `test_input_size` and `test_crop_pct`, where they exist, else `input_size` and
+    `crop_pct`; short side floor(size / crop_pct), mean and std times 255. Resizing is bilinear, while timm's may be bicubic.
     """
     file = path.with_name("config.json")
     if path.name not in _HUB_FILES or not file.is_file():
@@ -138,18 +181,24 @@ def _timm_config(path: Path) -> ModelConfig | None:
         if not isinstance(content, dict) or "architecture" not in content:  # a Cropfeed run has a config.json, too
             return None
         preprocessing = content.get("pretrained_cfg") or content  # timm before 0.9 has its entries at the top level
-        size = int(preprocessing.get("input_size", (3, 224, 224))[1])
+        size = int((preprocessing.get("test_input_size") or preprocessing.get("input_size") or (3, 224, 224))[1])
+        share = float(preprocessing.get("test_crop_pct") or preprocessing.get("crop_pct") or 0.875)
+        if size < 1 or not 0 < share <= 1:
+            raise ValueError(f"a crop of {size} pixels, {share} of the short side")
         mean, std = (
-            np.array(preprocessing.get(name, default / 255), np.float32).reshape(3) * 255
+            np.array(preprocessing.get(name) or default / 255, np.float32).reshape(3) * 255
             for name, default in (("mean", TORCHVISION.mean), ("std", TORCHVISION.std))
         )
-        short = math.floor(size / float(preprocessing.get("crop_pct", 0.875)))
+        origin = "its config.json" + _bilinear_instead_of(preprocessing.get("interpolation") or "bicubic")
+        if (mode := preprocessing.get("crop_mode") or "center") != "center":
+            origin += f", and with a central crop instead of {mode}"
         names = [str(name) for name in content.get("label_names") or preprocessing.get("label_names") or []]
         if content.get("model_args"):
             raise UserError(
                 f"holds a {content['architecture']} with model_args, which are not supported", "give a model without model_args"
             )
-        return ModelConfig(str(content["architecture"]).partition(".")[0], names, size, short, mean, std)
+        arch = str(content["architecture"]).partition(".")[0]
+        return ModelConfig(arch, names, size, math.floor(size / share), mean, std, origin=origin)
     except (OSError, ValueError, TypeError, LookupError, AttributeError, ArithmeticError) as error:
         raise UserError(f"its config.json is damaged ({error})", "repair it, or move the weights to another folder") from error
 

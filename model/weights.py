@@ -36,6 +36,7 @@ class ModelConfig:
     - mean: float32 (3,), or (H, W, 3) for a mean image, in units of 0..255.
     - std: float32 (3,), in units of 0..255.
     - class_names: class -> its name for people, where the data has one. Headers have this key only if it is not empty.
+    - origin: where the preprocessing comes from, for messages; not in headers.
     """
 
     arch: str
@@ -45,6 +46,16 @@ class ModelConfig:
     mean: npt.NDArray[np.float32]
     std: npt.NDArray[np.float32]
     class_names: dict[str, str] = field(default_factory=dict)
+    origin: str = "the file's header"
+
+    @property
+    def preprocessing(self) -> str:
+        """The preprocessing for evaluation and its origin, in one line."""
+        mean, std = (
+            ", ".join(f"{value:.5g}" for value in values.reshape(-1, 3).mean(axis=0)) for values in (self.mean, self.std)
+        )
+        kind = "mean image of average" if self.mean.ndim == 3 else "mean"
+        return f"short side {self.eval_short}, crop {self.image_size}, {kind} ({mean}), std ({std}), from {self.origin}"
 
     def header(self) -> dict[str, str]:
         """The strings for a file's header."""

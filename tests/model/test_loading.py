@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import hashlib
 import json
 from functools import cache
 from pathlib import Path
@@ -12,7 +13,16 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 
 from model import ARCHS
-from model.loading import arch_of_name, initial_weights, load_model, weights_file
+from model.loading import (
+    ASSUMED,
+    PUBLISHED,
+    _identify,
+    arch_of_name,
+    initial_weights,
+    load_model,
+    published_config,
+    weights_file,
+)  # fmt: skip
 from model.weights import ModelConfig, save_weights
 from pipeline.errors import UserError
 from tests.model.test_resnet import torchvision_shapes
@@ -108,11 +118,11 @@ SEVEN = CLASSES[:7]
 def test_torchvision_files_give_the_logits_of_a_plain_forward_pass(arch: str, tmp_path: Path) -> None:
     weights = torchvision_state(arch)
     torch.save(weights, tmp_path / f"{arch}-0123abcd.pth")
-    save_file(weights, tmp_path / f"{arch}.a1_in1k.safetensors")
-    for name in (f"{arch}-0123abcd.pth", f"{arch}.a1_in1k.safetensors"):
+    save_file(weights, tmp_path / f"{arch}.tv2_in1k.safetensors")
+    for name, short in ((f"{arch}-0123abcd.pth", 256), (f"{arch}.tv2_in1k.safetensors", 232)):
         model, config = load_model(weights_file(tmp_path / name), None, CLASSES)
         assert_same_logits(model, weights, arch)
-        assert (config.arch, config.classes, config.image_size, config.eval_short) == (arch, CLASSES, 224, 256)
+        assert (config.arch, config.classes, config.image_size, config.eval_short) == (arch, CLASSES, 224, short)
         assert config.mean == pytest.approx([123.675, 116.28, 103.53])
         assert config.std == pytest.approx([58.395, 57.12, 57.375])
 
@@ -161,13 +171,90 @@ def test_file_names_give_the_architecture() -> None:
         assert arch_of_name(name) == arch, name
 
 
+@pytest.mark.parametrize(
+    ("name", "short", "crop"),
+    [
+        # https://docs.pytorch.org/vision/stable/models/resnet.html, "inference transforms" of each ResNet*_Weights
+        ("resnet18-f37072fd.pth", 256, 224),  # IMAGENET1K_V1
+        ("resnet34-b627a593.pth", 256, 224),
+        ("resnet50-0676ba61.pth", 256, 224),
+        ("resnet50-11ad3fa6.pth", 232, 224),  # IMAGENET1K_V2
+        ("resnet101-63fe2227.pth", 256, 224),
+        ("resnet101-cd907fc2.pth", 232, 224),
+        ("resnet152-394f9c45.pth", 256, 224),
+        ("resnet152-f82ba261.pth", 232, 224),
+        ("resnet50-11ad3fa6 (1).pth", 232, 224),
+        # The test sizes of default_cfgs in https://github.com/huggingface/pytorch-image-models/blob/main/timm/models/resnet.py,
+        # with floor(size / crop_pct)
+        ("resnet50_a1_0-14fe96d1.pth", 288, 288),
+        ("resnet50.a1_in1k.safetensors", 288, 288),
+        ("resnet50.a3_in1k.safetensors", 235, 224),
+        ("resnet50.a1h_in1k.safetensors", 224, 224),
+        ("resnet101.a1h_in1k.safetensors", 288, 288),
+        ("resnet152_a3_0-134d4688.pth", 235, 224),
+        ("resnet50.ra_in1k.safetensors", 303, 288),
+        ("resnet50.tv2_in1k.safetensors", 232, 224),
+    ],
+)
+def test_published_files_are_tested_at_their_published_size(name: str, short: int, crop: int, tmp_path: Path) -> None:
+    (tmp_path / name).write_bytes(b"weights")
+    config = published_config(tmp_path / name, "resnet50", 224)
+    assert (config.eval_short, config.image_size) == (short, crop)
+    assert config.preprocessing.startswith(
+        f"short side {short}, crop {crop}, mean (123.68, 116.28, 103.53), std (58.395, 57.12, 57.375), from the file's name ("
+    )
+    assert ("instead of bicubic" in config.preprocessing) == ("tv" not in name and "_" in name)
+
+
+def test_renamed_files_are_recognized_by_their_content(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "best.pth").write_bytes(b"weights")
+    config = published_config(tmp_path / "best.pth", "resnet50", 224)
+    assert (config.eval_short, config.image_size, config.origin) == (256, 224, ASSUMED)
+    digits = hashlib.sha256(b"weights").hexdigest()[:8]
+    monkeypatch.setitem(PUBLISHED, digits, (232, 224, "bilinear"))
+    config = published_config(tmp_path / "best.pth", "resnet50", 224)
+    assert (config.eval_short, config.image_size) == (232, 224)
+    assert config.origin == f"the file's content (SHA-256 {digits}...)"
+    small = published_config(tmp_path / "best.pth", "resnet20", 32)  # CIFAR's images are not resized
+    assert (small.eval_short, small.image_size, small.origin) == (32, 32, ASSUMED)
+
+
+@pytest.mark.parametrize(
+    ("entries", "size", "short"),
+    [
+        # resnet50.tv2_in1k, resnet50.a3_in1k, resnet50.tv_in1k as on the Hub
+        ({"input_size": [3, 176, 176], "test_input_size": [3, 224, 224], "crop_pct": 0.875, "test_crop_pct": 0.965}, 224, 232),
+        ({"input_size": [3, 160, 160], "test_input_size": [3, 224, 224], "crop_pct": 0.95, "test_crop_pct": 0.95}, 224, 235),
+        ({"input_size": [3, 224, 224], "crop_pct": 0.875}, 224, 256),
+        ({"input_size": [3, 224, 224], "test_input_size": None, "crop_pct": None, "mean": None, "std": None}, 224, 256),
+        ({}, 224, 256),
+    ],
+)
+def test_timm_folders_are_tested_as_in_timms_validation(entries: dict[str, Any], size: int, short: int, tmp_path: Path) -> None:
+    weights = {"fc.weight": torch.zeros(7, 512)}
+    folder = write_timm_folder(tmp_path / "timm", weights, pretrained_cfg=entries | {"interpolation": "bilinear"})
+    _, config = _identify(folder / "model.safetensors", {}, None)
+    assert config is not None
+    assert (config.image_size, config.eval_short) == (size, short)
+    assert config.origin == "its config.json"
+    assert config.mean == pytest.approx([123.675, 116.28, 103.53])
+    changed = write_timm_folder(tmp_path / "other", weights, pretrained_cfg=entries | {"x": 1, "crop_mode": "squash"})
+    _, config = _identify(changed / "model.safetensors", {}, None)
+    assert config is not None
+    assert "bilinear instead of bicubic interpolation, and with a central crop instead of squash" in config.preprocessing
+    for wrong in ({"crop_pct": 1.2}, {"crop_pct": float("nan")}, {"crop_pct": -1}, {"test_input_size": [3, 0, 0]}):
+        damaged = write_timm_folder(tmp_path / str(wrong), weights, pretrained_cfg={"x": 1} | wrong)
+        with pytest.raises(UserError, match=r"config\.json is damaged"):
+            _identify(damaged / "model.safetensors", {}, None)
+
+
 @pytest.mark.slow
 def test_timm_folders(tmp_path: Path) -> None:
     weights = torchvision_state("resnet18", 7)
     folder = write_timm_folder(tmp_path / "new", weights)
     model, config = load_model(folder, None, SEVEN)
     assert_same_logits(model, weights, "resnet18")
-    assert (config.arch, config.classes, config.image_size, config.eval_short) == ("resnet18", SEVEN, 160, 168)  # 160 / 0.95
+    assert (config.arch, config.classes, config.image_size, config.eval_short) == ("resnet18", SEVEN, 288, 303)  # 288 / 0.95
     assert config.mean.tolist() == [127.5, 63.75, 31.875]
     assert config.std.tolist() == [127.5, 127.5, 63.75]
     assert config.mean.dtype == config.std.dtype == np.float32
@@ -217,7 +304,7 @@ def test_hub_repositories_load_from_the_cache(tmp_path: Path, monkeypatch: pytes
     for source in [*sources, f"hf://timm/resnet18.a1_in1k@{sha}"]:
         model, config = load_model(source, None, SEVEN)
         assert_same_logits(model, weights, "resnet18")
-        assert config.image_size == 160
+        assert config.image_size == 288
     (cache / "snapshots" / sha / "model.safetensors").unlink()
     torch.save(weights, cache / "snapshots" / sha / "pytorch_model.bin")
     assert_same_logits(load_model(sources[0], None, None)[0], weights, "resnet18")
