@@ -21,6 +21,7 @@ from . import sampling
 from .sampling import Ints
 
 GEOMETRIES = ("jitter", "rrc", "pad")  # for training, see `choose_geometry`
+MAX_ASPECT = 16  # of whole images: at a short side of 640, they have no more pixels than 131 crops of 224
 
 
 class Views(NamedTuple):
@@ -208,6 +209,9 @@ class WholeImage(_Resized):
 
     Simonyan and Zisserman 2015, "Very deep convolutional networks for large-scale image recognition", section 3.2; He et al.
     2015, section 3.4. Views differ in size: the sides are floor(side * short / min(height, width) + 1/2) pixels.
+
+    Of an image that is longer than MAX_ASPECT times its short side, the view is the central part of that length: a strip of
+    3 x 65500 pixels, resized to a short side of 640, would have 9 billion pixels.
     """
 
     mirrored: bool = False
@@ -217,16 +221,23 @@ class WholeImage(_Resized):
         return 2 if self.mirrored else 1
 
     def views(self, seed: int, epoch: int, ids: Ints, heights: Ints, widths: Ints, size: int, alpha_std: float) -> Views:
-        zeros = np.zeros(len(heights))
-        whole = np.stack([zeros, zeros, heights, widths], axis=1)
+        sides = np.stack([heights, widths], axis=1)
+        low = (sides - _limited(sides)) / 2
+        whole = np.concatenate([low, sides - low], axis=1)
         return _views(np.stack([whole] * self.crops, axis=1), np.arange(self.crops) > 0)
 
     def shapes(self, heights: Ints, widths: Ints, size: int) -> Ints:
+        heights, widths = _limited(np.stack([heights, widths], axis=1)).T
         return np.stack(sampling.resized(heights, widths, self.short), axis=1)
 
     def check(self, size: int) -> None:
         if self.short < 1:
             raise UserError(f"the short side must be at least 1, not {self.short}")
+
+
+def _limited(sides: Ints) -> Ints:
+    """The part of each image that `WholeImage` takes, without changing its short side. sides: int64 (N, 2), pixels."""
+    return np.minimum(sides, MAX_ASPECT * sides.min(axis=1, keepdims=True))
 
 
 def choose_geometry(name: str, scale: Sequence[int] | None, size: int, area: Sequence[float] | None = None) -> Geometry:

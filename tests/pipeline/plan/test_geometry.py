@@ -322,8 +322,16 @@ def test_the_fifth_of_ten_crops_is_the_central_one() -> None:
 
 
 def test_whole_images_keep_their_aspect_ratio() -> None:
-    heights, widths = np.array([300, 500, 1]), np.array([400, 333, 4000])
-    assert WholeImage(256).shapes(heights, widths, 224).tolist() == [[256, 341], [384, 256], [256, 1_024_000]]
+    heights, widths = np.array([300, 500, 10]), np.array([400, 333, 160])
+    assert WholeImage(256).shapes(heights, widths, 224).tolist() == [[256, 341], [384, 256], [256, 4096]]
     found = views(WholeImage(256, mirrored=True), heights, widths)
     assert found.windows.tolist() == [[0, 0, h, w] for h, w in zip(heights, widths, strict=True) for _ in range(2)]
     assert found.flip.tolist() == [False, True] * 3
+
+
+def test_of_extremely_long_images_the_central_part_is_taken() -> None:
+    """Resized whole, the first one would have 640 x 13,973,333 pixels."""
+    heights, widths = np.array([3, 65500, 10]), np.array([65500, 3, 161])
+    assert WholeImage(640).shapes(heights, widths, 224).tolist() == [[640, 10240], [10240, 640], [640, 10240]]
+    found = views(WholeImage(640), heights, widths)
+    assert found.windows.tolist() == [[0, 32726, 3, 32774], [32726, 0, 32774, 3], [0, 0.5, 10, 160.5]]
