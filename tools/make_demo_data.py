@@ -130,7 +130,7 @@ def draw_class(job: tuple[Path, str, int, int, int]) -> int:
 def make_demo_data(out: Path, train: int, val: int, seed: int, workers: int) -> None:
     """Write `out` atomically. train, val: images per class."""
     if out.exists():
-        raise UserError(f"{out}: exists already", "remove it, or give another folder")
+        raise UserError(f"{out}: exists already", "give another folder")
     partial = out.with_name(out.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     jobs = [

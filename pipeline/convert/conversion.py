@@ -71,13 +71,13 @@ def begin(out: str, expected: dict[str, Any]) -> None:
     elif files.exists(path):
         found = json.loads(files.read(path))
     elif any(entry.name != RECORDS for entry in files.list_folder(out)):  # another job may be writing plan.json just now
-        raise UserError(f"{out}: exists already and is not a conversion", "remove it or give another `out`")
+        raise UserError(f"{out}: exists already and is not a conversion", "give another `out`")
     else:
         files.write(path, json.dumps(expected, indent=1).encode())
         return
     if found != expected:
         differs = [name for name in expected if not isinstance(found, dict) or found.get(name) != expected[name]]
-        raise UserError(f"{out}: holds a conversion with another {', '.join(differs)}", "remove it or give another `out`")
+        raise UserError(f"{out}: holds a conversion with another {', '.join(differs)}", "give another `out`")
 
 
 def complete(out: str, listing: Listing, settings: Settings, tasks: dict[str, list[ShardTask]], alone: bool) -> int:

@@ -7,6 +7,7 @@ import logging
 import os
 import tarfile
 import time
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -18,13 +19,14 @@ from ..errors import UserError
 from ..progress import BYTES, progress_bar
 from ..store import files
 from ..store.shards import ShardSet
-from . import conversion, run, sources, tars
+from . import conversion, run, sources
 from .beton import BetonSettings, write_beton
 from .conversion import Settings
 from .images import PROFILES
+from .kinds import list_sources
 from .names import find_names
 from .report import summary
-from .sources import Listing
+from .sources import Listing, SourceOptions
 from .task import ShardTask
 
 log = logging.getLogger("cropfeed")
@@ -43,7 +45,7 @@ class ConvertOptions:
     - shard_size: images in a shard.
     - seed: of the order of the training images.
     - strict: stop at an unusable image instead of leaving it out.
-    - check_md5: verify the official tars first.
+    - images: how to read the source.
     - beton: how FFCV files store images.
     - workers: processes.
     - engine: "local" or "ray".
@@ -60,7 +62,7 @@ class ConvertOptions:
     shard_size: int = 1000
     seed: int = 0
     strict: bool = False
-    check_md5: bool = True
+    images: SourceOptions = field(default_factory=SourceOptions)
     beton: BetonSettings = field(default_factory=BetonSettings)
     workers: int = field(default_factory=lambda: len(os.sched_getaffinity(0)))
     engine: str = "local"
@@ -81,36 +83,48 @@ class ConvertOptions:
         return Settings(self.profile, self.shard_size, self.seed)
 
 
-def list_sources(src: str, check_md5: bool) -> Listing:
-    """List the images of a source: folders of images, the official ImageNet tars, or WebDataset tars."""
-    if not files.is_folder(src):
-        raise UserError(f"{src}: no such folder", "give the folder that holds train/<class>/*.JPEG and val/<class>/*.JPEG")
-    if official := tars.official_files(src):
-        for name in official if check_md5 else ():
-            tars.check_md5(src, name)
-        return tars.list_official(src, official)
-    if not sources.has_class_folders(src) and (found := tars.find_webdataset(src)):
-        return tars.list_webdataset(src, found)
-    return sources.list_image_folder(src)
+def check_places(src: str, out: str) -> None:
+    """Raise UserError if one of the folders is inside the other: shards would be taken for images, or mixed with them."""
+    real = [path if files.is_remote(path) else os.path.realpath(path) for path in (src, out)]
+    src_inside, out_inside = (f"{a}/".startswith(f"{b.rstrip('/')}/") for a, b in (real, real[::-1]))
+    if src_inside and out_inside:
+        raise UserError(f"{out}: is the folder of the images", "give another `out` for the shards")
+    if out_inside:
+        raise UserError(f"{out}: is inside the folder of the images, {src}", "give an `out` outside it")
+    if src_inside:
+        raise UserError(f"{src}: is inside the folder for the shards, {out}", "give another `out`")
 
 
 def unused(src: str, listing: Listing) -> list[str]:
     """The folders and tars in SRC that hold no image of the listing."""
     used = {source.name.partition("/")[0] for split in listing.splits.values() for source in split}
-    others = (entry for entry in files.list_folder(src) if entry.name not in used)
-    return [entry.name for entry in others if entry.is_folder or ".tar" in entry.name]
+    others = (entry for entry in sources.entries(listing.root or src) if entry.name not in used)
+    return [entry.name for entry in others if entry.is_folder or entry.name.endswith(_DATA) or ".tar" in entry.name]
 
 
-def make_shards(options: ConvertOptions) -> list[str]:
+_DATA = (".zip", ".parquet", ".tgz")
+
+
+def _describe(src: str, kind: str, listing: Listing) -> str:
+    counts = ", ".join(f"{split} {len(found)}" for split, found in listing.splits.items())
+    return f"{src}: source {kind}, {len(listing.classes)} classes, images: {counts}"
+
+
+def make_shards(options: ConvertOptions, tell: Callable[[str], None] = log.info) -> list[str]:
     """Convert `options.src` into `options.out`, or resume an earlier run that was stopped.
 
-    Returns lines to print: what was made, and what was found in the images. Raises UserError.
+    Returns lines to print: what was made, and what was found in the images. tell: is called with a line about the source before
+    the conversion begins. Raises UserError.
     """
     src, out = files.absolute(options.src), files.absolute(options.out)
-    listing = list_sources(src, options.check_md5)
+    check_places(src, out)
+    kind, listing = list_sources(src, options.images, options.seed)
+    tell(_describe(options.src, kind, listing))
     if others := unused(src, listing):
         more = f" and {len(others) - 5} more" if len(others) > 5 else ""
-        log.warning("%s: not used: %s%s", options.src, ", ".join(others[:5]), more)
+        listing.notes.append(f"not used: {', '.join(others[:5])}{more}")
+    for note in listing.notes:
+        log.warning("%s: %s", options.src, note)
     listing = replace(listing, names=listing.names or find_names(src, listing.classes))
     tasks = conversion.plan_tasks(listing, out, options.settings, options.strict)
     conversion.begin(out, conversion.fingerprint(listing, options.settings))
@@ -156,7 +170,7 @@ def _repair(options: ConvertOptions, out: str, tasks: dict[str, list[ShardTask]]
     if damaged:
         damaged_still = conversion.damaged(out, {"": damaged})
         if damaged_still:
-            raise UserError(f"{damaged_still[0].tar}: its source images have changed", f"remove {out} and start again")
+            raise UserError(f"{damaged_still[0].tar}: its source images have changed", "convert them into another `out`")
     return f"{out}: complete already; {len(damaged)} damaged shards made again"
 
 

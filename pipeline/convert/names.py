@@ -52,7 +52,7 @@ def _json(path: str) -> dict[str, str] | list[str]:
     try:
         content = json.loads(read_text(path))
     except ValueError as error:
-        raise UserError(f"{path}: not valid JSON ({error})", "repair or remove it") from error
+        raise UserError(f"{path}: not valid JSON ({error})", _JSON) from error
     if not isinstance(content, dict | list):
         raise UserError(f"{path}: is neither an object nor a list", _JSON)
     for name in content.values() if isinstance(content, dict) else content:

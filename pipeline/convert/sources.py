@@ -1,23 +1,34 @@
-"""The images to convert, as a `Listing`, and listing of image folders. `tars` lists tars."""
+"""The images to convert, as a `Listing`, and what all kinds of sources share: options, names of splits, keys, files to skip."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from ..errors import UserError
 from ..progress import progress_bar
 from ..store import files
 
 
-@dataclass(frozen=True)
-class Source:
-    """One encoded image: bytes [start, start + bytes) of the file `path`, or the whole file if bytes is None.
+class RowGroup(NamedTuple):
+    """A row group of a parquet file. column: with the encoded images, as a path such as "image.bytes"."""
 
-    key: its name in the shard, unique in its split. name: its path below SRC, for reports. size: in bytes, for the fingerprint.
+    path: str
+    group: int
+    column: str
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """One encoded image: bytes [start, start + bytes) of the file `path`, or the whole file if bytes is None; or row `start` of
+    the row group `rows`.
+
+    key: its name in the shard, unique in its split. name: its path below SRC, for reports. size: for the fingerprint; in bytes,
+    or of its row group.
     """
 
     path: str
@@ -27,16 +38,20 @@ class Source:
     label: int
     name: str
     size: int
+    rows: RowGroup | None = None
 
 
 @dataclass(frozen=True)
 class Listing:
     """classes: folder names (wnids) in label order. splits: name -> sources, in an order that depends only on their names.
-    names: class -> its name for people, where there is one."""
+    names: class -> its name for people, where there is one. root: the folder that the sources' names are below, if it is not SRC.
+    notes: lines to print before the conversion."""
 
     classes: list[str]
     splits: dict[str, list[Source]]
     names: dict[str, str] = field(default_factory=dict)
+    root: str = ""
+    notes: list[str] = field(default_factory=list)
 
     def fingerprint(self) -> str:
         """A hash of every image's name, key, label and size. Equal fingerprints and equal files give equal shards."""
@@ -45,6 +60,31 @@ class Listing:
             for source in progress_bar(sources, desc=f"fingerprint of {split}", unit=" images"):
                 digest.update(json.dumps([split, source.name, source.key, source.label, source.size]).encode())
         return digest.hexdigest()
+
+
+@dataclass(frozen=True)
+class SourceOptions:
+    """How to read a source.
+
+    - source: its kind, see `kinds.KINDS`; "" recognises it.
+    - check_md5: verify the official tars first.
+    - list: a file that lists the images, see `lists`.
+    - image_column, label_column, split_column: columns of a list or of parquet files. label_column, of WebDataset tars: a field
+      of .json, or the extension of a text member. "" chooses by the usual names.
+    - val_labels: the labels of a flat folder of validation images, see `kaggle`.
+    - val_share, val_per_class: without a validation split, take this fraction, or this many images, of each class for it. Which
+      ones depends only on their names and on `seed`.
+    """
+
+    source: str = ""
+    check_md5: bool = True
+    list: str = ""
+    image_column: str = ""
+    label_column: str = ""
+    split_column: str = ""
+    val_labels: str = ""
+    val_share: float = 0.0
+    val_per_class: int = 0
 
 
 class Keys:
@@ -88,7 +128,7 @@ def split_folders(src: str) -> dict[str, str]:
     Raises UserError for two folders of one split.
     """
     found: dict[str, str] = {}
-    for entry in _entries(src):
+    for entry in entries(src):
         split = SPLITS.get(entry.name.lower()) if entry.is_folder else None
         if split in found:
             raise UserError(f"{src}: {entry.name} and {found[split]} are both the split {split}", "move one of them elsewhere")
@@ -97,76 +137,134 @@ def split_folders(src: str) -> dict[str, str]:
     return found
 
 
-def class_folders(folder: str) -> list[str]:
-    """The names of the folders in a folder, in label order."""
-    return [entry.name for entry in _entries(folder) if entry.is_folder]
+def files_by_split(src: str, suffix: str) -> dict[str, list[str]]:
+    """The files of SRC with a suffix, by split: those in folders such as SRC/train and SRC/val, and SRC/* by the words in their
+    names.
 
-
-def has_class_folders(src: str) -> bool:
-    """Whether SRC/train/<class>/ or SRC/<class>/ exist, with no tars beside them or only those that they were unpacked from."""
-    named = split_folders(src)
-    if any(class_folders(files.join(src, name)) for split, name in named.items() if split != "test"):
-        return True
-    entries = files.list_folder(src)
-    folders = {entry.name for entry in entries if entry.is_folder} - set(named.values())
-    tars = {entry.name.removesuffix(".tar") for entry in entries if entry.name.endswith(".tar")}
-    return bool(folders) and tars <= folders
-
-
-def list_image_folder(src: str) -> Listing:
-    """SRC/train/<class>/* and SRC/val/<class>/*, or SRC/<class>/* alone as the training split; labels by sorted class names.
-
-    See `split_folders` for other names of the splits. A test split is not listed.
+    If no file in SRC names a split, all of them are the training split. Raises UserError if only some do.
     """
-    named = {split: name for split, name in sorted(split_folders(src).items()) if split != "test"}
-    folders = {split: files.join(src, name) for split, name in named.items()} or {"train": src}
-    found = {split: class_folders(folder) for split, folder in folders.items()}
-    first = next(iter(folders))
-    classes = found[first]
-    if not classes:
-        raise UserError(
-            f"{folders[first]}: holds no class folders",
-            f"give the folder above {folders[first]}/<class>/*.JPEG, or the one above train/ and val/",
-        )
-    for split, names in found.items():
-        for name in sorted(set(names) - set(classes)):
-            raise UserError(
-                f"{files.join(folders[split], name)}: class {name} is not in the training split",
-                "add its training images, or convert a folder without this class",
-            )
-    labels = {name: label for label, name in enumerate(classes)}
-    as_utf8 = str if files.is_remote(src) else files.as_utf8
-    return Listing(
-        [as_utf8(name) for name in classes],
-        {split: list(_image_files(folder, named.get(split, ""), found[split], labels)) for split, folder in folders.items()},
-    )
+
+    def inside(folder: str) -> list[str]:
+        found = (entry for entry in entries(folder) if entry.name.endswith(suffix) and not entry.is_folder)
+        return [files.join(folder, entry.name) for entry in found]
+
+    splits: dict[str, list[str]] = {"train": [], "val": [], "test": []}
+    for folder_split, name in sorted(split_folders(src).items()):
+        splits[folder_split] += inside(files.join(src, name))
+    named = {path: split_of(path.rsplit("/", 1)[1].removesuffix(suffix)) for path in inside(src)}
+    unnamed = [path for path, split in named.items() if split is None]
+    if unnamed and (len(unnamed) < len(named) or any(splits.values())):
+        raise UserError(f"{unnamed[0]}: is it for training or validation?", 'rename it, with the word "train" or "val"')
+    for path, split in named.items():
+        splits[split or "train"].append(path)
+    return {name: paths for name, paths in splits.items() if paths}
 
 
-def _entries(folder: str) -> list[files.Entry]:
-    """As `files.list_folder`. Raises UserError for a symbolic link that leads nowhere."""
-    entries = files.list_folder(folder)
-    for entry in entries:
+_LITTER = {"thumbs.db", "desktop.ini", "__macosx", "@eadir", "$recycle.bin", "system volume information", "lost+found"}
+
+
+def is_litter(path: str) -> bool:
+    """Whether a part of a path is hidden, or written by an operating system beside the user's files."""
+    return any((part[:1] == "." and part not in (".", "..")) or part.lower() in _LITTER for part in path.split("/"))
+
+
+class Skipped:
+    """Counts the hidden files and system files that a listing skips."""
+
+    def __init__(self) -> None:
+        self._count, self._first = 0, ""
+
+    def skips(self, path: str, below: str = "") -> bool:
+        """Whether to skip a file or folder. below: where the path is."""
+        if not is_litter(path):
+            return False
+        self._count += 1
+        self._first = self._first or files.join(below, path)
+        return True
+
+    def notes(self) -> list[str]:
+        """A line to print, if there is something to say."""
+        return [f"skipped {self._count} hidden or system files, such as {self._first}"] if self._count else []
+
+
+def entries(folder: str, skipped: Skipped | None = None) -> list[files.Entry]:
+    """As `files.list_folder`, without system files. Raises UserError for a symbolic link that leads nowhere."""
+    skipped = skipped or Skipped()
+    found = [entry for entry in files.list_folder(folder, hidden=True) if not skipped.skips(entry.name, folder)]
+    for entry in found:
         if entry.bytes == files.BROKEN:
             raise UserError(f"{files.join(folder, entry.name)}: is a symbolic link that leads nowhere", "restore its target")
-    return entries
+    return found
 
 
-def _image_files(folder: str, split: str, classes: Iterable[str], labels: dict[str, int]) -> Iterator[Source]:
-    keys = Keys()
-    as_utf8 = str if files.is_remote(folder) else files.as_utf8
-    for name in progress_bar(classes, desc=f"listing {folder}", unit=" classes"):
-        entries = _entries(files.join(folder, name))
-        if not entries:
+def as_shown(path: str) -> Callable[[str], str]:
+    """The function that makes names of files at `path` proper UTF-8."""
+    return str if files.is_remote(path) else files.as_utf8
+
+
+def number_labels(where: str, found: Iterable[str], known: list[str]) -> tuple[list[str], dict[str, int]]:
+    """The classes, and a number for each label that was found, which is a class name or a number.
+
+    known: the classes, if they are known. Otherwise they are the numbers up to the highest, or the sorted names.
+    Raises UserError; its message begins with `where`.
+    """
+    labels = sorted(set(found))
+    by_name = {name: label for label, name in enumerate(known)}
+    unknown = [label for label in labels if label not in by_name]
+    if known and not unknown:
+        return known, {label: by_name[label] for label in labels}
+    for label in labels:
+        if re.fullmatch(r"-\d+", label):
+            raise UserError(f"{where}: label {label}; labels begin at 0")
+    if not all(re.fullmatch(r"\d+", label, re.ASCII) for label in labels):
+        if known:
+            raise UserError(f"{where}: label {unknown[0]!r} is none of the {len(known)} classes, such as {known[0]!r}")
+        return labels, {label: number for number, label in enumerate(labels)}
+    numbers = {label: int(label) for label in labels}
+    highest = max(numbers.values(), default=-1)
+    if known and highest >= len(known):
+        raise UserError(f"{where}: labels go up to {highest}, but there are names for {len(known)} classes only")
+    if highest > 10 * len(labels) + 1000:
+        raise UserError(f"{where}: labels go up to {highest}, for {len(labels)} classes", "number them from 0 on")
+    return known or [str(number) for number in range(highest + 1)], numbers
+
+
+def check(src: str, listing: Listing) -> Iterator[str]:
+    """Refuse a listing without images in a split or with equal class names; yields lines about what may not be intended."""
+    classes = listing.classes
+    if len(set(classes)) < len(classes):
+        twice = next(name for name in classes if classes.count(name) > 1)
+        raise UserError(f"{src}: two classes are called {twice!r}", "give them different names")
+    if not listing.splits:
+        raise UserError(f"{src}: holds only a test split", "give a folder with training or validation images")
+    if len(classes) == 1:
+        yield f"there is only one class, {classes[0]}"
+    for split, sources in listing.splits.items():
+        if not sources:
+            raise UserError(f"{src}: the {split} split holds no images", "add its images, or leave it out")
+        without = set(range(len(classes))) - {source.label for source in sources}
+        if without:
+            yield f"{split}: {len(without)} of {len(classes)} classes have no images, such as {classes[min(without)]}"
+
+
+def split_off(listing: Listing, share: float, per_class: int, seed: int) -> Listing:
+    """Move a part of each class of the training split to a new validation split, chosen by a hash of seed and name."""
+    if "val" in listing.splits:
+        raise UserError("`val_share` and `val_per_class` are for sources without a validation split")
+    groups: dict[int, list[Source]] = {}
+    for source in listing.splits["train"]:
+        groups.setdefault(source.label, []).append(source)
+    chosen: set[str] = set()
+    for label, group in groups.items():
+        count = per_class or max(round(share * len(group)), 1)
+        if count >= len(group):
             raise UserError(
-                f"{files.join(folder, name)}: class folder without images", "add its images, or convert a folder without it"
+                f"class {listing.classes[label]}: has {len(group)} images, {count} of them for validation leave none",
+                "add images, or take a smaller part (`val_share`, `val_per_class`)",
             )
-        for file in entries:
-            path = files.join(folder, name, file.name)
-            if file.is_folder:
-                raise UserError(
-                    f"{path}: is a folder, but only images are expected here",
-                    "give the folder of the class folders, or the one above train/ and val/",
-                )
-            shown_class, shown = as_utf8(name), as_utf8(file.name)
-            key = keys.make(shown_class, shown.rsplit(".", 1)[0])
-            yield Source(path, 0, None, key, labels[name], "/".join(filter(None, (split, shown_class, shown))), file.bytes)
+        group.sort(key=lambda source: hashlib.sha256(f"{seed}/{source.name}".encode()).digest())
+        chosen |= {source.key for source in group[:count]}
+    splits: dict[str, list[Source]] = {"train": [], "val": []}
+    for source in listing.splits["train"]:
+        splits["val" if source.key in chosen else "train"].append(source)
+    return Listing(listing.classes, splits, listing.names, listing.root, listing.notes)

@@ -1,6 +1,6 @@
-"""Listing of tars: the official ImageNet ILSVRC 2012 tars, and any WebDataset tars.
+"""Listing of the official ImageNet ILSVRC 2012 tars (https://image-net.org), and of the members of any tar.
 
-Official (https://image-net.org): ILSVRC2012_img_train.tar holds one tar per class, ILSVRC2012_img_val.tar the validation images
+ILSVRC2012_img_train.tar holds one tar per class, ILSVRC2012_img_val.tar the validation images
 by number, and the devkit (ILSVRC2012_devkit_t12.tar.gz) their labels: one line per image in
 ILSVRC2012_validation_ground_truth.txt, numbers that meta.mat's synsets map to wnids. Labels are the indices of the sorted wnids.
 """
@@ -9,8 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import io
-import itertools
-import json
 import tarfile
 from collections.abc import Iterator
 from typing import Any
@@ -20,8 +18,7 @@ from scipy.io import loadmat
 from ..errors import UserError
 from ..progress import BYTES, progress_bar
 from ..store import files
-from .names import read_text
-from .sources import Keys, Listing, Source, split_folders, split_of
+from .sources import Keys, Listing, Skipped, Source, SourceOptions
 
 TRAIN, VAL, DEVKIT = "ILSVRC2012_img_train.tar", "ILSVRC2012_img_val.tar", "ILSVRC2012_devkit_t12.tar.gz"
 MD5 = {
@@ -29,7 +26,6 @@ MD5 = {
     VAL: "29b22e2961454d5413ddabcf34fc5622",
     DEVKIT: "fa75699e90414af021442c21a62c3abf",
 }
-_IMAGES = ("jpg", "jpeg", "png", "webp", "bmp", "ppm", "gif", "tif", "tiff")
 
 
 def official_files(src: str) -> dict[str, int]:
@@ -52,8 +48,11 @@ def check_md5(src: str, name: str) -> None:
         )
 
 
-def list_official(src: str, present: dict[str, int]) -> Listing:
+def list_official(src: str, options: SourceOptions) -> Listing:
     """List the official tars in SRC. Images will be read from the tars without unpacking them."""
+    present = official_files(src)
+    for name in present if options.check_md5 else ():
+        check_md5(src, name)
     splits: dict[str, list[Source]] = {}
     classes: list[str] = []
     if TRAIN in present:
@@ -65,32 +64,33 @@ def list_official(src: str, present: dict[str, int]) -> Listing:
         classes = classes or sorted(wnids.values())
         splits["val"] = _val(files.join(src, VAL), classes, wnids, truth)
     if not splits:
-        raise UserError(f"{src}: holds {DEVKIT} but neither {TRAIN} nor {VAL}")
+        raise UserError(f"{src}: holds neither {TRAIN} nor {VAL}", "download one of them")
     return Listing(classes, splits)
 
 
-def _members(path: str, stream: Any) -> Iterator[tuple[tarfile.TarFile, tarfile.TarInfo]]:
-    """The regular files of an uncompressed tar, each with the open tar."""
+def members(path: str, stream: Any, skipped: Skipped | None = None) -> Iterator[tuple[tarfile.TarFile, tarfile.TarInfo]]:
+    """The regular files of an uncompressed tar but hidden and system files, each with the open tar."""
+    skipped = skipped or Skipped()
     try:
         with tarfile.open(fileobj=stream, mode="r:", encoding="utf-8", errors="backslashreplace") as tar:
             for member in tar:
-                if member.isreg():
+                if member.isreg() and not skipped.skips(member.name, path):
                     yield tar, member
             stream.seek(tar.offset)
             if stream.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):  # a tar that was cut between two members
                 raise tarfile.ReadError("its end is missing")
     except tarfile.TarError as error:
-        raise _incomplete(path, error) from error
+        raise incomplete(path, error) from error
 
 
-def _incomplete(path: str, error: tarfile.TarError) -> UserError:
+def incomplete(path: str, error: tarfile.TarError) -> UserError:
     return UserError(f"{path}: not a complete, uncompressed tar ({error})", "download it again")
 
 
 def _shown(path: str, stream: Any) -> Iterator[tuple[tarfile.TarFile, tarfile.TarInfo]]:
     """The same with a bar, for large tars."""
     with progress_bar(total=files.size(path), desc=f"index of {path.rsplit('/', 1)[1]}", **BYTES) as bar:
-        for tar, member in _members(path, stream):
+        for tar, member in members(path, stream):
             yield tar, member
             bar.update(member.offset_data + member.size - bar.n)
 
@@ -99,7 +99,7 @@ def _train(path: str) -> tuple[list[str], list[Source]]:
     found: dict[str, list[tuple[str, int, int]]] = {}
     with files.open_binary(path) as stream:
         for outer, member in _shown(path, stream):
-            inner = _members(f"{path}/{member.name}", outer.extractfile(member))
+            inner = members(f"{path}/{member.name}", outer.extractfile(member))
             wnid = member.name.removesuffix(".tar")
             found[wnid] = sorted((image.name, member.offset_data + image.offset_data, image.size) for _, image in inner)
     classes, keys, sources = sorted(found), Keys(), []
@@ -140,99 +140,3 @@ def _val(path: str, classes: list[str], wnids: dict[int, str], truth: list[int])
         key = keys.make(wnid, name.rsplit(".", 1)[0])
         sources.append(Source(path, start, size, key, labels[wnid], f"{VAL}/{name}", size))
     return sources
-
-
-def find_webdataset(src: str) -> dict[str, list[str]]:
-    """The tars of SRC by split: those in folders such as SRC/train and SRC/val, and SRC/*.tar by the words in their names.
-
-    If no tar in SRC names a split, all of them are the training split. Raises UserError if only some do.
-    """
-    splits: dict[str, list[str]] = {"train": [], "val": [], "test": []}
-    for folder_split, name in sorted(split_folders(src).items()):
-        splits[folder_split] += _tars(files.join(src, name))
-    found = {path: split_of(path.rsplit("/", 1)[1].removesuffix(".tar")) for path in _tars(src)}
-    unnamed = [path for path, split in found.items() if split is None]
-    if unnamed and (len(unnamed) < len(found) or any(splits.values())):
-        raise UserError(f"{unnamed[0]}: is it for training or validation?", 'rename it, with the word "train" or "val"')
-    for path, split in found.items():
-        splits[split or "train"].append(path)
-    return {name: paths for name, paths in splits.items() if paths}
-
-
-def _tars(folder: str) -> list[str]:
-    entries = files.list_folder(folder)
-    return [files.join(folder, entry.name) for entry in entries if entry.name.endswith(".tar") and not entry.is_folder]
-
-
-def list_webdataset(src: str, tars: dict[str, list[str]]) -> Listing:
-    """Samples KEY.jpg (or another image) with KEY.cls, the label as a number.
-
-    Class names come from SRC/manifest.json (Cropfeed's shards) or SRC/classes.txt (one per line), else they are the numbers.
-    """
-    splits: dict[str, list[Source]] = {}
-    for name, paths in tars.items():
-        if name == "test":  # nobody shall train on it
-            continue
-        keys = Keys()
-        shown = progress_bar(paths, unit=" tars", desc=f"index of {name}")
-        splits[name] = [source for path in shown for source in _samples(src, path, keys)]
-        if not splits[name]:
-            raise UserError(f"{paths[0]}: the {name} tars hold no samples", "expected KEY.jpg and KEY.cls")
-    if not splits:
-        raise UserError(f"{src}: holds only a test split", "give a folder with training or validation images")
-    highest = max(source.label for sources in splits.values() for source in sources)
-    classes, names = _classes(src)
-    classes = classes or [str(label) for label in range(highest + 1)]
-    if highest >= len(classes):
-        raise UserError(f"{src}: labels go up to {highest}, but there are names for {len(classes)} classes only")
-    return Listing(classes, splits, names)
-
-
-def _classes(src: str) -> tuple[list[str], dict[str, str]]:
-    """The classes in label order, and their readable names. Either may be empty."""
-    if files.exists(files.join(src, "manifest.json")):
-        content = json.loads(files.read(files.join(src, "manifest.json")))
-        return content["classes"], content.get("class_names", {})
-    if files.exists(files.join(src, "classes.txt")):
-        return read_text(files.join(src, "classes.txt")).splitlines(), {}
-    return [], {}
-
-
-def _samples(src: str, path: str, keys: Keys) -> Iterator[Source]:
-    """The samples of one tar, in stored order. The members of a sample are adjacent, as WebDataset requires."""
-    below = path.removeprefix(src).lstrip("/")
-    with files.open_binary(path) as stream:
-        for key, group in itertools.groupby(_members(path, stream), lambda found: _key(found[1].name)):
-            image = label = None
-            for tar, member in group:
-                extension = member.name[len(key) + 1 :].lower()
-                if extension == "cls":
-                    try:
-                        text = tar.extractfile(member).read()  # type: ignore[union-attr]
-                    except tarfile.TarError as error:
-                        raise _incomplete(path, error) from error
-                    label = _label(path, key, text)
-                elif extension in _IMAGES:
-                    image = member
-            if image is None or label is None:
-                raise UserError(
-                    f"{path}: sample {key} has no {'image' if image is None else '.cls'}", "expected KEY.jpg and KEY.cls"
-                )
-            name = f"{below}/{image.name}"
-            yield Source(path, image.offset_data, image.size, keys.make(*key.split("/")), label, name, image.size)
-
-
-def _key(name: str) -> str:
-    """A member's key: its name up to the first dot after the last slash."""
-    folder, slash, file = name.rpartition("/")
-    return folder + slash + file.partition(".")[0]
-
-
-def _label(path: str, key: str, text: bytes) -> int:
-    try:
-        label = int(text)
-    except ValueError as error:
-        raise UserError(f"{path}: {key}.cls is {text[:20]!r}, not a number") from error
-    if label < 0:
-        raise UserError(f"{path}: {key}.cls is {label}; labels begin at 0")
-    return label

@@ -157,7 +157,7 @@ def _encoded(
         except UnreadableError as error:
             if task.strict:
                 location = source.path if source.bytes is None else f"{source.path}: {source.name}"
-                raise UserError(f"{location}: no usable image ({error})", "repair or remove it") from error
+                raise UserError(f"{location}: no usable image ({error})", "repair it, or convert without `strict`") from error
             record.left_out[source.name] = str(error)
             progress()
             continue

@@ -13,7 +13,8 @@ from typing import Any
 import pytest
 
 from pipeline import progress
-from pipeline.convert import make, sources, tars, verify
+from pipeline.convert import folders, make, tars, verify
+from pipeline.convert.sources import SourceOptions
 from pipeline.progress import announce_if_slow, progress_bar
 from pipeline.store import files
 from pipeline.store.shards import ShardSet
@@ -83,7 +84,7 @@ def said(capsys: pytest.CaptureFixture[str], *words: str) -> None:
 def test_quick_work_stays_silent(
     image_folder: Path, small_shards: Path, large_tar: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    sources.list_image_folder(str(image_folder))
+    folders.list_folders(str(image_folder), SourceOptions())
     files.sha256(str(large_tar), "SHA-256")
     assert verify.verify(str(small_shards), 1) == []
     ShardSet(small_shards, "train", tmp_path / "cache").read(0)
@@ -95,7 +96,7 @@ def test_quick_work_stays_silent(
 @pytest.mark.usefixtures("impatient")
 def test_listing_folders(image_folder: Path, slow: Callable[..., None], capsys: pytest.CaptureFixture[str]) -> None:
     slow(files, "list_folder")
-    sources.list_image_folder(str(image_folder))
+    folders.list_folders(str(image_folder), SourceOptions())
     said(capsys, f"listing {image_folder}/train", "3/3", " classes/s")
 
 

@@ -16,12 +16,18 @@ import pytest
 import webdataset
 from scipy.io import savemat
 
-from pipeline.convert import tars
-from pipeline.convert.make import list_sources
-from pipeline.convert.sources import list_image_folder
+from pipeline.cli import Parser
+from pipeline.convert import kinds, tars
+from pipeline.convert.make import ConvertOptions, check_places, make_shards
+from pipeline.convert.sources import Listing, SourceOptions
 from pipeline.errors import UserError
 from pipeline.store.shards import ShardSet
 from tests.helpers import assert_refused, jpeg, random_image, run_script, without_progress
+
+
+def listed(src: Path, **options: Any) -> Listing:
+    return kinds.list_sources(str(src), SourceOptions(**options))[1]
+
 
 WNIDS = ("n03000000", "n01000000", "n02000000")  # in the order of their ILSVRC2012_ID, which is not sorted
 
@@ -144,7 +150,7 @@ def test_damaged_official_tars_are_named(official: Path, tmp_path: Path, how: st
     for name, data in files.items():
         (tmp_path / name).write_bytes(data)
     with pytest.raises(UserError, match=words):
-        tars.list_official(str(tmp_path), tars.official_files(str(tmp_path)))
+        listed(tmp_path, check_md5=False)
 
 
 def test_foreign_webdataset_tars(tmp_path: Path) -> None:
@@ -180,15 +186,16 @@ def test_cropfeeds_own_shards_are_a_source(small_shards: Path, tmp_path: Path) -
     [
         ({"a.jpg": jpeg(random_image(9, 9))}, "sample a has no .cls"),
         ({"a.cls": b"3"}, "sample a has no image"),
-        ({"a.cls": b"cat", "a.jpg": jpeg(random_image(9, 9))}, "not a number"),
         ({"a.cls": b"-1", "a.jpg": jpeg(random_image(9, 9))}, "begin at 0"),
+        ({"a.cls": b"", "a.jpg": jpeg(random_image(9, 9))}, "is not a label"),
+        ({"a.cls": b"\xff\x00", "a.jpg": jpeg(random_image(9, 9))}, "cannot be read"),
         ({}, "hold no samples"),
     ],
 )
 def test_bad_webdataset_tars_are_named(tmp_path: Path, files: dict[str, bytes], words: str) -> None:
     (tmp_path / "some.tar").write_bytes(packed(files))
     with pytest.raises(UserError, match=words) as caught:
-        tars.list_webdataset(str(tmp_path), tars.find_webdataset(str(tmp_path)))
+        listed(tmp_path)
     assert "some.tar" in str(caught.value)
 
 
@@ -196,17 +203,17 @@ def test_too_few_class_names(tmp_path: Path) -> None:
     (tmp_path / "some.tar").write_bytes(packed({"a.cls": b"5", "a.jpg": jpeg(random_image(9, 9))}))
     (tmp_path / "classes.txt").write_text("cat\ndog\n")
     with pytest.raises(UserError, match="up to 5, but there are names for 2"):
-        tars.list_webdataset(str(tmp_path), tars.find_webdataset(str(tmp_path)))
+        listed(tmp_path)
 
 
 def test_the_fingerprint_of_a_listing_detects_changed_sources(image_folder: Path, tmp_path: Path) -> None:
     """The fingerprint depends on names, labels and sizes, but not on the location of the folder."""
-    first = list_image_folder(str(image_folder)).fingerprint()
+    first = listed(image_folder).fingerprint()
     shutil.copytree(image_folder, tmp_path / "copy")
-    assert list_image_folder(str(tmp_path / "copy")).fingerprint() == first
+    assert listed(tmp_path / "copy").fingerprint() == first
     victim = next(iter(sorted((tmp_path / "copy" / "train" / "n00000001").iterdir())))
     victim.write_bytes(victim.read_bytes() + b"x")
-    assert list_image_folder(str(tmp_path / "copy")).fingerprint() != first
+    assert listed(tmp_path / "copy").fingerprint() != first
 
 
 def test_symbolic_links_are_followed(image_folder: Path, tmp_path: Path) -> None:
@@ -220,7 +227,7 @@ def test_symbolic_links_are_followed(image_folder: Path, tmp_path: Path) -> None
         (train / first.name / image.name).symlink_to(image)
     for folder in others:
         (train / folder.name).symlink_to(folder)
-    found, expected = list_image_folder(str(tmp_path)), list_image_folder(str(image_folder))
+    found, expected = listed(tmp_path), listed(image_folder)
     assert found.classes == expected.classes
     assert found.fingerprint() == expected.fingerprint()
 
@@ -231,7 +238,7 @@ def test_links_that_lead_nowhere_are_named(image_folder: Path, tmp_path: Path, n
     link = tmp_path / "copy" / name
     link.symlink_to(link if "loop" in name else tmp_path / "nothing")
     with pytest.raises(UserError, match=f"{name}: is a symbolic link that leads nowhere"):
-        list_image_folder(str(tmp_path / "copy"))
+        listed(tmp_path / "copy")
 
 
 def test_manifest_and_report_describe_the_source(official: Path, tmp_path: Path) -> None:
@@ -257,7 +264,7 @@ def tar_of(labels: range) -> bytes:
 def test_split_folders_have_many_names(image_folder: Path, tmp_path: Path, train: str, val: str) -> None:
     shutil.copytree(image_folder / "train", tmp_path / train)
     shutil.copytree(image_folder / "val", tmp_path / val)
-    found, expected = list_sources(str(tmp_path), True), list_image_folder(str(image_folder))
+    found, expected = listed(tmp_path), listed(image_folder)
     assert {split: len(images) for split, images in found.splits.items()} == {"train": 60, "val": 21}
     assert [image.label for image in found.splits["val"]] == [image.label for image in expected.splits["val"]]
 
@@ -286,7 +293,7 @@ def test_splits_of_tars(tmp_path: Path, names: list[str], expected: dict[str, in
     for name in names:
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_bytes(tar_of(range(4)))
-    found = list_sources(str(tmp_path), True).splits
+    found = listed(tmp_path).splits
     assert {split: len(images) // 4 for split, images in found.items()} == expected
 
 
@@ -304,7 +311,7 @@ def test_doubtful_splits_are_refused(tmp_path: Path, names: list[str], words: st
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_bytes(tar_of(range(4)))
     with pytest.raises(UserError, match=words):
-        list_sources(str(tmp_path), True)
+        listed(tmp_path)
 
 
 @pytest.mark.parametrize("where", ["train", "."])
@@ -315,17 +322,7 @@ def test_tars_that_class_folders_were_unpacked_from_are_not_used(image_folder: P
         if folder.name.startswith("n"):
             with tarfile.open(folder.with_suffix(".tar"), "w") as tar:
                 tar.add(folder, ".")
-    assert list_sources(str(tmp_path / "src"), True).fingerprint() == list_image_folder(str(source)).fingerprint()
-
-
-def test_a_source_one_level_too_high_or_too_low(image_folder: Path, tmp_path: Path) -> None:
-    """No message advises to remove data."""
-    shutil.copytree(image_folder, tmp_path / "imagenet")
-    for wrong in (tmp_path, image_folder / "train" / "n00000001"):
-        with pytest.raises(UserError) as refused:
-            list_sources(str(wrong), True)
-        assert "above train/ and val/" in str(refused.value)
-        assert "remove" not in str(refused.value)
+    assert listed(tmp_path / "src").fingerprint() == listed(source).fingerprint()
 
 
 # Names and damage
@@ -357,4 +354,202 @@ def test_a_tar_that_is_cut_at_any_block_is_noticed(tmp_path: Path) -> None:
     for cut in (*range(tarfile.BLOCKSIZE, end, tarfile.BLOCKSIZE), end):
         (tmp_path / "train-0.tar").write_bytes(data[:cut])
         with pytest.raises(UserError, match="not a complete, uncompressed tar"):
-            list_sources(str(tmp_path), True)
+            listed(tmp_path)
+
+
+# Levels, places and files that are not part of the source
+
+
+def write_images(root: Path, *names: str) -> Path:
+    for index, name in enumerate(names):
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_bytes(jpeg(random_image(40, 50, seed=index)))
+    return root
+
+
+def test_the_right_level_is_named(tmp_path: Path) -> None:
+    images = tmp_path / "data" / "imagenet"
+    write_images(images, "train/n1/a.jpg", "train/n2/a.jpg", "val/n1/b.jpg", "val/n2/b.jpg")
+    (tmp_path / "packed").mkdir()
+    (tmp_path / "packed" / "train.zip").write_bytes(b"PK")
+    (tmp_path / "empty").mkdir()
+    write_images(tmp_path, "flat/a.jpg", "top/flowers/rose/a.jpg", "top/flowers/tulip/a.jpg")
+    for wrong, *words in (
+        (images.parent, f"the images are in {images}", f"give {images}"),
+        (images / "train" / "n1", "holds images, but no class folders", f"give {images}"),
+        (images / "train" / "n1" / "a.jpg", "is an image", f"give {images}"),
+        (tmp_path / "packed", "holds train.zip", "unpack it"),
+        (tmp_path / "packed" / "train.zip", "is an archive", "unpack it"),
+        (tmp_path / "empty", "is an empty folder"),
+        (tmp_path / "flat", "holds images, but no class folders", f"if it is a class folder, give {tmp_path}"),
+        (tmp_path / "top", "all class folders are in flowers", f"give {tmp_path}/top/flowers"),
+        (tmp_path / "nowhere", "no such folder"),
+    ):
+        with pytest.raises(UserError) as refused:
+            listed(wrong)
+        for word in (str(wrong), *words):
+            assert word in str(refused.value), (wrong, str(refused.value))
+        assert "remove" not in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("src", "out", "words"),
+    [
+        ("a", "a", "is the folder of the images"),
+        ("a", "a/shards", "is inside the folder of the images"),
+        ("a/images", "a", "is inside the folder for the shards"),
+        ("a", "link/shards", "is inside the folder of the images"),
+        ("s3://b/a", "s3://b/a/shards", "is inside the folder of the images"),
+    ],
+)
+def test_images_and_shards_in_one_folder_are_refused(tmp_path: Path, src: str, out: str, words: str) -> None:
+    write_images(tmp_path / "a", "images/n1/a.jpg", "n1/a.jpg")
+    (tmp_path / "link").symlink_to(tmp_path / "a")
+    before = sorted(tmp_path.rglob("*"))
+    places = [place if "://" in place else str(tmp_path / place) for place in (src, out)]
+    with pytest.raises(UserError, match=words):
+        make_shards(ConvertOptions(*places, workers=1))
+    assert sorted(tmp_path.rglob("*")) == before
+    check_places(str(tmp_path / "a"), str(tmp_path / "a-shards"))
+
+
+def test_a_home_folder_after_an_equals_sign(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Shells leave --out=~/shards as it is. Without this, a folder called ~ would be made."""
+    monkeypatch.setenv("HOME", "/home/me")
+    parser = Parser(None)
+    parser.add_argument("src")
+    parser.add_argument("--out", type=Path)
+    args = parser.parse_args(["~", "--out=~/shards"])
+    assert (args.src, args.out) == ("/home/me", Path("/home/me/shards"))
+
+
+def test_hidden_and_system_files_are_skipped_and_counted(image_folder: Path, tmp_path: Path) -> None:
+    shutil.copytree(image_folder, tmp_path / "src")
+    for name in ("train/n00000001/.DS_Store", "train/n00000001/._a.JPEG", "train/Thumbs.db", "val/n00000001/desktop.ini"):
+        (tmp_path / "src" / name).write_bytes(b"x")
+    write_images(tmp_path / "src", "train/.ipynb_checkpoints/a.JPEG", "train/n00000002/.ipynb_checkpoints/b.JPEG")
+    found = listed(tmp_path / "src")
+    assert found.fingerprint() == listed(image_folder).fingerprint()
+    assert found.notes == [f"skipped 6 hidden or system files, such as {tmp_path}/src/train/.ipynb_checkpoints"]
+
+
+def test_hidden_members_of_tars_are_skipped_and_counted(tmp_path: Path) -> None:
+    members: dict[str, bytes] = {}
+    for i in range(3):
+        members |= {f"./._s{i}.jpg": b"\0\5\x16\7", f"./s{i}.jpg": jpeg(random_image(40, 50, i)), f"./._s{i}.cls": b"x"}
+        members |= {f"./s{i}.cls": b"%d" % i}
+    (tmp_path / "train-0.tar").write_bytes(packed({**members, ".DS_Store": b"x", "__MACOSX/s0.jpg": b"x"}))
+    found = listed(tmp_path)
+    assert [(image.key, image.label) for image in found.splits["train"]] == [("_/s0", 0), ("_/s1", 1), ("_/s2", 2)]
+    assert found.notes == [f"skipped 8 hidden or system files, such as {tmp_path}/train-0.tar/./._s0.jpg"]
+
+
+# Nested folders
+
+
+def test_nested_class_folders(tmp_path: Path) -> None:
+    """As in Places365: classes are paths, in the order of these paths."""
+    names = [
+        f"{split}/{name}/x.jpg" for split in ("train", "val") for name in ("b/bar/outdoor", "a/abbey", "a/airfield", "b/barn")
+    ]
+    found = listed(write_images(tmp_path, *names))
+    assert found.classes == ["a/abbey", "a/airfield", "b/bar/outdoor", "b/barn"]
+    assert [(image.key, image.label) for image in found.splits["train"]] == [
+        ("a/abbey/x", 0), ("a/airfield/x", 1), ("b/bar/outdoor/x", 2), ("b/barn/x", 3),
+    ]  # fmt: skip
+    assert [Path(image.path).read_bytes() for image in found.splits["val"]] == [
+        jpeg(random_image(40, 50, seed=seed)) for seed in (5, 6, 4, 7)
+    ]
+
+
+def test_a_link_to_a_folder_above_is_noticed(tmp_path: Path) -> None:
+    write_images(tmp_path, "train/a/abbey/x.jpg", "train/b/x.jpg")
+    (tmp_path / "train" / "a" / "again").symlink_to(tmp_path / "train")
+    with pytest.raises(UserError, match="again: is a symbolic link to a folder above it"):
+        listed(tmp_path)
+
+
+def test_classes_may_be_called_like_a_split(tmp_path: Path) -> None:
+    found = listed(write_images(tmp_path, "bus/x.jpg", "car/x.jpg", "train/x.jpg"))
+    assert found.classes == ["bus", "car", "train"]
+    assert list(found.splits) == ["train"]
+
+
+@pytest.mark.parametrize(
+    ("names", "words"),
+    [
+        (["train/a/n1/train/a.jpg", "train/b/a.jpg"], "n1/train: is a train split, in a class folder"),
+        (["train/n1/a.jpg", "train/n1/b/c.jpg"], "b: is a folder, but only images are expected here"),
+        (["n1/train/a.jpg", "n1/val/a.jpg", "n2/train/a.jpg"], "the images are in .*/n1 and .*/n2; give one of them"),
+        (["train/a.jpg", "val/a.jpg"], "train: holds no class folders"),
+        (["test/n1/a.jpg"], "holds only a test split"),
+    ],
+)
+def test_folders_without_a_clear_meaning_are_refused(tmp_path: Path, names: list[str], words: str) -> None:
+    with pytest.raises(UserError, match=words):
+        listed(write_images(tmp_path, *names))
+
+
+# Parts of one split for validation
+
+
+def test_a_part_of_each_class_becomes_the_validation_split(tmp_path: Path) -> None:
+    names = [f"{name}/{i}.jpg" for name, count in (("a", 40), ("b", 10), ("c", 3)) for i in range(count)]
+    whole = listed(write_images(tmp_path, *names))
+    found = listed(tmp_path, val_share=0.1)
+    counts = {split: [[image.label for image in images].count(i) for i in range(3)] for split, images in found.splits.items()}
+    assert counts == {"train": [36, 9, 2], "val": [4, 1, 1]}
+    assert sorted([*found.splits["train"], *found.splits["val"]], key=lambda image: image.path) == sorted(
+        whole.splits["train"], key=lambda image: image.path
+    )
+    assert [image.name for image in found.splits["val"] if image.label == 1] == [
+        min((f"b/{i}.jpg" for i in range(10)), key=lambda name: hashlib.sha256(f"0/{name}".encode()).hexdigest())
+    ]
+    assert [len(images) for images in listed(tmp_path, val_per_class=2).splits.values()] == [47, 6]
+    other = kinds.list_sources(str(tmp_path), SourceOptions(val_share=0.1), seed=1)[1]
+    assert other.splits["val"] != found.splits["val"]
+    with pytest.raises(UserError, match="class c: has 3 images, 3 of them for validation leave none"):
+        listed(tmp_path, val_per_class=3)
+    with pytest.raises(UserError, match="without a validation split"):
+        listed(write_images(tmp_path / "both", "train/n1/a.jpg", "val/n1/a.jpg"), val_share=0.1)
+
+
+# WebDataset tars of others
+
+
+def test_labels_in_a_json_field_or_a_text_member(tmp_path: Path) -> None:
+    """As img2dataset writes them: .jpg, .txt with the caption, .json."""
+    members: dict[str, bytes] = {}
+    for i, name in enumerate(("dog", "cat", "dog")):
+        content = json.dumps({"label": name, "number": i % 2, "caption": "a"}).encode()
+        members |= {f"{i}.webp": jpeg(random_image(40, 50, i)), f"{i}.txt": name.encode() + b"\n", f"{i}.json": content}
+    (tmp_path / "00000.tar").write_bytes(packed(members))
+    (tmp_path / "00000.parquet").write_bytes(b"img2dataset's table, without images")
+    for column in ("label", "txt"):
+        found = listed(tmp_path, label_column=column)
+        assert found.classes == ["cat", "dog"]
+        assert [image.label for image in found.splits["train"]] == [1, 0, 1]
+    found = listed(tmp_path, label_column="number")
+    assert found.classes == ["0", "1"]
+    assert [image.label for image in found.splits["train"]] == [0, 1, 0]
+    with pytest.raises(UserError, match=r"sample 0 has no .cls, only webp, txt, json; .*`label_column`"):
+        listed(tmp_path)
+    with pytest.raises(UserError, match="sample 0 has no field nothing"):
+        listed(tmp_path, label_column="nothing")
+
+
+def test_labels_as_names_and_known_names(tmp_path: Path) -> None:
+    members = {"a.png": b"x", "a.cls": b"dog", "b.png": b"x", "b.cls": b"cat"}
+    (tmp_path / "train-0.tar").write_bytes(packed(members))
+    assert listed(tmp_path).classes == ["cat", "dog"]
+    (tmp_path / "classes.txt").write_text("\ufeffdog\n\ncat\n\nbird\n", encoding="utf-8")
+    found = listed(tmp_path)
+    assert found.classes == ["dog", "cat", "bird"]
+    assert [image.label for image in found.splits["train"]] == [0, 1]
+    assert found.notes == ["train: 1 of 3 classes have no images, such as bird"]
+    (tmp_path / "classes.txt").write_text("dog\nhorse\n")
+    with pytest.raises(UserError, match="label 'cat' is none of the 2 classes, such as 'dog'"):
+        listed(tmp_path)
+    (tmp_path / "classes.txt").write_text("dog\ncat\ndog\n")
+    with pytest.raises(UserError, match="two classes are called 'dog'"):
+        listed(tmp_path)

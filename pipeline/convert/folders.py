@@ -1,0 +1,122 @@
+"""Listing of folders of images: a folder for each class, perhaps nested (Places365: `a/abbey`), in a folder for each split."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+
+from ..errors import UserError
+from ..progress import progress_bar
+from ..store import files
+from .sources import SPLITS, Keys, Listing, Skipped, Source, SourceOptions, as_shown, entries, split_folders
+
+Found = dict[str, list[files.Entry]]  # class, as a path below its split -> its images
+
+
+def class_folders(folder: str) -> list[str]:
+    """The names of the folders in a folder, in label order."""
+    return [entry.name for entry in entries(folder) if entry.is_folder]
+
+
+def image_splits(src: str) -> dict[str, str]:
+    """The folders of the splits, by split. None if they are class folders themselves, such as a class "train" of vehicles."""
+    named = split_folders(src)
+    others = set(class_folders(src)) - set(named.values())
+    if len(others) > 1 and not any(class_folders(files.join(src, name)) for name in named.values()):
+        return {}
+    return dict(sorted(named.items()))
+
+
+def has_class_folders(src: str) -> bool:
+    """Whether SRC/train/<class>/ or SRC/<class>/ exist, with no tars beside them or only those that they were unpacked from."""
+    named = image_splits(src)
+    if any(class_folders(files.join(src, name)) for split, name in named.items() if split != "test"):
+        return True
+    inside = entries(src)
+    folders = {entry.name for entry in inside if entry.is_folder} - set(named.values())
+    tars = {entry.name.removesuffix(".tar") for entry in inside if entry.name.endswith(".tar")}
+    return bool(folders) and tars <= folders
+
+
+def list_folders(src: str, options: SourceOptions) -> Listing:
+    """SRC/train/<class>/* and SRC/val/<class>/*, or SRC/<class>/* alone as the training split; labels by sorted class names.
+
+    See `split_folders` for other names of the splits. A test split is not listed.
+    """
+    skipped = Skipped()
+    named = image_splits(src)
+    folders = {split: files.join(src, name) for split, name in named.items() if split != "test"}
+    if named and not folders:
+        raise UserError(f"{src}: holds only a test split", "give a folder with training or validation images")
+    folders = folders or {"train": src}
+    listed = {split: find_images(folder, skipped) for split, folder in folders.items()}
+    first = next(iter(folders))
+    classes = sorted(listed[first], key=os.fsencode)
+    for split, found in listed.items():
+        for name in sorted(set(found) - set(classes)):
+            raise UserError(
+                f"{files.join(folders[split], name)}: class {name} is not in the training split",
+                "add its training images, or convert a folder without this class",
+            )
+    labels = {name: label for label, name in enumerate(classes)}
+    splits = {split: list(sources_of(listed[split], folder, named.get(split, ""), labels)) for split, folder in folders.items()}
+    notes = skipped.notes()
+    if not named and (split := SPLITS.get(src.rsplit("/", 1)[-1].lower(), "train")) != "train":
+        notes.append(f"the images of this {split} folder become the training split")
+    return Listing([as_shown(src)(name) for name in classes], splits, notes=notes)
+
+
+def find_images(folder: str, skipped: Skipped) -> Found:
+    """The images of each class below a folder. Raises UserError for a folder that is neither a class nor holds any."""
+    found: Found = {}
+    inside = [entry for entry in entries(folder, skipped) if entry.is_folder]
+    for entry in progress_bar(inside, desc=f"listing {folder}", unit=" classes"):
+        _walk(folder, entry.name, (os.path.realpath(folder),), skipped, found)
+    if not found:
+        raise UserError(
+            f"{folder}: holds no class folders",
+            f"give the folder above {folder}/<class>/*.JPEG, or the one above train/ and val/; or list the images (`list`)",
+        )
+    top = {name.partition("/")[0] for name in found}
+    if len(top) == 1 and len(found) > 1:
+        raise UserError(f"{folder}: all class folders are in {next(iter(top))}", f"give {files.join(folder, *top)}")
+    return found
+
+
+def _walk(folder: str, name: str, above: tuple[str, ...], skipped: Skipped, found: Found) -> None:
+    """Add the class folder `name` below `folder`, or those in it, to `found`. above: the real paths of the folders above it."""
+    path = files.join(folder, name)
+    real = path if files.is_remote(path) else os.path.realpath(path)
+    if real in above:
+        raise UserError(f"{path}: is a symbolic link to a folder above it", "give a folder without this link")
+    inside = entries(path, skipped)
+    nested = [entry for entry in inside if entry.is_folder]
+    if not inside:
+        raise UserError(f"{path}: class folder without images", "add its images, or convert a folder without it")
+    if not nested:
+        found[name] = inside
+        return
+    if len(nested) < len(inside):
+        raise UserError(
+            f"{files.join(path, nested[0].name)}: is a folder, but only images are expected here, as beside it",
+            "give the folder of the class folders, or the one above train/ and val/; or list the images (`list`)",
+        )
+    for entry in nested:
+        if entry.name.lower() in SPLITS:
+            raise UserError(
+                f"{files.join(path, entry.name)}: is a {SPLITS[entry.name.lower()]} split, in a class folder of {folder}",
+                f"give {path}, the folder above train/ and val/; or list the images (`list`)",
+            )
+        _walk(folder, files.join(name, entry.name), (*above, real), skipped, found)
+
+
+def sources_of(found: Found, folder: str, split: str, labels: dict[str, int]) -> Iterator[Source]:
+    """The images of all classes in the order of their names, which empties `found`. split: its folder's name below SRC, or ""."""
+    keys, shown = Keys(), as_shown(folder)
+    for name in sorted(found, key=os.fsencode):
+        shown_class = shown(name)
+        for file in found.pop(name):
+            shown_file = shown(file.name)
+            key = keys.make(*shown_class.split("/"), shown_file.rsplit(".", 1)[0])
+            path = files.join(folder, name, file.name)
+            yield Source(path, 0, None, key, labels[name], "/".join(filter(None, (split, shown_class, shown_file))), file.bytes)
