@@ -18,8 +18,9 @@ import simplejpeg
 from PIL import Image, UnidentifiedImageError
 
 from ..jit import Int, jit
-from ..jpeg.decode import decode
-from ..jpeg.region import Bytes, Ints, cut_into
+from ..jpeg.decode import REFUSED, decode
+from ..jpeg.region import NO_TABLE, Bytes, Ints, big16, cut_into
+from .formats import unreadable_format
 from .resample import resample
 
 Pixels = npt.NDArray[np.uint8]
@@ -102,7 +103,7 @@ def decode_by_pillow(data: Bytes) -> Pixels:
     try:
         return np.array(to_8_bits(Image.open(io.BytesIO(data.data))).convert("RGB"))
     except UnidentifiedImageError as error:
-        raise CorruptImageError("not an image of a known format") from error
+        raise CorruptImageError(unreadable_format(data.data) or "not an image of a known format") from error
     except Exception as error:  # Pillow raises a dozen types
         raise CorruptImageError(" ".join(str(error).split()) or type(error).__name__) from error
 
