@@ -18,8 +18,8 @@ import simplejpeg
 from PIL import Image, UnidentifiedImageError
 
 from ..jit import Int, jit
-from ..jpeg.decode import REFUSED, decode
-from ..jpeg.region import NO_TABLE, Bytes, Ints, big16, cut_into
+from ..jpeg.decode import decode
+from ..jpeg.region import Bytes, Ints, cut_into
 from .formats import unreadable_format
 from .resample import resample
 
