@@ -112,56 +112,84 @@ def _extended(bits: Any, size: Int, count: Int) -> Any:
 
 @jit
 def _read_header(data: Bytes, layout: TileLayout, header: Header) -> Any:
-    """Read the segments before the entropy-coded data into `header`. Returns the number of components, or REFUSED."""
+    """Read the segments before the entropy-coded data into `header`. Returns the number of components, or REFUSED wherever
+    libjpeg-turbo would raise an error."""
     position, frame, body = layout.header, layout.frame, layout.scan
-    quant, components = header.quant, header.components
+    components = header.components
     count = np.int64(data[frame + 9])
-    if data[frame + 4] != 8 or (count != 1 and count != 3) or big16(data, frame + 2) != 8 + 3 * count:
+    if data[frame + 4] != 8 or (count != 1 and count != 3):
         return REFUSED
     if count == 3 and data[frame + 10] == 82:  # the first component is named "R": RGB
         return REFUSED
     for i in range(count):
         at: Any = frame + 10 + 3 * i
-        components[i, 0], components[i, 1], components[i, 2] = data[at + 1] >> 4, data[at + 1] & 15, data[at + 2] & 3
-    wide: Any
+        components[i, 0], components[i, 1], components[i, 2] = data[at + 1] >> 4, data[at + 1] & 15, data[at + 2]
+    known: Any = 0  # a bit for each quantization table
     while position < body:
         marker, end = data[position + 1], position + 2 + big16(data, position + 2)
         at = position + 4
         if marker == 0xDB:
-            while at < end:
-                wide, table = data[at] >> 4, data[at] & 3
-                at += 1
-                if wide > 1 or at + 64 * (1 + wide) > end:
-                    return REFUSED
-                for i in range(64):
-                    quant[table, i] = big16(data, at + 2 * i) if wide else np.int64(data[at + i])
-                at += 64 * (1 + wide)
+            found = _read_quantization(data, at, end, header.quant)
+            if found < 0:
+                return REFUSED
+            known |= found
         elif marker == 0xC4:
-            while at + 17 <= end:
-                kind, table = data[at] >> 4, data[at] & 3
-                total = np.int64(0)
-                for i in range(16):
-                    total += data[at + 1 + i]
-                if kind > 1 or at + 17 + total > end:
-                    return REFUSED
-                coded = data[at + 1 : at + 17 + total]
-                if not fill_decoding_table(coded, 4 * kind + table, header.tables):
-                    return REFUSED
-                if kind == 1:
-                    _fill_symbols(coded[:16], coded[16:], header.symbols[table])
-                at += 17 + total
+            if not _read_huffman(data, at, end, header):
+                return REFUSED
         elif marker == 0xEE:  # Adobe's: 0 means RGB
             if count == 3 and end - at >= 12 and data[at] == 65 and data[at + 11] != 1:
                 return REFUSED
         elif marker == 0xDA:
-            if data[at] != count or end - at < 2 * count + 4:
+            if end - at != 2 * count + 4 or data[at] != count:
                 return REFUSED
             for i in range(count):
-                if data[at + 1 + 2 * i] != data[frame + 10 + 3 * i]:
+                tables = np.int64(data[at + 2 + 2 * i])
+                if data[at + 1 + 2 * i] != data[frame + 10 + 3 * i] or tables >> 4 > 3 or tables & 15 > 3:
                     return REFUSED
-                components[i, 3], components[i, 4] = data[at + 2 + 2 * i] >> 4 & 3, data[at + 2 + 2 * i] & 3
+                components[i, 3], components[i, 4] = tables >> 4, tables & 15
         position = end
+    for i in range(count):
+        if components[i, 2] > 3 or not known >> components[i, 2] & 1:
+            return REFUSED
     return count
+
+
+@jit
+def _read_quantization(data: Bytes, at: Any, end: Int, quant: Any) -> Any:
+    """Read a DQT segment, data[at:end]. Returns a number with a bit for each table in it, or -1 if it is damaged."""
+    known: Any = 0
+    while at < end:
+        wide, table = np.int64(data[at] >> 4), np.int64(data[at] & 15)
+        at += 1
+        if wide > 1 or table > 3 or at + 64 * (1 + wide) > end:
+            return -1
+        for i in range(64):
+            quant[table, i] = big16(data, at + 2 * i) if wide else np.int64(data[at + i])
+        at += 64 * (1 + wide)
+        known |= 1 << table
+    return known
+
+
+@jit
+def _read_huffman(data: Bytes, at: Any, end: Int, header: Header) -> bool:
+    """Read a DHT segment, data[at:end]. Returns False if it is damaged."""
+    while at + 17 <= end:
+        kind, table = np.int64(data[at] >> 4), np.int64(data[at] & 15)
+        total, codes = np.int64(0), np.int64(0)
+        for i in range(16):
+            total += data[at + 1 + i]
+            codes += np.int64(data[at + 1 + i]) << (15 - i)
+        if kind > 1 or table > 3 or at + 17 + total > end or codes >= 1 << 16:  # T.81 C: no code is all ones
+            return False
+        coded = data[at + 1 : at + 17 + total]
+        if kind == 0 and total and coded[16:].max() > 15:
+            return False
+        if not fill_decoding_table(coded, 4 * kind + table, header.tables):
+            return False
+        if kind == 1:
+            _fill_symbols(coded[:16], coded[16:], header.symbols[table])
+        at += 17 + total
+    return at == end
 
 
 @jit

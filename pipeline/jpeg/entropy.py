@@ -23,7 +23,7 @@ TRUNCATED, BAD_CODE, BAD_VALUE, NO_ROOM = -1, -2, -3, -4
 _CATEGORIES = np.array([value.bit_length() for value in range(1 << 11)], np.uint8)
 
 # Damaged data is read beyond its end, by at most one MCU (10 blocks of symbols of at most 31 bits) and the last word of `refill`.
-_PADDING = 10 * 64 * 31 // 8 + 16
+PADDING = 10 * 64 * 31 // 8 + 16
 
 
 @jit
@@ -106,21 +106,32 @@ def _reason(reason: Int, left: Int) -> Any:
 
 @jit
 def read_scan(
-    stream: Bytes, mcus: Int, interval: Int, tile: Int, blocks: Any, selectors: Ints,
-    tables: DecodingTables, tokens: Any, starts: Ints, counts: Ints,
+    stream: Bytes, mcus: Int, interval: Int, tile: Int, blocks: Any, selectors: Ints, tables: DecodingTables,
+    data: Bytes, state: Ints, tokens: Any, starts: Ints, counts: Ints,
 ) -> Any:  # fmt: skip
-    """Parse a scan into tokens, with the DC prediction reset at the start of each tile of `tile` MCUs.
+    """Parse a scan into tokens, with the DC prediction reset at the start of each tile of `tile` MCUs. Stops before a tile for
+    which `tokens` may be too small. The next call continues there.
 
     interval: the scan's restart interval, or 0. blocks: the component of each block of an MCU. selectors: the DC and AC table of
-    each component. starts: receives the index of each tile's first token, then the number of tokens. counts: the number of each
-    symbol is added, 256 entries per table. Returns the number of tokens, or an error code.
+    each component. data: scratch, uint8 (len(stream) + PADDING,). state: int64 (9,), zeros at the first call; state[0] is the
+    number of MCUs read so far. starts: receives the index of each tile's first token, then the number of tokens. counts: the
+    number of each symbol is added, 256 entries per table. Returns the number of tokens, or an error code.
     """
-    data = np.empty(len(stream) + _PADDING, np.uint8)
-    position, end = unstuff(stream, 0, len(stream), data)
-    at, bits, have = np.uint64(0), np.uint64(0), 0
+    first, position, end = state[0], state[1], state[2]
+    at, bits, have = np.uint64(state[3]), np.uint64(state[4]), state[5]
+    if first == 0:
+        position, end = unstuff(stream, 0, len(stream), data)
     total = np.uint64(0)
-    old_dc, new_dc = np.zeros(3, np.int64), np.zeros(3, np.int64)
-    for mcu in range(mcus):
+    old_dc, new_dc = state[6:9].copy(), np.zeros(3, np.int64)
+    most = 64 * tile * len(blocks)
+    done = mcus
+    for mcu in range(first, mcus):
+        if mcu % tile == 0:
+            if np.int64(total) + most > len(tokens):
+                done = mcu
+                break
+            starts[(mcu - first) // tile] = total
+            new_dc[:] = 0
         if interval and mcu and mcu % interval == 0:
             position = _after_restart(stream, position, mcu // interval - 1 & 7)  # leftover bytes are skipped, as decoders do
             if position < 0:
@@ -128,9 +139,6 @@ def read_scan(
             position, end = unstuff(stream, position, len(stream), data)
             at, bits, have = np.uint64(0), np.uint64(0), 0
             old_dc[:] = 0
-        if mcu % tile == 0:
-            starts[mcu // tile] = total
-            new_dc[:] = 0
         for place in range(len(blocks)):
             component = blocks[place]
             table = 2 if component else 0
@@ -182,7 +190,9 @@ def read_scan(
                 return _reason(BAD_VALUE, _left(end, at, have))
         if _left(end, at, have) < 0:
             return TRUNCATED
-    starts[mcus // tile] = total
+    starts[(done - first) // tile] = total
+    state[0], state[1], state[2], state[3], state[4], state[5] = done, position, end, at, bits, have
+    state[6:9] = old_dc
     return np.int64(total)
 
 
@@ -230,11 +240,12 @@ def _stuff(words: Any, count: Int, out: Bytes, written: Int) -> Any:
 
 
 @jit
-def write_scan(tokens: Any, starts: Ints, codes: Any, lengths: Ints, out: Bytes) -> Any:
-    """Encode the tiles into `out`, with a restart marker after each and EOI after the last, and fill `lengths`. Returns the
-    number of bytes, or an error code.
+def write_scan(tokens: Any, starts: Ints, codes: Any, number: Int, last: bool, lengths: Ints, out: Bytes) -> Any:
+    """Encode tiles into `out`, with a restart marker after each, and fill `lengths`. Returns the number of bytes, or an error
+    code.
 
-    tokens, starts: from `read_scan`. codes: uint64 (4 * 256,), from `huffman.assign_codes`.
+    tokens, starts: from `read_scan`. codes: uint64 (4 * 256,), from `huffman.assign_codes`. number: of the first tile in the
+    scan. last: whether the scan ends with these tiles, so with EOI.
     """
     tiles = len(lengths)
     words = np.empty((starts[1:] - starts[:-1]).max() + 2, np.uint32)
@@ -246,7 +257,7 @@ def write_scan(tokens: Any, starts: Ints, codes: Any, lengths: Ints, out: Bytes)
         if written < 0 or written + 2 > len(out):
             return NO_ROOM
         out[written] = 0xFF
-        out[written + 1] = 0xD9 if tile == tiles - 1 else 0xD0 + (tile & 7)
+        out[written + 1] = 0xD9 if last and tile == tiles - 1 else 0xD0 + (number + tile & 7)
         written += 2
         lengths[tile] = written - start
     return written

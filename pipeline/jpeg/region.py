@@ -247,22 +247,24 @@ def cut_into(data: Bytes, top: Int, left: Int, bottom: Int, right: Int, out: Byt
 
 @jit
 def open_tiles(data: Bytes) -> TileLayout:
-    """Read the table of segments and the header, and check that they are consistent."""
+    """Read the table of segments and the header, and check that they are consistent: length and number of segments, restart
+    interval, and size of an MCU."""
     table = read_table(data)
     status, tiles = table.status, table.tiles * table.rows
     starts = np.empty(tiles + 1 if status == 0 else 1, np.int64)
     frame: Int
     scan: Int
     header, frame, scan, height, width = np.int64(0), np.int64(-1), np.int64(0), np.int64(0), np.int64(0)
+    interval: Int
     if status == 0:
         header = read_lengths(data, table.position, table.entry_bytes, starts)
         status = min(header, 0)
     if status == 0:
-        frame, scan = find_frame(data, header)
+        frame, scan, interval = find_frame(data, header)
         status = DAMAGED_HEADER if frame < 0 else 0
     if status == 0:
         height, width = big16(data, frame + 5), big16(data, frame + 7)
-        if -(-width // table.mcu_width) != table.interval * table.tiles or -(-height // table.mcu_height) != table.rows:
+        if interval != table.interval or not _is_grid(data, frame, table):
             status = DAMAGED_TABLE
         elif scan + starts[tiles] > len(data):
             status = DAMAGED_DATA
@@ -270,6 +272,21 @@ def open_tiles(data: Bytes) -> TileLayout:
         status, starts, table.position, header, frame, scan, table.interval, table.tiles, table.mcu_width, table.mcu_height,
         height, width,
     )  # fmt: skip
+
+
+@jit
+def _is_grid(data: Bytes, frame: Int, table: LengthTable) -> bool:
+    """Whether the table's tiles cover the image of SOF0, whose marker is at `frame`, and have its MCUs."""
+    height, width, count = big16(data, frame + 5), big16(data, frame + 7), np.int64(data[frame + 9])
+    wide: Any = 1
+    tall: Any = 1
+    if count > 1:  # T.81 A.2.2: the MCU of a single component is one block, whatever its sampling factors
+        for i in range(count):
+            factors = np.int64(data[frame + 11 + 3 * i])
+            wide, tall = max(wide, factors >> 4), max(tall, factors & 15)
+    if table.mcu_width != 8 * wide or table.mcu_height != 8 * tall:
+        return False
+    return -(-width // (8 * wide)) == table.interval * table.tiles and -(-height // (8 * tall)) == table.rows
 
 
 @jit
@@ -322,17 +339,26 @@ def read_lengths(data: Bytes, position: Int, size: Int, starts: Ints) -> Any:
 
 
 @jit
-def find_frame(data: Bytes, position: Int) -> tuple[Int, Int]:
-    """The positions of SOF0's marker and of the entropy-coded data; -1 and -1 if the header is damaged."""
+def find_frame(data: Bytes, position: Int) -> tuple[Int, Int, Int]:
+    """The positions of SOF0's marker and of the entropy-coded data, and DRI's interval; -1 each if the header is damaged."""
     frame: Int = -1
+    interval: Int = -1
     while position + 4 <= len(data) and data[position] == 0xFF:
         marker = data[position + 1]
         end = position + 2 + big16(data, position + 2)
         if end < position + 4 or end > len(data):
             break
-        if marker == 0xC0 and end >= position + 10:
+        if marker == 0xC0:
+            if frame >= 0 or end < position + 10 or end != position + 10 + 3 * np.int64(data[position + 9]):
+                break
             frame = position
+        elif marker == 0xDD:
+            if end != position + 6:
+                break
+            interval = big16(data, position + 4)
+        elif not (marker == 0xC4 or marker == 0xDA or marker == 0xDB or marker >= 0xE0):  # not in a header of this format
+            break
         position = end
         if marker == 0xDA:
-            return (frame, position) if frame >= 0 else (-1, -1)
-    return -1, -1
+            return (frame, position, interval) if frame >= 0 else (-1, -1, -1)
+    return -1, -1, -1

@@ -8,6 +8,7 @@ depend on it. This includes the orientation tag, which no published ImageNet res
 from __future__ import annotations
 
 import struct
+from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
 import numpy as np
@@ -17,6 +18,7 @@ from . import entropy, huffman
 from .region import APP11, MAGIC, TABLE, VERSION, Bytes, RegionError
 
 TILE_WIDTH = 56  # target width of tiles, pixels: narrower tiles cost bytes, wider ones decode more outside the window
+_MAX_TOKENS = 1 << 23  # read at once, 32 MB: the largest tile has 5,242,880, a file of about 8 MB this many
 _MAX_LENGTHS = 65533 - TABLE.size  # bytes of lengths in one APP11 segment
 Tokens = npt.NDArray[np.uint32]
 Ints = npt.NDArray[np.int64]
@@ -43,7 +45,7 @@ class Header(NamedTuple):
     width: int
     sampling: list[tuple[int, int]]  # horizontal and vertical factors
     frame: bytes  # SOF0's payload
-    kept: bytes  # DQT and APP14 segments, whole
+    kept: bytes  # DQT and Adobe's APP14 segments, whole
     jfif: bytes  # the APP0 segment, whole, or nothing
     tables: dict[tuple[int, int], bytes]  # (class, id) -> BITS and HUFFVAL
     selectors: list[tuple[int, int]]  # DC and AC table ids
@@ -61,7 +63,7 @@ def parse(data: bytes) -> Header:
     tables: dict[tuple[int, int], bytes] = {}
     interval, position = 0, 2
     while True:
-        marker, payload, after = _segment(data, position)
+        marker, payload, after = segment(data, position)
         if marker == 0xC0:
             if frame:
                 raise RegionError("two frame headers")
@@ -76,14 +78,35 @@ def parse(data: bytes) -> Header:
             return _header(frame, jfif, kept, tables, interval, payload, after)
         elif 0xC1 <= marker <= 0xCF:
             raise NotBaselineError(f"{_OTHER_FRAMES.get(marker, 'arithmetic')} coding")
-        elif marker == 0xDB or (marker == 0xEE and payload[:5] == b"Adobe"):
-            kept.append(data[position:after])
-        elif marker == 0xE0 and payload[:5] == b"JFIF\0" and not jfif:
-            jfif = data[position:after]
+        elif marker == 0xDB or (marker == 0xEE and is_sound(marker, payload)):
+            kept.append(_marker(marker, payload))
+        elif marker == 0xE0 and is_sound(marker, payload):
+            jfif = jfif or _marker(marker, payload)
+        elif marker < 0xC0 or 0xD0 <= marker <= 0xD9:  # no length follows these; a decoder would go on elsewhere
+            raise RegionError("a marker in the header that cannot be there")
         position = after
 
 
-def _segment(data: bytes, position: int) -> tuple[int, bytes, int]:
+def is_sound(marker: int, payload: bytes) -> bool:
+    """Whether libjpeg reads a JFIF APP0 or Adobe APP14 segment. It ignores shorter ones, at which other readers fail."""
+    return (marker == 0xE0 and payload[:5] == b"JFIF\0" and len(payload) >= 14) or (
+        marker == 0xEE and payload[:5] == b"Adobe" and len(payload) >= 12
+    )
+
+
+def without_metadata(data: bytes) -> bytes:
+    """A JPEG without its APPn and COM segments, except for the JFIF and Adobe segments that libjpeg reads. Raises RegionError
+    for a damaged header."""
+    kept, marker, position = [data[:2]], 0, 2
+    while marker != 0xDA:
+        marker, payload, after = segment(data, position)
+        if is_sound(marker, payload) or marker < 0xE0:
+            kept.append(data[position:after])
+        position = after
+    return b"".join((*kept, data[position:]))
+
+
+def segment(data: bytes, position: int) -> tuple[int, bytes, int]:
     """Marker, payload and end of the marker segment at `position` (fill bytes allowed, T.81 B.1.1.2)."""
     while data[position : position + 2] == b"\xff\xff":
         position += 1
@@ -162,42 +185,76 @@ def transcode(data: bytes) -> bytes:
     columns, rows = -(-header.width // mcu_width), -(-header.height // mcu_height)
     interval = choose_interval(columns, mcu_width)
     tiles = columns // interval
-    tokens, starts, counts = _read(data, header, columns * rows, interval)
+    scan = _Scan.of(data, header, columns * rows, interval)
+    counts = np.zeros(4 << 8, np.int64)
+    pieces: Iterable[tuple[Tokens, Ints]] = [(scan.tokens, scan.starts)]
+    if sum(1 for _ in scan.pieces(counts)) > 1:  # only the last piece is in memory: read the scan again
+        pieces = scan.pieces(np.zeros_like(counts))
     coded = [huffman.optimal_table(counts[i << 8 : (i + 1) << 8]) for i in range(4 if len(header.sampling) == 3 else 2)]
     lengths = np.empty(tiles * rows, np.int64)
-    written = _write(tokens, starts, coded, lengths, 2 * len(data) + 8 * len(lengths) + 4096)
+    capacity = min(2 * len(data), 8 * len(scan.tokens)) + 8 * len(lengths) + 4096  # a token takes at most 4 bytes, stuffed 8
+    written = _write(pieces, coded, lengths, capacity)
     table = _length_table(lengths, interval, tiles, rows, mcu_width, mcu_height)
     return b"".join(
-        (b"\xff\xd8", header.jfif, table, header.kept, _tail(header, coded, interval), written)
+        (b"\xff\xd8", header.jfif, table, header.kept, _tail(header, coded, interval), *written)
     )  # `written` ends with EOI
 
 
-def _read(data: bytes, header: Header, mcus: int, tile: int) -> tuple[Tokens, Ints, Ints]:
-    """The scan's tokens, the start of each tile, and the symbol counts, as returned by `entropy.read_scan`."""
-    decoding = huffman.decoding_tables(header.tables)
-    if decoding is None:
-        raise RegionError("an impossible Huffman table")
-    blocks = np.array([c for c, (h, v) in enumerate(header.sampling) for _ in range(h * v)], np.int64)
-    stream = np.frombuffer(data, np.uint8)[header.data :]
-    tokens = np.empty(8 * len(stream) + 64 * len(blocks), np.uint32)  # each takes at least a bit; plus a truncated MCU
-    starts, counts = np.empty(mcus // tile + 1, np.int64), np.zeros(4 << 8, np.int64)
-    selectors = np.array(header.selectors, np.int64)
-    total = entropy.read_scan(stream, mcus, header.interval, tile, blocks, selectors, decoding, tokens, starts, counts)
-    if total < 0:
-        raise RegionError(_REASONS[total])
-    return tokens, starts, counts
+class _Scan(NamedTuple):
+    """A scan to read, and the memory for that. tile: MCUs in a tile. For the rest see `entropy.read_scan`."""
+
+    stream: Bytes
+    mcus: int
+    interval: int
+    tile: int
+    blocks: Ints
+    selectors: Ints
+    decoding: huffman.DecodingTables
+    data: Bytes
+    tokens: Tokens
+    starts: Ints
+
+    @staticmethod
+    def of(data: bytes, header: Header, mcus: int, tile: int) -> _Scan:
+        decoding = huffman.decoding_tables(header.tables)
+        if decoding is None:
+            raise RegionError("an impossible Huffman table")
+        blocks = np.array([c for c, (h, v) in enumerate(header.sampling) for _ in range(h * v)], np.int64)
+        stream = np.frombuffer(data, np.uint8)[header.data :]
+        most = 64 * tile * len(blocks)  # tokens of a tile
+        room = min(8 * len(stream) + most, most * (mcus // tile), _MAX_TOKENS)  # a token takes at least a bit
+        return _Scan(
+            stream, mcus, header.interval, tile, blocks, np.array(header.selectors, np.int64), decoding,
+            np.empty(len(stream) + entropy.PADDING, np.uint8), np.empty(room, np.uint32), np.empty(mcus // tile + 1, np.int64),
+        )  # fmt: skip
+
+    def pieces(self, counts: Ints) -> Iterator[tuple[Tokens, Ints]]:
+        """Read the scan in pieces of at most `_MAX_TOKENS`: the tokens and the start of each tile, as returned by
+        `entropy.read_scan`. Each piece overwrites the one before it. counts: the number of each symbol is added.
+        """
+        state = np.zeros(9, np.int64)
+        while (first := int(state[0])) < self.mcus:
+            total = entropy.read_scan(*self[:8], state, self.tokens, self.starts, counts)
+            if total < 0:
+                raise RegionError(_REASONS[total])
+            yield self.tokens, self.starts[: (int(state[0]) - first) // self.tile + 1]
 
 
-def _write(tokens: Tokens, starts: Ints, coded: list[tuple[Bytes, Bytes]], lengths: Ints, capacity: int) -> bytes:
-    """The entropy-coded data in at most `capacity` bytes; fills `lengths`."""
+def _write(pieces: Iterable[tuple[Tokens, Ints]], coded: list[tuple[Bytes, Bytes]], lengths: Ints, capacity: int) -> list[bytes]:
+    """The entropy-coded data in parts of at most `capacity` bytes; fills `lengths`."""
     codes = np.zeros(4 << 8, np.uint64)
     for i, (bits, symbols) in enumerate(coded):
         huffman.assign_codes(bits, symbols, codes[i << 8 :])
     out = np.empty(capacity, np.uint8)
-    written = entropy.write_scan(tokens, starts, codes, lengths, out)
-    if written < 0:
-        raise RegionError(_REASONS[written])
-    return out[:written].tobytes()
+    parts: list[bytes] = []
+    done = 0
+    for tokens, starts in pieces:
+        first, done = done, done + len(starts) - 1
+        written = entropy.write_scan(tokens, starts, codes, first, done == len(lengths), lengths[first:done], out)
+        if written < 0:
+            raise RegionError(_REASONS[written])
+        parts.append(out[:written].tobytes())
+    return parts
 
 
 def _length_table(lengths: Ints, interval: int, tiles: int, rows: int, mcu_width: int, mcu_height: int) -> bytes:
