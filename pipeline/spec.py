@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -115,7 +116,9 @@ class LoaderSpec:
 
 
 def check_device(device: str) -> None:
-    """Raise UserError for a CUDA GPU that does not exist."""
+    """Raise UserError for a device other than the CPU or a CUDA GPU that exists."""
+    if not re.fullmatch(r"(cpu|cuda)(:\d{1,3})?", str(device)):
+        raise UserError(f"`device` {device}: not supported", "use cpu, cuda or cuda:N")
     found = torch.device(device)
     if found.type == "cuda" and (found.index or 0) >= torch.cuda.device_count():
         raise UserError(f"`device` {device}: torch sees no such CUDA GPU", "use cpu, or check the driver")

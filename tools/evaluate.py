@@ -5,7 +5,8 @@ WEIGHTS_OR_RUN is one of
   - a .safetensors or .pth file;
   - a folder in timm's format, or hf://user/repo on the Hugging Face Hub.
 Files of Cropfeed and folders in timm's format contain architecture and preprocessing. For other files, --arch or the file's name
-gives the architecture, and the preprocessing is torchvision's. Details: model/loading.py.
+gives the architecture. The published files of torchvision and timm are recognized; for others, the preprocessing of torchvision's
+first weights is assumed. The script prints what it uses; --resize, --crop, --mean and --std change it. Details: model/loading.py.
 
 The testing schemes are those of He et al. 2015: the central crop, ten crops, and whole images at five scales (model/schemes.py).
 All schemes are computed in one pass over the data, which decodes each image once.
@@ -31,7 +32,7 @@ import _path  # noqa: F401
 
 from model import ARCHS
 from model.ensembles import EnsembleMember, EvalSet, PredictionWriter, SavedPredictions, evaluate_ensemble
-from model.loading import load_model
+from model.loading import ASSUMED, load_model
 from model.schemes import SCALES, SCHEMES, MultiViewClassifier, view_specs_of
 from model.testing import Accuracy
 from pipeline.cli import Parser, check_writable, positive, run_cli
@@ -40,7 +41,16 @@ from pipeline.errors import UserError
 from pipeline.progress import progress_bar
 from pipeline.store.class_names import class_name
 from pipeline.store.shards import Manifest
-from tools.reporting.evaluation import MAX_CONFUSION, EvaluateOptions, add_loading_flags, open_batches, options_from
+from tools.reporting.evaluation import (
+    MAX_CONFUSION,
+    EvaluateOptions,
+    add_loading_flags,
+    add_preprocessing_flags,
+    memory_errors,
+    open_batches,
+    options_from,
+    with_preprocessing,
+)  # fmt: skip
 
 AVERAGE = "all, averaged"  # the ensemble's name
 
@@ -66,6 +76,7 @@ def parser() -> Parser:
                         "CSV file")  # fmt: skip
     parser.add_argument("--arch", help=f"architecture, for weights that do not name it: {', '.join(ARCHS)}")
     add_loading_flags(parser)
+    add_preprocessing_flags(parser)
     return parser
 
 
@@ -105,6 +116,8 @@ def check_options(options: EvaluateOptions, weights: Sequence[str], schemes: Seq
         raise UserError(f"{models[0]}: running a model needs --data", "give it the folder of shards")
     if options.scales and not (models and "multi-scale" in schemes):
         raise UserError("--scales only applies to models with --schemes multi-scale", "leave it out, or add multi-scale")
+    if not models and (options.resize or options.crop or options.mean or options.std):
+        raise UserError("--resize, --crop, --mean and --std only apply to models", "leave them out")
     if save and not save.endswith(".npz"):
         raise UserError(f"--save {save}: the name must end with .npz", "the suffix distinguishes predictions from weights")
     if options.shares and len(options.shares) != len(weights):
@@ -122,6 +135,7 @@ def open_members(
     models = {path: load_model(path, options.arch, classes) for path in weights if path not in saved}
     if not models:
         return [saved[path] for path in weights], next(iter(saved.values())).batches()
+    models = {path: (model, with_preprocessing(config, options)) for path, (model, config) in models.items()}
     view_specs = dict.fromkeys(
         view
         for _, config in models.values()
@@ -133,6 +147,9 @@ def open_members(
         path: MultiViewClassifier(path, model, config, schemes, options.scales, options.device, options.dtype, options.batch_size)
         for path, (model, config) in models.items()
     }
+    for path, (_, config) in models.items():
+        remedy = "; --resize, --crop, --mean and --std change it" if ASSUMED in config.origin else ""
+        print(f"{path}: {config.preprocessing}{remedy}", flush=True)
     return [(saved | classifiers)[path] for path in weights], progress_bar(
         batches, total=count, desc="evaluating", unit=" batches"
     )
@@ -201,9 +218,10 @@ def main() -> None:
             f"--confusion: {len(eval_set.classes):,} classes squared are too many, at most {MAX_CONFUSION:,} classes",
             "use --per-class instead",
         )
-    members, batches = open_members(weights, saved, options, schemes, eval_set.classes)
-    writer = PredictionWriter(eval_set, schemes) if args.save else None
-    results = evaluate_ensemble(members, shares, batches, schemes, len(eval_set.classes), writer, args.confusion is not None)
+    with memory_errors():
+        members, batches = open_members(weights, saved, options, schemes, eval_set.classes)
+        writer = PredictionWriter(eval_set, schemes) if args.save else None
+        results = evaluate_ensemble(members, shares, batches, schemes, len(eval_set.classes), writer, args.confusion is not None)
 
     names = [member.name for member in members]
     print_table([*names, AVERAGE][: len(results)], results)

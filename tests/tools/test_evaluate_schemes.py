@@ -18,14 +18,17 @@ from safetensors.torch import load_file
 from model import ARCHS, ResNet
 from model.weights import ModelConfig, load_weights, save_weights
 from pipeline import open_loader
+from pipeline.convert.make import ConvertOptions, make_shards
+from pipeline.engines.multiview import MultiViewBatch, ViewSpec
 from pipeline.errors import UserError
 from pipeline.loader import Loader
+from pipeline.plan.geometry import CentreCrop, WholeImage
 from pipeline.spec import LoaderSpec
 from pipeline.store.shards import Manifest, ShardSet
 from tests.helpers import random_image, run_forked
 from tools import evaluate
 from tools.reporting import evaluation
-from tools.reporting.evaluation import EvaluateOptions
+from tools.reporting.evaluation import EvaluateOptions, memory_errors, open_batches
 
 pytestmark = pytest.mark.usefixtures("one_core")
 
@@ -168,7 +171,8 @@ def test_schemes_equal_a_plain_evaluation(
         assert rates["top5"] == 1
     assert figures["images"] == 21
     assert figures["top1"] == figures["schemes"]["centre"]["top1"]
-    lines = capsys.readouterr().out.splitlines()
+    used, *lines = capsys.readouterr().out.splitlines()
+    assert used.startswith(f"{models['a']}: short side 56, crop 48, mean image of average (")
     assert [line.split()[1] for line in lines] == list(figures["schemes"])
     for line, rates in zip(lines, figures["schemes"].values(), strict=True):
         assert f"top-1 {rates['top1']:.2%}" in line
@@ -276,7 +280,7 @@ def test_ensembles_of_models_and_saved_predictions_are_weighted_averages(
         labels = saved["labels"]
     capsys.readouterr()
     together = evaluated(*models.values(), "--data", small_shards, *schemes, "--shares", 1, 3, "--save", tmp_path / "models.npz")
-    lines = capsys.readouterr().out.splitlines()
+    lines = capsys.readouterr().out.splitlines()[2:]  # after one line of preprocessing for each model
     assert [line.split("  ")[0] for line in lines] == [*[str(models["a"])] * 7, *[str(models["b"])] * 7, *["all, averaged"] * 2]
     saved_only = evaluated(tmp_path / "a.npz", tmp_path / "b.npz", "--shares", 0.5, 1.5, "--save", tmp_path / "saved.npz")
     evaluated(models["a"], tmp_path / "b.npz", "--data", small_shards, "--shares", 1, 3, "--save", tmp_path / "mixed.npz")
@@ -367,6 +371,15 @@ def test_mismatches_are_refused(
         ([models["a"]], (*data, "--schemes", "centre", "ten-crop", "--engine", "dali"), "`engine` dali makes only one kind"),
         (list(models.values()), (*data, "--engine", "ffcv"), "`engine` ffcv makes only one kind"),
         ([models["a"]], (*data, "--schemes", "five-crop"), "invalid choice: 'five-crop'"),
+        (["a.npz"], ("--resize", 64), "--resize, --crop, --mean and --std only apply to models"),
+        ([models["a"]], (*data, "--resize", 40), r"short side \(40\) must be at least the image size \(48\)"),
+        ([models["a"]], (*data, "--mean", 124, 116, 104), "`mean` must lie in 0..1; divide"),
+        ([models["a"]], (*data, "--std", 0.2, "nan", 0.2), "`std` must be above 0 and at most 1"),
+        ([models["a"]], (*data, "--batch-size", 10**30), "`batch_size` must be at most 1000000"),
+        ([models["a"]], (*data, "--device", "gpu"), "`device` gpu: not supported; use cpu, cuda or cuda:N"),
+        ([models["a"]], (*data, "--device", "mps"), "`device` mps: not supported"),
+        ([models["a"]], (*data, "--device", "cuda:-1"), "`device` cuda:-1: not supported"),
+        ([models["a"]], (*data, "--device", "cuda:99"), "`device` cuda:99: torch sees no such CUDA GPU"),
     ):  # fmt: skip
         paths = [tmp_path / member if isinstance(member, str) else member for member in members]
         with pytest.raises(UserError, match=words):
@@ -378,6 +391,9 @@ def test_options_are_validated() -> None:
         ({"batch_size": 0}, "`batch_size` must be at least 1, not 0"),
         ({"threads": 0}, "`threads` must be at least 1"),
         ({"scales": (224, 0)}, "`scales` must be at least 1, not 0"),
+        ({"scales": (224, 100_000)}, "`scales` must be at most 4096, not 100000"),
+        ({"resize": 0}, "`resize` must be at least 1, not 0"),
+        ({"crop": 10**30}, "`crop` must be at most 4096"),
         ({"schemes": ("centre", "five-crop")}, "unknown scheme 'five-crop' in `schemes`; choose from centre"),
         ({"precision": "fp8"}, "`precision` is no, fp16, bf16, not 'fp8'"),
         ({"arch": "vgg"}, "unknown `arch` 'vgg'; choose from plain18"),
@@ -404,3 +420,75 @@ def test_precision_and_batch_size_reach_the_model(
     assert {dtype for dtype, _ in seen} == {torch.bfloat16}
     assert max(count for _, count in seen) == 6
     assert sum(count for _, count in seen) == 21 * 11
+
+
+@pytest.fixture(scope="module")
+def plain_weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A state dict of three classes without a header."""
+    path = tmp_path_factory.mktemp("weights") / "weights.pth"
+    torch.save(ARCHS["resnet18"](num_classes=3).state_dict(), path)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("file", "options", "short", "crop", "printed"),
+    [
+        ("resnet18.tv2_in1k.pth", (), 232, 224, "(123.68, 116.28, 103.53), std (58.395, 57.12, 57.375), from the file's name"),
+        ("resnet18.pth", (), 256, 224, "from torchvision's V1 weights, as the file does not tell; --resize, --crop, "),
+        ("resnet18.pth", ("--resize", 80, "--crop", 64), 80, 64, "from the options and torchvision's V1 weights"),
+        ("resnet18.pth", ("--resize", 80, "--crop", 64, "--mean", 0, 0.5, 1, "--std", 0.5, 0.5, 1), 80, 64,
+         "short side 80, crop 64, mean (0, 127.5, 255), std (127.5, 127.5, 255), from the options\n"),
+    ],
+)  # fmt: skip
+def test_preprocessing_is_that_of_the_file_or_the_options_and_is_printed(
+    file: str, options: tuple[object, ...], short: int, crop: int, printed: str, small_shards: Path, plain_weights: Path,
+    tmp_path: Path, evaluated: Callable[..., dict[str, Any]], monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    (tmp_path / file).symlink_to(plain_weights)
+    opened: list[ViewSpec] = []
+
+    def noted(options: EvaluateOptions, view_specs: Sequence[ViewSpec]) -> tuple[list[MultiViewBatch], int]:
+        opened.extend(view_specs)
+        return [
+            MultiViewBatch({view_specs[0]: torch.zeros(1, crop, crop, 3, dtype=torch.uint8)}, torch.tensor([0]), np.arange(1))
+        ], 1
+
+    monkeypatch.setattr(evaluate, "open_batches", noted)
+    evaluated(tmp_path / file, "--data", small_shards, *options)
+    assert opened == [ViewSpec(CentreCrop(short), crop)]
+    assert f"{tmp_path / file}: short side {short}, crop {crop}, mean (" in (out := capsys.readouterr().out)
+    assert printed in out
+
+
+def test_a_lack_of_memory_is_one_clear_line() -> None:
+    for allocate in (lambda: np.empty(1 << 60, np.uint8), lambda: torch.empty(1 << 60, dtype=torch.uint8)):
+        with pytest.raises(UserError, match=r"^not enough memory .*; use a smaller `batch_size`"), memory_errors():
+            allocate()
+    with pytest.raises(RuntimeError, match=r"^other"), memory_errors():
+        raise RuntimeError("other")
+
+
+@pytest.mark.slow
+def test_of_a_panorama_multi_scale_tests_the_centre_and_says_so(
+    tmp_path: Path, evaluated: Callable[..., dict[str, Any]], caplog: pytest.LogCaptureFixture, models: dict[str, Path]
+) -> None:
+    """Resized whole to a short side of 60, the strip of 3 x 20000 pixels would have 24 million pixels."""
+    strip = random_image(3, 20_000)
+    for split, name, pixels in (("train", "a", strip[:, :40]), ("val", "a", random_image(40, 640)), ("val", "strip", strip)):
+        for label in range(3):
+            folder = tmp_path / "images" / split / f"n{label:08d}"
+            folder.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(pixels).save(folder / f"{name}{label}.png")
+    make_shards(ConvertOptions(str(tmp_path / "images"), str(tmp_path / "data"), workers=1, profile="original"))
+    figures = evaluated(models["a"], "--data", tmp_path / "data", "--schemes", "multi-scale", "--scales", 48, 60)
+    assert figures["images"] == 6
+    assert "longer than 16 times their short side: 3 of 6, such as " in caplog.text
+    assert "(20000 x 3)" in caplog.text
+
+    view = ViewSpec(WholeImage(48, mirrored=True), 48)
+    batches, _ = open_batches(EvaluateOptions(data=str(tmp_path / "data"), threads=1), [view])
+    found = torch.cat([batch.images[view] for batch in batches]).numpy()
+    middle = Image.fromarray(strip).resize((768, 48), Image.Resampling.BILINEAR, box=(9976, 0, 10024, 3))
+    assert found.shape == (12, 48, 768, 3)
+    assert min(np.abs(one.astype(int) - np.asarray(middle)).max() for one in found) <= 1

@@ -3,24 +3,34 @@
 from __future__ import annotations
 
 import argparse
+import logging
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from model import ARCHS
 from model.schemes import SCHEMES
+from model.weights import ModelConfig
 from pipeline import open_loader
 from pipeline.cli import Parser, add_cache_flags, positive
 from pipeline.engines.multiview import MultiViewBatch, MultiViewLoader, ViewSpec
 from pipeline.errors import UserError
+from pipeline.plan.geometry import MAX_ASPECT, WholeImage
 from pipeline.spec import PRECISIONS, LoaderSpec
+from pipeline.store.shards import ShardSet
 from training.launch import cores_per_process
 
+log = logging.getLogger("cropfeed")
+
 MAX_CONFUSION = 10_000  # most classes of a confusion matrix, which takes 8 * classes^2 bytes
+MAX_BATCH = 1_000_000  # crops
+MAX_SIDE = 4096  # pixels of a short side or a crop: with 64 channels, a whole image takes gigabytes in the model
 
 
 def _default_device() -> str:
@@ -37,6 +47,8 @@ class EvaluateOptions:
     - scales: short sides for multi-scale, pixels. Empty: the paper's.
     - shares: the weight of each member of an ensemble, in their order. Empty: equal weights.
     - arch: architecture, for weights that do not name it.
+    - resize, crop: short side and side of the crop, pixels, instead of the models' own. None: their own.
+    - mean, std: of each channel, for pixels in 0..1, instead of the models' own. Empty: their own.
     - precision: "no" (float32), "fp16" or "bf16".
     - batch_size, device, engine, threads, cache, cache_gb: as in `LoaderSpec`.
     """
@@ -47,6 +59,10 @@ class EvaluateOptions:
     scales: tuple[int, ...] = ()
     shares: tuple[float, ...] = ()
     arch: str | None = None
+    resize: int | None = None
+    crop: int | None = None
+    mean: tuple[float, ...] = ()
+    std: tuple[float, ...] = ()
     batch_size: int = 256
     precision: str = "no"
     device: str = field(default_factory=_default_device)
@@ -56,9 +72,14 @@ class EvaluateOptions:
     cache_gb: float | None = None
 
     def __post_init__(self) -> None:
-        for name, values in (("batch_size", [self.batch_size]), ("threads", [self.threads]), ("scales", self.scales)):
-            if min(values, default=1) < 1:
-                raise UserError(f"`{name}` must be at least 1, not {min(values)}")
+        limits = {"batch_size": MAX_BATCH, "threads": None, "scales": MAX_SIDE, "resize": MAX_SIDE, "crop": MAX_SIDE}
+        for name, most in limits.items():
+            given = getattr(self, name)
+            for value in given if isinstance(given, tuple) else (given,):
+                if value is not None and value < 1:
+                    raise UserError(f"`{name}` must be at least 1, not {value}")
+                if value is not None and most is not None and value > most:
+                    raise UserError(f"`{name}` must be at most {most}, not {value}")
         for scheme in self.schemes:
             if scheme not in SCHEMES:
                 raise UserError(f"unknown scheme {scheme!r} in `schemes`", f"choose from {', '.join(SCHEMES)}")
@@ -68,6 +89,10 @@ class EvaluateOptions:
             raise UserError(f"unknown `arch` {self.arch!r}", f"choose from {', '.join(ARCHS)}")
         if not all(share > 0 and math.isfinite(share) for share in self.shares):
             raise UserError("`shares` must be above 0", "leave out members that should have no weight")
+        if not all(0 <= value <= 1 for value in self.mean):
+            raise UserError("`mean` must lie in 0..1", "divide values for 0..255 by 255")
+        if not all(0 < value <= 1 for value in self.std):
+            raise UserError("`std` must be above 0 and at most 1", "divide values for 0..255 by 255")
 
     @property
     def dtype(self) -> torch.dtype:
@@ -90,12 +115,43 @@ def add_loading_flags(parser: Parser) -> None:
     add_cache_flags(parser)
 
 
+def add_preprocessing_flags(parser: Parser) -> None:
+    """Add the flags that replace the models' own preprocessing."""
+    group = parser.add_argument_group("preprocessing, instead of the models' own")
+    group.add_argument("--resize", type=positive, metavar="N", help="short side to which images are resized, in pixels")
+    group.add_argument("--crop", type=positive, metavar="N", help="side of the crop, in pixels")
+    for flag, what in (("--mean", "mean"), ("--std", "standard deviation")):
+        group.add_argument(flag, type=float, nargs=3, metavar=("R", "G", "B"), help=f"{what} of each channel, for pixels in 0..1")
+
+
 def options_from(args: argparse.Namespace) -> EvaluateOptions:
     """The options in parsed arguments."""
     options: dict[str, Any] = {each.name: getattr(args, each.name) for each in fields(EvaluateOptions)}
-    for name in ("schemes", "scales", "shares"):
+    for name in ("schemes", "scales", "shares", "mean", "std"):
         options[name] = tuple(options[name])
     return EvaluateOptions(**options)
+
+
+def with_preprocessing(config: ModelConfig, options: EvaluateOptions) -> ModelConfig:
+    """The config with the preprocessing that the options give."""
+    mean, std = (np.array(values, np.float32) * 255 if values else None for values in (options.mean, options.std))
+    given = {"eval_short": options.resize, "image_size": options.crop, "mean": mean, "std": std}
+    changes: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
+    if not changes:
+        return config
+    return replace(config, **changes, origin="the options" + (f" and {config.origin}" if len(changes) < len(given) else ""))
+
+
+@contextmanager
+def memory_errors() -> Iterator[None]:
+    """A context in which a lack of memory, on the host or the device, is a UserError."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        if not isinstance(error, MemoryError | torch.OutOfMemoryError) and "allocate memory" not in str(error):
+            raise
+        why = (str(error) or "out of memory").splitlines()[0]
+        raise UserError(f"not enough memory ({why})", "use a smaller `batch_size` or smaller `scales`") from error
 
 
 def open_batches(options: EvaluateOptions, view_specs: Sequence[ViewSpec]) -> tuple[Iterable[MultiViewBatch], int]:
@@ -114,7 +170,24 @@ def open_batches(options: EvaluateOptions, view_specs: Sequence[ViewSpec]) -> tu
     ).evaluation(options.split)
     if len(view_specs) > 1:
         multi = MultiViewLoader(spec, view_specs)
+        _warn_of_long_images(multi.shards, view_specs)
         return multi, len(multi)
     view = view_specs[0]
     loader = open_loader(replace(spec, geometry=view.geometry, image_size=view.size))
+    _warn_of_long_images(loader.shards, view_specs)
     return (MultiViewBatch({view: batch.images.permute(0, 2, 3, 1)}, batch.labels, batch.ids) for batch in loader), len(loader)
+
+
+def _warn_of_long_images(shards: ShardSet, view_specs: Sequence[ViewSpec]) -> None:
+    """Name an image of which `WholeImage` takes only the central part, if there are any."""
+    if not any(isinstance(view.geometry, WholeImage) for view in view_specs):
+        return
+    sides = np.stack([shards.samples["height"], shards.samples["width"]]).astype(np.int64)
+    found = np.flatnonzero(sides.max(axis=0) > MAX_ASPECT * sides.min(axis=0))
+    if len(found):
+        first = int(found[0])
+        height, width = sides[:, first].tolist()
+        log.warning(
+            "multi-scale tests only the centre of images longer than %d times their short side: %d of %d, such as %s (%d x %d)",
+            MAX_ASPECT, len(found), len(shards), shards.locate(first), width, height,
+        )  # fmt: skip
