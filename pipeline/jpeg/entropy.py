@@ -16,11 +16,18 @@ from .region import Bytes, Ints
 
 TRUNCATED, BAD_CODE, BAD_VALUE, NO_ROOM = -1, -2, -3, -4
 
+REASONS = {
+    TRUNCATED: "the entropy-coded data ends too early",
+    BAD_CODE: "an undefined Huffman code",
+    BAD_VALUE: "a coefficient out of range",
+    NO_ROOM: "the output does not fit",
+}
+
 # A token is a decoded Huffman symbol, to be encoded again: table << 24 | symbol << 16 | its extra bits.
 # Tables are numbered DC 0, AC 0, DC 1, AC 1.
 
 # The category of a DC difference (T.81 F.1.2.1), by its absolute value.
-_CATEGORIES = np.array([value.bit_length() for value in range(1 << 11)], np.uint8)
+CATEGORIES = np.array([value.bit_length() for value in range(1 << 11)], np.uint8)
 
 # Damaged data is read beyond its end, by at most one MCU (10 blocks of symbols of at most 31 bits) and the last word of `refill`.
 PADDING = 10 * 64 * 31 // 8 + 16
@@ -74,13 +81,13 @@ def refill(data: Bytes, at: Int, bits: Any, have: Any) -> Any:
 
 
 @jit
-def _extra(bits: Any, size: Int, count: Int) -> Any:
+def extra(bits: Any, size: Int, count: Int) -> Any:
     """The last `count` of the `size` most significant bits."""
     return np.int64((bits >> np.uint64(64 - size)) & np.uint64((1 << count) - 1))
 
 
 @jit
-def _after_restart(stream: Bytes, position: Int, number: Int) -> Any:
+def after_restart(stream: Bytes, position: Int, number: Int) -> Any:
     """The position after the restart marker that is expected at `position` (fill bytes allowed), or an error code.
 
     number: the expected number of the marker, modulo 8. At any other, decoders would resynchronize by guessing.
@@ -93,7 +100,7 @@ def _after_restart(stream: Bytes, position: Int, number: Int) -> Any:
 
 
 @jit
-def _left(end: Int, at: Int, have: Any) -> Any:
+def bits_left(end: Int, at: Int, have: Any) -> Any:
     """The number of unread bits before byte `end`; negative if bits beyond it were read."""
     return 8 * (end - np.int64(at)) + have
 
@@ -133,7 +140,7 @@ def read_scan(
             starts[(mcu - first) // tile] = total
             new_dc[:] = 0
         if interval and mcu and mcu % interval == 0:
-            position = _after_restart(stream, position, mcu // interval - 1 & 7)  # leftover bytes are skipped, as decoders do
+            position = after_restart(stream, position, mcu // interval - 1 & 7)  # leftover bytes are skipped, as decoders do
             if position < 0:
                 return TRUNCATED
             position, end = unstuff(stream, position, len(stream), data)
@@ -148,19 +155,19 @@ def read_scan(
             size, count = np.int64(entry & 255), np.int64(entry >> 16)
             have -= size
             if entry == 0:
-                return _reason(BAD_CODE, _left(end, at, have))
+                return _reason(BAD_CODE, bits_left(end, at, have))
             if count > 11:
-                return _reason(BAD_VALUE, _left(end, at, have))
-            difference = _extra(bits, size, count)
+                return _reason(BAD_VALUE, bits_left(end, at, have))
+            difference = extra(bits, size, count)
             bits <<= np.uint64(size)
             if difference < (1 << count) >> 1:
                 difference += 1 - (1 << count)
             old_dc[component] += difference
             difference = old_dc[component] - new_dc[component]
             new_dc[component] = old_dc[component]
-            if abs(difference) >= len(_CATEGORIES):
-                return _reason(BAD_VALUE, _left(end, at, have))
-            count = np.int64(_CATEGORIES[abs(difference)])
+            if abs(difference) >= len(CATEGORIES):
+                return _reason(BAD_VALUE, bits_left(end, at, have))
+            count = np.int64(CATEGORIES[abs(difference)])
             if difference < 0:
                 difference += (1 << count) - 1
             tokens[total] = table << 24 | count << 16 | difference
@@ -174,9 +181,9 @@ def read_scan(
                 size, symbol = np.int64(entry & 255), np.int64(entry >> 16)
                 have -= size
                 if entry == 0:
-                    return _reason(BAD_CODE, _left(end, at, have))
+                    return _reason(BAD_CODE, bits_left(end, at, have))
                 count = symbol & 15
-                tokens[total] = (table + 1) << 24 | symbol << 16 | _extra(bits, size, count)
+                tokens[total] = (table + 1) << 24 | symbol << 16 | extra(bits, size, count)
                 bits <<= np.uint64(size)
                 counts[(table + 1) << 8 | symbol] += 1
                 total += np.uint64(1)
@@ -184,11 +191,11 @@ def read_scan(
                     if symbol == 0:  # end of block
                         break
                     if symbol != 0xF0:
-                        return _reason(BAD_VALUE, _left(end, at, have))
+                        return _reason(BAD_VALUE, bits_left(end, at, have))
                 k += (symbol >> 4) + 1
             if k > 64:
-                return _reason(BAD_VALUE, _left(end, at, have))
-        if _left(end, at, have) < 0:
+                return _reason(BAD_VALUE, bits_left(end, at, have))
+        if bits_left(end, at, have) < 0:
             return TRUNCATED
     starts[(done - first) // tile] = total
     state[0], state[1], state[2], state[3], state[4], state[5] = done, position, end, at, bits, have

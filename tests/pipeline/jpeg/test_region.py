@@ -14,8 +14,9 @@ import simplejpeg
 from PIL import Image
 
 from pipeline.jpeg import huffman, region, transcode
+from pipeline.jpeg.header import NotBaselineError
 from pipeline.jpeg.region import RegionError, cut
-from pipeline.jpeg.transcode import NotBaselineError, choose_interval
+from pipeline.jpeg.transcode import choose_interval
 from tests.helpers import SHARED, SUBSAMPLINGS, jpeg, open_image, random_image, run_mutants
 
 SIZES = ((1, 1), (1, 40), (40, 1), (7, 9), (8, 8), (16, 16), (17, 33), (64, 200), (131, 97), (375, 500))
@@ -231,7 +232,8 @@ def test_files_other_than_baseline_jpegs_are_refused_with_a_reason() -> None:
         return stream.getvalue()
 
     for data, words in (
-        (saved("JPEG", progressive=True), "progressive"),
+        (saved("JPEG").replace(b"\xff\xc0", b"\xff\xc9"), "arithmetic"),
+        (saved("JPEG").replace(b"\xff\xc0", b"\xff\xc3"), "lossless"),
         (saved("JPEG", image.convert("CMYK")), "4 components"),
         (saved("PNG"), "not a JPEG"),
         (b"", "not a JPEG"),

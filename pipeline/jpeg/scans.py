@@ -1,0 +1,264 @@
+"""Read the coefficients of JPEGs with more than one scan: progressive ones, and those with a scan for each component.
+
+ITU-T T.81: B.2.3 (scan headers), F.2 (Huffman decoding), annex G (progressive coding). Each scan of a progressive JPEG has
+some of the 64 coefficients of each block ("spectral selection"), and of these some bits ("successive approximation").
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from ..jit import Int, jit
+from .blocks import Blocks, Coefficients, Component, components_of, fill_edges, scan_order
+from .entropy import (
+    BAD_CODE,
+    BAD_VALUE,
+    PADDING,
+    REASONS,
+    TRUNCATED,
+    after_restart,
+    bits_left,
+    extra,
+    refill,
+    unstuff,
+)
+from .header import Header, read_segment, read_tables
+from .huffman import DecodingTables, decoding_tables, lookup
+from .region import Bytes, Ints, RegionError
+
+MAX_SCANS = 100  # libjpeg writes 10, other encoders at most some dozens; thousands would take a decoder minutes
+_AC_LIMIT = 1 << 10  # baseline has no code for larger AC coefficients (T.81 table F.2)
+
+
+def read_coefficients(data: bytes, header: Header) -> Coefficients:
+    """The coefficients of a JPEG, quantized: int16 (blocks, 64), each block in zigzag order, the blocks as in `components_of`.
+
+    Raises RegionError for damaged data, and where scans are missing: decoders smooth such an image.
+    """
+    components = components_of(header)
+    coefficients = np.zeros((components[-1].first + components[-1].columns * components[-1].rows, 64), np.int16)
+    scans = _Scans(data, header, components)
+    position = scans.read(header.sos, header.data, coefficients)
+    while not data.startswith(b"\xff\xd9", position):
+        marker, payload, position = read_segment(data, position)
+        if marker == 0xDA:
+            position = scans.read(payload, position, coefficients)
+        elif marker == 0xC4:
+            read_tables(payload, scans.tables)
+        elif marker == 0xDD and len(payload) == 2:
+            scans.interval = int.from_bytes(payload, "big")
+        elif not 0xE0 <= marker <= 0xEF and marker != 0xFE:  # APPn and COM
+            raise RegionError(f"a marker FF{marker:02X} between scans")
+    if scans.known.any():
+        raise RegionError("scans are missing")
+    for one in components:
+        fill_edges(coefficients[one.first :][: one.rows * one.columns].reshape(one.rows, one.columns, 64), one)
+    return coefficients
+
+
+class _Scans:
+    """Reads scan after scan. known: (components, 64), the lowest bit that was read of each coefficient, or -1."""
+
+    def __init__(self, data: bytes, header: Header, components: list[Component]) -> None:
+        self.tables, self.interval = dict(header.tables), header.interval
+        self.known = np.full((len(components), 64), -1)
+        self._progressive, self._components = header.progressive, components
+        self._ids = list(header.frame[6::3])
+        self._stream = np.frombuffer(data, np.uint8)
+        self._buffer = np.empty(len(data) + PADDING, np.uint8)
+        self._count = 0
+
+    def read(self, sos: bytes, position: int, coefficients: Coefficients) -> int:
+        """Read the entropy-coded data at `position`. Returns its end."""
+        self._count += 1
+        if self._count > MAX_SCANS:
+            raise RegionError(f"more than {MAX_SCANS} scans")
+        chosen, selectors, bounds = self._parse(sos)
+        used = {(0, dc) for dc, _ in selectors.tolist()} | {(1, ac) for _, ac in selectors.tolist()}
+        decoding = decoding_tables({key: self.tables[key] for key in used & self.tables.keys()})
+        if decoding is None:
+            raise RegionError("an impossible Huffman table")
+        places = np.array([i for i, one in enumerate(chosen) for _ in range(one.h * one.v if len(chosen) > 1 else 1)])
+        end: int = read_scan(
+            self._stream, position, self.interval, scan_order(chosen), places, selectors, *bounds, self._progressive, decoding,
+            self._buffer, coefficients,
+        )  # fmt: skip
+        if end < 0:
+            raise RegionError(REASONS[end])
+        return end
+
+    def _parse(self, sos: bytes) -> tuple[list[Component], Ints, tuple[int, int, int, int]]:
+        """The components of a scan, their DC and AC tables, int64 (components, 2), and Ss, Se, Ah, Al (T.81 B.2.3)."""
+        if len(sos) < 6 or len(sos) != 4 + 2 * sos[0] or not set(sos[1:-3:2]) <= set(self._ids):
+            raise RegionError("a damaged scan header")
+        chosen = [self._components[self._ids.index(number)] for number in sos[1:-3:2]]
+        selectors = np.array([(table >> 4, table & 15) for table in sos[2:-3:2]], np.int64)
+        start, end, high, low = sos[-3], sos[-2], sos[-1] >> 4, sos[-1] & 15
+        if not self._progressive:
+            start, end, high, low = 0, 63, 0, 0  # as decoders assume
+        known = self.known[[one.number for one in chosen], start : end + 1]
+        valid = len({one.number for one in chosen}) == len(chosen) and start <= end <= 63 and low <= 13
+        if self._progressive:
+            valid &= end == 0 if start == 0 else len(chosen) == 1 and self.known[chosen[0].number, 0] >= 0
+        if not valid or (known != (high or -1)).any() or (high and low != high - 1):
+            raise RegionError("an impossible sequence of scans")
+        for one, (dc, ac) in zip(chosen, selectors.tolist(), strict=True):
+            if (start == 0 and not high and (0, dc) not in self.tables) or (end > 0 and (1, ac) not in self.tables):
+                raise RegionError("a Huffman table is missing")
+            self.known[one.number, start : end + 1] = low
+        return chosen, selectors, (start, end, high, low)
+
+
+@jit
+def _sign(value: Any, count: Any) -> Any:
+    """The number that `count` extra bits mean (T.81 F.2.2.1, EXTEND)."""
+    return value if value >= (1 << count) >> 1 else value + 1 - (1 << count)
+
+
+@jit
+def read_scan(
+    stream: Bytes, position: Int, interval: Int, order: Blocks, places: Ints, selectors: Ints, start: Int, end: Int, high: Int,
+    low: Int, progressive: bool, tables: DecodingTables, data: Bytes, coefficients: Coefficients,
+) -> Any:  # fmt: skip
+    """Add a scan to the coefficients. Returns the position after its entropy-coded data, or an error code.
+
+    order: from `scan_order`. places: the number in the scan of the component of each block of an MCU. start, end, high, low: Ss,
+    Se, Ah, Al: the first and last coefficient, and the lowest bit that was known, or 0, and that this scan has. data: scratch,
+    uint8 (len(stream) + PADDING,).
+    """
+    position, stop = unstuff(stream, position, len(stream), data)
+    at, bits, have = np.uint64(0), np.uint64(0), 0
+    dc = np.zeros(4, np.int64)
+    run: Any = 0  # blocks that have ended already (EOBRUN)
+    for mcu in range(len(order)):
+        if interval and mcu and mcu % interval == 0:
+            position = after_restart(stream, position, mcu // interval - 1 & 7)
+            if position < 0:
+                return TRUNCATED
+            position, stop = unstuff(stream, position, len(stream), data)
+            at, bits, have = np.uint64(0), np.uint64(0), 0
+            dc[:] = 0
+            run = 0
+        for place in range(len(places)):
+            block = coefficients[order[mcu, place]]
+            component = places[place]
+            k: Any = start
+            if start == 0:
+                at, bits, have = refill(data, at, bits, have)
+                if high:
+                    block[0] |= np.int64(bits >> np.uint64(63)) << low
+                    bits <<= np.uint64(1)
+                    have -= 1
+                else:
+                    entry = lookup(bits, np.uint64(selectors[component, 0]), tables)
+                    size, count = np.int64(entry & 255), np.int64(entry >> 16)
+                    if entry == 0 or count > 11:
+                        return BAD_CODE
+                    dc[component] += _sign(extra(bits, size, count), count)
+                    if not -(1 << 15) <= dc[component] << low < 1 << 15:
+                        return BAD_VALUE
+                    block[0] = dc[component] << low
+                    bits <<= np.uint64(size)
+                    have -= size
+                k = 1
+            row = np.uint64(4 + selectors[component, 1])
+            if high and end:
+                at, bits, have, run = _refine(data, at, bits, have, row, tables, block, k, end, low, run)
+            elif end:
+                at, bits, have, run = _read_ac(data, at, bits, have, row, tables, block, k, end, low, run)
+            if run < 0:
+                return run if bits_left(stop, at, have) >= 0 else TRUNCATED
+            if run > 0 and not progressive:
+                return BAD_CODE
+        if bits_left(stop, at, have) < 0:
+            return TRUNCATED
+    return position
+
+
+@jit
+def _end_of_band(data: Bytes, at: Any, bits: Any, have: Any, log: Any) -> Any:
+    """The number of blocks that end here, this one included: 1 << log plus the next `log` bits (T.81 G.1.2.2)."""
+    at, bits, have = refill(data, at, bits, have)
+    run = (1 << log) + extra(bits, log, log) if log else 1
+    return at, bits << np.uint64(log), have - log, run
+
+
+@jit
+def _read_ac(
+    data: Bytes, at: Any, bits: Any, have: Any, row: Any, tables: DecodingTables, block: Any, k: Any, end: Int, low: Int, run: Any
+) -> Any:
+    """The AC coefficients [k, end] of a block for the first time. Returns at, bits, have and run, or an error code for run."""
+    if run:
+        return at, bits, have, run - 1
+    while k <= end:
+        at, bits, have = refill(data, at, bits, have)
+        entry = lookup(bits, row, tables)
+        size, symbol = np.int64(entry & 255), np.int64(entry >> 16)
+        if entry == 0:
+            return at, bits, have, BAD_CODE
+        zeros, count = symbol >> 4, symbol & 15
+        value = extra(bits, size, count)
+        bits <<= np.uint64(size)
+        have -= size
+        if count == 0:
+            if zeros < 15:
+                at, bits, have, run = _end_of_band(data, at, bits, have, zeros)
+                return at, bits, have, run - 1
+            k += 16
+            continue
+        k += zeros
+        value = _sign(value, count) << low
+        if k > end or abs(value) >= _AC_LIMIT:
+            return at, bits, have, BAD_VALUE
+        block[k] = value
+        k += 1
+    return at, bits, have, run if k == end + 1 else BAD_VALUE
+
+
+@jit
+def _refine(
+    data: Bytes, at: Any, bits: Any, have: Any, row: Any, tables: DecodingTables, block: Any, k: Any, end: Int, low: Int, run: Any
+) -> Any:
+    """The next lower bit of the AC coefficients [k, end] of a block (T.81 G.1.2.3). Returns as `_read_ac`.
+
+    Between the codes for new nonzero coefficients are single bits, one for each coefficient that was not zero before.
+    """
+    while k <= end:
+        zeros, value = 64, 0
+        if not run:
+            at, bits, have = refill(data, at, bits, have)
+            entry = lookup(bits, row, tables)
+            size, symbol = np.int64(entry & 255), np.int64(entry >> 16)
+            if entry == 0 or symbol & 15 > 1:
+                return at, bits, have, BAD_CODE
+            zeros = symbol >> 4
+            if symbol & 15:
+                value = (2 * extra(bits, size, 1) - 1) << low
+            bits <<= np.uint64(size)
+            have -= size
+            if value == 0 and zeros < 15:
+                at, bits, have, run = _end_of_band(data, at, bits, have, zeros)
+                zeros = 64
+        while k <= end:
+            if block[k]:
+                if have == 0:
+                    at, bits, have = refill(data, at, bits, have)
+                if bits >> np.uint64(63):
+                    if abs(block[k]) + (1 << low) >= _AC_LIMIT:
+                        return at, bits, have, BAD_VALUE
+                    block[k] += (1 << low) if block[k] > 0 else -(1 << low)
+                bits <<= np.uint64(1)
+                have -= 1
+            elif zeros == 0:
+                break
+            else:
+                zeros -= 1
+            k += 1
+        if value:
+            if k > end:
+                return at, bits, have, BAD_VALUE
+            block[k] = value
+        k += 1
+    return at, bits, have, max(run - 1, 0)
