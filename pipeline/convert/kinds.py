@@ -8,16 +8,17 @@ from dataclasses import replace
 from ..errors import UserError
 from ..store import files
 from .folders import has_class_folders, image_splits, list_folders
-from .sources import SPLITS, Listing, SourceOptions, check, entries, split_folders, split_off
-from .tars import list_official, official_files
+from .kaggle import find_root, list_kaggle
+from .sources import IMAGES, SPLITS, Listing, SourceOptions, check, entries, split_folders, split_off
+from .tars import TRAIN, VAL, list_official, official_files
 from .webdataset import has_tars, list_webdataset
 
 KINDS: dict[str, Callable[[str, SourceOptions], Listing]] = {
     "official": list_official,
+    "kaggle": list_kaggle,
     "folders": list_folders,
     "webdataset": list_webdataset,
 }
-IMAGES = (".jpeg", ".jpg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm")
 _ADVICE = "give the folder above train/ and val/, which hold class folders of images; or list the images (`list`)"
 _PACKED = (".zip", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".rar", ".7z")
 _LOOKED_AT = 10  # entries of SRC that are looked at for a better level
@@ -25,13 +26,17 @@ _LOOKED_AT = 10  # entries of SRC that are looked at for a better level
 
 def recognise(src: str) -> str:
     """The kind of a source, or "" if it is none."""
-    if official_files(src):
+    if {TRAIN, VAL} & official_files(src).keys():
         return "official"
+    if find_root(src):
+        return "kaggle"
     if has_class_folders(src):
         return "folders"
     if has_tars(src):
         return "webdataset"
-    return "folders" if split_folders(src) else ""
+    if split_folders(src):
+        return "folders"
+    return "official" if official_files(src) else ""
 
 
 def list_sources(src: str, options: SourceOptions, seed: int = 0) -> tuple[str, Listing]:

@@ -104,6 +104,7 @@ class Keys:
         return key
 
 
+IMAGES = (".jpeg", ".jpg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm")
 SPLITS = {
     **dict.fromkeys(("train", "training", "trainset"), "train"),
     **dict.fromkeys(("val", "valid", "validation", "valset"), "val"),
@@ -169,10 +170,11 @@ def is_litter(path: str) -> bool:
 
 
 class Skipped:
-    """Counts the hidden files and system files that a listing skips."""
+    """Counts the hidden files and system files that a listing skips. others: lines about other files."""
 
     def __init__(self) -> None:
         self._count, self._first = 0, ""
+        self.others: list[str] = []
 
     def skips(self, path: str, below: str = "") -> bool:
         """Whether to skip a file or folder. below: where the path is."""
@@ -183,8 +185,9 @@ class Skipped:
         return True
 
     def notes(self) -> list[str]:
-        """A line to print, if there is something to say."""
-        return [f"skipped {self._count} hidden or system files, such as {self._first}"] if self._count else []
+        """Lines to print, if there is something to say."""
+        counted = [f"skipped {self._count} hidden or system files, such as {self._first}"] if self._count else []
+        return counted + self.others
 
 
 def entries(folder: str, skipped: Skipped | None = None) -> list[files.Entry]:

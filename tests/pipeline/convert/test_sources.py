@@ -406,9 +406,9 @@ def test_images_and_shards_in_one_folder_are_refused(tmp_path: Path, src: str, o
     write_images(tmp_path / "a", "images/n1/a.jpg", "n1/a.jpg")
     (tmp_path / "link").symlink_to(tmp_path / "a")
     before = sorted(tmp_path.rglob("*"))
-    places = [place if "://" in place else str(tmp_path / place) for place in (src, out)]
+    src, out = (place if "://" in place else str(tmp_path / place) for place in (src, out))
     with pytest.raises(UserError, match=words):
-        make_shards(ConvertOptions(*places, workers=1))
+        make_shards(ConvertOptions(src, out, workers=1))
     assert sorted(tmp_path.rglob("*")) == before
     check_places(str(tmp_path / "a"), str(tmp_path / "a-shards"))
 
