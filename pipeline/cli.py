@@ -13,12 +13,14 @@ import argparse
 import logging
 import os
 import re
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from .errors import UserError
+from .errors import FULL, StorageError, UserError, storage_error
+from .progress import Outputs
 
 _parser: Parser | None = None  # the parser of this process's arguments
 
@@ -34,11 +36,7 @@ class Parser(argparse.ArgumentParser):
     def parse_known_args(self, *args: Any, **options: Any) -> Any:
         global _parser
         _parser = self
-        found, rest = super().parse_known_args(*args, **options)
-        for name, value in vars(found).items():  # shells expand ~ at the beginning of a word only, not in --out=~/shards
-            if isinstance(value, str | Path) and (str(value) == "~" or str(value).startswith("~/")):
-                setattr(found, name, type(value)(os.path.expanduser(value)))
-        return found, rest
+        return super().parse_known_args(*args, **options)
 
     def error(self, message: str) -> NoReturn:
         raise UserError(message, "see --help")
@@ -93,18 +91,65 @@ def _show_flags(record: logging.LogRecord) -> bool:
     return True
 
 
-def run_cli(main: Callable[[], None]) -> NoReturn:
-    """Run a command-line program: exit 0 on success, 2 with one line on a UserError, 130 on Ctrl-C."""
+def run_cli(main: Callable[[], None], is_log: bool = False) -> NoReturn:
+    """Run a command-line program: exit 0 on success, 2 with one line on a UserError or an error of the system, 130 on Ctrl-C.
+
+    is_log: its output is only a log, so that the program succeeds even if that cannot be written.
+    """
     logging.getLogger("cropfeed").addFilter(_show_flags)
+    if os.getpid() == 1:  # the kernel ignores SIGTERM for the first process of a container, unless it has a handler
+        signal.signal(signal.SIGTERM, lambda *_: os._exit(128 + signal.SIGTERM))
+    outputs = Outputs(is_log)
+    code = _exit_code(main, outputs)
+    lost = outputs.lost()
+    if isinstance(lost, BrokenPipeError):  # `... | head`
+        outputs.discard()
+        code = code or int(not is_log)
+    elif lost:
+        print(f"error: a part of the output is lost ({lost.strerror})", file=sys.stderr)
+        code = code or (0 if is_log else 2)
+    sys.exit(code)
+
+
+def _exit_code(main: Callable[[], None], outputs: Outputs) -> int:
+    """Run `main`. Prints errors in one line; returns the exit code."""
     try:
         main()
+        return 0
     except UserError as error:
-        print(f"error: {with_flags(str(error))}", file=sys.stderr)
-        sys.exit(2)
+        problem = error
+    except (OSError, MemoryError, RuntimeError) as error:
+        if isinstance(error, BrokenPipeError) and outputs.lost() is error:
+            return 1
+        explained = _explained(error)
+        if explained is None:
+            raise
+        problem = explained
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
-        sys.exit(130)
-    sys.exit(0)
+        return 130
+    print(f"error: {with_flags(str(problem))}", file=sys.stderr)
+    return 2
+
+
+_MEMORY = re.compile(r"(?:tried|unable) to allocate [\d.,]+ \w+", re.IGNORECASE)
+
+
+def _explained(error: Exception) -> UserError | None:
+    """An error of the system as a UserError: storage, memory. None for anything else, which is a bug."""
+    if isinstance(error, OSError):
+        if error.errno is None:
+            return None
+        if error.errno in FULL:
+            return storage_error(error, error.filename or "a file")
+        return UserError(f"{error.filename}: {error.strerror}" if error.filename else f"the system says: {error}")
+    text = str(error)
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" or "DefaultCPUAllocator" in text:
+        amount = _MEMORY.search(text)
+        known = {action.dest for action in _parser._actions} if _parser else set()
+        fewer = " or ".join(f"`{name}`" for name in ("batch_size", "image_size", "workers", "threads") if name in known)
+        return UserError("memory ran out" + (f" ({amount[0]})" if amount else ""), f"lower {fewer}" if fewer else "")
+    return None
 
 
 SHARDS = """Turn ImageNet, or any labelled images, into shards.
@@ -216,10 +261,14 @@ def shards(arguments: Sequence[str] | None = None, prog: str = "python tools/mak
         raise UserError(f"give SRC and --out{', or --verify OUT' if is_script else ''}", "see --help")
     beton = BetonSettings(args.ffcv_mode, args.ffcv_max_resolution, args.ffcv_quality, args.ffcv_proportion)
     options = ConvertOptions(
-        args.src, args.out, args.profile, args.format, args.shard_size, args.seed, args.strict,
-        SourceOptions(check_md5=not args.skip_md5), beton, args.workers, args.engine, args.ray_address, args.shards,
+        args.src, args.out, args.profile, args.format, args.shard_size, args.seed, args.strict, not args.skip_md5, beton,
+        args.workers, args.engine, args.ray_address, args.shards,
     )  # fmt: skip
-    print("\n".join(make_shards(options)))
+    try:
+        lines = make_shards(options)
+    except StorageError as error:
+        raise UserError(error.problem, f"{error.remedy}, then repeat the command: finished shards are kept") from error
+    print("\n".join(lines))
 
 
 def verify(arguments: Sequence[str]) -> None:
@@ -258,7 +307,6 @@ COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
 def _command() -> None:
     name, arguments = sys.argv[1] if len(sys.argv) > 1 else "", sys.argv[2:]
     if name in ("", "-h", "--help"):
-    from .convert.sources import SourceOptions
         print(__doc__.partition("\n\n")[2].strip("\n"))
         return
     if name not in COMMANDS:

@@ -32,7 +32,7 @@ import numpy.typing as npt
 from PIL import Image
 
 from ..engines.ffcv_field import StoredImage, region_field, store_encoded
-from ..errors import UserError, install_command
+from ..errors import UserError, install_command, storage_error
 from ..progress import announce_if_slow, progress_bar
 from ..store.files import atomic_write, sha256
 from ..store.shards import ShardSet
@@ -88,7 +88,7 @@ def write_beton(
             _verify(scratch, path.name, shards, settings, checksums)
             return sha256(str(scratch), f"SHA-256 of {path.name}")
         except OSError as error:
-            raise UserError(f"{path}: cannot be written ({error.strerror or error})") from error
+            raise storage_error(error, path) or UserError(f"{path}: cannot be written ({error})") from error
 
 
 def require_ffcv() -> None:

@@ -20,7 +20,7 @@ import fsspec
 from fsspec.callbacks import DEFAULT_CALLBACK, TqdmCallback
 from fsspec.implementations.local import LocalFileSystem
 
-from ..errors import UserError, install_command
+from ..errors import UserError, install_command, writing
 from ..progress import BYTES, progress_bar
 
 PARTIAL = ".partial"  # suffix of files that are still being written; their names begin with a dot
@@ -120,14 +120,13 @@ def is_folder(path: str) -> bool:
         return bool(system.isdir(target))
 
 
-def list_folder(folder: str, hidden: bool = False) -> list[Entry]:
-    """The entries of a folder, sorted by name. A missing folder has none. Symbolic links are followed. hidden: also those whose
-    names begin with a dot."""
+def list_folder(folder: str) -> list[Entry]:
+    """The entries of a folder, sorted by name, without hidden ones. A missing folder has none. Symbolic links are followed."""
     with _explained(folder):
         if not is_remote(folder):  # for fsspec, a link to a folder is no folder
             try:
                 with os.scandir(absolute(folder)) as found:
-                    entries = [_local_entry(entry) for entry in found if hidden or not entry.name.startswith(".")]
+                    entries = [_local_entry(entry) for entry in found if not entry.name.startswith(".")]
                 return sorted(entries, key=lambda entry: os.fsencode(entry.name))  # the same order in every locale
             except FileNotFoundError:
                 return []
@@ -138,7 +137,7 @@ def list_folder(folder: str, hidden: bool = False) -> list[Entry]:
         except FileNotFoundError:
             return []
         entries = [Entry(i["name"].rstrip("/").rsplit("/", 1)[1], i["type"] == "directory", i["size"] or 0) for i in found]
-        return sorted(entry for entry in entries if entry.name and (hidden or not entry.name.startswith(".")))
+        return sorted(entry for entry in entries if entry.name and not entry.name.startswith("."))
 
 
 def _local_entry(entry: os.DirEntry[str]) -> Entry:
@@ -171,22 +170,25 @@ def atomic_write(path: str, label: str = "") -> Iterator[Path]:
         system, target = _system(path)
         local = isinstance(system, LocalFileSystem)
         folder = Path(target).parent if local else Path(tempfile.gettempdir())
-        folder.mkdir(parents=True, exist_ok=True)
+        with writing(path if local else folder):
+            folder.mkdir(parents=True, exist_ok=True)
         scratch = folder / f".{target.rsplit('/', 1)[1]}.{uuid.uuid4().hex}{PARTIAL}"
         shown = TqdmCallback({"desc": label} | BYTES, tqdm_cls=progress_bar) if label else DEFAULT_CALLBACK
-    try:
-        yield scratch
-        with _explained(path):
+    with writing(path if local else scratch):
+        try:
+            yield scratch
             if local:
                 os.replace(scratch, target)
-            elif set(_protocols(system)) & _OBJECT_STORES:
-                system.put_file(str(scratch), target, callback=shown)
-            else:
-                system.makedirs(target.rsplit("/", 1)[0], exist_ok=True)
-                system.put_file(str(scratch), target + PARTIAL, callback=shown)
-                system.mv(target + PARTIAL, target)
-    finally:
-        scratch.unlink(missing_ok=True)
+                return
+            with _explained(path):
+                if set(_protocols(system)) & _OBJECT_STORES:
+                    system.put_file(str(scratch), target, callback=shown)
+                else:
+                    system.makedirs(target.rsplit("/", 1)[0], exist_ok=True)
+                    system.put_file(str(scratch), target + PARTIAL, callback=shown)
+                    system.mv(target + PARTIAL, target)
+        finally:
+            scratch.unlink(missing_ok=True)
 
 
 def write(path: str, content: bytes) -> None:
