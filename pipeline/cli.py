@@ -36,7 +36,11 @@ class Parser(argparse.ArgumentParser):
     def parse_known_args(self, *args: Any, **options: Any) -> Any:
         global _parser
         _parser = self
-        return super().parse_known_args(*args, **options)
+        found, rest = super().parse_known_args(*args, **options)
+        for name, value in vars(found).items():  # shells expand ~ at the beginning of a word only, not in --out=~/shards
+            if isinstance(value, str | Path) and (str(value) == "~" or str(value).startswith("~/")):
+                setattr(found, name, type(value)(os.path.expanduser(value)))
+        return found, rest
 
     def error(self, message: str) -> NoReturn:
         raise UserError(message, "see --help")
@@ -261,8 +265,8 @@ def shards(arguments: Sequence[str] | None = None, prog: str = "python tools/mak
         raise UserError(f"give SRC and --out{', or --verify OUT' if is_script else ''}", "see --help")
     beton = BetonSettings(args.ffcv_mode, args.ffcv_max_resolution, args.ffcv_quality, args.ffcv_proportion)
     options = ConvertOptions(
-        args.src, args.out, args.profile, args.format, args.shard_size, args.seed, args.strict, not args.skip_md5, beton,
-        args.workers, args.engine, args.ray_address, args.shards,
+        args.src, args.out, args.profile, args.format, args.shard_size, args.seed, args.strict,
+        SourceOptions(check_md5=not args.skip_md5), beton, args.workers, args.engine, args.ray_address, args.shards,
     )  # fmt: skip
     try:
         lines = make_shards(options)
@@ -307,6 +311,7 @@ COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
 def _command() -> None:
     name, arguments = sys.argv[1] if len(sys.argv) > 1 else "", sys.argv[2:]
     if name in ("", "-h", "--help"):
+    from .convert.sources import SourceOptions
         print(__doc__.partition("\n\n")[2].strip("\n"))
         return
     if name not in COMMANDS:
