@@ -120,13 +120,14 @@ def is_folder(path: str) -> bool:
         return bool(system.isdir(target))
 
 
-def list_folder(folder: str) -> list[Entry]:
-    """The entries of a folder, sorted by name, without hidden ones. A missing folder has none. Symbolic links are followed."""
+def list_folder(folder: str, hidden: bool = False) -> list[Entry]:
+    """The entries of a folder, sorted by name. A missing folder has none. Symbolic links are followed. hidden: also those whose
+    names begin with a dot."""
     with _explained(folder):
         if not is_remote(folder):  # for fsspec, a link to a folder is no folder
             try:
                 with os.scandir(absolute(folder)) as found:
-                    entries = [_local_entry(entry) for entry in found if not entry.name.startswith(".")]
+                    entries = [_local_entry(entry) for entry in found if hidden or not entry.name.startswith(".")]
                 return sorted(entries, key=lambda entry: os.fsencode(entry.name))  # the same order in every locale
             except FileNotFoundError:
                 return []
@@ -137,7 +138,7 @@ def list_folder(folder: str) -> list[Entry]:
         except FileNotFoundError:
             return []
         entries = [Entry(i["name"].rstrip("/").rsplit("/", 1)[1], i["type"] == "directory", i["size"] or 0) for i in found]
-        return sorted(entry for entry in entries if entry.name and not entry.name.startswith("."))
+        return sorted(entry for entry in entries if entry.name and (hidden or not entry.name.startswith(".")))
 
 
 def _local_entry(entry: os.DirEntry[str]) -> Entry:
