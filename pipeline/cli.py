@@ -77,6 +77,14 @@ def add_cache_flags(parser: argparse._ActionsContainer) -> None:
     )
 
 
+def add_verify_flag(parser: argparse._ActionsContainer) -> None:
+    """Add the flag of `LoaderSpec.verify` to a parser or an argument group."""
+    parser.add_argument(
+        "--verify-reads", dest="verify", action="store_true",
+        help="compare the checksum of each image that is read, for storage that returns wrong bytes without an error",
+    )  # fmt: skip
+
+
 def check_writable(file: Path) -> None:
     """Create the file's folder. Raises UserError if the file could not be written."""
     try:
@@ -250,6 +258,7 @@ def shards(arguments: Sequence[str] | None = None, prog: str = "python tools/mak
     """`cropfeed shards`, and tools/make_shards.py, which also has --verify."""
     from .convert.beton import BetonSettings
     from .convert.make import ConvertOptions, make_shards
+    from .convert.sources import SourceOptions
 
     is_script = arguments is None
     parser = _shards_parser(prog, f"{prog} --verify" if is_script else "cropfeed verify")
@@ -269,7 +278,7 @@ def shards(arguments: Sequence[str] | None = None, prog: str = "python tools/mak
         SourceOptions(check_md5=not args.skip_md5), beton, args.workers, args.engine, args.ray_address, args.shards,
     )  # fmt: skip
     try:
-        lines = make_shards(options)
+        lines = make_shards(options, lambda line: print(line, flush=True))
     except StorageError as error:
         raise UserError(error.problem, f"{error.remedy}, then repeat the command: finished shards are kept") from error
     print("\n".join(lines))
@@ -311,7 +320,6 @@ COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
 def _command() -> None:
     name, arguments = sys.argv[1] if len(sys.argv) > 1 else "", sys.argv[2:]
     if name in ("", "-h", "--help"):
-    from .convert.sources import SourceOptions
         print(__doc__.partition("\n\n")[2].strip("\n"))
         return
     if name not in COMMANDS:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import InitVar, dataclass
 from pathlib import Path
 
 from model import ARCHS
@@ -102,7 +102,10 @@ class TrainOptions:
     checkpoint_every: int = 500
     trackers: tuple[str, ...] = ("tensorboard",)
 
-    def __post_init__(self) -> None:
+    verify: InitVar[bool] = False  # not a field, as config.json's keys are fixed; its "command" has the flag
+
+    def __post_init__(self, verify: bool) -> None:
+        object.__setattr__(self, "verify", verify)
         for name in POSITIVE:
             value = getattr(self, name)
             if value is not None and value < 1:
@@ -121,6 +124,11 @@ class TrainOptions:
         if self.ramp and not self.start_size:
             raise UserError("`ramp` needs `start_size`", "set `start_size`, or leave `ramp` out")
         check_trackers(self.trackers)
+
+    @property
+    def verifies_reads(self) -> bool:
+        """The value of `verify`, for `LoaderSpec.verify`."""
+        return bool(vars(self)["verify"])
 
     def _complete_arch(self) -> None:
         if self.arch not in ARCHS:
