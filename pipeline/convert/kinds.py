@@ -9,6 +9,7 @@ from ..errors import UserError
 from ..store import files
 from .folders import has_class_folders, image_splits, list_folders
 from .kaggle import find_root, list_kaggle
+from .parquet import has_images, list_parquet
 from .sources import IMAGES, SPLITS, Listing, SourceOptions, check, entries, split_folders, split_off
 from .tars import TRAIN, VAL, list_official, official_files
 from .webdataset import has_tars, list_webdataset
@@ -18,6 +19,7 @@ KINDS: dict[str, Callable[[str, SourceOptions], Listing]] = {
     "kaggle": list_kaggle,
     "folders": list_folders,
     "webdataset": list_webdataset,
+    "parquet": list_parquet,
 }
 _ADVICE = "give the folder above train/ and val/, which hold class folders of images; or list the images (`list`)"
 _PACKED = (".zip", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".rar", ".7z")
@@ -30,6 +32,8 @@ def recognise(src: str) -> str:
         return "official"
     if find_root(src):
         return "kaggle"
+    if has_images(src):
+        return "parquet"
     if has_class_folders(src):
         return "folders"
     if has_tars(src):
@@ -69,7 +73,7 @@ def _recognised(src: str) -> str:
 
 def _is_source(folder: str) -> bool:
     """Whether a folder is a source, and not merely one of class folders."""
-    if not any(entry.is_folder or entry.name.endswith(".tar") for entry in entries(folder)):
+    if not any(entry.is_folder or entry.name.endswith((".tar", ".parquet")) for entry in entries(folder)):
         return False  # of a class, which is the usual case
     kind = recognise(folder)
     return kind not in ("", "folders") or (kind == "folders" and bool(image_splits(folder)))

@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
+import json
 import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from pipeline.convert import kinds
+from pipeline.convert.make import ConvertOptions, make_shards
 from pipeline.convert.sources import Listing, SourceOptions
 from pipeline.errors import UserError
+from pipeline.store import files
+from pipeline.store.manifest import Manifest
+from pipeline.store.shards import ShardSet
 from tests.helpers import jpeg, random_image
 from tests.pipeline.convert.test_sources import WNIDS, devkit, listed, write_images
 
@@ -124,3 +132,130 @@ def test_tiny_imagenet(tmp_path: Path) -> None:
 def test_images_beside_class_folders_are_named(tmp_path: Path) -> None:
     found = listed(write_images(tmp_path, "train/n1/a.jpg", "train/n2/a.jpg", "train/b.jpg", "train/c.jpg"))
     assert found.notes == [f"not used: 2 images beside the class folders, such as {tmp_path}/train/b.jpg"]
+
+
+# Parquet
+
+
+def write_parquet(
+    path: Path, images: list[tuple[Any, Any]], names: list[str] | None = None, group: int = 2, **columns: str
+) -> None:
+    """As Hugging Face's datasets write it: a struct of bytes and path, a ClassLabel with names. columns: image, label."""
+    image, label = columns.get("image", "image"), columns.get("label", "label")
+    features: dict[str, Any] = {image: {"_type": "Image"}, label: {"_type": "ClassLabel", "names": names}}
+    schema = pa.schema(
+        [
+            (image, pa.struct([("bytes", pa.binary()), ("path", pa.string())])),
+            (label, pa.string() if names is None else pa.int64()),
+        ],
+        metadata={} if names is None else {"huggingface": json.dumps({"info": {"features": features}})},
+    )
+    cells = [data if data is None else {"bytes": data, "path": f"{i}.jpg"} for i, (data, _) in enumerate(images)]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pq.write_table(pa.table({image: cells, label: [label for _, label in images]}, schema=schema), path, row_group_size=group)
+
+
+def shards_of(src: Path | str, out: Path, **options: Any) -> dict[bytes, str]:
+    """Convert with the profile `original`; the stored bytes of all images, with their splits and classes."""
+    make_shards(ConvertOptions(str(src), str(out), "original", shard_size=3, workers=1, images=SourceOptions(**options)))
+    found = {}
+    for split in Manifest(out).splits:
+        stored = ShardSet(out, split)
+        for i in range(len(stored)):
+            found[stored.read(i).tobytes()] = f"{split} {stored.manifest.classes[int(stored.samples['label'][i])]}"
+    return found
+
+
+IMAGES = [jpeg(random_image(40, 50, seed)) for seed in range(9)]
+CLASSES = ["tench, Tinca tinca", "goldfish", "a, b"]
+STORED = {data: f"{'train' if i < 7 else 'val'} {CLASSES[i % 3]}" for i, data in enumerate(IMAGES)}
+
+
+@pytest.fixture
+def parquet(tmp_path: Path) -> Path:
+    rows = [(data, i % 3) for i, data in enumerate(IMAGES)]
+    src = tmp_path / "parquet"
+    write_parquet(src / "data" / "train-00000-of-00002.parquet", rows[:5], CLASSES)
+    write_parquet(src / "data" / "train-00001-of-00002.parquet", rows[5:7], CLASSES)
+    write_parquet(src / "data" / "validation-00000-of-00001.parquet", rows[7:], CLASSES)
+    write_parquet(src / "data" / "test-00000-of-00001.parquet", [(IMAGES[0], -1)], CLASSES)
+    (src / "README.md").write_text("dataset_info:")
+    return src
+
+
+def test_parquet_files_of_hugging_face(parquet: Path, tmp_path: Path) -> None:
+    assert kind_of(parquet)[0] == "parquet"
+    assert shards_of(parquet, tmp_path / "out") == STORED
+    assert not (tmp_path / "out" / "conversion").exists()
+
+
+def test_parquet_files_at_a_url(parquet: Path, tmp_path: Path) -> None:
+    for path in parquet.rglob("*.parquet"):
+        files.write(f"memory://{tmp_path}/{path.relative_to(parquet)}", path.read_bytes())
+    assert shards_of(f"memory://{tmp_path}", tmp_path / "out") == STORED
+
+
+def test_damaged_shards_of_parquet_files_are_made_again(parquet: Path, tmp_path: Path) -> None:
+    """The row groups are unpacked again, as the first conversion has removed them."""
+    shards_of(parquet, tmp_path / "out")
+    tar = tmp_path / "out" / "train" / "000001.tar"
+    before = tar.read_bytes()
+    tar.write_bytes(before[:-1])
+    assert shards_of(parquet, tmp_path / "out") == STORED
+    assert tar.read_bytes() == before
+    assert not (tmp_path / "out" / "conversion").exists()
+
+
+def test_row_groups_are_read_once_and_in_parts(parquet: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Shards draw their images from all row groups; reading a row group for each image would take forever."""
+    read: list[tuple[str, int]] = []
+    whole = pq.ParquetFile.iter_batches
+
+    def counted(self: Any, rows: int, groups: list[int], columns: list[str]) -> Any:
+        read.append((self.metadata.row_group(0).column(0).path_in_schema, groups[0]))
+        assert rows <= 64
+        assert columns == ["image.bytes"]
+        return whole(self, rows, groups, columns)
+
+    monkeypatch.setattr(pq.ParquetFile, "iter_batches", counted)
+    shards_of(parquet, tmp_path / "out")
+    assert len(read) == 5
+
+
+def test_parquet_files_with_other_columns(tmp_path: Path) -> None:
+    """Labels as text, other names of columns, null images, splits as folders."""
+    rows = [(IMAGES[0], "dog"), (None, "cat"), (IMAGES[1], "cat")]
+    write_parquet(tmp_path / "src" / "train" / "0000.parquet", rows, image="photo", label="animal")
+    found = shards_of(tmp_path / "src", tmp_path / "out", label_column="animal")
+    assert found == {IMAGES[0]: "train dog", IMAGES[1]: "train cat"}
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert report["left_out"] == [{"split": "train", "image": "train/0000.parquet/000001", "reason": "an empty file"}]
+    with pytest.raises(UserError, match="no column of labels, of photo, animal; choose one"):
+        listed(tmp_path / "src")
+    with pytest.raises(UserError, match="no column of encoded images"):
+        listed(tmp_path / "src", image_column="image", label_column="animal")
+
+
+def test_bad_parquet_files_are_refused(tmp_path: Path) -> None:
+    for name, rows, names, words in (
+        ("minus", [(IMAGES[0], -1)], ["a", "b"], "label -1; labels begin at 0"),
+        ("null", [(IMAGES[0], None)], ["a", "b"], "has the label None"),
+        ("high", [(IMAGES[0], 2)], ["a", "b"], "labels go up to 2, but there are names for 2"),
+        ("none", [], ["a", "b"], "the train split holds no images"),
+        ("twice", [(IMAGES[0], 0)], ["a", "a"], "two classes are called 'a'"),
+    ):
+        write_parquet(tmp_path / name / "train.parquet", rows, names)
+        with pytest.raises(UserError, match=words):
+            listed(tmp_path / name)
+    data = (tmp_path / "minus" / "train.parquet").read_bytes()
+    for name, damaged in (("cut", data[:-9]), ("junk", b"junk" * 99)):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "train.parquet").write_bytes(damaged)
+        with pytest.raises(UserError, match=r"train\.parquet: cannot be read as parquet"):
+            listed(tmp_path / name)
+
+
+def test_parquet_without_pyarrow(parquet: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "pyarrow.parquet", None)
+    with pytest.raises(UserError, match=r"pyarrow is not installed; install it: pip install .*parquet"):
+        listed(parquet)
