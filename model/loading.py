@@ -24,6 +24,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from model.checkpoints import run_weights
 from model.describe import meta_model
 from model.resnet import ARCHS, ResNet
 from model.weights import ModelConfig, load_weights
@@ -63,9 +64,10 @@ def weights_file(source: str | Path) -> Path:
     path = _hub_folder(text) if text.startswith("hf:/") else Path(source)
     if path.is_file():
         return path
-    for name in ("model.safetensors", "checkpoints/last/model.safetensors", "pytorch_model.bin"):
-        if (path / name).is_file():
-            return path / name
+    if found := run_weights(path):
+        return found
+    if (path / "pytorch_model.bin").is_file():
+        return path / "pytorch_model.bin"
     raise UserError(
         f"{source}: contains no weights",
         "give a run's folder, a folder in timm's format, hf://user/repo, a .safetensors or a .pth file",
