@@ -18,8 +18,8 @@ import simplejpeg
 from PIL import Image, UnidentifiedImageError
 
 from ..jit import Int, jit
-from ..jpeg.decode import decode
-from ..jpeg.region import Bytes, Ints, cut_into
+from ..jpeg.decode import REFUSED, decode
+from ..jpeg.region import NO_TABLE, Bytes, Ints, big16, cut_into
 from .formats import unreadable_format
 from .resample import resample
 
@@ -127,6 +127,18 @@ def why_corrupt(data: Bytes) -> str | None:
 
 
 @jit
+def has_size(data: Bytes, height: Int, width: Int) -> bool:
+    """Whether the header (SOF) of a JPEG says this size, for which the windows were drawn. False for data without one."""
+    at = np.int64(2) if len(data) > 2 and data[0] == 0xFF and data[1] == 0xD8 else np.int64(len(data))
+    while at + 9 <= len(data) and data[at] == 0xFF:
+        marker = data[at + 1]
+        if marker >> 4 == 0xC and marker != 0xC4 and marker != 0xC8 and marker != 0xCC:  # these three are no frame headers
+            return big16(data, at + 5) == height and big16(data, at + 7) == width
+        at += 1 if marker == 0xFF else 2 + big16(data, at + 2)  # 0xFF may be repeated before a marker
+    return False
+
+
+@jit
 def region_of(height: Int, width: Int, windows: Windows, rows: Int, columns: Int) -> Any:
     """The region that resampling all `windows` of an image to (rows, columns) needs: top, left, bottom, right, whole pixels.
 
@@ -154,7 +166,7 @@ def cut_windows(
     of the whole image if there is none.
     """
     top, left, bottom, right = region_of(height, width, windows, rows, columns)
-    length = cut_into(data, top, left, bottom, right, piece, place)
+    length = cut_into(data, top, left, bottom, right, piece, place) if has_size(data, height, width) else NO_TABLE
     if length < 0:
         place[0], place[1], place[2], place[3] = 0, 0, height, width
     return length
@@ -174,6 +186,8 @@ def resample_windows(pixels: Pixels, place: Ints, windows: Windows, flip: npt.ND
 def _decode(data: Bytes, height: Int, width: Int, windows: Windows, rows: Int, columns: Int, scratch: Any, place: Ints) -> Any:
     """Decode the region that resampling to (rows, columns) needs. Returns 0; a negative number if `decode` refuses the image; or
     the number of bytes that `scratch` needs."""
+    if not has_size(data, height, width):
+        return REFUSED
     top, left, bottom, right = region_of(height, width, windows, rows, columns)
     return decode(data, top, left, bottom, right, scratch, place)
 
@@ -184,8 +198,7 @@ def decode_views(
 ) -> Any:
     """Decode and resample. Returns what `_decode` does."""
     _, rows, columns, _ = out.shape
-    top, left, bottom, right = region_of(height, width, windows, rows, columns)
-    status = decode(data, top, left, bottom, right, scratch, place)
+    status = _decode(data, height, width, windows, rows, columns, scratch, place)
     if status == 0:
         pixels = scratch[: 3 * place[2] * place[3]].reshape(place[2], place[3], 3)
         resample_windows(pixels, place, windows, flip, out)
