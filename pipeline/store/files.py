@@ -242,13 +242,13 @@ def explained(path: str) -> Iterator[None]:
         raise
     except FileNotFoundError as error:
         raise UserError(f"{path}: not found") from error
-    except PermissionError as error:
-        if is_remote(path):
-            raise UserError(f"{path}: cannot be reached ({type(error).__name__}: {error})") from error
-        raise UserError(f"{path}: permission denied for user ID {os.geteuid()}", "ask its owner for access") from error
     except ImportError as error:  # fsspec's message names the package to install
         raise UserError(f"{path}: {error}", install_command("s3") if "s3" in str(error) else "") from error
     except Exception as error:
+        if isinstance(error, PermissionError) and not is_remote(path):
+            raise UserError(f"{path}: permission denied for user ID {os.geteuid()}", "ask its owner for access") from error
+        if isinstance(error, OSError) and not is_remote(path):
+            raise UserError(f"{path}: cannot be read or written ({error.strerror or error})") from error
         raise UserError(f"{path}: cannot be reached ({type(error).__name__}: {error})") from error
 
 

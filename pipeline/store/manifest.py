@@ -84,7 +84,7 @@ class Manifest:
             raise UserError(f"{path}: its SHA-256 is not the one in manifest.json", "make the shards again")
         try:
             image: Floats = np.lib.format.read_array(io.BytesIO(content), allow_pickle=False)
-        except (ValueError, EOFError) as error:
+        except Exception as error:  # NumPy's reader of headers raises many types
             raise UserError(f"{path}: is damaged ({error})", "make the shards again") from error
         if image.dtype != np.float32 or image.ndim != 3 or image.shape[2] != 3 or not np.isfinite(image).all():
             raise UserError(f"{path}: is damaged (not a float32 image)", "make the shards again")

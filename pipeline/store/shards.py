@@ -293,7 +293,9 @@ def load_samples(path: str, local: Path) -> Samples:
             except OSError:
                 with local.open("rb") as stream:
                     samples = np.lib.format.read_array(stream, allow_pickle=False)
-        except (ValueError, TypeError, OverflowError, EOFError) as error:
+        except OSError:
+            raise
+        except Exception as error:  # NumPy's reader of headers raises many types
             raise UserError(f"{path}: cannot be read ({error})", "make the shards again") from error
     if samples.dtype != SAMPLE or samples.ndim != 1:
         raise UserError(f"{path}: does not hold records of samples", "make the shards again")
