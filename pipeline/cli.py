@@ -173,12 +173,17 @@ SHARDS = """Turn ImageNet, or any labelled images, into shards.
     {verify} /data/shards     verify every byte
 
 SRC, a local path or any fsspec URL, is one of
-  - folders of images: SRC/train/<class>/*.JPEG and SRC/val/<class>/*.JPEG, or SRC/<class>/*.JPEG (then training only);
-  - the official tars: ILSVRC2012_img_train.tar, ILSVRC2012_img_val.tar with ILSVRC2012_devkit_t12.tar.gz, never unpacked;
-  - WebDataset tars: SRC/train/*.tar and SRC/val/*.tar, or SRC/*.tar with "val" in the names of the validation tars.
-Labels are the indices of the sorted class folders (WebDataset: the number in .cls). Reports show readable names of ImageNet's
-classes beside their wnids. For other classes, names are read from SRC/classes.txt, with one line per class folder: folder, tab,
-name; or from SRC/classes.json, {{"folder": "name"}}; or from Kaggle's LOC_synset_mapping.txt.
+  - folders: SRC/train/<class>/*.JPEG and SRC/val/<class>/*.JPEG, or SRC/<class>/*.JPEG (then training only);
+  - kaggle: Kaggle's ILSVRC/Data/CLS-LOC, or any SRC/train/<class>/*.JPEG with SRC/val/*.JPEG and a file of labels;
+  - official: ILSVRC2012_img_train.tar, ILSVRC2012_img_val.tar with ILSVRC2012_devkit_t12.tar.gz, never unpacked;
+  - webdataset: SRC/train/*.tar and SRC/val/*.tar, or SRC/*.tar with "val" in the names of the validation tars;
+  - parquet: Hugging Face's SRC/data/train-*.parquet and validation-*.parquet, also hf://datasets/NAME;
+  - list: any images that a file lists (--list).
+Labels are the indices of the sorted class folders, or the numbers or sorted names that the source has.
+
+Reports show readable names of ImageNet's classes beside their wnids. For other classes, names are read from SRC/classes.txt, with
+one line per class folder: folder, tab, name; or from SRC/classes.json, {{"folder": "name"}}; or from Kaggle's
+LOC_synset_mapping.txt.
 
 Every image is decoded once in full. Images that cannot be decoded are left out. OUT/report.json lists them with the reason. It
 also lists CMYK images, PNGs named .JPEG, broken metadata and exact duplicates.
@@ -207,6 +212,7 @@ def _shards_parser(prog: str, verify: str) -> Parser:
     parser = Parser(SHARDS.format(prog=prog, verify=verify), prog, {"check_md5": "--skip-md5", "mode": "--ffcv-mode"})
     parser.add_argument("src", metavar="SRC", nargs="?", help="images to convert")
     parser.add_argument("--out", help="folder or URL for the shards")
+    _add_source_flags(parser)
     what = parser.add_argument_group("what is stored")
     what.add_argument(
         "--profile", choices=PROFILES, default="lossless",
@@ -254,6 +260,31 @@ def _shards_parser(prog: str, verify: str) -> Parser:
     return parser
 
 
+def _add_source_flags(parser: Parser) -> None:
+    from .convert.kinds import KINDS
+
+    source = parser.add_argument_group("the source")
+    source.add_argument("--source", choices=KINDS, default="", help="kind of SRC (default: recognized, and printed)")
+    source.add_argument(
+        "--list", default="", metavar="FILE",
+        help=".csv, .tsv, .jsonl or .parquet file that lists the images of SRC: columns path, label, and perhaps split",
+    )  # fmt: skip
+    source.add_argument("--image-column", default="", help="column of a list's paths, or of the images in parquet files")
+    source.add_argument(
+        "--label-column", default="",
+        help="column of the labels in a list or in parquet files; of WebDataset tars: a field of .json, or the extension of a "
+        "text member such as txt (default: cls)",
+    )  # fmt: skip
+    source.add_argument("--split-column", default="", help="column of a list with train, val or test")
+    source.add_argument(
+        "--val-labels", default="", metavar="FILE", help="labels of validation images in one flat folder (default: looked for)"
+    )
+    source.add_argument(
+        "--val-share", type=float, default=0, help="if SRC has no validation split: the fraction of each class to take for it"
+    )
+    source.add_argument("--val-per-class", type=int, default=0, help="the same, as a number of images of each class")
+
+
 def shards(arguments: Sequence[str] | None = None, prog: str = "python tools/make_shards.py") -> None:
     """`cropfeed shards`, and tools/make_shards.py, which also has --verify."""
     from .convert.beton import BetonSettings
@@ -272,10 +303,14 @@ def shards(arguments: Sequence[str] | None = None, prog: str = "python tools/mak
         return
     if not args.src or not args.out:
         raise UserError(f"give SRC and --out{', or --verify OUT' if is_script else ''}", "see --help")
+    images = SourceOptions(
+        args.source, not args.skip_md5, args.list, args.image_column, args.label_column, args.split_column, args.val_labels,
+        args.val_share, args.val_per_class,
+    )  # fmt: skip
     beton = BetonSettings(args.ffcv_mode, args.ffcv_max_resolution, args.ffcv_quality, args.ffcv_proportion)
     options = ConvertOptions(
         args.src, args.out, args.profile, args.format, args.shard_size, args.seed, args.strict,
-        SourceOptions(check_md5=not args.skip_md5), beton, args.workers, args.engine, args.ray_address, args.shards,
+        images, beton, args.workers, args.engine, args.ray_address, args.shards,
     )  # fmt: skip
     try:
         lines = make_shards(options, lambda line: print(line, flush=True))

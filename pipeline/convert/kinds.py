@@ -9,6 +9,7 @@ from ..errors import UserError
 from ..store import files
 from .folders import has_class_folders, image_splits, list_folders
 from .kaggle import find_root, list_kaggle
+from .lists import list_file
 from .parquet import has_images, list_parquet
 from .sources import IMAGES, SPLITS, Listing, SourceOptions, check, entries, split_folders, split_off
 from .tars import TRAIN, VAL, list_official, official_files
@@ -20,6 +21,7 @@ KINDS: dict[str, Callable[[str, SourceOptions], Listing]] = {
     "folders": list_folders,
     "webdataset": list_webdataset,
     "parquet": list_parquet,
+    "list": list_file,
 }
 _ADVICE = "give the folder above train/ and val/, which hold class folders of images; or list the images (`list`)"
 _PACKED = (".zip", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".rar", ".7z")
@@ -47,7 +49,9 @@ def list_sources(src: str, options: SourceOptions, seed: int = 0) -> tuple[str, 
     """The kind of a source, and its images. Raises UserError for a source without labelled images."""
     if not files.is_folder(src):
         raise _no_folder(src)
-    kind = options.source or _recognised(src)
+    kind = options.source or ("list" if options.list else _recognised(src))
+    if options.list and kind != "list":
+        raise UserError(f"`list` is for the source list, not {kind}")
     listing = KINDS[kind](src, options)
     if options.val_share or options.val_per_class:
         listing = split_off(listing, options.val_share, options.val_per_class, seed)

@@ -25,7 +25,7 @@ from .folders import class_folders
 from .sources import Keys, Listing, RowGroup, Source, SourceOptions, files_by_split, number_labels, split_folders
 
 _FOLDERS = ("data", "default", "")  # below SRC; the second is that of Hugging Face's own conversion
-_LABELS = ("label", "labels", "cls", "class", "class_name", "category")
+LABELS = ("label", "labels", "cls", "class", "class_name", "category", "target")
 _BATCH, _BUFFER = 64, 1 << 20  # rows and bytes that are read at a time
 _THREADS = 8
 
@@ -143,7 +143,7 @@ def _columns(path: str, schema: Any, options: SourceOptions) -> tuple[str, str, 
     except (ValueError, KeyError, TypeError):
         features = {}
     labels = [name for name, feature in features.items() if isinstance(feature, dict) and feature.get("_type") == "ClassLabel"]
-    labels = labels or [name for name in schema.names if name.lower() in _LABELS]
+    labels = labels or [name for name in schema.names if name.lower() in LABELS]
     if options.label_column:
         labels = [name for name in schema.names if name == options.label_column]
     if len(labels) != 1:

@@ -86,6 +86,12 @@ class SourceOptions:
     val_share: float = 0.0
     val_per_class: int = 0
 
+    def __post_init__(self) -> None:
+        if not 0 <= self.val_share < 1:
+            raise UserError(f"`val_share` must be at least 0 and less than 1, not {self.val_share}")
+        if self.val_per_class < 0 or (self.val_per_class and self.val_share):
+            raise UserError("`val_per_class` is a number of images, instead of `val_share`")
+
 
 class Keys:
     """Makes unique WebDataset keys. Dots are replaced, as they end a key, and so is white space, which separates fields in DALI's
@@ -239,7 +245,7 @@ def check(src: str, listing: Listing) -> Iterator[str]:
         twice = next(name for name in classes if classes.count(name) > 1)
         raise UserError(f"{src}: two classes are called {twice!r}", "give them different names")
     if not listing.splits:
-        raise UserError(f"{src}: holds only a test split", "give a folder with training or validation images")
+        raise UserError(f"{src}: holds no images of this kind, or only a test split", "give a folder with training images")
     if len(classes) == 1:
         yield f"there is only one class, {classes[0]}"
     for split, sources in listing.splits.items():

@@ -41,6 +41,8 @@ def list_webdataset(src: str, options: SourceOptions) -> Listing:
         found[split] = [(source, labels.setdefault(label, label)) for source, label in samples]
         if not found[split]:
             raise UserError(f"{paths[0]}: the {split} tars hold no samples", _EXPECTED)
+    if not found:
+        raise UserError(f"{src}: holds no images of this kind, or only a test split", "give a folder with training images")
     known, names = _classes(src)
     classes, numbers = number_labels(src, labels, known)
     splits = {split: [replace(source, label=numbers[label]) for source, label in samples] for split, samples in found.items()}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import shutil
 import sys
@@ -15,12 +16,13 @@ import pytest
 from pipeline.convert import kinds
 from pipeline.convert.make import ConvertOptions, make_shards
 from pipeline.convert.sources import Listing, SourceOptions
+from pipeline.convert.verify import verify
 from pipeline.errors import UserError
 from pipeline.store import files
 from pipeline.store.manifest import Manifest
 from pipeline.store.shards import ShardSet
 from tests.helpers import jpeg, random_image
-from tests.pipeline.convert.test_sources import WNIDS, devkit, listed, write_images
+from tests.pipeline.convert.test_sources import WNIDS, devkit, listed, packed, write_images
 
 
 def kind_of(src: Path, **options: Any) -> tuple[str, Listing]:
@@ -259,3 +261,126 @@ def test_parquet_without_pyarrow(parquet: Path, monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setitem(sys.modules, "pyarrow.parquet", None)
     with pytest.raises(UserError, match=r"pyarrow is not installed; install it: pip install .*parquet"):
         listed(parquet)
+
+
+# Lists
+
+
+@pytest.fixture
+def photos(tmp_path: Path) -> Path:
+    """Four images in no order, whose labels only a list knows."""
+    return write_images(tmp_path / "photos", "b/2.jpg", "a.jpg", "b/1.jpg", "with space, comma.jpg")
+
+
+ROWS: list[tuple[str, ...]] = [
+    ("b/2.jpg", "dog", "train"),
+    ("a.jpg", "cat", "train"),
+    ("b/1.jpg", "cat", "Validation"),
+    ("with space, comma.jpg", "dog", "train"),
+]
+
+
+def write_list(path: Path, rows: list[tuple[str, ...]] = ROWS, names: tuple[str, ...] = ("path", "label", "split")) -> Path:
+    if path.suffix == ".parquet":
+        pq.write_table(pa.table({name: [row[i] for row in rows] for i, name in enumerate(names)}), path)
+    elif path.suffix == ".jsonl":
+        path.write_text("".join(json.dumps(dict(zip(names, row, strict=True))) + "\n" for row in rows))
+    else:
+        with path.open("w", newline="") as file:
+            csv.writer(file, delimiter="\t" if path.suffix == ".tsv" else ",").writerows([names, *rows])
+    return path
+
+
+@pytest.mark.parametrize("extension", ["csv", "tsv", "jsonl", "parquet"])
+def test_lists(photos: Path, tmp_path: Path, extension: str) -> None:
+    kind, found = kind_of(photos, list=str(write_list(tmp_path / f"list.{extension}")))
+    assert kind == "list"
+    assert found.classes == ["cat", "dog"]
+    keys = {split: [(image.key, image.label) for image in images] for split, images in found.splits.items()}
+    assert keys == {"train": [("b/2", 1), ("a", 0), ("with_space,_comma", 1)], "val": [("b/1", 0)]}
+    assert content(found, "train") == {
+        jpeg(random_image(40, 50, 0)): "dog", jpeg(random_image(40, 50, 1)): "cat", jpeg(random_image(40, 50, 3)): "dog",
+    }  # fmt: skip
+
+
+def test_lists_of_urls_numbers_and_other_columns(photos: Path, tmp_path: Path) -> None:
+    files.write(f"memory://{tmp_path}/far.jpg", IMAGES[5])
+    rows: list[tuple[str, ...]] = [(f"memory://{tmp_path}/far.jpg", "2"), (f"{photos}/a.jpg", "0"), ("b/1.jpg", "1")]
+    path = write_list(tmp_path / "list.csv", rows, ("where", "animal"))
+    found = shards_of(photos, tmp_path / "out", list=str(path), image_column="where", label_column="animal")
+    assert found == {IMAGES[5]: "train 2", IMAGES[1]: "train 0", IMAGES[2]: "train 1"}
+
+
+@pytest.mark.parametrize(
+    ("rows", "names", "words"),
+    [
+        (
+            [("a.jpg", "cat"), ("b.jpg", "dog"), ("c.jpg", "dog")],
+            ("path", "label"),
+            "2 of 3 images do not exist, such as .*b.jpg",
+        ),
+        ([("a.jpg", "cat"), ("a.jpg", "dog")], ("path", "label"), "row 2: a.jpg has two labels, cat and dog"),
+        ([("a.jpg", "")], ("path", "label"), "row 1 has no label"),
+        ([("a.jpg", "cat", "dev")], ("path", "label", "split"), "row 1 has the split 'dev'"),
+        ([("a.jpg", "cat", "test")], ("path", "label", "split"), "lists no images for training or validation"),
+        ([("a.jpg", "cat")], ("photo", "label"), "has no column path, only photo, label; name it"),
+        ([], ("path", "label"), "lists no images"),
+    ],
+)
+def test_bad_lists_are_refused(photos: Path, tmp_path: Path, rows: Any, names: tuple[str, ...], words: str) -> None:
+    with pytest.raises(UserError, match=words):
+        listed(photos, list=str(write_list(tmp_path / "list.csv", rows, names)))
+
+
+def test_what_a_list_repeats_is_told(photos: Path, tmp_path: Path) -> None:
+    rows: list[tuple[str, ...]] = [*ROWS, ("a.jpg", "cat", "train"), ("a.jpg", "cat", "val"), ("x.jpg", "dog", "test")]
+    path = write_list(tmp_path / "list.csv", rows)
+    assert listed(photos, list=str(path)).notes == [
+        f"{path}: 1 images of the test split are not used",
+        f"{path}: 1 images are listed twice",
+        f"{path}: 1 images are in both splits, such as a.jpg",
+        "val: 1 of 2 classes have no images, such as dog",
+    ]
+
+
+# All kinds
+
+
+def test_the_same_images_give_the_same_samples_from_every_kind(tmp_path: Path) -> None:
+    names = [f"{'train' if i < 7 else 'val'}/n{i % 3}/{i}.jpg" for i in range(9)]
+    write_images(tmp_path / "folders", *names)
+    expected = {data: f"{'train' if i < 7 else 'val'} n{i % 3}" for i, data in enumerate(IMAGES)}
+    rows: list[tuple[str, ...]] = [(name, name.split("/")[1], name.split("/")[0]) for name in names]
+    (tmp_path / "tars").mkdir()
+    for split, range_ in (("train", range(7)), ("val", range(7, 9))):
+        members = {f"{i}.{kind}": data for i in range_ for kind, data in (("jpg", IMAGES[i]), ("cls", f"n{i % 3}".encode()))}
+        (tmp_path / "tars" / f"{split}.tar").write_bytes(packed(members))
+        write_parquet(tmp_path / "parquet" / f"{split}.parquet", [(IMAGES[i], i % 3) for i in range_], ["n0", "n1", "n2"])
+    shutil.copytree(tmp_path / "folders", tmp_path / "kaggle")
+    for i in (7, 8):
+        (tmp_path / "kaggle" / names[i]).rename(tmp_path / "kaggle" / "val" / f"{i}.jpg")
+        (tmp_path / "kaggle" / names[i]).parent.rmdir()
+    (tmp_path / "kaggle" / "val.txt").write_text("7 n1\n8 n2\n")
+    for kind, source in (("folders", ""), ("kaggle", ""), ("tars", ""), ("parquet", ""), ("folders", "list")):
+        options = {"list": str(write_list(tmp_path / "list.csv", rows))} if source else {}
+        out = tmp_path / f"out-{kind}{source}"
+        assert shards_of(tmp_path / kind, out, **options) == expected, kind
+        assert verify(str(out), 1) == []
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"val_share": 1.0}, "`val_share` must be at least 0"),
+        ({"val_per_class": -1}, "`val_per_class` is a number"),
+        ({"source": "list"}, "needs a file that lists the images"),
+        ({"source": "kaggle"}, "holds no train/<class>"),
+        ({"source": "parquet"}, "holds no images of this kind"),
+        ({"source": "official"}, "holds neither"),
+        ({"source": "webdataset"}, "holds no images of this kind"),
+        ({"source": "folders", "list": "x.csv"}, "`list` is for the source list, not folders"),
+    ],
+)
+def test_options_that_do_not_fit_the_source_are_refused(image_folder: Path, options: dict[str, Any], words: str) -> None:
+    with pytest.raises(UserError, match=words):
+        listed(image_folder, **options)
