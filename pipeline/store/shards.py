@@ -113,14 +113,14 @@ def _add_file(tar: BinaryIO, name: str, content: bytes, checksum: int = 0) -> tu
 
 def sample_checksums(tar: npt.NDArray[np.uint8], samples: Samples) -> npt.NDArray[np.uint32]:
     """The CRC-32 of each sample's range in the tar of one shard: uint32 (N,). In a truncated tar, the values differ."""
-    ends = _ends(samples)
+    ends = _end(samples["offset"].astype(np.int64), samples["bytes"])
     starts = np.concatenate([[0], ends])[:-1]
     return np.array([zlib.crc32(tar[start:end].data) for start, end in zip(starts, ends, strict=True)], np.uint32)
 
 
-def _ends(samples: Samples) -> npt.NDArray[np.int64]:
-    """Where the ranges of samples end in their tars: int64 (N,)."""
-    return np.asarray((samples["offset"].astype(np.int64) + samples["bytes"] + _BLOCK - 1) // _BLOCK * _BLOCK)
+def _end(offset: Any, count: Any) -> Any:
+    """Where the range of a sample with an image of `count` bytes at `offset` ends in its tar."""
+    return (offset + count + _BLOCK - 1) // _BLOCK * _BLOCK
 
 
 class ShardSet:
@@ -189,10 +189,9 @@ class ShardSet:
         shard, offset, count = int(record["shard"]), int(record["offset"]), int(record["bytes"])
         if not self._verify:
             return self._read_range(shard, offset, count)
-        first = index - 1 if index and self.samples["shard"][index - 1] == shard else index
-        ends = _ends(self.samples[first : index + 1])
-        start = int(ends[0]) if first < index else 0
-        content = self._read_range(shard, start, int(ends[-1]) - start)
+        before = self.samples[index - 1]
+        start = _end(int(before["offset"]), int(before["bytes"])) if index and before["shard"] == shard else 0
+        content = self._read_range(shard, start, _end(offset, count) - start)
         if zlib.crc32(content.data) != record["crc32"]:
             raise ChecksumError("its checksum is not the one in samples.npy")
         return content[offset - start : offset - start + count]
