@@ -26,7 +26,7 @@ from accelerate.utils import ProjectConfiguration
 from tqdm import tqdm
 
 from model.checkpoints import find_last
-from model.loading import initial_weights
+from model.loading import first_difference, initial_weights
 from model.testing import evaluate
 from model.weights import ModelConfig, load_weights, save_weights
 from pipeline.cli import run_cli
@@ -112,7 +112,8 @@ class Run:
             raise UserError(f"{path}: is a checkpoint of {config.arch if config else '?'}, but `arch` is {self.options.arch}")
         if config.classes != self.loader.classes:
             raise UserError(
-                f"{path}: its {len(config.classes)} classes differ from the {len(self.loader.classes)} of {self.options.data}",
+                f"{path}: its {len(config.classes)} classes differ from the {len(self.loader.classes)} of {self.options.data}: "
+                f"{first_difference(config.classes, self.loader.classes)}",
                 "resume with the same data",
             )
         saved, state = load_checkpoint(path)
@@ -183,7 +184,10 @@ class Run:
                     ) from None
                 if not quiet:
                     tqdm.write(f"stopped at step {self.progress.step} on SIGTERM and saved a checkpoint; continue with --resume")
-        self.accelerator.end_training()
+        try:
+            self.accelerator.end_training()
+        except OSError as error:  # TensorBoard's files
+            tqdm.write(f"the trackers lack the last rows: {error.strerror or error}")
 
     def write_final(self) -> None:
         """Write model.safetensors. Raises UserError, which says what a resumed run repeats."""
@@ -195,7 +199,7 @@ class Run:
     def lost(self) -> str:
         """What a resumed run repeats."""
         last = find_last(self.output / "checkpoints")
-        where = f"the last checkpoint is {last.name.rstrip('+')}" if last else "there is no checkpoint"
+        where = f"the last checkpoint is {last.resolve().name.rstrip('+')}" if last else "there is no checkpoint"
         return f"{self.unsaved} is not saved, and {where}" if self.unsaved else where
 
     def validation_due(self) -> bool:

@@ -15,6 +15,7 @@ Labels: the ImageNet models of torchvision and timm number the classes by sorted
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import re
@@ -94,9 +95,9 @@ def load_model(source: str | Path, arch: str | None, classes: list[str] | None) 
     if classes is None:
         return model, config
     if outputs != len(classes) or config.classes not in ([], classes):
-        raise UserError(
-            f"{path}: its {outputs} classes differ from the {len(classes)} of the data", "give the data that it was trained on"
-        )
+        differs = f": {first_difference(config.classes, classes)}" if config.classes else ""
+        problem = f"{path}: its {outputs} classes differ from the {len(classes)} of the data{differs}"
+        raise UserError(problem, "give the data that it was trained on")
     return model, replace(config, classes=classes)
 
 
@@ -116,10 +117,21 @@ def initial_weights(source: str | Path, arch: str, model: ResNet, classes: list[
     why = f"the file's is for {outputs} {'other ' if outputs == len(classes) else ''}classes" if outputs else "the file has none"
     new = {"fc.weight": model.fc.weight.detach().clone(), "fc.bias": model.fc.bias.detach().clone()}
     _load_state(model, weights, path, arch, new)
+    if names and outputs:
+        why += f" ({first_difference(names, classes)})"
     return (
         f"{path}: training starts from these {arch} weights, except for the classifier: "
         f"it is initialized anew for {len(classes)} classes, because {why}"
     )
+
+
+def first_difference(classes: list[str], data: list[str]) -> str:
+    """The first class of a model that is not the one with its number in the data; the lists differ."""
+    for index, (own, other) in enumerate(itertools.zip_longest(classes, data)):
+        if own != other:
+            own, other = (repr(name) if name is not None else "missing" for name in (own, other))
+            return f"class {index} is {own}, in the data {other}"
+    return "no class"
 
 
 def arch_of_name(name: str) -> str | None:

@@ -57,6 +57,12 @@ class Manifest:
                 raise
             has_folder = files.is_remote(path) or files.is_folder(self.root)
             problem = f"{path}: not found" if has_folder else f"{self.root}: no such folder"
+            held = [] if files.is_remote(path) else [entry.name for entry in files.list_folder(self.root)]
+            if "conversion" in held:
+                raise UserError(f"{self.root}: its conversion is not finished", "repeat the command that began it") from error
+            if held:
+                problem, command = f"{self.root}: holds no shards", f"cropfeed shards {self.root} --out {self.root}-shards"
+                raise UserError(problem, f"if it holds images, make shards of them: {command}") from error
             raise UserError(problem, f"make shards first: cropfeed shards SRC --out {self.root}") from error
         if not isinstance(content, dict) or content.get("format") != FORMAT or content.get("version") != VERSION:
             raise UserError(f"{path}: not {FORMAT} version {VERSION}", "make the shards again with this version of Cropfeed")

@@ -105,3 +105,13 @@ def test_a_mean_image_that_is_none_is_named_even_if_its_hash_is_right(content: A
     folder = write(tmp_path, content, "statistics", "mean_image_sha256", hashlib.sha256(damaged).hexdigest())
     with pytest.raises(UserError, match=rf"{tmp_path}/mean_image.npy: is damaged \("):
         Manifest(folder).mean_image()
+
+
+def test_a_folder_of_images_or_of_an_unfinished_conversion_is_named(tmp_path: Path) -> None:
+    """The advice never leads into the folder of the images."""
+    (tmp_path / "images" / "train").mkdir(parents=True)
+    with pytest.raises(UserError, match=r"images: holds no shards; .*: cropfeed shards .*/images --out .*/images-shards$"):
+        Manifest(tmp_path / "images")
+    (tmp_path / "begun" / "conversion").mkdir(parents=True)
+    with pytest.raises(UserError, match="begun: its conversion is not finished; repeat the command that began it"):
+        Manifest(tmp_path / "begun")
