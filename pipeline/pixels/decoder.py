@@ -10,6 +10,9 @@ An image that Pillow cannot decode either is corrupt.
 from __future__ import annotations
 
 import io
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -25,6 +28,9 @@ from .resample import resample
 
 Pixels = npt.NDArray[np.uint8]
 Windows = npt.NDArray[np.float64]
+
+MAX_SCANS = 100  # of a JPEG: encoders write about 10; 100 take seconds in the largest image
+_MARKER = re.compile(rb"\xff+[\x01-\xcf\xd8-\xfe]", re.DOTALL)  # a marker of a JPEG, except for restart markers
 
 
 class CorruptImageError(ValueError):
@@ -45,11 +51,12 @@ class Decoder:
         top, left, bottom, right, source pixels. flip: bool (C,), mirror left to right. out: uint8 (C, h, w, 3), C-contiguous.
         Raises CorruptImageError.
         """
-        while (lacking := decode_views(data, height, width, windows, flip, out, self._scratch, self._place)) > 0:
-            self._scratch = np.empty(2 * lacking, np.uint8)
-        if lacking < 0:
-            pixels = self._pixels(data, height, width, windows, out.shape[1:3])
-            resample_windows(pixels, self._place, windows, flip, out)
+        with _memory_errors_are_corrupt():
+            while (lacking := decode_views(data, height, width, windows, flip, out, self._scratch, self._place)) > 0:
+                self._scratch = np.empty(2 * lacking, np.uint8)
+            if lacking < 0:
+                pixels = self._pixels(data, height, width, windows, out.shape[1:3])
+                resample_windows(pixels, self._place, windows, flip, out)
 
     def decode_region(self, data: Bytes, height: int, width: int, windows: Windows, size: tuple[int, int]) -> tuple[Pixels, Ints]:
         """Decode the region that windows of `size` need, without resampling. Raises CorruptImageError.
@@ -57,26 +64,33 @@ class Decoder:
         Returns its pixels, uint8 (H, W, 3), which the decoder's next call overwrites, and its place in the image: top, left,
         height, width.
         """
-        while (lacking := _decode(data, height, width, windows, *size, self._scratch, self._place)) > 0:
-            self._scratch = np.empty(2 * lacking, np.uint8)
-        if lacking < 0:
-            return self._pixels(data, height, width, windows, size), self._place
+        with _memory_errors_are_corrupt():
+            while (lacking := _decode(data, height, width, windows, *size, self._scratch, self._place)) > 0:
+                self._scratch = np.empty(2 * lacking, np.uint8)
+            if lacking < 0:
+                return self._pixels(data, height, width, windows, size), self._place
         rows, columns = self._place[2:].tolist()
         return self._scratch[: 3 * rows * columns].reshape(rows, columns, 3), self._place
 
     def _pixels(self, data: Bytes, height: int, width: int, windows: Any, size: tuple[int, int]) -> Pixels:
         """Decode the region that the windows need with libjpeg-turbo, or the image with Pillow: uint8 (H, W, 3), at `_place`."""
+        if has_many_scans(data):
+            raise CorruptImageError(f"a JPEG of more than {MAX_SCANS} scans")
         piece = np.empty(len(data), np.uint8)
         length = cut_windows(data, height, width, windows, *size, piece, self._place)
         try:
-            if length < 0 and jpeg_header(data)[2] == "CMYK":
-                raise ValueError("libjpeg-turbo converts CMYK to RGB differently from Pillow")
+            if length < 0:
+                found_height, found_width, colorspace = jpeg_header(data)
+                _check_size(found_height, found_width, height, width)
+                if colorspace == "CMYK":
+                    raise ValueError("libjpeg-turbo converts CMYK to RGB differently from Pillow")
             pixels: Pixels = simplejpeg.decode_jpeg(piece[:length] if length > 0 else data, buffer=self._scratch_for_place())
+        except CorruptImageError:
+            raise
         except ValueError:  # CMYK, not a JPEG, or damaged
-            pixels = decode_by_pillow(data)
+            pixels = decode_by_pillow(data, (height, width))
             self._place[:] = 0, 0, height, width
-        if pixels.shape[:2] != tuple(self._place[2:]):
-            raise CorruptImageError(f"has {pixels.shape[0]} x {pixels.shape[1]} pixels, but was stored as {height} x {width}")
+        _check_size(*pixels.shape[:2], *self._place[2:].tolist())
         return pixels
 
     def _scratch_for_place(self) -> Bytes:
@@ -84,6 +98,38 @@ class Decoder:
         if len(self._scratch) < needed:
             self._scratch = np.empty(2 * needed, np.uint8)
         return self._scratch
+
+
+@contextmanager
+def _memory_errors_are_corrupt() -> Iterator[None]:
+    try:
+        yield
+    except MemoryError as error:
+        raise CorruptImageError("decoding it needs more memory than there is") from error
+
+
+def _check_size(found_height: int, found_width: int, height: int, width: int) -> None:
+    """Raise CorruptImageError if an image does not have the size that it was stored with. Before it is decoded, this bounds time
+    and memory."""
+    if (found_height, found_width) != (height, width):
+        raise CorruptImageError(f"has {found_height} x {found_width} pixels, but was stored as {height} x {width}")
+
+
+def has_many_scans(data: Any) -> bool:
+    """Whether a JPEG has more than `MAX_SCANS` scans. Each is a pass over the whole image, for as little as 20 bytes of file.
+
+    data: bytes, or uint8 (bytes,).
+    """
+    view = memoryview(data)
+    if bytes(view[:2]) != b"\xff\xd8" or len(re.findall(rb"\xff\xda", view)) <= MAX_SCANS:
+        return False
+    scans = position = 0  # metadata, or a video after the image, can contain the same bytes
+    while (found := _MARKER.search(view, position)) and (marker := found[0][-1]) != 0xD9:
+        scans += marker == 0xDA
+        position = found.end()
+        if marker != 0x01 and not 0xD0 <= marker <= 0xD8:  # those have no length
+            position += int.from_bytes(view[position : position + 2], "big")
+    return scans > MAX_SCANS
 
 
 def to_8_bits(image: Image.Image) -> Image.Image:
@@ -98,12 +144,20 @@ def to_8_bits(image: Image.Image) -> Image.Image:
     return image
 
 
-def decode_by_pillow(data: Bytes) -> Pixels:
-    """Decode a whole image: uint8 (H, W, 3). Raises CorruptImageError if Pillow cannot decode it."""
+def decode_by_pillow(data: Bytes, size: tuple[int, int] | None = None) -> Pixels:
+    """Decode a whole image: uint8 (H, W, 3). Raises CorruptImageError if Pillow cannot decode it, or if it does not have the
+    height and width `size`."""
+    if has_many_scans(data):
+        raise CorruptImageError(f"a JPEG of more than {MAX_SCANS} scans")
     try:
-        return np.array(to_8_bits(Image.open(io.BytesIO(data.data))).convert("RGB"))
+        image = Image.open(io.BytesIO(data.data))
+        if size is not None:
+            _check_size(image.height, image.width, *size)
+        return np.array(to_8_bits(image).convert("RGB"))
+    except CorruptImageError:
+        raise
     except UnidentifiedImageError as error:
-        raise CorruptImageError(unreadable_format(data.data) or "not an image of a known format") from error
+        raise CorruptImageError(unreadable_format(data[:512].tobytes()) or "not an image of a known format") from error
     except Exception as error:  # Pillow raises a dozen types
         raise CorruptImageError(" ".join(str(error).split()) or type(error).__name__) from error
 
