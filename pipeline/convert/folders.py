@@ -48,8 +48,12 @@ def list_folders(src: str, options: SourceOptions) -> Listing:
     if named and not used:
         raise UserError(f"{src}: holds only a test split", "give a folder with training or validation images")
     listing = list_splits(src, used or {"train": ""})
-    if not named and (split := SPLITS.get(src.rsplit("/", 1)[-1].lower(), "train")) != "train":
-        listing.notes.append(f"the images of this {split} folder become the training split")
+    above, _, name = src.rpartition("/")
+    if not named and name.lower() in SPLITS:
+        if SPLITS[name.lower()] != "train":
+            listing.notes.append(f"the images of this {SPLITS[name.lower()]} folder become the training split")
+        elif others := sorted(set(split_folders(above).values()) - {name}):
+            listing.notes.append(f"only the training images; to use {', '.join(others)} beside it, give {above}")
     return listing
 
 

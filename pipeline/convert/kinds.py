@@ -23,6 +23,13 @@ KINDS: dict[str, Callable[[str, SourceOptions], Listing]] = {
     "parquet": list_parquet,
     "list": list_file,
 }
+_FOR = {  # options of some kinds only
+    "list": ("list",),
+    "image_column": ("list", "parquet"),
+    "label_column": ("list", "parquet", "webdataset"),
+    "split_column": ("list",),
+    "val_labels": ("kaggle",),
+}
 _ADVICE = "give the folder above train/ and val/, which hold class folders of images; or list the images (`list`)"
 _PACKED = (".zip", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".rar", ".7z")
 _LOOKED_AT = 10  # entries of SRC that are looked at for a better level
@@ -50,8 +57,11 @@ def list_sources(src: str, options: SourceOptions, seed: int = 0) -> tuple[str, 
     if not files.is_folder(src):
         raise _no_folder(src)
     kind = options.source or ("list" if options.list else _recognised(src))
-    if options.list and kind != "list":
-        raise UserError(f"`list` is for the source list, not {kind}")
+    if kind not in KINDS:
+        raise UserError(f"`source` is one of {', '.join(KINDS)}, not {kind}")
+    for name, fitting in _FOR.items():
+        if getattr(options, name) and kind not in fitting:
+            raise UserError(f"`{name}` is for the source {' or '.join(fitting)}, not {kind}")
     listing = KINDS[kind](src, options)
     if options.val_share or options.val_per_class:
         listing = split_off(listing, options.val_share, options.val_per_class, seed)

@@ -27,7 +27,7 @@ from .sources import Keys, Listing, RowGroup, Source, SourceOptions, files_by_sp
 _FOLDERS = ("data", "default", "")  # below SRC; the second is that of Hugging Face's own conversion
 LABELS = ("label", "labels", "cls", "class", "class_name", "category", "target")
 _BATCH, _BUFFER = 64, 1 << 20  # rows and bytes that are read at a time
-_THREADS = 8
+_THREADS = 4  # each holds a page, which may be as large as a row group
 
 
 def parquet_files(src: str) -> dict[str, list[str]]:

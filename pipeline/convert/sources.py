@@ -258,8 +258,8 @@ def check(src: str, listing: Listing) -> Iterator[str]:
 
 def split_off(listing: Listing, share: float, per_class: int, seed: int) -> Listing:
     """Move a part of each class of the training split to a new validation split, chosen by a hash of seed and name."""
-    if "val" in listing.splits:
-        raise UserError("`val_share` and `val_per_class` are for sources without a validation split")
+    if list(listing.splits) != ["train"]:
+        raise UserError("`val_share` and `val_per_class` are for sources with a training split alone")
     groups: dict[int, list[Source]] = {}
     for source in listing.splits["train"]:
         groups.setdefault(source.label, []).append(source)

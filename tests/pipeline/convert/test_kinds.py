@@ -379,6 +379,9 @@ def test_the_same_images_give_the_same_samples_from_every_kind(tmp_path: Path) -
         ({"source": "official"}, "holds neither"),
         ({"source": "webdataset"}, "holds no images of this kind"),
         ({"source": "folders", "list": "x.csv"}, "`list` is for the source list, not folders"),
+        ({"label_column": "label"}, "`label_column` is for the source list or parquet or webdataset, not folders"),
+        ({"val_labels": "val.txt"}, "`val_labels` is for the source kaggle, not folders"),
+        ({"source": "zip"}, "`source` is one of official, kaggle"),
     ],
 )
 def test_options_that_do_not_fit_the_source_are_refused(image_folder: Path, options: dict[str, Any], words: str) -> None:
