@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import InitVar, dataclass
+import math
+from dataclasses import InitVar, dataclass, fields
 from pathlib import Path
 
 from model import ARCHS
@@ -29,6 +30,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "order": ("full", "blocks"),
     "corrupt": CORRUPT,
 }
+MAX = 2**31 - 1  # of the options that count something
 POSITIVE = (
     "epochs", "iterations", "batch_size", "accumulate", "patience", "image_size", "start_size", "eval_size", "block_shards",
     "threads", "prefetch", "eval_every", "log_every", "checkpoint_every",
@@ -110,6 +112,13 @@ class TrainOptions:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise UserError(f"`{name}` must be at least 1, not {value}")
+            if value is not None and value > MAX:
+                raise UserError(f"`{name}` must be at most {MAX}, not {value}")
+        for name in (field.name for field in fields(self)):
+            value = getattr(self, name)
+            for one in value if isinstance(value, tuple) else (value,):
+                if isinstance(one, float) and not math.isfinite(one):
+                    raise UserError(f"`{name}` must be a finite number, not {one}")
         for name, choices in CHOICES.items():
             value = getattr(self, name)
             if value is not None and value not in choices:
