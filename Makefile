@@ -21,7 +21,7 @@ COMPILE_ENGINE := from pipeline.engines.warm_up import warm_up; warm_up()
 
 # One file for each set of packages says that it is installed.
 EXTRAS_demo := train,report,bench
-EXTRAS_dev := train,gpu,ffcv,ray,s3,report,export,bench,dev
+EXTRAS_dev := train,gpu,ffcv,ray,s3,parquet,report,export,bench,dev
 EXTRAS_docs := docs
 
 $(VENV)/installed-%: pyproject.toml constraints.txt tools/install.sh

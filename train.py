@@ -25,12 +25,14 @@ from accelerate import Accelerator
 from accelerate.utils import ProjectConfiguration
 from tqdm import tqdm
 
-from model.loading import initial_weights
+from model.checkpoints import find_last
+from model.loading import first_difference, initial_weights
 from model.testing import evaluate
 from model.weights import ModelConfig, load_weights, save_weights
 from pipeline.cli import run_cli
-from pipeline.errors import UserError
+from pipeline.errors import StorageError, UserError
 from pipeline.progress import progress_bar
+from pipeline.store import files
 from training.checkpoint import load_checkpoint, save_checkpoint
 from training.command_line import parse_arguments
 from training.launch import check_launch, cores_per_process, rejoin_process_group, terminate_with_launcher
@@ -66,6 +68,7 @@ class Run:
         self.model_config = model_config_of(options, self.loader)
         self.progress = Progress()
         self.rows_logged, self.wait_reported = 0, False
+        self.unsaved = ""  # the last checkpoint, if it could not be saved
         self.learner = Learner(options, accelerator, self.loader)
         saved = None
         if resumes:
@@ -101,14 +104,16 @@ class Run:
         """Load weights, loader state and progress from the last checkpoint. Returns the remaining state, for `Learner.prepare`.
         Raises UserError if the checkpoint belongs to another model or data set, or was saved with other options.
         """
-        path = self.output / "checkpoints" / "last"
+        folder = self.output / "checkpoints"
+        path = find_last(folder, lambda line: self.accelerator.print(line, flush=True)) or folder / "last"
         weights, header = load_weights(path / "model.safetensors")
         config = ModelConfig.from_header(header)
         if config is None or config.arch != self.options.arch:
             raise UserError(f"{path}: is a checkpoint of {config.arch if config else '?'}, but `arch` is {self.options.arch}")
         if config.classes != self.loader.classes:
             raise UserError(
-                f"{path}: its {len(config.classes)} classes differ from the {len(self.loader.classes)} of {self.options.data}",
+                f"{path}: its {len(config.classes)} classes differ from the {len(self.loader.classes)} of {self.options.data}: "
+                f"{first_difference(config.classes, self.loader.classes)}",
                 "resume with the same data",
             )
         saved, state = load_checkpoint(path)
@@ -130,7 +135,13 @@ class Run:
             state = {"loader": self.loader.state_dict(), "progress": asdict(self.progress)}
             state |= {name: getattr(self.options, name) for name in STATE_OPTIONS}
             folder = self.output / "checkpoints"
-            save_checkpoint(folder, self.progress.step, self.write_weights, self.learner.state_dict(), state, best)
+            try:
+                save_checkpoint(folder, self.progress.step, self.write_weights, self.learner.state_dict(), state, best)
+            except StorageError as error:
+                self.unsaved = f"the checkpoint of step {self.progress.step}"
+                tqdm.write(f"{self.unsaved} is not saved: {error}")
+            else:
+                self.unsaved = ""
 
     def write_weights(self, path: Path) -> None:
         save_weights(path, self.learner.eval_model.state_dict(), self.model_config.header())
@@ -143,8 +154,14 @@ class Run:
             "seconds": time.perf_counter() - self.started,
         }
         if self.accelerator.is_main_process:
-            self.metrics.write(row | values)
-        self.accelerator.log(values, step=self.progress.step)
+            try:
+                self.metrics.write(row | values)
+            except StorageError as error:
+                tqdm.write(f"step {self.progress.step} is not logged: {error}")
+        try:
+            self.accelerator.log(values, step=self.progress.step)
+        except OSError as error:  # TensorBoard's files
+            tqdm.write(f"step {self.progress.step} is not in the trackers: {error.strerror or error}")
 
     def train(self) -> None:
         """Train to the last step or until SIGTERM, and save a checkpoint."""
@@ -158,12 +175,32 @@ class Run:
                     self.report_replaced()
                     self.save(self.validate() if self.validation_due() else False)
                 if self.accelerator.is_main_process:
-                    self.write_weights(self.output / "model.safetensors")
+                    self.write_final()
             except Stopped:
                 self.save()
+                if self.unsaved:
+                    raise UserError(
+                        "stopped on SIGTERM; " + self.lost(), "free some space, then continue with `resume`"
+                    ) from None
                 if not quiet:
                     tqdm.write(f"stopped at step {self.progress.step} on SIGTERM and saved a checkpoint; continue with --resume")
-        self.accelerator.end_training()
+        try:
+            self.accelerator.end_training()
+        except OSError as error:  # TensorBoard's files
+            tqdm.write(f"the trackers lack the last rows: {error.strerror or error}")
+
+    def write_final(self) -> None:
+        """Write model.safetensors. Raises UserError, which says what a resumed run repeats."""
+        try:
+            self.write_weights(self.output / "model.safetensors")
+        except StorageError as error:
+            raise UserError(f"{error.problem}; {self.lost()}", f"{error.remedy}, then continue with `resume`") from error
+
+    def lost(self) -> str:
+        """What a resumed run repeats."""
+        last = find_last(self.output / "checkpoints")
+        where = f"the last checkpoint is {last.resolve().name.rstrip('+')}" if last else "there is no checkpoint"
+        return f"{self.unsaved} is not saved, and {where}" if self.unsaved else where
 
     def validation_due(self) -> bool:
         """Whether to validate at this end of an epoch or of the run. `loader.epoch` is already the number of the next epoch."""
@@ -218,7 +255,7 @@ class Run:
         path = self.output / "not-finite.json"
         if self.accelerator.is_main_process:
             found = {"step": step, "epoch": epoch, "ids": ids, "images": [self.loader.locate(sample) for sample in ids]}
-            path.write_text(json.dumps(found, indent=1), "utf-8")
+            files.write(str(path), json.dumps(found, indent=1).encode())
         raise UserError(
             f"the loss of step {step} is not finite; the images of that step are listed in {path}",
             "inspect them or lower `lr`, then continue with `resume`",
@@ -296,4 +333,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run_cli(main)
+    run_cli(main, is_log=True)

@@ -15,6 +15,7 @@ Labels: the ImageNet models of torchvision and timm number the classes by sorted
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import re
@@ -24,6 +25,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from model.checkpoints import run_weights
 from model.describe import meta_model
 from model.resnet import ARCHS, ResNet
 from model.weights import ModelConfig, load_weights
@@ -63,9 +65,10 @@ def weights_file(source: str | Path) -> Path:
     path = _hub_folder(text) if text.startswith("hf:/") else Path(source)
     if path.is_file():
         return path
-    for name in ("model.safetensors", "checkpoints/last/model.safetensors", "pytorch_model.bin"):
-        if (path / name).is_file():
-            return path / name
+    if found := run_weights(path):
+        return found
+    if (path / "pytorch_model.bin").is_file():
+        return path / "pytorch_model.bin"
     raise UserError(
         f"{source}: contains no weights",
         "give a run's folder, a folder in timm's format, hf://user/repo, a .safetensors or a .pth file",
@@ -92,9 +95,9 @@ def load_model(source: str | Path, arch: str | None, classes: list[str] | None) 
     if classes is None:
         return model, config
     if outputs != len(classes) or config.classes not in ([], classes):
-        raise UserError(
-            f"{path}: its {outputs} classes differ from the {len(classes)} of the data", "give the data that it was trained on"
-        )
+        differs = f": {first_difference(config.classes, classes)}" if config.classes else ""
+        problem = f"{path}: its {outputs} classes differ from the {len(classes)} of the data{differs}"
+        raise UserError(problem, "give the data that it was trained on")
     return model, replace(config, classes=classes)
 
 
@@ -114,10 +117,21 @@ def initial_weights(source: str | Path, arch: str, model: ResNet, classes: list[
     why = f"the file's is for {outputs} {'other ' if outputs == len(classes) else ''}classes" if outputs else "the file has none"
     new = {"fc.weight": model.fc.weight.detach().clone(), "fc.bias": model.fc.bias.detach().clone()}
     _load_state(model, weights, path, arch, new)
+    if names and outputs:
+        why += f" ({first_difference(names, classes)})"
     return (
         f"{path}: training starts from these {arch} weights, except for the classifier: "
         f"it is initialized anew for {len(classes)} classes, because {why}"
     )
+
+
+def first_difference(classes: list[str], data: list[str]) -> str:
+    """The first class of a model that is not the one with its number in the data; the lists differ."""
+    for index, (own, other) in enumerate(itertools.zip_longest(classes, data)):
+        if own != other:
+            own, other = (repr(name) if name is not None else "missing" for name in (own, other))
+            return f"class {index} is {own}, in the data {other}"
+    return "no class"
 
 
 def arch_of_name(name: str) -> str | None:

@@ -11,6 +11,7 @@ import json
 import os
 import zlib
 from argparse import Namespace
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,8 +22,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
-from pipeline.errors import UserError
+from pipeline.errors import UserError, writing
 from pipeline.progress import announce_if_slow
+from pipeline.store.files import sync
 
 
 @dataclass(frozen=True)
@@ -98,15 +100,22 @@ def _unpack(text: str) -> npt.NDArray[np.float32]:
 
 
 def save_weights(path: Path, state: dict[str, torch.Tensor], metadata: dict[str, str]) -> None:
-    """Write `state` to `path` atomically, under a temporary name first. metadata: strings for the file's header."""
+    """Write `state` to `path` atomically, under a temporary name first. metadata: strings for the file's header. Raises
+    StorageError if the disk is full or fails."""
     temporary = path.with_name(path.name + ".partial")
-    temporary.touch()  # with the mode that the user's umask gives; safetensors creates files that only their owner can read
-    mode = temporary.stat().st_mode
-    save_file({name: tensor.contiguous() for name, tensor in state.items()}, temporary, metadata)
-    temporary.chmod(mode)
-    with temporary.open("rb") as stream:
-        os.fsync(stream.fileno())
-    os.replace(temporary, path)
+    with writing(path):
+        try:
+            temporary.touch()  # with the mode that the user's umask gives; safetensors makes files that only their owner can read
+            mode = temporary.stat().st_mode
+            save_file({name: tensor.contiguous() for name, tensor in state.items()}, temporary, metadata)
+            with suppress(OSError):  # some file systems have no modes
+                temporary.chmod(mode)
+            with temporary.open("rb") as stream:
+                sync(stream)
+            os.replace(temporary, path)
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
 
 
 # Types that training scripts save beside the weights: their arguments and metrics. Loading them runs no code of the file.

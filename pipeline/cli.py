@@ -13,12 +13,14 @@ import argparse
 import logging
 import os
 import re
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from .errors import UserError
+from .errors import FULL, StorageError, UserError, storage_error
+from .progress import Outputs
 
 _parser: Parser | None = None  # the parser of this process's arguments
 
@@ -75,6 +77,14 @@ def add_cache_flags(parser: argparse._ActionsContainer) -> None:
     )
 
 
+def add_verify_flag(parser: argparse._ActionsContainer) -> None:
+    """Add the flag of `LoaderSpec.verify` to a parser or an argument group."""
+    parser.add_argument(
+        "--verify-reads", dest="verify", action="store_true",
+        help="compare the checksum of each image that is read, for storage that returns wrong bytes without an error",
+    )  # fmt: skip
+
+
 def check_writable(file: Path) -> None:
     """Create the file's folder. Raises UserError if the file could not be written."""
     try:
@@ -93,18 +103,65 @@ def _show_flags(record: logging.LogRecord) -> bool:
     return True
 
 
-def run_cli(main: Callable[[], None]) -> NoReturn:
-    """Run a command-line program: exit 0 on success, 2 with one line on a UserError, 130 on Ctrl-C."""
+def run_cli(main: Callable[[], None], is_log: bool = False) -> NoReturn:
+    """Run a command-line program: exit 0 on success, 2 with one line on a UserError or an error of the system, 130 on Ctrl-C.
+
+    is_log: its output is only a log, so that the program succeeds even if that cannot be written.
+    """
     logging.getLogger("cropfeed").addFilter(_show_flags)
+    if os.getpid() == 1:  # the kernel ignores SIGTERM for the first process of a container, unless it has a handler
+        signal.signal(signal.SIGTERM, lambda *_: os._exit(128 + signal.SIGTERM))
+    outputs = Outputs(is_log)
+    code = _exit_code(main, outputs)
+    lost = outputs.lost()
+    if isinstance(lost, BrokenPipeError):  # `... | head`
+        outputs.discard()
+        code = code or int(not is_log)
+    elif lost:
+        print(f"error: a part of the output is lost ({lost.strerror})", file=sys.stderr)
+        code = code or (0 if is_log else 2)
+    sys.exit(code)
+
+
+def _exit_code(main: Callable[[], None], outputs: Outputs) -> int:
+    """Run `main`. Prints errors in one line; returns the exit code."""
     try:
         main()
+        return 0
     except UserError as error:
-        print(f"error: {with_flags(str(error))}", file=sys.stderr)
-        sys.exit(2)
+        problem = error
+    except (OSError, MemoryError, RuntimeError) as error:
+        if isinstance(error, BrokenPipeError) and outputs.lost() is error:
+            return 1
+        explained = _explained(error)
+        if explained is None:
+            raise
+        problem = explained
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
-        sys.exit(130)
-    sys.exit(0)
+        return 130
+    print(f"error: {with_flags(str(problem))}", file=sys.stderr)
+    return 2
+
+
+_MEMORY = re.compile(r"(?:tried|unable) to allocate [\d.,]+ \w+", re.IGNORECASE)
+
+
+def _explained(error: Exception) -> UserError | None:
+    """An error of the system as a UserError: storage, memory. None for anything else, which is a bug."""
+    if isinstance(error, OSError):
+        if error.errno is None:
+            return None
+        if error.errno in FULL:
+            return storage_error(error, error.filename or "a file")
+        return UserError(f"{error.filename}: {error.strerror}" if error.filename else f"the system says: {error}")
+    text = str(error)
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" or "DefaultCPUAllocator" in text:
+        amount = _MEMORY.search(text)
+        known = {action.dest for action in _parser._actions} if _parser else set()
+        fewer = " or ".join(f"`{name}`" for name in ("batch_size", "image_size", "workers", "threads") if name in known)
+        return UserError("memory ran out" + (f" ({amount[0]})" if amount else ""), f"lower {fewer}" if fewer else "")
+    return None
 
 
 SHARDS = """Turn ImageNet, or any labelled images, into shards.
@@ -116,12 +173,17 @@ SHARDS = """Turn ImageNet, or any labelled images, into shards.
     {verify} /data/shards     verify every byte
 
 SRC, a local path or any fsspec URL, is one of
-  - folders of images: SRC/train/<class>/*.JPEG and SRC/val/<class>/*.JPEG, or SRC/<class>/*.JPEG (then training only);
-  - the official tars: ILSVRC2012_img_train.tar, ILSVRC2012_img_val.tar with ILSVRC2012_devkit_t12.tar.gz, never unpacked;
-  - WebDataset tars: SRC/train/*.tar and SRC/val/*.tar, or SRC/*.tar with "val" in the names of the validation tars.
-Labels are the indices of the sorted class folders (WebDataset: the number in .cls). Reports show readable names of ImageNet's
-classes beside their wnids. For other classes, names are read from SRC/classes.txt, with one line per class folder: folder, tab,
-name; or from SRC/classes.json, {{"folder": "name"}}; or from Kaggle's LOC_synset_mapping.txt.
+  - folders: SRC/train/<class>/*.JPEG and SRC/val/<class>/*.JPEG, or SRC/<class>/*.JPEG (then training only);
+  - kaggle: Kaggle's ILSVRC/Data/CLS-LOC, or any SRC/train/<class>/*.JPEG with SRC/val/*.JPEG and a file of labels;
+  - official: ILSVRC2012_img_train.tar, ILSVRC2012_img_val.tar with ILSVRC2012_devkit_t12.tar.gz, never unpacked;
+  - webdataset: SRC/train/*.tar and SRC/val/*.tar, or SRC/*.tar with "val" in the names of the validation tars;
+  - parquet: Hugging Face's SRC/data/train-*.parquet and validation-*.parquet, also hf://datasets/NAME;
+  - list: any images that a file lists (--list).
+Labels are the indices of the sorted class folders, or the numbers or sorted names that the source has.
+
+Reports show readable names of ImageNet's classes beside their wnids. For other classes, names are read from SRC/classes.txt, with
+one line per class folder: folder, tab, name; or from SRC/classes.json, {{"folder": "name"}}; or from Kaggle's
+LOC_synset_mapping.txt.
 
 Every image is decoded once in full. Images that cannot be decoded are left out. OUT/report.json lists them with the reason. It
 also lists CMYK images, PNGs named .JPEG, broken metadata and exact duplicates.
@@ -150,6 +212,7 @@ def _shards_parser(prog: str, verify: str) -> Parser:
     parser = Parser(SHARDS.format(prog=prog, verify=verify), prog, {"check_md5": "--skip-md5", "mode": "--ffcv-mode"})
     parser.add_argument("src", metavar="SRC", nargs="?", help="images to convert")
     parser.add_argument("--out", help="folder or URL for the shards")
+    _add_source_flags(parser)
     what = parser.add_argument_group("what is stored")
     what.add_argument(
         "--profile", choices=PROFILES, default="lossless",
@@ -197,10 +260,36 @@ def _shards_parser(prog: str, verify: str) -> Parser:
     return parser
 
 
+def _add_source_flags(parser: Parser) -> None:
+    from .convert.kinds import KINDS
+
+    source = parser.add_argument_group("the source")
+    source.add_argument("--source", choices=KINDS, default="", help="kind of SRC (default: recognized, and printed)")
+    source.add_argument(
+        "--list", default="", metavar="FILE",
+        help=".csv, .tsv, .jsonl or .parquet file that lists the images of SRC: columns path, label, and perhaps split",
+    )  # fmt: skip
+    source.add_argument("--image-column", default="", help="column of a list's paths, or of the images in parquet files")
+    source.add_argument(
+        "--label-column", default="",
+        help="column of the labels in a list or in parquet files; of WebDataset tars: a field of .json, or the extension of a "
+        "text member such as txt (default: cls)",
+    )  # fmt: skip
+    source.add_argument("--split-column", default="", help="column of a list with train, val or test")
+    source.add_argument(
+        "--val-labels", default="", metavar="FILE", help="labels of validation images in one flat folder (default: looked for)"
+    )
+    source.add_argument(
+        "--val-share", type=float, default=0, help="if SRC has no validation split: the fraction of each class to take for it"
+    )
+    source.add_argument("--val-per-class", type=int, default=0, help="the same, as a number of images of each class")
+
+
 def shards(arguments: Sequence[str] | None = None, prog: str = "python tools/make_shards.py") -> None:
     """`cropfeed shards`, and tools/make_shards.py, which also has --verify."""
     from .convert.beton import BetonSettings
     from .convert.make import ConvertOptions, make_shards
+    from .convert.sources import SourceOptions
 
     is_script = arguments is None
     parser = _shards_parser(prog, f"{prog} --verify" if is_script else "cropfeed verify")
@@ -214,12 +303,20 @@ def shards(arguments: Sequence[str] | None = None, prog: str = "python tools/mak
         return
     if not args.src or not args.out:
         raise UserError(f"give SRC and --out{', or --verify OUT' if is_script else ''}", "see --help")
+    images = SourceOptions(
+        args.source, not args.skip_md5, args.list, args.image_column, args.label_column, args.split_column, args.val_labels,
+        args.val_share, args.val_per_class,
+    )  # fmt: skip
     beton = BetonSettings(args.ffcv_mode, args.ffcv_max_resolution, args.ffcv_quality, args.ffcv_proportion)
     options = ConvertOptions(
         args.src, args.out, args.profile, args.format, args.shard_size, args.seed, args.strict,
-        SourceOptions(check_md5=not args.skip_md5), beton, args.workers, args.engine, args.ray_address, args.shards,
+        images, beton, args.workers, args.engine, args.ray_address, args.shards,
     )  # fmt: skip
-    print("\n".join(make_shards(options)))
+    try:
+        lines = make_shards(options, lambda line: print(line, flush=True))
+    except StorageError as error:
+        raise UserError(error.problem, f"{error.remedy}, then repeat the command: finished shards are kept") from error
+    print("\n".join(lines))
 
 
 def verify(arguments: Sequence[str]) -> None:
@@ -258,7 +355,6 @@ COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
 def _command() -> None:
     name, arguments = sys.argv[1] if len(sys.argv) > 1 else "", sys.argv[2:]
     if name in ("", "-h", "--help"):
-    from .convert.sources import SourceOptions
         print(__doc__.partition("\n\n")[2].strip("\n"))
         return
     if name not in COMMANDS:

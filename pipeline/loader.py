@@ -35,7 +35,7 @@ from .plan.order import Blocks, ByShape, Full, Order, Sequential
 from .plan.sampling import Ints
 from .plan.substitutes import Substitutes
 from .spec import LoaderSpec, check, check_device
-from .store.shards import Manifest, ShardSet
+from .store.shards import ChecksumError, Manifest, ShardSet
 
 
 class Batch(NamedTuple):
@@ -283,15 +283,18 @@ class Loader(ABC):
     # --- What an engine with its own files (FFCV) overrides
 
     def read(self, sample: int) -> Bytes:
-        """A sample's encoded image: uint8 (bytes,)."""
-        return self.shards.read(sample)
+        """A sample's encoded image: uint8 (bytes,). Raises CorruptImageError if `verify` is set and its checksum is wrong."""
+        try:
+            return self.shards.read(sample)
+        except ChecksumError as error:
+            raise CorruptImageError(str(error)) from error
 
     def locate(self, sample: int) -> str:
         """File and key of a sample, for messages."""
         return self.shards.locate(sample)
 
     def _open_shards(self) -> ShardSet:
-        return ShardSet(self.spec.data, self.spec.split, self.spec.cache, self.spec.cache_gb)
+        return ShardSet(self.spec.data, self.spec.split, self.spec.cache, self.spec.cache_gb, verify=self.spec.verify)
 
     def _sizes(self, ids: Ints) -> tuple[Ints, Ints]:
         """Heights and widths of stored images, int64 (N,) each."""

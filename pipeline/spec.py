@@ -40,6 +40,8 @@ class LoaderSpec:
     - alpha_std: standard deviation of the PCA lighting coefficients; 0 turns lighting off. Only random geometries use it.
     - dtype: of the images: float32, float16, bfloat16, or uint8 for pixels without lighting and normalization.
     - corrupt: "replace" a sample that cannot be decoded by another one, or "stop" with an error.
+    - verify: compare the checksum of each sample that is read, for storage that returns wrong bytes without an error. A sample
+      that differs counts as corrupt. Not for FFCV, whose compiled code reads the file.
     - rank, world_size: this process's rank, and the number of processes.
 
     These fields only determine where batches are placed and how fast they are made:
@@ -67,6 +69,7 @@ class LoaderSpec:
     alpha_std: float = sampling.ALPHA_STD
     dtype: torch.dtype = torch.float32
     corrupt: str = "replace"
+    verify: bool = False
     device: str = "cpu"
     rank: int = 0
     world_size: int = 1

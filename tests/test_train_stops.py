@@ -200,5 +200,5 @@ def test_resuming_on_data_with_other_classes_is_refused(image_folder: Path, fini
     assert run_forked("tools/make_shards.py", tmp_path / "images", "--out", tmp_path / "shards").returncode == 0
     before = {path: path.stat().st_mtime_ns for path in finished.rglob("*")}
     result = run_forked("train.py", *arguments(tmp_path / "shards", finished, "--resume"))
-    assert_refused(result, "its 3 classes differ from the 2 of")
+    assert_refused(result, "its 3 classes differ from the 2 of", "class 2 is 'n00000002', in the data missing")
     assert {path: path.stat().st_mtime_ns for path in finished.rglob("*")} == before

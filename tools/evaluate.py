@@ -37,7 +37,7 @@ from model.schemes import SCALES, SCHEMES, MultiViewClassifier, view_specs_of
 from model.testing import Accuracy
 from pipeline.cli import Parser, check_writable, positive, run_cli
 from pipeline.engines.multiview import MultiViewBatch
-from pipeline.errors import UserError
+from pipeline.errors import UserError, writing
 from pipeline.progress import progress_bar
 from pipeline.store.class_names import class_name
 from pipeline.store.shards import Manifest
@@ -188,7 +188,7 @@ def write_tables(result: Accuracy, classes: list[str], per_class: Path | None, c
     """per_class: for each class its name, images, top-1 and top-5 rates. confusion: rows are labels, columns predictions.
     classes: their names for people, in label order."""
     if per_class:
-        with per_class.open("w", encoding="utf-8", newline="") as stream:
+        with writing(per_class), per_class.open("w", encoding="utf-8", newline="") as stream:
             writer = csv.writer(stream)
             writer.writerow(["class", "images", "top1", "top5"])
             for index, name in enumerate(classes):
@@ -197,7 +197,7 @@ def write_tables(result: Accuracy, classes: list[str], per_class: Path | None, c
                 writer.writerow([name, images, *(int(count) / images if images else "" for count in correct)])
     if confusion:
         assert result.confusion is not None
-        with confusion.open("w", encoding="utf-8", newline="") as stream:
+        with writing(confusion), confusion.open("w", encoding="utf-8", newline="") as stream:
             writer = csv.writer(stream)
             writer.writerow(["label \\ prediction", *classes])
             writer.writerows([name, *row] for name, row in zip(classes, result.confusion.tolist(), strict=True))
@@ -231,7 +231,8 @@ def main() -> None:
     classes = [class_name(one, names_of_data) for one in eval_set.classes]
     write_tables(results[-1][schemes[0]], classes, args.per_class, args.confusion)
     if args.json:
-        args.json.write_text(json.dumps(summary(options, names, shares, results, schemes[0])) + "\n", "utf-8")
+        with writing(args.json):
+            args.json.write_text(json.dumps(summary(options, names, shares, results, schemes[0])) + "\n", "utf-8")
 
 
 if __name__ == "__main__":

@@ -34,10 +34,10 @@ from model.loading import load_model
 from model.resnet import ARCHS, ResNet
 from model.weights import ModelConfig, save_weights
 from pipeline.cli import Parser, run_cli
-from pipeline.errors import UserError
+from pipeline.errors import UserError, storage_error
 from pipeline.pixels.normalize import Normalization
 from pipeline.progress import announce_if_slow
-from pipeline.store.files import PARTIAL
+from pipeline.store.files import PARTIAL, sync
 
 FORMATS = ("safetensors", "onnx", "torch-export")
 
@@ -73,10 +73,16 @@ def atomic_folder(out: Path) -> Iterator[Path]:
         yield scratch
         for file in scratch.iterdir():
             with file.open("rb") as stream:
-                os.fsync(stream.fileno())
+                sync(stream)
         scratch.rename(out)
-    except OSError as error:
-        raise UserError(f"{out}: cannot be written ({error.strerror or error})", "give another --out") from error
+    except UserError:
+        raise
+    except Exception as error:
+        shutil.rmtree(scratch, ignore_errors=True)  # first, so that the message tells the space that is then free
+        explained = storage_error(error, out)
+        if explained is None:
+            raise
+        raise explained from error
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
 

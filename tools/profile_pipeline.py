@@ -124,6 +124,9 @@ def parser() -> Parser:
                      "%(default)s)")  # fmt: skip
     how.add_argument("--seconds", type=float, default=0.5, metavar="X", help="duration of each measurement, in seconds (default: "
                      "%(default)s)")  # fmt: skip
+    how.add_argument("--budget", type=float, default=180.0, metavar="X", help="seconds that all measurements may take, without "
+                     "start-up, --apply and --tune; slow ones have fewer repeats, but at least 2, and smaller batches (default: "
+                     "%(default)s)")  # fmt: skip
     how.add_argument("--json", type=Path, metavar="FILE", help="write all figures to this JSON file")
     how.add_argument("--report", type=Path, metavar="FOLDER", help="write an HTML report, report.html, to this folder")
     return parser
@@ -147,7 +150,7 @@ def parse(arguments: Sequence[str] | None = None) -> Command:
         cache=args.cache,
         cache_gb=args.cache_gb,
     )
-    same = ("arch", "precision", "demand", "cache_state", "repeats", "seconds", "apply", "tune", "gpus", "hosts")
+    same = ("arch", "precision", "demand", "cache_state", "repeats", "seconds", "budget", "apply", "tune", "gpus", "hosts")
     fields: dict[str, Any] = {name: getattr(args, name) for name in same}
     options = ProfileOptions(spec, name=args.data, engines=tuple(args.engines), planted=args.plant, **fields)
     for file in (args.json, args.report and args.report / "report.html", tuned.file() if args.tune else None):

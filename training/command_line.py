@@ -13,7 +13,7 @@ from typing import Any
 from model import ARCHS
 from model.describe import describe, table
 from pipeline import ENGINES
-from pipeline.cli import Parser, add_cache_flags, positive
+from pipeline.cli import Parser, add_cache_flags, add_verify_flag, positive
 from pipeline.errors import UserError
 from training.optimizers import REFERENCE_BATCH
 from training.options import CHOICES, DEFAULT_EPOCHS, RAMP, TrainOptions
@@ -151,6 +151,7 @@ def _add_loading(parse: Parser) -> None:
     loading.add_argument("--prefetch", type=positive, help="batches to prefetch (default: as found by profile_pipeline.py "
                          "--tune, otherwise 2)")  # fmt: skip
     add_cache_flags(loading)
+    add_verify_flag(loading)
 
 
 def _add_records(parse: Parser) -> None:

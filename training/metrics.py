@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import csv
+import errno
+import io
 import os
 import time
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
+
+from pipeline.errors import writing
+from pipeline.store import files
 
 T = TypeVar("T")
 
@@ -118,17 +124,29 @@ class MetricsFile:
 
     def __init__(self, path: Path, step: int) -> None:
         self.path = path
+        self._unwritten: list[dict[str, float]] = []
         rows = [row for row in read_metrics(path) if int(row["step"]) <= step] if path.exists() else []
-        temporary = path.with_name(path.name + ".partial")
-        with temporary.open("w", encoding="utf-8", newline="") as stream:
+        with files.atomic_write(str(path)) as scratch, scratch.open("w", encoding="utf-8", newline="") as stream:
             writer = csv.DictWriter(stream, COLUMNS)
             writer.writeheader()
             writer.writerows(rows)
-        os.replace(temporary, path)
 
     def write(self, row: dict[str, float]) -> None:
-        with self.path.open("a", newline="") as stream:
-            csv.DictWriter(stream, COLUMNS).writerow(row)
+        """Append a row. Raises StorageError if the disk is full or fails; the row is then written with the next one."""
+        self._unwritten.append(row)
+        text = io.StringIO(newline="")
+        csv.DictWriter(text, COLUMNS).writerows(self._unwritten)
+        with writing(self.path), self.path.open("ab", buffering=0) as stream:
+            end = stream.tell()
+            try:
+                content = text.getvalue().encode()
+                if stream.write(content) != len(content):
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            except OSError:
+                with suppress(OSError):
+                    stream.truncate(end)  # no part of a row
+                raise
+        self._unwritten.clear()
 
 
 def read_metrics(path: Path) -> list[dict[str, str]]:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from dataclasses import InitVar, dataclass, fields
 from pathlib import Path
 
 from model import ARCHS
@@ -29,6 +30,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "order": ("full", "blocks"),
     "corrupt": CORRUPT,
 }
+MAX = 2**31 - 1  # of the options that count something
 POSITIVE = (
     "epochs", "iterations", "batch_size", "accumulate", "patience", "image_size", "start_size", "eval_size", "block_shards",
     "threads", "prefetch", "eval_every", "log_every", "checkpoint_every",
@@ -102,11 +104,21 @@ class TrainOptions:
     checkpoint_every: int = 500
     trackers: tuple[str, ...] = ("tensorboard",)
 
-    def __post_init__(self) -> None:
+    verify: InitVar[bool] = False  # not a field, as config.json's keys are fixed; its "command" has the flag
+
+    def __post_init__(self, verify: bool) -> None:
+        object.__setattr__(self, "verify", verify)
         for name in POSITIVE:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise UserError(f"`{name}` must be at least 1, not {value}")
+            if value is not None and value > MAX:
+                raise UserError(f"`{name}` must be at most {MAX}, not {value}")
+        for name in (field.name for field in fields(self)):
+            value = getattr(self, name)
+            for one in value if isinstance(value, tuple) else (value,):
+                if isinstance(one, float) and not math.isfinite(one):
+                    raise UserError(f"`{name}` must be a finite number, not {one}")
         for name, choices in CHOICES.items():
             value = getattr(self, name)
             if value is not None and value not in choices:
@@ -121,6 +133,11 @@ class TrainOptions:
         if self.ramp and not self.start_size:
             raise UserError("`ramp` needs `start_size`", "set `start_size`, or leave `ramp` out")
         check_trackers(self.trackers)
+
+    @property
+    def verifies_reads(self) -> bool:
+        """The value of `verify`, for `LoaderSpec.verify`."""
+        return bool(vars(self)["verify"])
 
     def _complete_arch(self) -> None:
         if self.arch not in ARCHS:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import fcntl
 import json
+import logging
 import os
 import socket
 import sys
@@ -19,6 +20,7 @@ from uuid import uuid4
 
 from accelerate import Accelerator
 
+from model.checkpoints import find_last
 from pipeline.errors import UserError
 from pipeline.loader import Loader
 from pipeline.store import files
@@ -27,6 +29,7 @@ from training.options import TrainOptions
 from training.provenance import commit, environment, hardware, versions
 
 LOCK = ".lock"
+log = logging.getLogger("cropfeed")
 
 
 def check_output(resume: str | None, output: Path) -> bool:
@@ -34,16 +37,22 @@ def check_output(resume: str | None, output: Path) -> bool:
 
     resume: TrainOptions.resume. Raises UserError if there is nothing to resume from, or if a new run would overwrite something.
     """
-    last = output / "checkpoints" / "last"
+    folder = output / "checkpoints"
+    skipped: list[str] = []
+    last = find_last(folder, skipped.append)
     restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
     if resume or restarted:
-        if last.exists():
+        if last is not None:
             return True
+        if damaged := list(folder.glob("*/state.json")):  # to start anew would replace them
+            raise UserError(
+                skipped[0] if skipped else f"{damaged[0]}: is no checkpoint", "give another `output`, or repair the checkpoint"
+            )
         if resume == "last" and not restarted:
-            raise UserError(f"{last}: there is no checkpoint to resume from", "start anew with `resume` auto")
+            raise UserError(f"{folder / 'last'}: there is no checkpoint to resume from", "start anew with `resume` auto")
     died_early = (restarted or resume == "auto") and (output / "config.json").exists()  # before its first checkpoint
     if output.exists() and any(file.name != LOCK for file in output.iterdir()) and not died_early:
-        how = "continue it with `resume`" if last.exists() else "start anew with `resume` auto if it is a run that stopped early"
+        how = "continue it with `resume`" if last else "start anew with `resume` auto if it is a run that stopped early"
         raise UserError(f"{output}: exists already", f"{how}, or give another `output`")
     return False
 
@@ -70,7 +79,9 @@ def lock(output: Path) -> IO[str] | None:
     except BlockingIOError as error:
         file.seek(0)
         raise UserError(f"{output}: {file.read() or 'another training'} writes to it", "choose another `output`") from error
-    except OSError:
+    except OSError as error:
+        log.warning("%s: cannot be locked (%s); start no second training there", output, error.strerror)
+        file.close()
         return None
     file.truncate(0)
     file.write(f"process {os.getpid()} on host {socket.gethostname()}")

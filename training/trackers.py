@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -42,9 +43,16 @@ def start_trackers(accelerator: Accelerator, config: dict[str, Any], output: Pat
         "wandb": {"name": output.name, "dir": str(output), "id": run_id, "resume": "allow"},
         "trackio": {"name": output.name, "resume": "allow" if step else "never"},
     }
+    threading.excepthook = _quiet_on_full_disk
     accelerator.init_trackers(PROJECT, init_kwargs=named)
     for tracker in accelerator.trackers:
         if tracker.name != "tensorboard":
             tracker.store_init_configuration(
                 {name: value if isinstance(value, int | float) else str(value) for name, value in config.items()}
             )
+
+
+def _quiet_on_full_disk(error: threading.ExceptHookArgs) -> None:
+    """TensorBoard's thread ends with an OSError if the disk is full. The next row reports it; no traceback is needed."""
+    if not isinstance(error.exc_value, OSError):
+        threading.__excepthook__(error)

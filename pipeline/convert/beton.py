@@ -22,7 +22,7 @@ import warnings
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -32,7 +32,7 @@ import numpy.typing as npt
 from PIL import Image
 
 from ..engines.ffcv_field import StoredImage, region_field, store_encoded
-from ..errors import UserError, install_command
+from ..errors import UserError, install_command, storage_error
 from ..progress import announce_if_slow, progress_bar
 from ..store.files import atomic_write, sha256
 from ..store.shards import ShardSet
@@ -42,7 +42,6 @@ _INSTALL = f"apt-get install g++ pkg-config libopencv-dev libturbojpeg0-dev && {
 _MIN_PAGE = 1 << 23  # bytes; the default of FFCV's writer
 _CHUNK = 16  # samples that a worker sends at a time
 _THREADING_LAYER = "NUMBA_THREADING_LAYER"
-Sizes = npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True)
@@ -88,7 +87,7 @@ def write_beton(
             _verify(scratch, path.name, shards, settings, checksums)
             return sha256(str(scratch), f"SHA-256 of {path.name}")
         except OSError as error:
-            raise UserError(f"{path}: cannot be written ({error.strerror or error})") from error
+            raise storage_error(error, path) or UserError(f"{path}: cannot be written ({error})") from error
 
 
 def require_ffcv() -> None:
@@ -283,39 +282,20 @@ def _page_size(shards: ShardSet, settings: BetonSettings) -> int:
     if settings.mode == "region":
         largest = int(shards.samples["bytes"].max())
     else:
-        heights, widths = _stored_sizes(shards, settings)
+        from ..engines.ffcv_file import stored_sizes
+
+        heights, widths = stored_sizes(shards.samples, asdict(settings))
         largest = int((3 * heights * widths).max())
     return max(_MIN_PAGE, 1 << (largest - 1).bit_length())
 
 
-def _stored_sizes(shards: ShardSet, settings: BetonSettings) -> tuple[Sizes, Sizes]:
-    """Heights and widths in the file: int64 (N,) each, as RGBImageField computes them."""
-    heights, widths = shards.samples["height"].astype(np.int64), shards.samples["width"].astype(np.int64)
-    if settings.max_resolution is None or settings.mode == "region":
-        return heights, widths
-    ratio = np.minimum(settings.max_resolution / np.maximum(heights, widths), 1)
-    return (ratio * heights).astype(np.int64), (ratio * widths).astype(np.int64)
-
-
 def _verify(path: Path, name: str, shards: ShardSet, settings: BetonSettings, checksums: npt.NDArray[np.uint32]) -> None:
-    """Read the file with FFCV's Reader and compare every sample's label, size and data. name: for the bar. Raises UserError."""
-    from ffcv.reader import Reader
+    """Open the file as the loader does, and compare every sample's data. name: for the bar. Raises UserError."""
+    from ..engines.ffcv_file import open_beton
 
-    reader = Reader(str(path))
-    images, labels = (reader.metadata[name] for name in reader.metadata.dtype.names)
-    heights, widths = _stored_sizes(shards, settings)
-    table = reader.alloc_table
-    matches = len(images) == len(table) == len(shards) and (
-        np.array_equal(labels, shards.samples["label"])
-        and np.array_equal(images["height"], heights)
-        and np.array_equal(images["width"], widths)
-        and np.array_equal(table["ptr"], images["data_ptr"])
-    )
-    if not matches:
-        raise UserError(f"{path}: differs from the split after writing", "the disk may be full or faulty")
+    content, images, sizes = open_beton(path, shards.samples, asdict(settings))
     compare = settings.mode == "region"
-    content = np.memmap(path, np.uint8, "r")
-    places = list(zip(table["ptr"].tolist(), table["size"].tolist(), strict=True))
+    places = list(zip(images["data_ptr"].tolist(), sizes.tolist(), strict=True))
     for index, (start, size) in enumerate(progress_bar(places, unit=" images", desc=f"verifying {name}")):
         data = content[start : start + size]
         if zlib.crc32(data.tobytes()) != checksums[index] or (compare and not np.array_equal(data, shards.read(index))):

@@ -20,6 +20,7 @@ from ..errors import UserError
 from ..plan import sampling
 from ..progress import announce_if_slow, progress_bar
 from ..store import files, shards
+from ..store.manifest import FORMAT, VERSION
 from . import statistics
 from .report import make_report
 from .sources import Listing
@@ -56,7 +57,7 @@ def plan_tasks(listing: Listing, out: str, settings: Settings, strict: bool) -> 
 
 def fingerprint(listing: Listing, settings: Settings) -> dict[str, Any]:
     """The content of plan.json, and of `conversion` in the manifest. A conversion can be resumed if the fingerprint is equal."""
-    return {"version": shards.VERSION, "source": listing.fingerprint(), **asdict(settings)}
+    return {"version": VERSION, "source": listing.fingerprint(), **asdict(settings)}
 
 
 def is_complete(out: str) -> bool:
@@ -125,7 +126,7 @@ def remove_records(out: str, alone: bool) -> None:
 
 def _manifest(out: str, listing: Listing, settings: Settings, records: dict[str, list[Record]]) -> dict[str, Any]:
     manifest: dict[str, Any] = {
-        "format": shards.FORMAT, "version": shards.VERSION, "profile": settings.profile,
+        "format": FORMAT, "version": VERSION, "profile": settings.profile,
         "classes": listing.classes, "label_digits": shards.label_digits(len(listing.classes)),
         "conversion": fingerprint(listing, settings), "splits": {}, "statistics": {},
     }  # fmt: skip

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from ..errors import UserError
 from ..progress import progress_bar
 from ..store import files
-from .sources import SPLITS, Keys, Listing, Skipped, Source, SourceOptions, as_shown, entries, split_folders
+from .sources import IMAGES, SPLITS, Keys, Listing, Skipped, Source, SourceOptions, as_shown, entries, split_folders
 
 Found = dict[str, list[files.Entry]]  # class, as a path below its split -> its images
 
@@ -43,12 +43,24 @@ def list_folders(src: str, options: SourceOptions) -> Listing:
 
     See `split_folders` for other names of the splits. A test split is not listed.
     """
-    skipped = Skipped()
     named = image_splits(src)
-    folders = {split: files.join(src, name) for split, name in named.items() if split != "test"}
-    if named and not folders:
+    used = {split: name for split, name in named.items() if split != "test"}
+    if named and not used:
         raise UserError(f"{src}: holds only a test split", "give a folder with training or validation images")
-    folders = folders or {"train": src}
+    listing = list_splits(src, used or {"train": ""})
+    above, _, name = src.rpartition("/")
+    if not named and name.lower() in SPLITS:
+        if SPLITS[name.lower()] != "train":
+            listing.notes.append(f"the images of this {SPLITS[name.lower()]} folder become the training split")
+        elif others := sorted(set(split_folders(above).values()) - {name}):
+            listing.notes.append(f"only the training images; to use {', '.join(others)} beside it, give {above}")
+    return listing
+
+
+def list_splits(src: str, named: dict[str, str]) -> Listing:
+    """The class folders of splits; the first of them has all classes. named: split -> its folder below SRC, or "" for SRC."""
+    skipped = Skipped()
+    folders = {split: files.join(src, name) if name else src for split, name in named.items()}
     listed = {split: find_images(folder, skipped) for split, folder in folders.items()}
     first = next(iter(folders))
     classes = sorted(listed[first], key=os.fsencode)
@@ -59,18 +71,17 @@ def list_folders(src: str, options: SourceOptions) -> Listing:
                 "add its training images, or convert a folder without this class",
             )
     labels = {name: label for label, name in enumerate(classes)}
-    splits = {split: list(sources_of(listed[split], folder, named.get(split, ""), labels)) for split, folder in folders.items()}
-    notes = skipped.notes()
-    if not named and (split := SPLITS.get(src.rsplit("/", 1)[-1].lower(), "train")) != "train":
-        notes.append(f"the images of this {split} folder become the training split")
-    return Listing([as_shown(src)(name) for name in classes], splits, notes=notes)
+    splits = {split: list(sources_of(listed[split], folder, named[split], labels)) for split, folder in folders.items()}
+    return Listing([as_shown(src)(name) for name in classes], splits, notes=skipped.notes())
 
 
 def find_images(folder: str, skipped: Skipped) -> Found:
     """The images of each class below a folder. Raises UserError for a folder that is neither a class nor holds any."""
     found: Found = {}
-    inside = [entry for entry in entries(folder, skipped) if entry.is_folder]
-    for entry in progress_bar(inside, desc=f"listing {folder}", unit=" classes"):
+    inside = entries(folder, skipped)
+    if beside := [entry.name for entry in inside if entry.name.lower().endswith(IMAGES) and not entry.is_folder]:
+        skipped.others.append(f"not used: {len(beside)} images beside the class folders, such as {files.join(folder, beside[0])}")
+    for entry in progress_bar([entry for entry in inside if entry.is_folder], desc=f"listing {folder}", unit=" classes"):
         _walk(folder, entry.name, (os.path.realpath(folder),), skipped, found)
     if not found:
         raise UserError(
@@ -96,6 +107,9 @@ def _walk(folder: str, name: str, above: tuple[str, ...], skipped: Skipped, foun
     if not nested:
         found[name] = inside
         return
+    if [entry.name for entry in nested] == ["images"] and not any(entry.name.lower().endswith(IMAGES) for entry in inside):
+        found[name] = [entry._replace(name=f"images/{entry.name}") for entry in entries(files.join(path, "images"), skipped)]
+        return  # Tiny ImageNet has a text file beside the folder `images` of each class
     if len(nested) < len(inside):
         raise UserError(
             f"{files.join(path, nested[0].name)}: is a folder, but only images are expected here, as beside it",

@@ -2,14 +2,16 @@
 
 | image | lossless | compact | original |
 | --- | --- | --- | --- |
-| baseline JPEG (8 bit, 1 or 3 components in one scan) | the same coefficients, region-addressable | re-encoded | unchanged |
+| JPEG (Huffman-coded, 8 bit, 1 or 3 components), also progressive | the same coefficients, region-addressable | re-encoded | unchanged |
 | Adobe RGB JPEG (transform 0) | the same, with its APP14 marker | re-encoded as YCbCr | unchanged |
-| progressive, arithmetic or extended JPEG, or one scan per component | re-encoded | re-encoded | unchanged |
+| arithmetic-coded JPEG, and one that is not whole: scans are missing | re-encoded | re-encoded | unchanged |
 | CMYK or YCCK JPEG | re-encoded, Pillow's conversion to RGB | re-encoded | unchanged |
 | PNG, WebP, BMP, under any name | re-encoded, alpha dropped | re-encoded | unchanged |
 | gray PNG with 16 bits | re-encoded from the upper 8 bits | re-encoded | re-encoded |
 | other formats that Pillow opens (first frame of GIF, TIFF) | re-encoded | re-encoded | re-encoded |
 | damaged JPEG that decoders accept | re-encoded as decoded | re-encoded | unchanged |
+| JPEG whose metadata Pillow fails at | the same, without it | re-encoded | without it |
+| JPEG of more than 100 scans, which would take minutes | left out | left out | left out |
 | 12-bit JPEG, undecodable, truncated, more than 178,956,970 pixels | left out | left out | left out |
 | 32-bit or floating-point pixels (TIFF), which have no defined range | left out | left out | left out |
 
@@ -31,9 +33,11 @@ import numpy.typing as npt
 import simplejpeg
 from PIL import Image
 
+from ..jpeg.header import parse, without_metadata
 from ..jpeg.region import RegionError
 from ..jpeg.transcode import transcode
-from ..pixels.decoder import jpeg_header, to_8_bits
+from ..pixels.decoder import MAX_SCANS, has_many_scans, jpeg_header, to_8_bits
+from ..pixels.formats import unreadable_format
 
 PROFILES = ("lossless", "compact", "original")
 MAX_PIXELS = 178_956_970  # Pillow's limit for decompression bombs
@@ -63,11 +67,19 @@ class ConvertedImage(NamedTuple):
 
 def convert_image(data: bytes, profile: str) -> ConvertedImage:
     """Decode `data` in full and convert it as the profile requires. Raises UnreadableError."""
+    if has_many_scans(data):
+        raise UnreadableError(f"a JPEG of more than {MAX_SCANS} scans")
+    try:
+        return _convert(data, profile)
+    except MemoryError as error:
+        raise UnreadableError("converting it needs more memory than there is") from error
+
+
+def _convert(data: bytes, profile: str) -> ConvertedImage:
     if profile == "lossless" and not _has_metadata(data):  # most of ImageNet; there is nothing to report
         with suppress(RegionError, ValueError):
             return _lossless(data, ())
-    image = _open(data)
-    facts = _facts(image)
+    image, data, facts = _open(data)
     if profile == "original" and image.format in ENGINE_FORMATS and image.mode[0] not in "IF":
         return ConvertedImage(data, image.height, image.width, facts, _load(image))
     if profile == "compact":
@@ -90,25 +102,41 @@ def _has_metadata(data: bytes) -> bool:
 
 
 def _lossless(data: bytes, facts: tuple[str, ...]) -> ConvertedImage:
-    """Transcode a baseline JPEG. Raises RegionError for other or damaged images, ValueError for too large or undecodable ones."""
+    """Transcode a JPEG. Raises RegionError for other or damaged images, ValueError for too large or undecodable ones."""
     height, width, _ = jpeg_header(data)
     if height * width > MAX_PIXELS:
         raise ValueError("too many pixels")
     written = transcode(data)
-    pixels = simplejpeg.decode_jpeg(data, "RGB", fastdct=False, fastupsample=False, strict=False)
+    fastest = data if parse(data).is_one_scan else written
+    pixels = simplejpeg.decode_jpeg(fastest, "RGB", fastdct=False, fastupsample=False, strict=False)
     return ConvertedImage(written, height, width, facts, pixels)
 
 
-def _open(data: bytes) -> Image.Image:
+def _open(data: bytes) -> tuple[Image.Image, bytes, tuple[str, ...]]:
+    """The image, not decoded yet, and facts about it; and `data`, without the metadata if Pillow fails at that."""
+    facts: tuple[str, ...] = ()
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # `_facts` reports broken metadata, and large images are refused below
-            image = Image.open(io.BytesIO(data))
-    except Exception as error:
-        raise UnreadableError(_reason(error)) from error
+        image = _open_by_pillow(data)
+    except UnreadableError as error:
+        try:
+            data = without_metadata(data)
+        except RegionError:
+            raise error from None
+        image, facts = _open_by_pillow(data), ("malformed metadata, removed",)
     if image.width * image.height > MAX_PIXELS:
         raise UnreadableError(f"{image.width} x {image.height} is more than {MAX_PIXELS} pixels")
-    return image
+    return image, data, facts + _facts(image)
+
+
+def _open_by_pillow(data: bytes) -> Image.Image:
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # `_facts` reports broken metadata, and large images are refused
+            return Image.open(io.BytesIO(data))
+    except MemoryError:
+        raise
+    except Exception as error:
+        raise UnreadableError(unreadable_format(data) or _reason(error)) from error
 
 
 def _load(image: Image.Image) -> Image.Image:
@@ -118,6 +146,8 @@ def _load(image: Image.Image) -> Image.Image:
             warnings.simplefilter("ignore")
             image = to_8_bits(image)
             return image.convert("L" if image.mode in _GREY_MODES else "RGB")
+    except MemoryError:
+        raise
     except Exception as error:  # decoders raise a dozen types; each means the same
         raise UnreadableError(_reason(error)) from error
 

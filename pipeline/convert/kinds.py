@@ -8,16 +8,28 @@ from dataclasses import replace
 from ..errors import UserError
 from ..store import files
 from .folders import has_class_folders, image_splits, list_folders
-from .sources import SPLITS, Listing, SourceOptions, check, entries, split_folders, split_off
-from .tars import list_official, official_files
+from .kaggle import find_root, list_kaggle
+from .lists import list_file
+from .parquet import has_images, list_parquet
+from .sources import IMAGES, SPLITS, Listing, SourceOptions, check, entries, split_folders, split_off
+from .tars import TRAIN, VAL, list_official, official_files
 from .webdataset import has_tars, list_webdataset
 
 KINDS: dict[str, Callable[[str, SourceOptions], Listing]] = {
     "official": list_official,
+    "kaggle": list_kaggle,
     "folders": list_folders,
     "webdataset": list_webdataset,
+    "parquet": list_parquet,
+    "list": list_file,
 }
-IMAGES = (".jpeg", ".jpg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm")
+_FOR = {  # options of some kinds only
+    "list": ("list",),
+    "image_column": ("list", "parquet"),
+    "label_column": ("list", "parquet", "webdataset"),
+    "split_column": ("list",),
+    "val_labels": ("kaggle",),
+}
 _ADVICE = "give the folder above train/ and val/, which hold class folders of images; or list the images (`list`)"
 _PACKED = (".zip", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".rar", ".7z")
 _LOOKED_AT = 10  # entries of SRC that are looked at for a better level
@@ -25,20 +37,31 @@ _LOOKED_AT = 10  # entries of SRC that are looked at for a better level
 
 def recognise(src: str) -> str:
     """The kind of a source, or "" if it is none."""
-    if official_files(src):
+    if {TRAIN, VAL} & official_files(src).keys():
         return "official"
+    if find_root(src):
+        return "kaggle"
+    if has_images(src):
+        return "parquet"
     if has_class_folders(src):
         return "folders"
     if has_tars(src):
         return "webdataset"
-    return "folders" if split_folders(src) else ""
+    if split_folders(src):
+        return "folders"
+    return "official" if official_files(src) else ""
 
 
 def list_sources(src: str, options: SourceOptions, seed: int = 0) -> tuple[str, Listing]:
     """The kind of a source, and its images. Raises UserError for a source without labelled images."""
     if not files.is_folder(src):
         raise _no_folder(src)
-    kind = options.source or _recognised(src)
+    kind = options.source or ("list" if options.list else _recognised(src))
+    if kind not in KINDS:
+        raise UserError(f"`source` is one of {', '.join(KINDS)}, not {kind}")
+    for name, fitting in _FOR.items():
+        if getattr(options, name) and kind not in fitting:
+            raise UserError(f"`{name}` is for the source {' or '.join(fitting)}, not {kind}")
     listing = KINDS[kind](src, options)
     if options.val_share or options.val_per_class:
         listing = split_off(listing, options.val_share, options.val_per_class, seed)
@@ -64,7 +87,7 @@ def _recognised(src: str) -> str:
 
 def _is_source(folder: str) -> bool:
     """Whether a folder is a source, and not merely one of class folders."""
-    if not any(entry.is_folder or entry.name.endswith(".tar") for entry in entries(folder)):
+    if not any(entry.is_folder or entry.name.endswith((".tar", ".parquet")) for entry in entries(folder)):
         return False  # of a class, which is the usual case
     kind = recognise(folder)
     return kind not in ("", "folders") or (kind == "folders" and bool(image_splits(folder)))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import random
 import tarfile
 import time
 from collections.abc import Callable
@@ -19,7 +20,7 @@ from ..errors import UserError
 from ..progress import BYTES, progress_bar
 from ..store import files
 from ..store.shards import ShardSet
-from . import conversion, run, sources
+from . import conversion, parquet, run, sources
 from .beton import BetonSettings, write_beton
 from .conversion import Settings
 from .images import PROFILES
@@ -27,7 +28,7 @@ from .kinds import list_sources
 from .names import find_names
 from .report import summary
 from .sources import Listing, SourceOptions
-from .task import ShardTask
+from .task import RECORDS, ShardTask
 
 log = logging.getLogger("cropfeed")
 
@@ -175,6 +176,9 @@ def _repair(options: ConvertOptions, out: str, tasks: dict[str, list[ShardTask]]
 
 
 def _run_tasks(options: ConvertOptions, tasks: list[ShardTask]) -> None:
+    groups = {source.rows for task in tasks for source in task.sources if source.rows}
+    if groups and not all(files.exists(task.record) for task in tasks):
+        parquet.unpack(files.join(tasks[0].out, RECORDS), groups, options.workers, random.random() if options.shards else 0)
     if options.engine == "ray":
         run.run_ray(tasks, options.ray_address)
     else:

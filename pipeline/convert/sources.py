@@ -86,6 +86,12 @@ class SourceOptions:
     val_share: float = 0.0
     val_per_class: int = 0
 
+    def __post_init__(self) -> None:
+        if not 0 <= self.val_share < 1:
+            raise UserError(f"`val_share` must be at least 0 and less than 1, not {self.val_share}")
+        if self.val_per_class < 0 or (self.val_per_class and self.val_share):
+            raise UserError("`val_per_class` is a number of images, instead of `val_share`")
+
 
 class Keys:
     """Makes unique WebDataset keys. Dots are replaced, as they end a key, and so is white space, which separates fields in DALI's
@@ -104,6 +110,7 @@ class Keys:
         return key
 
 
+IMAGES = (".jpeg", ".jpg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm")
 SPLITS = {
     **dict.fromkeys(("train", "training", "trainset"), "train"),
     **dict.fromkeys(("val", "valid", "validation", "valset"), "val"),
@@ -169,10 +176,11 @@ def is_litter(path: str) -> bool:
 
 
 class Skipped:
-    """Counts the hidden files and system files that a listing skips."""
+    """Counts the hidden files and system files that a listing skips. others: lines about other files."""
 
     def __init__(self) -> None:
         self._count, self._first = 0, ""
+        self.others: list[str] = []
 
     def skips(self, path: str, below: str = "") -> bool:
         """Whether to skip a file or folder. below: where the path is."""
@@ -183,8 +191,9 @@ class Skipped:
         return True
 
     def notes(self) -> list[str]:
-        """A line to print, if there is something to say."""
-        return [f"skipped {self._count} hidden or system files, such as {self._first}"] if self._count else []
+        """Lines to print, if there is something to say."""
+        counted = [f"skipped {self._count} hidden or system files, such as {self._first}"] if self._count else []
+        return counted + self.others
 
 
 def entries(folder: str, skipped: Skipped | None = None) -> list[files.Entry]:
@@ -236,7 +245,7 @@ def check(src: str, listing: Listing) -> Iterator[str]:
         twice = next(name for name in classes if classes.count(name) > 1)
         raise UserError(f"{src}: two classes are called {twice!r}", "give them different names")
     if not listing.splits:
-        raise UserError(f"{src}: holds only a test split", "give a folder with training or validation images")
+        raise UserError(f"{src}: holds no images of this kind, or only a test split", "give a folder with training images")
     if len(classes) == 1:
         yield f"there is only one class, {classes[0]}"
     for split, sources in listing.splits.items():
@@ -249,8 +258,8 @@ def check(src: str, listing: Listing) -> Iterator[str]:
 
 def split_off(listing: Listing, share: float, per_class: int, seed: int) -> Listing:
     """Move a part of each class of the training split to a new validation split, chosen by a hash of seed and name."""
-    if "val" in listing.splits:
-        raise UserError("`val_share` and `val_per_class` are for sources without a validation split")
+    if list(listing.splits) != ["train"]:
+        raise UserError("`val_share` and `val_per_class` are for sources with a training split alone")
     groups: dict[int, list[Source]] = {}
     for source in listing.splits["train"]:
         groups.setdefault(source.label, []).append(source)

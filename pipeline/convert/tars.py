@@ -60,7 +60,7 @@ def list_official(src: str, options: SourceOptions) -> Listing:
     if VAL in present:
         if DEVKIT not in present:
             raise UserError(f"{files.join(src, VAL)}: its labels are in {DEVKIT}", "put that beside it")
-        wnids, truth = _devkit(files.join(src, DEVKIT))
+        wnids, truth = read_devkit(files.join(src, DEVKIT))
         classes = classes or sorted(wnids.values())
         splits["val"] = _val(files.join(src, VAL), classes, wnids, truth)
     if not splits:
@@ -110,7 +110,7 @@ def _train(path: str) -> tuple[list[str], list[Source]]:
     return classes, sources
 
 
-def _devkit(path: str) -> tuple[dict[int, str], list[int]]:
+def read_devkit(path: str) -> tuple[dict[int, str], list[int]]:
     """ILSVRC2012_ID -> wnid of the 1000 classes, and the validation images' IDs."""
     members: dict[str, bytes] = {}
     try:
@@ -118,12 +118,20 @@ def _devkit(path: str) -> tuple[dict[int, str], list[int]]:
             for member in tar:
                 if member.isreg() and member.name.endswith(("/meta.mat", "/ILSVRC2012_validation_ground_truth.txt")):
                     members[member.name.rsplit("/", 1)[1]] = tar.extractfile(member).read()  # type: ignore[union-attr]
-        synsets = loadmat(io.BytesIO(members["meta.mat"]), squeeze_me=True)["synsets"]
-        truth = [int(line) for line in members["ILSVRC2012_validation_ground_truth.txt"].split()]
+        return read_wnids(members["meta.mat"]), read_numbers(members["ILSVRC2012_validation_ground_truth.txt"])
     except (tarfile.TarError, EOFError, OSError, KeyError, ValueError) as error:
         raise UserError(f"{path}: not the ILSVRC 2012 devkit ({type(error).__name__}: {error})", "download it again") from error
-    leaves = synsets[synsets["num_children"] == 0]
-    return {int(row["ILSVRC2012_ID"]): str(row["WNID"]) for row in leaves}, truth
+
+
+def read_wnids(meta: bytes) -> dict[int, str]:
+    """ILSVRC2012_ID -> wnid of the classes without children, from meta.mat. Raises exceptions of several types."""
+    synsets = loadmat(io.BytesIO(meta), squeeze_me=True)["synsets"]
+    return {int(row["ILSVRC2012_ID"]): str(row["WNID"]) for row in synsets[synsets["num_children"] == 0]}
+
+
+def read_numbers(text: bytes) -> list[int]:
+    """The ILSVRC2012_IDs in the devkit's ground truth. Raises ValueError."""
+    return [int(line) for line in text.split()]
 
 
 def _val(path: str, classes: list[str], wnids: dict[int, str], truth: list[int]) -> list[Source]:

@@ -20,6 +20,7 @@ from PIL import Image
 
 from ..errors import UserError
 from ..store import files, shards
+from . import parquet
 from .images import UnreadableError, convert_image
 from .sources import Source
 from .statistics import Statistics
@@ -151,7 +152,10 @@ def _encoded(
 ) -> Iterator[shards.EncodedSample]:
     """The shard's samples in order. Also fills `record` and `digests`."""
     for number, source in enumerate(task.sources):
-        data = files.read(source.path, source.start, source.bytes)
+        if source.rows:
+            data = parquet.read_row(files.join(task.out, RECORDS), source.rows, source.start)
+        else:
+            data = files.read(source.path, source.start, source.bytes)
         try:
             stored = convert_image(data, task.profile)
         except UnreadableError as error:

@@ -7,6 +7,7 @@ import json
 import re
 import tarfile
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import replace
 
 from ..errors import UserError
@@ -41,6 +42,8 @@ def list_webdataset(src: str, options: SourceOptions) -> Listing:
         found[split] = [(source, labels.setdefault(label, label)) for source, label in samples]
         if not found[split]:
             raise UserError(f"{paths[0]}: the {split} tars hold no samples", _EXPECTED)
+    if not found:
+        raise UserError(f"{src}: holds no images of this kind, or only a test split", "give a folder with training images")
     known, names = _classes(src)
     classes, numbers = number_labels(src, labels, known)
     splits = {split: [replace(source, label=numbers[label]) for source, label in samples] for split, samples in found.items()}
@@ -50,8 +53,9 @@ def list_webdataset(src: str, options: SourceOptions) -> Listing:
 def _classes(src: str) -> tuple[list[str], dict[str, str]]:
     """The classes in label order, and their readable names. Either may be empty."""
     if files.exists(files.join(src, "manifest.json")):
-        content = json.loads(files.read(files.join(src, "manifest.json")))
-        return content["classes"], content.get("class_names", {})
+        with suppress(ValueError, KeyError, TypeError):  # another program's
+            content = json.loads(files.read(files.join(src, "manifest.json")))
+            return list(content["classes"]), dict(content.get("class_names", {}))
     if files.exists(files.join(src, "classes.txt")):
         return [line.strip() for line in read_text(files.join(src, "classes.txt")).splitlines() if line.strip()], {}
     return [], {}

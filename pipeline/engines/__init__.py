@@ -36,6 +36,8 @@ def open_loader(spec: LoaderSpec) -> Loader:
     name, reason = choose_engine(spec) if spec.engine == "auto" else (spec.engine, "as requested")
     if name not in ENGINES:
         raise UserError(f"unknown engine {name!r}", f"choose from {', '.join(ENGINES)}")
+    if spec.verify and name == "ffcv":
+        raise UserError("`verify` needs shards in tars: FFCV's code reads its file without checksums", "use `engine` cpu or dali")
     import torch
 
     threads = torch.get_num_threads()

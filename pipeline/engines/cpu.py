@@ -1,7 +1,7 @@
 """The CPU engine: WebDataset shards, libjpeg-turbo and compiled resampling in threads that release the GIL.
 
-Worker threads fill recycled buffers in chunks of images, `prefetch` batches ahead. They decode the region that a crop needs from
-the memory-mapped shard, and resample it into the batch. If the batch stays on the CPU, the same thread applies lighting and
+Worker threads fill recycled buffers in chunks of images, `prefetch` batches ahead. They read an image, decode the region that its
+crop needs, and resample it into the batch. If the batch stays on the CPU, the same thread applies lighting and
 normalization while the view is still in the processor's cache. For a GPU, uint8 pixels are written to pinned memory and copied on
 a separate CUDA stream, so that the copy overlaps the training step. Lighting and normalization then run on the GPU.
 """

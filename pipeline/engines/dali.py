@@ -1,9 +1,9 @@
 """The DALI engine: one graph for CPU and GPU.
 
-DALI gets the plan's samples and windows. From region-addressable shards it gets small JPEGs that are cut from the mapped shards,
-so it decodes only what a view needs. With profile "original" it gets whole files, and DALI itself decodes only the region. DALI
-decodes (`mixed` on a GPU), resamples each window, mirrors by swapping the window's left and right ends, and outputs uint8 NHWC
-memory, which torch uses without a copy. Lighting and normalization follow on the same device.
+DALI gets the plan's samples and windows. From region-addressable shards it gets small JPEGs, cut at the crop, so it decodes only
+what a view needs. With profile "original" it gets whole files, and DALI itself decodes only the region. DALI decodes (`mixed` on
+a GPU), resamples each window, mirrors by swapping the window's left and right ends, and outputs uint8 NHWC memory, which torch
+uses without a copy. Lighting and normalization follow on the same device.
 
 Two rare cases are handled on the CPU:
 - A view at the border of its image that is downscaled more than fourfold. Where the filter reaches beyond the image, DALI repeats
@@ -204,13 +204,13 @@ class _BatchInputs:
 
     def _encode(self, index: int) -> Bytes:
         plan, box = self._plan, self._boxes[index]
-        data = self._loader.shards.read(int(plan.ids[index]))
         height, width = int(plan.heights[index]), int(plan.widths[index])
         if self._on_cpu[index]:
             views = np.empty((self._loader.crops, *plan.size, 3), np.uint8)
             self._loader.make_views(Decoder(), plan, index, views)
             box[:] = 0, 0, views.shape[0] * views.shape[1], views.shape[2]
             return to_ppm(views.reshape(-1, *views.shape[2:]))
+        data = self._loader.read(int(plan.ids[index]))
         box[:] = 0, 0, height, width
         if self._loader.cuts:
             piece = np.empty(len(data), np.uint8)

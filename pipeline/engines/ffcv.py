@@ -26,7 +26,7 @@ from typing import Any
 import numba
 import numpy as np
 import torch
-from ffcv.fields.rgb_image import IMAGE_MODES, SimpleRGBImageDecoder
+from ffcv.fields.rgb_image import SimpleRGBImageDecoder
 from ffcv.loader import Loader as StockLoader
 from ffcv.loader import loader as loader_module
 from ffcv.loader.epoch_iterator import EpochIterator
@@ -34,23 +34,23 @@ from ffcv.memory_managers import OSCacheManager
 from ffcv.pipeline.allocation_query import AllocationQuery
 from ffcv.pipeline.compiler import Compiler
 from ffcv.pipeline.state import State
-from ffcv.reader import Reader
 from ffcv.utils import cast_int_to_byte_ptr
 from llvmlite.binding import load_library_permanently
 from numba import carray, prange, types
 
 from ..errors import UserError
 from ..jit import jit
-from ..jpeg.decode import decode
+from ..jpeg.decode import REFUSED, decode
 from ..jpeg.region import Bytes
 from ..loader import Batch, BatchPlan, BatchRange, Loader, check_in_order
-from ..pixels.decoder import Decoder, Pixels, region_of, resample_windows
+from ..pixels.decoder import Decoder, Pixels, has_size, region_of, resample_windows
 from ..plan.sampling import Ints
 from ..spec import LoaderSpec
 from ..store import files
 from ..store.shards import ShardSet
+from .ffcv_field import RAW
+from .ffcv_file import open_beton
 
-_RAW = IMAGE_MODES["raw"]
 # An "order" is the work on one sample as 7 integers, in memory that FFCV passes to its compiled code. Its fields:
 _STATUS, _WINDOWS, _FLIP, _OUT, _CROPS, _ROWS, _COLUMNS = range(7)
 _ORDER = 7
@@ -87,25 +87,25 @@ def _decode_whole(jpeg: Any, pixels: Any) -> Any:
 
 
 @jit
-def _make_views(order: Any, field: Any, storage: Any) -> Any:
-    """Make the views of one image, as its `order` says. Returns 0 or libjpeg-turbo's error status.
+def _make_views(order: Any, field: Any, size: Any, content: Any) -> Any:
+    """Make the views of one image, as its `order` says. Returns 0, or another number if it cannot be decoded.
 
     order: int64 (7,): a field for the status, which the caller fills; the addresses of the windows, float64 (C, 4), of flip,
-    uint8 (C,), and of the views, uint8 (C, H, W, 3); then C, H, W. field: the image's metadata. storage: FFCV's.
+    uint8 (C,), and of the views, uint8 (C, H, W, 3); then C, H, W. field, size, content: of the image, as in `Beton`. They must
+    have been checked, because addresses are not.
     """
-    content, pointers, sizes = storage
-    start = field["data_ptr"]
-    size = np.int64(sizes[np.searchsorted(pointers, start)])
     height, width = np.int64(field["height"]), np.int64(field["width"])
     crops, rows, columns = order[_CROPS], order[_ROWS], order[_COLUMNS]
     windows = carray(cast_int_to_byte_ptr(order[_WINDOWS]), (crops * 32,)).view(np.float64).reshape(crops, 4)
     flip = carray(cast_int_to_byte_ptr(order[_FLIP]), (crops,))
     out = carray(cast_int_to_byte_ptr(order[_OUT]), (crops * rows * columns * 3,)).reshape(crops, rows, columns, 3)
-    stored = carray(cast_int_to_byte_ptr(content.ctypes.data + np.int64(start)), (size,))
+    stored = carray(cast_int_to_byte_ptr(content.ctypes.data + np.int64(field["data_ptr"])), (size,))
     whole = np.array([0, 0, height, width])
-    if field["mode"] == _RAW:
+    if field["mode"] == RAW:
         resample_windows(stored.reshape(height, width, 3), whole, windows, flip, out)
         return 0
+    if not has_size(stored, height, width):
+        return REFUSED
     top, left, bottom, right = region_of(height, width, windows, rows, columns)
     scratch = np.empty(6 * (bottom - top + 64) * (right - left + 64), np.uint8)  # for whole MCUs and their samples
     place = np.empty(4, np.int64)
@@ -120,19 +120,19 @@ def _make_views(order: Any, field: Any, storage: Any) -> Any:
 
 
 @jit
-def _make_batch(samples: Any, orders: Any, metadata: Any, storage: Any) -> None:
-    """Make a batch. orders: int64 (samples, 7). metadata: the image fields of all samples. storage: FFCV's."""
+def _make_batch(samples: Any, orders: Any, images: Any, sizes: Any, content: Any) -> None:
+    """Make a batch. orders: int64 (samples, 7). images, sizes, content: as in `Beton`."""
     for i in range(len(samples)):
-        orders[i, _STATUS] = _make_views(orders[i], metadata[samples[i]], storage)
+        orders[i, _STATUS] = _make_views(orders[i], images[samples[i]], sizes[samples[i]], content)
 
 
 @jit(parallel=True)
-def _make_batch_in_threads(samples: Any, orders: Any, metadata: Any, storage: Any) -> None:
+def _make_batch_in_threads(samples: Any, orders: Any, images: Any, sizes: Any, content: Any) -> None:
     """`_make_batch` in numba's threads. The status is a field of the order because numba drops a parallel loop that writes to no
     argument.
     """
     for i in prange(len(samples)):
-        orders[i, _STATUS] = _make_views(orders[i], metadata[samples[i]], storage)
+        orders[i, _STATUS] = _make_views(orders[i], images[samples[i]], sizes[samples[i]], content)
 
 
 class _PlannedDecoder(SimpleRGBImageDecoder):
@@ -261,7 +261,7 @@ class FfcvLoader(Loader):
 
     def make_views(self, decoder: Decoder, plan: BatchPlan, index: int, out: Pixels) -> None:
         sample = int(plan.ids[index])
-        if self._images["mode"][sample] != _RAW:
+        if self._beton.images["mode"][sample] != RAW:
             super().make_views(decoder, plan, index, out)
             return
         views = slice(index * self.crops, (index + 1) * self.crops)
@@ -292,9 +292,11 @@ class FfcvLoader(Loader):
             stages, outputs = self._stock.code
             torch.set_num_threads(threads)  # undo FFCV's setting, which is global
 
-            def stage(batch_indices: Any, metadata: Any, storage_state: Any, **memory: Any) -> tuple[Any]:
-                orders = next(array for array in memory.values() if array is not None)
-                make_batch(batch_indices, orders, metadata["f0"], storage_state)
+            content, images, sizes = self._beton  # they are checked, unlike those that FFCV would pass
+
+            def stage(batch_indices: Any, **memory: Any) -> tuple[Any]:
+                orders = next(array for name, array in memory.items() if name.startswith("memory_") and array is not None)
+                make_batch(batch_indices, orders, images, sizes, content)
                 return (orders,)
 
             self._stock.code = [(stage, defined) for _, defined in stages], outputs
@@ -309,24 +311,16 @@ class FfcvLoader(Loader):
         if entry is None:
             raise UserError(f"{root}: has no FFCV file of {spec.split}", "make the shards again with `format` both")
         self._path, self._entry = Path(root) / entry["file"], entry
-        try:
-            reader = Reader(str(self._path))
-        except (OSError, ValueError, AssertionError) as error:
-            raise UserError(f"{self._path}: cannot be read ({error})", "make the shards again with `format` both") from error
-        if reader.num_samples != len(shards):
-            raise UserError(f"{self._path}: holds {reader.num_samples} samples, not {len(shards)}", "make the shards again")
-        self._images = reader.metadata["f0"]
-        self._addresses, self._lengths = reader.alloc_table["ptr"], reader.alloc_table["size"]
-        self._content = np.memmap(self._path, np.uint8, "r")
+        self._beton = open_beton(self._path, shards.samples, entry["settings"])
         return shards
 
     def read(self, sample: int) -> Bytes:
-        start = int(self._images["data_ptr"][sample])
-        size = int(self._lengths[np.searchsorted(self._addresses, start)])
-        return np.asarray(self._content[start : start + size])
+        content, images, sizes = self._beton
+        start = int(images["data_ptr"][sample])
+        return np.asarray(content[start : start + int(sizes[sample])])
 
     def _sizes(self, ids: Ints) -> tuple[Ints, Ints]:
-        records = self._images[ids]  # not the shards' sizes: the file may have smaller images
+        records = self._beton.images[ids]  # not the shards' sizes: the file may have smaller images
         return records["height"].astype(np.int64), records["width"].astype(np.int64)
 
     def _data_fingerprint(self) -> str:

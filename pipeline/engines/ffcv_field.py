@@ -13,7 +13,7 @@ from PIL import Image
 
 from ..jpeg.region import cut_into
 
-_JPEG, _RAW = 0, 1  # ffcv.fields.rgb_image.IMAGE_MODES
+JPEG, RAW = 0, 1  # ffcv.fields.rgb_image.IMAGE_MODES
 
 
 class StoredImage(NamedTuple):
@@ -46,7 +46,7 @@ class _KeepsJpeg:
             raise ValueError("not a JPEG, which the region mode needs; use the jpg mode") from error
         if header.mode not in ("RGB", "L"):
             raise ValueError(f"a {header.mode} JPEG, which FFCV cannot decode; use the jpg mode")
-        store_encoded(destination, StoredImage(_JPEG, header.height, header.width, image, 0), malloc)
+        store_encoded(destination, StoredImage(JPEG, header.height, header.width, image, 0), malloc)
 
 
 @cache
@@ -108,7 +108,7 @@ class _DecodesRegion:
         from ffcv.pipeline.compiler import Compiler
 
         decoder: Any = self
-        mem_read, my_range, decode_at, jpeg_mode = decoder.memory_read, Compiler.get_iterator(), _decode_at(), _JPEG
+        mem_read, my_range, decode_at, jpeg_mode = decoder.memory_read, Compiler.get_iterator(), _decode_at(), JPEG
         resize_crop_c, get_crop_c = Compiler.compile(resize_crop), Compiler.compile(decoder.get_crop_generator)
         scale, ratio = (np.array(value) if isinstance(value, tuple) else value for value in (decoder.scale, decoder.ratio))
 

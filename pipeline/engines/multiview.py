@@ -26,7 +26,7 @@ from ..plan.geometry import Geometry, Views
 from ..plan.order import ByShape
 from ..plan.sampling import Ints
 from ..spec import LoaderSpec, check, check_device
-from ..store.shards import ShardSet
+from ..store.shards import ChecksumError, ShardSet
 from .pool import WorkerPool
 
 # Limit for the views of a batch, if it has more than one image. Whole images at five scales take 7 MB per image.
@@ -74,7 +74,7 @@ class MultiViewLoader:
         check_device(spec.device)
         self._device = torch.device(spec.device)
         self.spec, self.view_specs = spec, tuple(view_specs)
-        self.shards = ShardSet(spec.data, spec.split, spec.cache, spec.cache_gb)
+        self.shards = ShardSet(spec.data, spec.split, spec.cache, spec.cache_gb, verify=spec.verify)
         heights, widths = self._sizes(np.arange(len(self.shards)))
         shapes = [view_spec.geometry.shapes(heights, widths, view_spec.size) for view_spec in view_specs]
         self._order = ByShape(np.concatenate(shapes, axis=1))
@@ -142,7 +142,7 @@ class MultiViewLoader:
                 pixels, box = decoder.decode_region(
                     self.shards.read(sample), int(job.heights[index]), int(job.widths[index]), window, (rows, columns)
                 )
-            except CorruptImageError as error:
+            except (CorruptImageError, ChecksumError) as error:
                 raise UserError(f"{self.shards.locate(sample)}: cannot be decoded ({error})", "make the shards again") from error
             for view_spec, views, images in zip(self.view_specs, job.views, job.images, strict=True):
                 crops = slice(index * view_spec.geometry.crops, (index + 1) * view_spec.geometry.crops)

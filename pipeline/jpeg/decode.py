@@ -28,6 +28,7 @@ from .region import Bytes, Ints, TileLayout, big16, is_segment, open_tiles
 REFUSED = -1
 
 _LOOK = 11  # bits looked up at once in a table of whole symbols
+_LARGEST = 1 << 14  # of dequantized DC coefficients; those of an image are at most 1024, and what quantization adds
 _END = 128  # the step of an end-of-block symbol, larger than any run
 _ZIGZAG = np.array(
     [
@@ -182,8 +183,9 @@ def _read_huffman(data: Bytes, at: Any, end: Int, header: Header) -> bool:
         if kind > 1 or table > 3 or at + 17 + total > end or codes >= 1 << 16:  # T.81 C: no code is all ones
             return False
         coded = data[at + 1 : at + 17 + total]
-        if kind == 0 and total and coded[16:].max() > 15:
-            return False
+        for i in range(16, len(coded)):
+            if coded[i] & 15 > (10 if kind else 11) or (kind == 0 and coded[i] > 11):  # T.81 tables F.1 and F.2
+                return False
         if not fill_decoding_table(coded, 4 * kind + table, header.tables):
             return False
         if kind == 1:
@@ -203,6 +205,7 @@ def decode_tiles(data: Bytes, layout: TileLayout, area: Area, header: Header, mc
     blocks, corners, downs = mcu
     quant, symbols, tables = header.quant.reshape(-1), header.symbols.reshape(-1), header.tables
     block, dc = np.zeros(64, np.int32), np.zeros(3, np.int64)
+    wide = np.int64(0)
     longest = 0
     for i in range(len(starts) - 1):
         longest = max(longest, starts[i + 1] - starts[i])
@@ -229,7 +232,9 @@ def decode_tiles(data: Bytes, layout: TileLayout, area: Area, header: Header, mc
                     dc[component] += _extended(bits, size, count)
                     bits <<= np.uint64(size)
                     have -= size
-                    block[0] = dc[component] * quant[scale]
+                    product = dc[component] * quant[scale]
+                    wide |= product + _LARGEST
+                    block[0] = product
                     k, last = np.uint64(0), np.uint64(0)
                     while k < np.uint64(63):
                         if have < 32:
@@ -268,6 +273,8 @@ def decode_tiles(data: Bytes, layout: TileLayout, area: Area, header: Header, mc
                             idct_8(block, planes, target, stride)
                 if 8 * (end - np.int64(at)) + have < 0:
                     return False  # read beyond the tile's end
+            if wide < 0 or wide >= 2 * _LARGEST:
+                return False  # of damaged tables; libjpeg-turbo's inverse DCT overflows in 16 bits
     return True
 
 

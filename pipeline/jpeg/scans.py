@@ -28,7 +28,6 @@ from .header import Header, read_segment, read_tables
 from .huffman import DecodingTables, decoding_tables, lookup
 from .region import Bytes, Ints, RegionError
 
-MAX_SCANS = 100  # libjpeg writes 10, other encoders at most some dozens; thousands would take a decoder minutes
 _AC_LIMIT = 1 << 10  # baseline has no code for larger AC coefficients (T.81 table F.2)
 
 
@@ -68,13 +67,9 @@ class _Scans:
         self._ids = list(header.frame[6::3])
         self._stream = np.frombuffer(data, np.uint8)
         self._buffer = np.empty(len(data) + PADDING, np.uint8)
-        self._count = 0
 
     def read(self, sos: bytes, position: int, coefficients: Coefficients) -> int:
         """Read the entropy-coded data at `position`. Returns its end."""
-        self._count += 1
-        if self._count > MAX_SCANS:
-            raise RegionError(f"more than {MAX_SCANS} scans")
         chosen, selectors, bounds = self._parse(sos)
         used = {(0, dc) for dc, _ in selectors.tolist()} | {(1, ac) for _, ac in selectors.tolist()}
         decoding = decoding_tables({key: self.tables[key] for key in used & self.tables.keys()})

@@ -10,6 +10,9 @@ An image that Pillow cannot decode either is corrupt.
 from __future__ import annotations
 
 import io
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -18,13 +21,16 @@ import simplejpeg
 from PIL import Image, UnidentifiedImageError
 
 from ..jit import Int, jit
-from ..jpeg.decode import decode
-from ..jpeg.region import Bytes, Ints, cut_into
+from ..jpeg.decode import REFUSED, decode
+from ..jpeg.region import NO_TABLE, Bytes, Ints, big16, cut_into
 from .formats import unreadable_format
 from .resample import resample
 
 Pixels = npt.NDArray[np.uint8]
 Windows = npt.NDArray[np.float64]
+
+MAX_SCANS = 100  # of a JPEG: encoders write about 10; 100 take seconds in the largest image
+_MARKER = re.compile(rb"\xff+[\x01-\xcf\xd8-\xfe]", re.DOTALL)  # a marker of a JPEG, except for restart markers
 
 
 class CorruptImageError(ValueError):
@@ -45,11 +51,12 @@ class Decoder:
         top, left, bottom, right, source pixels. flip: bool (C,), mirror left to right. out: uint8 (C, h, w, 3), C-contiguous.
         Raises CorruptImageError.
         """
-        while (lacking := decode_views(data, height, width, windows, flip, out, self._scratch, self._place)) > 0:
-            self._scratch = np.empty(2 * lacking, np.uint8)
-        if lacking < 0:
-            pixels = self._pixels(data, height, width, windows, out.shape[1:3])
-            resample_windows(pixels, self._place, windows, flip, out)
+        with _memory_errors_are_corrupt():
+            while (lacking := decode_views(data, height, width, windows, flip, out, self._scratch, self._place)) > 0:
+                self._scratch = np.empty(2 * lacking, np.uint8)
+            if lacking < 0:
+                pixels = self._pixels(data, height, width, windows, out.shape[1:3])
+                resample_windows(pixels, self._place, windows, flip, out)
 
     def decode_region(self, data: Bytes, height: int, width: int, windows: Windows, size: tuple[int, int]) -> tuple[Pixels, Ints]:
         """Decode the region that windows of `size` need, without resampling. Raises CorruptImageError.
@@ -57,26 +64,33 @@ class Decoder:
         Returns its pixels, uint8 (H, W, 3), which the decoder's next call overwrites, and its place in the image: top, left,
         height, width.
         """
-        while (lacking := _decode(data, height, width, windows, *size, self._scratch, self._place)) > 0:
-            self._scratch = np.empty(2 * lacking, np.uint8)
-        if lacking < 0:
-            return self._pixels(data, height, width, windows, size), self._place
+        with _memory_errors_are_corrupt():
+            while (lacking := _decode(data, height, width, windows, *size, self._scratch, self._place)) > 0:
+                self._scratch = np.empty(2 * lacking, np.uint8)
+            if lacking < 0:
+                return self._pixels(data, height, width, windows, size), self._place
         rows, columns = self._place[2:].tolist()
         return self._scratch[: 3 * rows * columns].reshape(rows, columns, 3), self._place
 
     def _pixels(self, data: Bytes, height: int, width: int, windows: Any, size: tuple[int, int]) -> Pixels:
         """Decode the region that the windows need with libjpeg-turbo, or the image with Pillow: uint8 (H, W, 3), at `_place`."""
+        if has_many_scans(data):
+            raise CorruptImageError(f"a JPEG of more than {MAX_SCANS} scans")
         piece = np.empty(len(data), np.uint8)
         length = cut_windows(data, height, width, windows, *size, piece, self._place)
         try:
-            if length < 0 and jpeg_header(data)[2] == "CMYK":
-                raise ValueError("libjpeg-turbo converts CMYK to RGB differently from Pillow")
+            if length < 0:
+                found_height, found_width, colorspace = jpeg_header(data)
+                _check_size(found_height, found_width, height, width)
+                if colorspace == "CMYK":
+                    raise ValueError("libjpeg-turbo converts CMYK to RGB differently from Pillow")
             pixels: Pixels = simplejpeg.decode_jpeg(piece[:length] if length > 0 else data, buffer=self._scratch_for_place())
+        except CorruptImageError:
+            raise
         except ValueError:  # CMYK, not a JPEG, or damaged
-            pixels = decode_by_pillow(data)
+            pixels = decode_by_pillow(data, (height, width))
             self._place[:] = 0, 0, height, width
-        if pixels.shape[:2] != tuple(self._place[2:]):
-            raise CorruptImageError(f"has {pixels.shape[0]} x {pixels.shape[1]} pixels, but was stored as {height} x {width}")
+        _check_size(*pixels.shape[:2], *self._place[2:].tolist())
         return pixels
 
     def _scratch_for_place(self) -> Bytes:
@@ -84,6 +98,38 @@ class Decoder:
         if len(self._scratch) < needed:
             self._scratch = np.empty(2 * needed, np.uint8)
         return self._scratch
+
+
+@contextmanager
+def _memory_errors_are_corrupt() -> Iterator[None]:
+    try:
+        yield
+    except MemoryError as error:
+        raise CorruptImageError("decoding it needs more memory than there is") from error
+
+
+def _check_size(found_height: int, found_width: int, height: int, width: int) -> None:
+    """Raise CorruptImageError if an image does not have the size that it was stored with. Before it is decoded, this bounds time
+    and memory."""
+    if (found_height, found_width) != (height, width):
+        raise CorruptImageError(f"has {found_height} x {found_width} pixels, but was stored as {height} x {width}")
+
+
+def has_many_scans(data: Any) -> bool:
+    """Whether a JPEG has more than `MAX_SCANS` scans. Each is a pass over the whole image, for as little as 20 bytes of file.
+
+    data: bytes, or uint8 (bytes,).
+    """
+    view = memoryview(data)
+    if bytes(view[:2]) != b"\xff\xd8" or len(re.findall(rb"\xff\xda", view)) <= MAX_SCANS:
+        return False
+    scans = position = 0  # metadata, or a video after the image, can contain the same bytes
+    while (found := _MARKER.search(view, position)) and (marker := found[0][-1]) != 0xD9:
+        scans += marker == 0xDA
+        position = found.end()
+        if marker != 0x01 and not 0xD0 <= marker <= 0xD8:  # those have no length
+            position += int.from_bytes(view[position : position + 2], "big")
+    return scans > MAX_SCANS
 
 
 def to_8_bits(image: Image.Image) -> Image.Image:
@@ -98,12 +144,20 @@ def to_8_bits(image: Image.Image) -> Image.Image:
     return image
 
 
-def decode_by_pillow(data: Bytes) -> Pixels:
-    """Decode a whole image: uint8 (H, W, 3). Raises CorruptImageError if Pillow cannot decode it."""
+def decode_by_pillow(data: Bytes, size: tuple[int, int] | None = None) -> Pixels:
+    """Decode a whole image: uint8 (H, W, 3). Raises CorruptImageError if Pillow cannot decode it, or if it does not have the
+    height and width `size`."""
+    if has_many_scans(data):
+        raise CorruptImageError(f"a JPEG of more than {MAX_SCANS} scans")
     try:
-        return np.array(to_8_bits(Image.open(io.BytesIO(data.data))).convert("RGB"))
+        image = Image.open(io.BytesIO(data.data))
+        if size is not None:
+            _check_size(image.height, image.width, *size)
+        return np.array(to_8_bits(image).convert("RGB"))
+    except CorruptImageError:
+        raise
     except UnidentifiedImageError as error:
-        raise CorruptImageError(unreadable_format(data.data) or "not an image of a known format") from error
+        raise CorruptImageError(unreadable_format(data[:512].tobytes()) or "not an image of a known format") from error
     except Exception as error:  # Pillow raises a dozen types
         raise CorruptImageError(" ".join(str(error).split()) or type(error).__name__) from error
 
@@ -124,6 +178,18 @@ def why_corrupt(data: Bytes) -> str | None:
     except CorruptImageError as error:
         return str(error)
     return None
+
+
+@jit
+def has_size(data: Bytes, height: Int, width: Int) -> bool:
+    """Whether the header (SOF) of a JPEG says this size, for which the windows were drawn. False for data without one."""
+    at = np.int64(2) if len(data) > 2 and data[0] == 0xFF and data[1] == 0xD8 else np.int64(len(data))
+    while at + 9 <= len(data) and data[at] == 0xFF:
+        marker = data[at + 1]
+        if marker >> 4 == 0xC and marker != 0xC4 and marker != 0xC8 and marker != 0xCC:  # these three are no frame headers
+            return big16(data, at + 5) == height and big16(data, at + 7) == width
+        at += 1 if marker == 0xFF else 2 + big16(data, at + 2)  # 0xFF may be repeated before a marker
+    return False
 
 
 @jit
@@ -154,7 +220,7 @@ def cut_windows(
     of the whole image if there is none.
     """
     top, left, bottom, right = region_of(height, width, windows, rows, columns)
-    length = cut_into(data, top, left, bottom, right, piece, place)
+    length = cut_into(data, top, left, bottom, right, piece, place) if has_size(data, height, width) else NO_TABLE
     if length < 0:
         place[0], place[1], place[2], place[3] = 0, 0, height, width
     return length
@@ -174,6 +240,8 @@ def resample_windows(pixels: Pixels, place: Ints, windows: Windows, flip: npt.ND
 def _decode(data: Bytes, height: Int, width: Int, windows: Windows, rows: Int, columns: Int, scratch: Any, place: Ints) -> Any:
     """Decode the region that resampling to (rows, columns) needs. Returns 0; a negative number if `decode` refuses the image; or
     the number of bytes that `scratch` needs."""
+    if not has_size(data, height, width):
+        return REFUSED
     top, left, bottom, right = region_of(height, width, windows, rows, columns)
     return decode(data, top, left, bottom, right, scratch, place)
 
@@ -184,8 +252,7 @@ def decode_views(
 ) -> Any:
     """Decode and resample. Returns what `_decode` does."""
     _, rows, columns, _ = out.shape
-    top, left, bottom, right = region_of(height, width, windows, rows, columns)
-    status = decode(data, top, left, bottom, right, scratch, place)
+    status = _decode(data, height, width, windows, rows, columns, scratch, place)
     if status == 0:
         pixels = scratch[: 3 * place[2] * place[3]].reshape(place[2], place[3], 3)
         resample_windows(pixels, place, windows, flip, out)

@@ -219,7 +219,7 @@ class ShardCache:
         else:
             raise UserError(f"{url}: its SHA-256 is not the one in manifest.json", "make the shards again")
         stream.flush()
-        os.fsync(stream.fileno())  # a power failure must not leave a file of the right size without content
+        files.sync(stream)  # a power failure must not leave a file of the right size without content
         with self._locked_folder():
             os.replace(partial, self.path(sha256))
             fcntl.flock(stream, fcntl.LOCK_UN)  # otherwise it would look pinned

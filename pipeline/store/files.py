@@ -1,27 +1,32 @@
 """Files by local path or fsspec URL (such as s3://bucket/key): range reads, listings, atomic writes.
 
-Every function takes paths as strings. Storage errors (missing files, credentials, unknown protocols) become UserErrors.
+Every function takes paths as strings. Storage errors (missing files, credentials, unknown protocols) become UserErrors. Remote
+storage that does not answer is asked again, see `waiting`.
 """
 
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
+import io
 import os
 import tempfile
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import fsspec
 from fsspec.callbacks import DEFAULT_CALLBACK, TqdmCallback
 from fsspec.implementations.local import LocalFileSystem
 
-from ..errors import UserError, install_command
+from ..errors import UserError, install_command, writing
 from ..progress import BYTES, progress_bar
+from .waiting import RangeReader, answer
 
 PARTIAL = ".partial"  # suffix of files that are still being written; their names begin with a dot
 CHUNK = 8 << 20  # bytes of a request in `read_chunks`
@@ -29,8 +34,9 @@ _REQUESTS = 8  # requests at a time, as object stores limit the throughput of ea
 # Object stores list an object only after its upload is complete. Other file systems list a file while it is being written.
 _OBJECT_STORES = {"s3", "s3a", "gs", "gcs", "az", "abfs", "abfss", "oci", "oss", "memory"}
 
-
+NO_RANGES = "a web server without range requests, which sends whole files"
 BROKEN = -1
+T = TypeVar("T")
 
 
 class Entry(NamedTuple):
@@ -65,76 +71,89 @@ def as_utf8(name: str) -> str:
 
 def read(path: str, start: int = 0, count: int | None = None) -> bytes:
     """Read `count` bytes from `start` on; all, if None; fewer if the file ends earlier."""
-    with _explained(path):
+    with explained(path):
         if not is_remote(path):  # fsspec would take 0.2 ms
             with open(absolute(path), "rb") as stream:
                 stream.seek(start)
                 return stream.read(-1 if count is None else count)
-        system, target = _system(path)
-        content: bytes = system.cat_file(target, start=start or None, end=None if count is None else start + count)
+        end = None if count is None else start + count
+        content: bytes = _ask(path, lambda system, target: system.cat_file(target, start=start or None, end=end))
+        if count is not None and len(content) > count:
+            raise OSError(NO_RANGES)
         return content
 
 
 def size(path: str) -> int:
     """The current size of a file, bytes."""
-    with _explained(path):
-        system, target = _system(path)
+
+    def find(system: Any, target: str) -> int:
         system.invalidate_cache()  # fsspec caches listings, which may be out of date
         return int(system.info(target)["size"])
+
+    with explained(path):
+        return _ask(path, find)
 
 
 def read_chunks(path: str, count: int) -> Iterator[bytes]:
     """The first `count` bytes of a file, as chunks in order. Several chunks are requested at a time."""
-    with _explained(path):
-        system, target = _system(path)
-        for first in range(0, count, CHUNK * _REQUESTS):
-            starts = list(range(first, min(first + CHUNK * _REQUESTS, count), CHUNK))
-            ends = [min(start + CHUNK, count) for start in starts]
-            found = system.cat_ranges([target] * len(starts), starts, ends)
-            for start, end, chunk in zip(starts, ends, found, strict=True):
-                if isinstance(chunk, Exception):
-                    raise chunk
-                if len(chunk) != end - start:  # a web server without range requests sends the whole file
-                    raise OSError(f"asked for {end - start} bytes from {start} on, got {len(chunk)}")
-                yield chunk
+    for first in range(0, count, CHUNK * _REQUESTS):
+        with explained(path):
+            found = _ask(path, partial(_read_some, first, count))
+        yield from found
+
+
+def _read_some(first: int, count: int, system: Any, target: str) -> list[bytes]:
+    """The next chunks of the first `count` bytes of a file, from `first` on."""
+    starts = list(range(first, min(first + CHUNK * _REQUESTS, count), CHUNK))
+    ends = [min(start + CHUNK, count) for start in starts]
+    found: list[Any] = system.cat_ranges([target] * len(starts), starts, ends)
+    for start, end, chunk in zip(starts, ends, found, strict=True):
+        if isinstance(chunk, Exception):
+            raise chunk
+        if len(chunk) != end - start:
+            raise OSError(NO_RANGES if len(chunk) > end - start else f"ends at {start + len(chunk)} instead of {count} bytes")
+    return found
 
 
 @contextmanager
 def open_binary(path: str) -> Iterator[Any]:
     """A seekable binary file for reading."""
-    with _explained(path):
-        system, target = _system(path)
-        with system.open(target, "rb") as stream:
+    with explained(path):
+        if is_remote(path):
+            yield io.BufferedReader(RangeReader(lambda start, count: read(path, start, count), size(path)), CHUNK)
+            return
+        with open(absolute(path), "rb") as stream:
             yield stream
 
 
 def exists(path: str) -> bool:
-    with _explained(path):
-        system, target = _system(path)
-        return bool(system.exists(target))
+    with explained(path):
+        return bool(_ask(path, lambda system, target: system.exists(target)))
 
 
 def is_folder(path: str) -> bool:
-    with _explained(path):
-        system, target = _system(path)
-        return bool(system.isdir(target))
+    with explained(path):
+        return bool(_ask(path, lambda system, target: system.isdir(target)))
 
 
 def list_folder(folder: str, hidden: bool = False) -> list[Entry]:
     """The entries of a folder, sorted by name. A missing folder has none. Symbolic links are followed. hidden: also those whose
     names begin with a dot."""
-    with _explained(folder):
+    with explained(folder):
         if not is_remote(folder):  # for fsspec, a link to a folder is no folder
             try:
-                with os.scandir(absolute(folder)) as found:
-                    entries = [_local_entry(entry) for entry in found if hidden or not entry.name.startswith(".")]
+                with os.scandir(absolute(folder)) as scanned:
+                    entries = [_local_entry(entry) for entry in scanned if hidden or not entry.name.startswith(".")]
                 return sorted(entries, key=lambda entry: os.fsencode(entry.name))  # the same order in every locale
             except FileNotFoundError:
                 return []
-        system, target = _system(folder)
-        system.invalidate_cache()
+
+        def find(system: Any, target: str) -> Any:
+            system.invalidate_cache()
+            return system.ls(target, detail=True)
+
         try:
-            found = system.ls(target, detail=True)
+            found = _ask(folder, find)
         except FileNotFoundError:
             return []
         entries = [Entry(i["name"].rstrip("/").rsplit("/", 1)[1], i["type"] == "directory", i["size"] or 0) for i in found]
@@ -152,7 +171,7 @@ def _local_entry(entry: os.DirEntry[str]) -> Entry:
 
 def remove(path: str) -> None:
     """Remove a file, if it exists."""
-    with _explained(path):
+    with explained(path):
         system, target = _system(path)
         try:
             system.rm_file(target)
@@ -167,32 +186,42 @@ def atomic_write(path: str, label: str = "") -> Iterator[Path]:
     Until then, readers of `path` see the old file, or none. Folders are created as needed. label: of a progress bar for the
     upload of a large file; without it there is no bar.
     """
-    with _explained(path):
+    with explained(path):
         system, target = _system(path)
         local = isinstance(system, LocalFileSystem)
         folder = Path(target).parent if local else Path(tempfile.gettempdir())
-        folder.mkdir(parents=True, exist_ok=True)
+        with writing(path if local else folder):
+            folder.mkdir(parents=True, exist_ok=True)
         scratch = folder / f".{target.rsplit('/', 1)[1]}.{uuid.uuid4().hex}{PARTIAL}"
         shown = TqdmCallback({"desc": label} | BYTES, tqdm_cls=progress_bar) if label else DEFAULT_CALLBACK
-    try:
-        yield scratch
-        with _explained(path):
+    with writing(path if local else scratch):
+        try:
+            yield scratch
             if local:
                 os.replace(scratch, target)
-            elif set(_protocols(system)) & _OBJECT_STORES:
-                system.put_file(str(scratch), target, callback=shown)
-            else:
-                system.makedirs(target.rsplit("/", 1)[0], exist_ok=True)
-                system.put_file(str(scratch), target + PARTIAL, callback=shown)
-                system.mv(target + PARTIAL, target)
-    finally:
-        scratch.unlink(missing_ok=True)
+                return
+            with explained(path):
+                if set(_protocols(system)) & _OBJECT_STORES:
+                    system.put_file(str(scratch), target, callback=shown)
+                else:
+                    system.makedirs(target.rsplit("/", 1)[0], exist_ok=True)
+                    system.put_file(str(scratch), target + PARTIAL, callback=shown)
+                    system.mv(target + PARTIAL, target)
+        finally:
+            scratch.unlink(missing_ok=True)
 
 
 def write(path: str, content: bytes) -> None:
     """Write a file atomically."""
     with atomic_write(path) as scratch:
         scratch.write_bytes(content)
+
+
+def _ask(path: str, call: Callable[[Any, str], T]) -> T:
+    """call(file system, its name of the path); for remote storage, see `answer`."""
+    if is_remote(path):
+        return answer(path, lambda: call(*_system(path)))
+    return call(*_system(path))
 
 
 def _system(path: str) -> tuple[Any, str]:
@@ -205,7 +234,7 @@ def _protocols(system: Any) -> tuple[str, ...]:
 
 
 @contextmanager
-def _explained(path: str) -> Iterator[None]:
+def explained(path: str) -> Iterator[None]:
     """Turn the many exceptions of fsspec's back ends into one-line UserErrors that name the path."""
     try:
         yield
@@ -216,7 +245,20 @@ def _explained(path: str) -> Iterator[None]:
     except ImportError as error:  # fsspec's message names the package to install
         raise UserError(f"{path}: {error}", install_command("s3") if "s3" in str(error) else "") from error
     except Exception as error:
+        if isinstance(error, PermissionError) and not is_remote(path):
+            raise UserError(f"{path}: permission denied for user ID {os.geteuid()}", "ask its owner for access") from error
+        if isinstance(error, OSError) and not is_remote(path):
+            raise UserError(f"{path}: cannot be read or written ({error.strerror or error})") from error
         raise UserError(f"{path}: cannot be reached ({type(error).__name__}: {error})") from error
+
+
+def sync(stream: Any) -> None:
+    """Write an open file to its disk, if its file system can do that."""
+    try:
+        os.fsync(stream.fileno())
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS):
+            raise
 
 
 def sha256(path: str, label: str = "") -> str:
@@ -232,7 +274,7 @@ def sha256(path: str, label: str = "") -> str:
 
 def remove_folder(path: str) -> None:
     """Remove a folder with everything in it, if it exists."""
-    with _explained(path):
+    with explained(path):
         system, target = _system(path)
         with contextlib.suppress(FileNotFoundError):
             system.rm(target, recursive=True)

@@ -1,13 +1,20 @@
-"""Background threads that fetch numbered items, such as shards, before they are needed."""
+"""Background threads that fetch shards before they are needed, and the bar of their downloads."""
 
 from __future__ import annotations
 
+import os
 import threading
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from ..progress import SharedBar
+from .cache import ShardCache
 
 _THREADS = 4
+_CLOSE_S = 10.0  # remote storage that hangs must not delay the end of a program
 
 Fetch = Callable[[int, threading.Event], None]
 
@@ -41,7 +48,8 @@ class Prefetcher:
                 self._threads.add(thread)
 
     def close(self) -> None:
-        """Stop fetching and end the threads. A later request starts new ones, even if this call was interrupted."""
+        """Stop fetching and end the threads, those that hang later. A later request starts new ones, even if this call was
+        interrupted."""
         with self._lock:
             self._requested.difference_update(self._queue)
             self._queue.clear()
@@ -49,7 +57,7 @@ class Prefetcher:
             self._stop = threading.Event()  # for later requests
             threads = list(self._threads)
         for thread in threads:
-            thread.join()
+            thread.join(_CLOSE_S)
 
     def _run(self) -> None:
         while (work := self._next()) is not None:
@@ -65,3 +73,26 @@ class Prefetcher:
                 return self._queue.popleft(), self._stop
             self._threads.discard(threading.current_thread())
             return None
+
+
+def fetcher(cache: ShardCache | None, urls: Sequence[str], entries: Sequence[Mapping[str, Any]], bar: SharedBar) -> Fetch:
+    """A function that downloads a shard into the cache or, without one, reads it into the page cache."""
+
+    def download(shard: int, stop: threading.Event) -> None:
+        assert cache is not None
+        cache.open(urls[shard], entries[shard]["bytes"], entries[shard]["sha256"], stop, bar.update).close()
+
+    def read_ahead(shard: int, stop: threading.Event) -> None:
+        with open(urls[shard], "rb") as stream:
+            os.posix_fadvise(stream.fileno(), 0, 0, os.POSIX_FADV_WILLNEED)
+
+    return download if cache else read_ahead
+
+
+def download_bar(split: str, shards: Sequence[Path], entries: Sequence[Mapping[str, Any]]) -> SharedBar:
+    """The bar of the shards that the cache lacks. Each process of the machine downloads about an equal share of them."""
+    processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    found = list(zip(shards, entries, strict=True))
+    return SharedBar(
+        f"downloading {split}", lambda: sum(entry["bytes"] for path, entry in found if not path.exists()) // processes
+    )

@@ -1,8 +1,8 @@
-"""Shards: WebDataset tars with an index and a manifest. Local shards are memory-mapped, remote ones are read through a cache.
+"""Shards: WebDataset tars with an index and a manifest. Remote shards are read through a cache.
 
 A data set is a folder, local or at an fsspec URL (s3://bucket/shards):
 
-    manifest.json        classes, splits, shards with SHA-256, statistics (see `Manifest` below)
+    manifest.json        classes, splits, shards with SHA-256, statistics, see `Manifest`
     mean_image.npy       float32 (224, 224, 3), 0..255: the mean of the training images' centre crops (short side 256)
     train/000000.tar     WebDataset: KEY.cls (the label, ASCII digits of fixed width) and KEY.jpg (the encoded image) per sample
     train/000000.idx     DALI's index of that tar, format v1.2: one line per sample, "EXT OFFSET BYTES NAME" per component
@@ -16,18 +16,15 @@ Formats: WebDataset (https://github.com/webdataset/webdataset), POSIX tar with G
 
 from __future__ import annotations
 
-import hashlib
-import io
-import json
 import logging
-import mmap
 import os
 import sys
 import tarfile
-import threading
 import weakref
 import zlib
 from collections.abc import Iterable
+from contextlib import suppress
+from io import FileIO
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
@@ -35,14 +32,12 @@ import numpy as np
 import numpy.typing as npt
 
 from ..errors import UserError
-from ..pixels.normalize import Floats, lighting_basis
-from ..progress import BYTES, SharedBar, progress_bar
+from ..progress import BYTES, progress_bar
 from . import files
-from .cache import ShardCache, choose_cache
-from .prefetch import Fetch, Prefetcher
-
-FORMAT = "cropfeed-shards"
-VERSION = 2
+from .cache import choose_cache
+from .checks import BackgroundCheck, hash_problem, samples_problem
+from .manifest import Manifest as Manifest
+from .prefetch import Prefetcher, download_bar, fetcher
 
 # offset, bytes: of the encoded image in its tar. height, width: pixels, as stored (orientation tags are ignored). crc32: zlib's,
 # of the sample's whole range in its tar, from the end of the previous sample on, including tar headers and padding.
@@ -61,6 +56,10 @@ _BLOCK = 512  # a tar's headers and contents begin at multiples of this
 _CHECKED_AT_ONCE = 256 << 20  # bytes of samples.npy that are checked before the first batch, in less than a second
 Samples = npt.NDArray[Any]
 log = logging.getLogger("cropfeed")
+
+
+class ChecksumError(ValueError):
+    """A sample whose bytes differ from those that were written."""
 
 
 class EncodedSample(NamedTuple):
@@ -85,136 +84,71 @@ def write_shard(tar_path: Path, idx_path: Path, shard: int, samples: Iterable[En
         for sample in samples:
             label = f"{sample.label:0{digits}d}".encode()
             cls, jpg = f"{sample.key}.cls", f"{sample.key}.jpg"
-            cls_offset, jpg_offset = _add_file(tar, cls, label), _add_file(tar, jpg, sample.jpeg)
+            cls_offset, checksum = _add_file(tar, cls, label)
+            jpg_offset, checksum = _add_file(tar, jpg, sample.jpeg, checksum)
             lines.append(f"cls {cls_offset} {len(label)} {cls} jpg {jpg_offset} {len(sample.jpeg)} {jpg}")
-            records.append((shard, jpg_offset, len(sample.jpeg), sample.height, sample.width, sample.label, 0))
+            records.append((shard, jpg_offset, len(sample.jpeg), sample.height, sample.width, sample.label, checksum))
         tar.write(bytes(2 * _BLOCK))  # the end of a tar; its size is a multiple of RECORDSIZE
         tar.write(bytes(-tar.tell() % tarfile.RECORDSIZE))
     idx_path.write_text("\n".join([f"v1.2 {len(lines)}", *lines]) + "\n", "utf-8")  # as DALI's wds2idx writes it
-    written = np.array(records, SAMPLE)
-    written["crc32"] = sample_checksums(np.memmap(tar_path, np.uint8, "r"), written)
-    return written
+    return np.array(records, SAMPLE)
 
 
-def _add_file(tar: BinaryIO, name: str, content: bytes) -> int:
-    """Append a file and return the offset of its content. It has no owner and no time, so that equal shards have equal bytes.
+def _add_file(tar: BinaryIO, name: str, content: bytes, checksum: int = 0) -> tuple[int, int]:
+    """Append a file. Returns the offset of its content, and the CRC-32 that continues `checksum` with what was written.
+
+    The file has no owner and no time, so that equal shards have equal bytes.
 
     TarFile.addfile does the same in chunks of 16 KiB, which takes three times as long.
     """
     member = tarfile.TarInfo(name)
     member.size, member.mode = len(content), 0o444
-    tar.write(member.tobuf(tarfile.GNU_FORMAT, "utf-8", "strict"))
-    start = tar.tell()
-    tar.write(content)
-    tar.write(bytes(-len(content) % _BLOCK))
-    return start
+    header, padding = member.tobuf(tarfile.GNU_FORMAT, "utf-8", "strict"), bytes(-len(content) % _BLOCK)
+    start = tar.tell() + len(header)
+    for part in (header, content, padding):
+        tar.write(part)
+        checksum = zlib.crc32(part, checksum)
+    return start, checksum
 
 
 def sample_checksums(tar: npt.NDArray[np.uint8], samples: Samples) -> npt.NDArray[np.uint32]:
     """The CRC-32 of each sample's range in the tar of one shard: uint32 (N,). In a truncated tar, the values differ."""
-    ends = (samples["offset"].astype(np.int64) + samples["bytes"] + _BLOCK - 1) // _BLOCK * _BLOCK
+    ends = _end(samples["offset"].astype(np.int64), samples["bytes"])
     starts = np.concatenate([[0], ends])[:-1]
     return np.array([zlib.crc32(tar[start:end].data) for start, end in zip(starts, ends, strict=True)], np.uint32)
 
 
-class Manifest:
-    """manifest.json, read and validated.
-
-    format, version: "cropfeed-shards", 2. profile: how images are stored, see `convert.images`. conversion: the settings.
-    classes: class folder names (wnids) in label order. class_names: class -> its name for people, only if the source has names
-    (see `convert.names`). label_digits: number of digits in .cls files.
-    splits: name -> {images, samples: file, samples_sha256, shards: [{file, images, bytes, sha256, idx_sha256}]}, and beton:
-    {file, sha256, settings} if there is an FFCV file.
-    statistics: of centre crops of training images: images (their number), channel_mean (3,) in 0..255, rgb_covariance (3, 3) for
-    RGB in 0..1, its eigenvalues (3,) and eigenvectors (columns), mean_image: file, mean_image_sha256.
-    """
-
-    def __init__(self, root: str | Path) -> None:
-        self.root = files.absolute(str(root))
-        path = files.join(self.root, "manifest.json")
-        try:
-            content: dict[str, Any] = json.loads(files.read(path))
-        except ValueError as error:
-            raise UserError(f"{path}: not valid JSON ({error})", "make the shards again") from error
-        except UserError as error:
-            if not isinstance(error.__cause__, FileNotFoundError):
-                raise
-            has_folder = files.is_remote(path) or files.is_folder(self.root)
-            problem = f"{path}: not found" if has_folder else f"{self.root}: no such folder"
-            raise UserError(problem, f"make shards first: cropfeed shards SRC --out {self.root}") from error
-        if content.get("format") != FORMAT or content.get("version") != VERSION:
-            raise UserError(f"{path}: not {FORMAT} version {VERSION}", "make the shards again with this version of Cropfeed")
-        self.profile: str = content["profile"]
-        self.classes: list[str] = content["classes"]
-        self.class_names: dict[str, str] = content.get("class_names", {})
-        self.splits: dict[str, dict[str, Any]] = content["splits"]
-        self.statistics: dict[str, Any] = content["statistics"]
-        hashes = {
-            name: split["samples_sha256"] for name, split in self.splits.items()
-        }  # samples.npy has checksums of all samples
-        self.fingerprint = hashlib.sha256(json.dumps(hashes, sort_keys=True).encode()).hexdigest()[:16]
-
-    def channel_mean(self) -> Floats:
-        """float32 (3,), 0..255."""
-        return np.array(self.statistics["channel_mean"], np.float32)
-
-    def mean_image(self) -> Floats:
-        """float32 (224, 224, 3), 0..255."""
-        path = files.join(self.root, self.statistics["mean_image"])
-        content = files.read(path)
-        if hashlib.sha256(content).hexdigest() != self.statistics["mean_image_sha256"]:
-            raise UserError(f"{path}: its SHA-256 is not the one in manifest.json", "make the shards again")
-        image: Floats = np.load(io.BytesIO(content))
-        return image
-
-    def lighting_basis(self) -> Floats:
-        """float32 (3, 3), see `pixels.normalize.lighting_basis`."""
-        return lighting_basis(self.statistics["rgb_covariance"])
-
-
-class BackgroundCheck:
-    """Compares a file's SHA-256 with the expected one, in a thread. problem: what is wrong with it, if anything was found.
-
-    samples.npy has the labels and the places of the images: with one flipped bit, a training would learn something else.
-    """
-
-    def __init__(self, path: Path, sha256: str) -> None:
-        self.problem = ""
-        self._thread = threading.Thread(target=self._run, args=(path, sha256), name="cropfeed-check", daemon=True)
-        self._thread.start()
-
-    def wait(self) -> None:
-        """Raise UserError if the file is damaged."""
-        self._thread.join()
-        if self.problem:
-            raise UserError(self.problem, "make the shards again")
-
-    def _run(self, path: Path, sha256: str) -> None:
-        try:
-            if files.sha256(str(path)) != sha256:
-                self.problem = f"{path}: its SHA-256 is not the one in manifest.json"
-        except UserError as error:
-            self.problem = str(error)
+def _end(offset: Any, count: Any) -> Any:
+    """Where the range of a sample with an image of `count` bytes at `offset` ends in its tar."""
+    return (offset + count + _BLOCK - 1) // _BLOCK * _BLOCK
 
 
 class ShardSet:
     """One split of a data set: random access to encoded images. Start-up and memory do not grow with the number of samples.
 
-    root: folder or URL. A local shard is memory-mapped when it is first read. A remote shard is downloaded into a cache when it
-    is first read, see `choose_cache` for cache and cache_gb. With either option, local shards use the cache, too, for slow disks.
-    samples: one `SAMPLE` record per sample, memory-mapped, shard after shard. sizes: number of images in each shard.
+    root: folder or URL. A local shard is opened when it is first read. A remote shard is downloaded into a cache when it is first
+    read, see `choose_cache` for cache and cache_gb. With either option, local shards use the cache, too, for slow disks.
+    samples: one `SAMPLE` record per sample, shard after shard, memory-mapped if the file system allows that. sizes: number of
+    images in each shard.
     shards: path of each shard's local file. With a cache, the file exists once the shard was read.
     """
 
     def __init__(
-        self, root: str | Path, split: str, cache: str | Path | None = None, cache_gb: float | None = None, tars: bool = True
+        self,
+        root: str | Path,
+        split: str,
+        cache: str | Path | None = None,
+        cache_gb: float | None = None,
+        tars: bool = True,
+        verify: bool = False,
     ) -> None:
-        """tars: whether images will be read; False also opens a data set that has only FFCV files."""
+        """tars: whether images will be read; False also opens a data set that has only FFCV files. verify: compare the CRC-32 of
+        each sample that is read."""
         self.manifest = Manifest(root)
         root = self.manifest.root
         if split not in self.manifest.splits:
             raise UserError(f"{root}: has no split {split!r}, only {', '.join(self.manifest.splits)}")
-        self.split = split
+        self.split, self._verify = split, verify
         if tars and not self.manifest.splits[split]["shards"]:
             raise UserError(f"{root}: holds only FFCV files", "make the shards again with `format` both")
         cached = files.is_remote(root) or cache is not None or cache_gb is not None
@@ -228,28 +162,39 @@ class ShardSet:
         else:
             self.shards = [Path(url) for url in self._urls]
         self.sizes = [int(shard["images"]) for shard in self._entry["shards"]]
-        self._maps: dict[int, npt.NDArray[np.uint8]] = {}
-        self._downloads = _download_bar(split, self.shards, self._entry["shards"])
-        self._prefetcher = Prefetcher(_fetcher(self.cache, self._urls, self._entry["shards"], self._downloads))
+        self._open_files: dict[int, FileIO] = {}
+        self._downloads = download_bar(split, self.shards, self._entry["shards"])
+        self._prefetcher = Prefetcher(fetcher(self.cache, self._urls, self._entry["shards"], self._downloads))
         weakref.finalize(self, self._prefetcher.close)
-        self._check: BackgroundCheck | None = None
-        self.samples = self._open_samples(files.join(root, self._entry["samples"]))
+        self._samples_file = files.join(root, self._entry["samples"])
+        self.samples: Samples = self._open_samples(self._samples_file)
+        self._check = self._start_check()
+        if self.samples.nbytes <= _CHECKED_AT_ONCE:
+            self._check.wait()
 
     def __len__(self) -> int:
         return len(self.samples)
 
     def read(self, index: int) -> npt.NDArray[np.uint8]:
-        """The encoded image of one sample: uint8 (bytes,), a view of the mapped shard, or a copy from the cache.
+        """The encoded image of one sample: uint8 (bytes,).
 
-        Raises UserError for damaged shards, or once samples.npy was found to be damaged, see `BackgroundCheck`.
+        Shards are read, not mapped: if a mapped file is shortened or its disk fails, the kernel kills the process without a word.
+        Raises UserError for damaged shards, or once samples.npy was found to be damaged; ChecksumError if `verify` is set.
         """
-        if self._check and self._check.problem:
+        if self._check.is_running and (problem := self._problem(self.samples[index : index + 1], index)):
+            raise UserError(f"{self._samples_file}: {problem}", "make the shards again")
+        if self._check.problem:
             self._check.wait()
         record = self.samples[index]
         shard, offset, count = int(record["shard"]), int(record["offset"]), int(record["bytes"])
-        if self.cache:
-            return self._read_cached(self.cache, shard, offset, count)
-        return self._map(shard)[offset : offset + count]
+        if not self._verify:
+            return self._read_range(shard, offset, count)
+        before = self.samples[index - 1]
+        start = _end(int(before["offset"]), int(before["bytes"])) if index and before["shard"] == shard else 0
+        content = self._read_range(shard, start, _end(offset, count) - start)
+        if zlib.crc32(content.data) != record["crc32"]:
+            raise ChecksumError("its checksum is not the one in samples.npy")
+        return content[offset - start : offset - start + count]
 
     def prefetch(self, shards: Iterable[int]) -> None:
         """Download shards in background threads, in this order. Without a cache, read them ahead into the page cache.
@@ -271,13 +216,15 @@ class ShardSet:
         self._downloads.close()
 
     def key(self, index: int) -> str:
-        """The sample's name in its tar, read from the index file. Slow; use it only for messages."""
+        """The sample's name in its tar, from the index file; its number if that is damaged. Slow; use it only for messages."""
         record = self.samples[index]
         offset = str(record["offset"])
-        for line in files.read(self._urls[int(record["shard"])].removesuffix(".tar") + ".idx").decode().splitlines():
-            fields = line.split()
-            if offset in fields[1::4]:
-                return fields[3].rsplit(".", 1)[0]
+        with suppress(UserError):
+            content = files.read(self._urls[int(record["shard"])].removesuffix(".tar") + ".idx")
+            for line in content.decode("utf-8", "replace").splitlines():
+                fields = line.split()
+                if offset in fields[1::4] and len(fields) > 3:
+                    return fields[3].rsplit(".", 1)[0]
         return f"sample {index}"
 
     def locate(self, index: int) -> str:
@@ -295,69 +242,73 @@ class ShardSet:
             )  # fmt: skip
 
     def _open_samples(self, path: str) -> Samples:
-        local, sha256 = Path(path), self._entry["samples_sha256"]
+        local = Path(path)
         if self.cache:
             size = files.size(path)
             with progress_bar(total=size, desc=f"downloading {self._entry['samples']}", **BYTES) as bar:
-                pin = self.cache.open_pinned(path, size, sha256, bar.update)  # it stays mapped: evicting it would free no space
+                # It stays mapped: evicting it would free no space.
+                pin = self.cache.open_pinned(path, size, self._entry["samples_sha256"], bar.update)
             weakref.finalize(self, pin.close)
-            local = self.cache.path(sha256)
-        try:
-            samples: Samples = np.load(local, mmap_mode="r")
-        except (OSError, ValueError) as error:
-            raise UserError(f"{path}: cannot be read ({error})", "make the shards again") from error
-        if samples.dtype != SAMPLE or len(samples) != self._entry["images"]:
+            local = self.cache.path(self._entry["samples_sha256"])
+        samples = load_samples(path, local)
+        if len(samples) != self._entry["images"]:
             raise UserError(f"{path}: does not match manifest.json", "make the shards again")
-        if not self.cache:  # the cache checks what it downloads
-            self._check = BackgroundCheck(local, sha256)
-            if samples.nbytes <= _CHECKED_AT_ONCE:
-                self._check.wait()
         return samples
 
-    def _read_cached(self, cache: ShardCache, shard: int, offset: int, count: int) -> npt.NDArray[np.uint8]:
-        """Read from the cache. Returns a copy, as a memory map would keep the disk space of an evicted file in use."""
-        entry = self._entry["shards"][shard]
-        image = np.empty(count, np.uint8)
-        report = self._downloads.update
-        with cache.open(self._urls[shard], entry["bytes"], entry["sha256"], report=report) as stream:
-            stream.seek(offset)
-            if stream.readinto(image.data) != count:
-                raise UserError(f"{self._urls[shard]}: ends before its last sample", "make the shards again")
-        return image
+    def _start_check(self) -> BackgroundCheck:
+        """Check samples.npy. The cache has compared the hash of what it downloaded."""
+        samples, path, sha256 = self.samples, self._samples_file, self._entry["samples_sha256"]
+        checks = [lambda: self._problem(samples)]
+        if not self.cache:
+            checks.insert(0, lambda: hash_problem(path, sha256))
+        return BackgroundCheck(path, checks)
 
-    def _map(self, shard: int) -> npt.NDArray[np.uint8]:
-        mapped = self._maps.get(shard)
-        if mapped is None:
-            path, size = self.shards[shard], self._entry["shards"][shard]["bytes"]
+    def _problem(self, samples: Samples, first: int = 0) -> str:
+        return samples_problem(samples, len(self.manifest.classes), self._entry["shards"], first)
+
+    def _read_range(self, shard: int, start: int, count: int) -> npt.NDArray[np.uint8]:
+        """Bytes of a shard: uint8 (count,). With a cache, the file is closed again, to free the disk space of evicted files."""
+        if not self.cache:
+            return _read_from(self._open(shard), self._urls[shard], self._entry["shards"][shard]["bytes"], start, count)
+        entry, report = self._entry["shards"][shard], self._downloads.update
+        with self.cache.open(self._urls[shard], entry["bytes"], entry["sha256"], report=report) as stream:
+            return _read_from(stream, self._urls[shard], entry["bytes"], start, count)
+
+    def _open(self, shard: int) -> FileIO:
+        """A local shard, which stays open: on network file systems, opening takes longer than reading."""
+        stream = self._open_files.get(shard)
+        if stream is None:
+            with files.explained(self._urls[shard]):
+                stream = self._open_files.setdefault(shard, FileIO(self.shards[shard]))
+        return stream
+
+
+def load_samples(path: str, local: Path) -> Samples:
+    """The records in samples.npy, memory-mapped if its file system allows that. path: its name in messages. local: the file."""
+    with files.explained(path):
+        try:
             try:
-                with path.open("rb") as stream:
-                    mapped = np.frombuffer(mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ), np.uint8)
-            except (OSError, ValueError) as error:
-                raise UserError(f"{path}: cannot be read ({error})", "make the shards again") from error
-            if len(mapped) != size:
-                raise UserError(f"{path}: has {len(mapped)} bytes, manifest.json says {size}", "make the shards again")
-            self._maps[shard] = mapped
-        return mapped
+                samples: Samples = np.lib.format.open_memmap(local, mode="r")
+            except OSError:
+                with local.open("rb") as stream:
+                    samples = np.lib.format.read_array(stream, allow_pickle=False)
+        except OSError:
+            raise
+        except Exception as error:  # NumPy's reader of headers raises many types
+            raise UserError(f"{path}: cannot be read ({error})", "make the shards again") from error
+    if samples.dtype != SAMPLE or samples.ndim != 1:
+        raise UserError(f"{path}: does not hold records of samples", "make the shards again")
+    return samples
 
 
-def _download_bar(split: str, shards: list[Path], entries: list[dict[str, Any]]) -> SharedBar:
-    """The bar of the shards that the cache lacks. Each process of the machine downloads about an equal share of them."""
-    processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    found = list(zip(shards, entries, strict=True))
-    return SharedBar(
-        f"downloading {split}", lambda: sum(entry["bytes"] for path, entry in found if not path.exists()) // processes
-    )
-
-
-def _fetcher(cache: ShardCache | None, urls: list[str], entries: list[dict[str, Any]], bar: SharedBar) -> Fetch:
-    """A function that downloads a shard into the cache or, without one, reads it into the page cache."""
-
-    def download(shard: int, stop: threading.Event) -> None:
-        assert cache is not None
-        cache.open(urls[shard], entries[shard]["bytes"], entries[shard]["sha256"], stop, bar.update).close()
-
-    def read_ahead(shard: int, stop: threading.Event) -> None:
-        with open(urls[shard], "rb") as stream:
-            os.posix_fadvise(stream.fileno(), 0, 0, os.POSIX_FADV_WILLNEED)
-
-    return download if cache else read_ahead
+def _read_from(stream: FileIO, path: str, size: int, start: int, count: int) -> npt.NDArray[np.uint8]:
+    """Read `count` bytes of a local file from `start` on. size: the size that it must have. path: its name in messages."""
+    content, done = np.empty(count, np.uint8), 0
+    with files.explained(path):
+        found = os.fstat(stream.fileno()).st_size
+        while found == size and done < count:
+            got = os.preadv(stream.fileno(), [content.data[done:]], start + done)
+            done, found = done + got, found if got else start + done
+    if found != size:
+        raise UserError(f"{path}: has {found} bytes, manifest.json says {size}", "restore the file, or make the shards again")
+    return content

@@ -265,8 +265,8 @@ def test_timm_folders(tmp_path: Path) -> None:
 
     named = write_timm_folder(tmp_path / "named", weights, label_names=SEVEN)
     assert load_model(named, None, None)[1].classes == SEVEN
-    with pytest.raises(UserError, match="its 7 classes differ from the 7 of the data"):
-        load_model(named, None, SEVEN[::-1])
+    with pytest.raises(UserError, match="its 7 classes differ from the 7 of the data: class 2 is '.+', in the data 'new'; give"):
+        load_model(named, None, [*SEVEN[:2], "new", *SEVEN[3:]])
     flat = write_timm_folder(tmp_path / "old", weights, pretrained_cfg=None, input_size=[3, 224, 224], mean=[0, 0, 1])
     config = load_model(flat, None, SEVEN)[1]
     assert (config.image_size, config.eval_short, config.mean.tolist()) == (224, 256, [0, 0, 255])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import tarfile
-from dataclasses import FrozenInstanceError, asdict
+from dataclasses import FrozenInstanceError, asdict, fields
 from pathlib import Path
 from typing import Any
 
@@ -170,3 +170,17 @@ def test_error_messages_name_fields_and_the_command_line_shows_flags() -> None:
         TrainOptions(data="x", arch="resnet19")
     assert parser().with_flags(str(caught.value)).startswith("unknown --arch 'resnet19'; choose from plain18, plain34")
     assert parser().with_flags("`amp`, `threads`, `batch_size`, `normalization`") == "--amp, --threads, --batch-size, --mean"
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize("name", [field.name for field in fields(TrainOptions) if "float" in str(field.type)])
+def test_numbers_must_be_finite(name: str, value: float) -> None:
+    pair = {"milestones": (value,), "ramp": (0.0, value), "area": (0.1, value)}
+    with pytest.raises(UserError, match=f"`{name}` must be a finite number, not "):
+        TrainOptions(data="x", **{name: pair.get(name, value)})  # type: ignore[arg-type]
+
+
+def test_counts_beyond_32_bits_are_refused() -> None:
+    for name in ("epochs", "batch_size", "image_size"):
+        with pytest.raises(UserError, match=f"`{name}` must be at most 2147483647, not "):
+            TrainOptions(data="x", **{name: 10**20})  # type: ignore[arg-type]

@@ -73,3 +73,25 @@ def test_a_file_system_without_links(tmp_path: Path, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(Path, "symlink_to", refuse)
     point_latest(tmp_path / "run")
     assert not (tmp_path / "latest").exists()
+
+
+def test_a_file_system_without_locks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(95, "Operation not supported")
+
+    monkeypatch.setattr("fcntl.flock", refuse)
+    assert lock(tmp_path) is None
+    assert caplog.messages == [f"{tmp_path}: cannot be locked (Operation not supported); start no second training there"]
+
+
+def test_a_run_whose_checkpoints_are_damaged_is_not_started_anew(tmp_path: Path) -> None:
+    """It would replace what somebody may repair."""
+    path = tmp_path / "checkpoints" / "step-00000010"
+    path.mkdir(parents=True)
+    (tmp_path / "config.json").write_text("{}")
+    for resume in ("auto", "last"):
+        (path / "state.json").write_text("{")
+        with pytest.raises(UserError, match="step-00000010: skipped, not a whole checkpoint"):
+            check_output(resume, tmp_path)
+    (path / "state.json").unlink()  # never finished
+    assert not check_output("auto", tmp_path)

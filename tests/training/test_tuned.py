@@ -18,8 +18,12 @@ from training.tuned import load, save, with_tuned
 
 def write_manifest(root: Path, samples: str) -> LoaderSpec:
     """Write a manifest with all entries that tuning reads. samples: their checksum."""
-    split = {"images": 8, "shards": [{}], "samples_sha256": samples}
-    content = {"format": "cropfeed-shards", "version": 2, "profile": "x", "classes": [], "statistics": {}}
+    shard = {"file": "0.tar", "images": 8, "bytes": 1, "sha256": "", "idx_sha256": ""}
+    split = {"images": 8, "shards": [shard], "samples": "samples.npy", "samples_sha256": samples}
+    statistics = {
+        "channel_mean": [0] * 3, "rgb_covariance": [[0] * 3] * 3, "mean_image": "mean_image.npy", "mean_image_sha256": "",
+    }  # fmt: skip
+    content = {"format": "cropfeed-shards", "version": 2, "profile": "x", "classes": [], "statistics": statistics}
     root.mkdir(parents=True)
     (root / "manifest.json").write_text(json.dumps(content | {"splits": {"train": split}}))
     return LoaderSpec(root)

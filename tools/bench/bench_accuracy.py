@@ -61,7 +61,7 @@ CHOICES: dict[str, tuple[Any, ...]] = {  # the only values that it supports
 }  # fmt: skip
 FREE = (
     "recipe", "data", "output", "resume", "lr", "scale_lr", "amp", "blurpool", "milestones", "patience", "order", "block_shards",
-    "corrupt", "engine", "threads", "prefetch", "cache", "cache_gb", "checkpoint_every", "trackers",
+    "corrupt", "verify", "engine", "threads", "prefetch", "cache", "cache_gb", "checkpoint_every", "trackers",
 )  # fmt: skip
 GIVEN = ("--recipe", "--data", "--output", "--resume", "--seed")  # train.py's options that this script sets
 

@@ -1,7 +1,7 @@
 """Start-up time, planning time and memory by the number of samples: python tools/bench/bench_scale.py SHARDS
 
 Makes data sets of 10^4, 1,281,167 and 10^9 samples without images, with the statistics in SHARDS' manifest. Each consists of a
-manifest and a sparse samples.npy with records of zeros. For each data set, a new process measures how long it takes to open a
+manifest and a samples.npy, sparse for 10^9 samples. For each data set, a new process measures how long it takes to open a
 loader, to resume at a saved position near the end of an epoch, and to plan batches at random positions of random epochs (order,
 draws, windows, with made-up image sizes), and how much memory that needs. No image is read. Rows go to
 tools/bench/results/scale.csv.
@@ -32,6 +32,7 @@ from tools.bench.recording import RESULTS, Figure, record
 
 COUNTS = (10_000, 1_281_167, 1_000_000_000)
 SHARDS = 10_000  # at most: the manifest has a line per shard, and start-up time grows with their number
+SPARSE = 10**8  # this many records stay zeros: they are checked in the background, and no sample is read
 REPEATS, BATCHES, BATCH = 5, 50, 256
 
 
@@ -63,7 +64,12 @@ def write_data(source: Manifest, folder: Path, count: int) -> None:
     ]
     (folder / "train").mkdir(parents=True)
     samples = folder / "train/samples.npy"
-    np.lib.format.open_memmap(samples, "w+", SAMPLE, (count,)).flush()  # sparse: nothing is written
+    records = np.lib.format.open_memmap(samples, "w+", SAMPLE, (count,))  # sparse
+    if count < SPARSE:
+        records["shard"] = np.arange(count) // size
+        for name in ("bytes", "height", "width"):
+            records[name] = 1
+    records.flush()
     with samples.open("rb") as stream:
         sha256 = hashlib.file_digest(stream, "sha256").hexdigest()
     manifest = json.loads((Path(source.root) / "manifest.json").read_text())

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import signal
 import sys
 from pathlib import Path
@@ -52,7 +53,10 @@ def parser() -> Parser:
         "--scale", type=positive, nargs=2, default=sampling.SCALE, metavar=("LOW", "HIGH"),
         help=f"range of the resized short side (default: {sampling.SCALE[0]} {sampling.SCALE[1]})",
     )  # fmt: skip
-    parser.add_argument("--threads", type=positive, default=2, help="cores for each contender (default: %(default)s)")
+    parser.add_argument(
+        "--threads", type=positive, default=min(2, len(os.sched_getaffinity(0))),
+        help="cores for each contender (default: 2, or 1 where there is only one; stock FFCV needs 2)",
+    )  # fmt: skip
     parser.add_argument("--repeats", type=positive, default=5, help="measurements of each contender (default: %(default)s)")
     parser.add_argument("--seconds", type=float, default=3.0, help="duration of each measurement (default: %(default)s)")
     parser.add_argument("--results", type=Path, default=ROWS, metavar="FILE", help="CSV file to which rows are appended")

@@ -167,7 +167,7 @@ def measure_steps(
     speeds: dict[str, list[float]] = {name: [] for name in steps}
 
     def turn(name: str) -> None:
-        speeds[name].append(run_alone(*steps[name], spec.device, seconds))
+        speeds[name].append(run_alone(*steps[name], spec.device, seconds).images_per_s)
 
     in_turns(list(steps), repeats, turn)
     best = max((name for name in (OURS, COMPILED) if name in speeds), key=lambda name: np.median(speeds[name]))

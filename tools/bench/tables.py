@@ -138,6 +138,7 @@ def profiler(results: Path) -> list[str]:
         fault, remedy = re.split("; ", re.split(r" \(|, which", spec)[0])
         predicted, measured = (pick(run, spec=spec, metric=metric) for metric in ("predicted_gain", "measured_gain"))
         spread = show(measured, " ({:.2f} to ", "low") + show(measured, "{:.2f})", "high")
+        remedy = remedy.replace("--precision", "--amp")  # train.py's flag, which had another name in older rows
         remedy = f"`{remedy}`" if remedy.startswith("--") else remedy
         lines.append((tidy(fault), remedy, show(predicted, "{:.2f} ×"), show(measured, "{:.2f} ×") + spread))
     head = "planted fault", "remedy that the profiler names", "predicted gain", "measured gain (range)"

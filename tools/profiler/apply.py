@@ -26,10 +26,10 @@ MakeConsumer = Callable[..., Consumer | None]
 
 
 def apply(
-    verdict: Verdict, situation: Situation, cold: bool, repeats: int, seconds: float, consumer: MakeConsumer
+    verdict: Verdict, situation: Situation, cold: bool, repeats: int, seconds: float, consumer: MakeConsumer, until: float
 ) -> dict[str, Any]:
     """Measure the gain of the chosen remedy, in the format of schema.json. consumer: returns a consumer of another precision or
-    demand."""
+    demand. until: as in `in_turns`."""
     remedy = verdict.chosen or Remedy("none", "nothing", 1.0)
     found = remedy.json() | {"measured_gain": None, "low": None, "high": None, "gains": [], "error": None}
     if remedy.spec is None:
@@ -37,7 +37,7 @@ def apply(
     with ExitStack() as stack:
         try:
             spec = cached_in_memory(remedy.spec, situation, stack) if remedy.kind == "cache" else remedy.spec
-            gains = measure_gains(remedy, situation, spec, cold, repeats, seconds, consumer)
+            gains = measure_gains(remedy, situation, spec, cold, repeats, seconds, consumer, until)
         except UserError as error:
             return found | {"error": with_flags(str(error))}
     gain = Estimate.of(gains)
@@ -45,12 +45,19 @@ def apply(
 
 
 def measure_gains(
-    remedy: Remedy, situation: Situation, spec: LoaderSpec, cold: bool, repeats: int, seconds: float, consumer: MakeConsumer
+    remedy: Remedy,
+    situation: Situation,
+    spec: LoaderSpec,
+    cold: bool,
+    repeats: int,
+    seconds: float,
+    consumer: MakeConsumer,
+    until: float,
 ) -> list[float]:
     """The speed with the remedy, divided by the current speed, in each repeat."""
     before = situation.now.spec
     if situation.training is None:
-        old, new = measure_loaders([before, spec], cold, repeats, seconds, "remedy")
+        old, new = measure_loaders([before, spec], cold, repeats, seconds, "remedy", until)
         for loader in (old, new):
             if loader.error:
                 raise UserError(loader.error)
@@ -63,7 +70,7 @@ def measure_gains(
         changed = consumer(demand=2 * situation.training.demand.mean)
     assert changed
     ways = [(before, present), (spec, changed)]
-    old_run, new_run = measure_training(ways, cold, repeats, 2 * seconds, "remedy", alone=False)
+    old_run, new_run = measure_training(ways, cold, repeats, 2 * seconds, "remedy", ("together",), until)
     return [b.images_per_s / a.images_per_s for a, b in zip(old_run.windows, new_run.windows, strict=True)]
 
 

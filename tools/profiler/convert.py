@@ -19,6 +19,7 @@ from pipeline.errors import UserError
 from pipeline.spec import LoaderSpec
 from pipeline.store import files
 from pipeline.store.shards import ShardSet
+from tools.profiler.measuring import Budget
 from tools.profiler.remedies import Converted
 from tools.profiler.stages import Stages, measure_warm
 
@@ -51,7 +52,7 @@ def convert(source: Path, out: Path, profile: str, count: int, beton: bool) -> N
             write_betons(str(out), BetonSettings(), len(os.sched_getaffinity(0)))
 
 
-def convert_sample(spec: LoaderSpec, profile: str, folder: Path, repeats: int, seconds: float) -> Converted:
+def convert_sample(spec: LoaderSpec, profile: str, folder: Path, repeats: int, seconds: float, budget: Budget) -> Converted:
     """Convert images of the split to another profile, and measure the stages on them. folder: an empty one, for the sample."""
     shards = ShardSet(spec.data, spec.split, spec.cache, spec.cache_gb)
     chosen = np.unique(np.linspace(0, len(shards) - 1, min(SAMPLE, len(shards))).astype(np.int64))
@@ -69,5 +70,8 @@ def convert_sample(spec: LoaderSpec, profile: str, folder: Path, repeats: int, s
         cache=None,
         cache_gb=None,
     )
-    before, stages = (Stages(measure_warm(each, [spec.threads], repeats, seconds), None) for each in (spec, sample))
+    before, stages = (
+        Stages(measure_warm(each, [spec.threads], repeats, seconds, budget.until(share)), None)
+        for each, share in ((spec, 0.9), (sample, 1.0))
+    )
     return Converted(profile, sample, stages, before, float(converted.samples["bytes"].mean()))

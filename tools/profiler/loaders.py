@@ -17,7 +17,7 @@ from pipeline.errors import UserError
 from pipeline.loader import Batch, Loader
 from pipeline.progress import progress_bar
 from pipeline.spec import LoaderSpec
-from tools.profiler.measuring import Estimate, Usage, in_turns, usage
+from tools.profiler.measuring import NEVER, Estimate, Usage, in_turns, usage
 from tools.profiler.page_cache import drop_pages
 from tools.profiler.storage import local_files
 
@@ -54,7 +54,7 @@ class LoaderSpeed:
         """mean_bytes: mean size of an encoded image."""
         spec = self.spec
         found: dict[str, Any] = {"engine": spec.engine, "threads": spec.threads, "prefetch": spec.prefetch, "error": self.error}
-        found |= dict.fromkeys(("images_per_s", "low", "high", "cpu_share", "bytes_per_s", "gpu_share", "jpeg_share"))
+        found |= dict.fromkeys(("images_per_s", "low", "high", "repeats", "cpu_share", "bytes_per_s", "gpu_share", "jpeg_share"))
         if self.error is None:
             found |= self.estimate.json()
             found |= {"cpu_share": self.cpu_share, "bytes_per_s": self.estimate.mean * mean_bytes}
@@ -122,10 +122,12 @@ class PausableLoader:
             self._loader = None
 
 
-def measure_loaders(specs: Sequence[LoaderSpec], cold: bool, repeats: int, seconds: float, progress: str) -> list[LoaderSpeed]:
+def measure_loaders(
+    specs: Sequence[LoaderSpec], cold: bool, repeats: int, seconds: float, progress: str, until: float = NEVER
+) -> list[LoaderSpeed]:
     """Measure the loaders, with interleaved repeats. One that cannot be opened gets an error.
 
-    seconds: duration of each measurement. progress: the progress bar's label.
+    seconds: duration of each measurement. progress: the progress bar's label. until: as in `in_turns`.
     """
     measured = [LoaderSpeed(spec) for spec in specs]
     opened = {id(one): PausableLoader(one.spec, cold) for one in measured}
@@ -146,7 +148,7 @@ def measure_loaders(specs: Sequence[LoaderSpec], cold: bool, repeats: int, secon
     try:
         for one in measured:
             turn(one, is_warmup=True)
-        in_turns(measured, repeats, turn)
+        in_turns(measured, repeats, turn, until=until)
     finally:
         bar.close()
         for loader in opened.values():

@@ -9,7 +9,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from statistics import mean, stdev
 from typing import Any, TypeVar
 
@@ -20,40 +20,60 @@ from pipeline.progress import progress_bar
 
 K = TypeVar("K")
 CONFIDENCE = 0.95
+LEAST = 2  # repeats, without which there is no interval
+NEVER = math.inf  # a time limit that is not reached
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """The mean over repeats and its 95 % confidence interval [low, high] (Student's t)."""
+    """The mean over repeats, its 95 % confidence interval [low, high] (Student's t), and the number of repeats."""
 
     mean: float
     low: float
     high: float
+    repeats: int = LEAST
 
     @staticmethod
     def of(values: Sequence[float]) -> Estimate:
         """values: at least two repeats."""
         reach = float(stdtrit(len(values) - 1, (1 + CONFIDENCE) / 2)) * stdev(values) / math.sqrt(len(values))
         middle = mean(values)
-        return Estimate(middle, middle - reach, middle + reach)
+        return Estimate(middle, middle - reach, middle + reach, len(values))
 
     @staticmethod
     def of_speeds(values: Sequence[float]) -> Estimate:
         """The same for values that cannot be negative: `low` is at least 0."""
         found = Estimate.of(values)
-        return Estimate(found.mean, max(found.low, 0.0), found.high)
+        return replace(found, low=max(found.low, 0.0))
 
     def json(self) -> dict[str, float]:
-        return {"images_per_s": self.mean, "low": self.low, "high": self.high}
+        return {"images_per_s": self.mean, "low": self.low, "high": self.high, "repeats": self.repeats}
 
 
-def in_turns(ways: Sequence[K], repeats: int, turn: Callable[[K], None], label: str = "") -> None:
+class Budget:
+    """The time limit of a profile, from now on. Its parts end at shares of it, and leave to the next what they do not use."""
+
+    def __init__(self, seconds: float) -> None:
+        self.seconds, self._began = seconds, time.perf_counter()
+
+    def until(self, share: float = 1.0) -> float:
+        """The time, by `perf_counter`, at which this share of the budget is used up."""
+        return self._began + share * self.seconds
+
+
+def in_turns(ways: Sequence[K], repeats: int, turn: Callable[[K], None], label: str = "", until: float = NEVER) -> None:
     """Interleaved repeats: measure every candidate once in each repeat, in a new random order, so that other load on the machine
-    affects all candidates alike. turn: measures one candidate. label: of a progress bar; none without it."""
-    order = random.Random(0)
-    turns = [way for _ in range(repeats) for way in order.sample(ways, len(ways))]
-    for way in progress_bar(turns, desc=label, unit=" measurements", disable=not label):
-        turn(way)
+    affects all candidates alike. turn: measures one candidate. label: of a progress bar; none without it. until: a repeat that
+    would probably end after this time is left out, except for the first two."""
+    order, began = random.Random(0), time.perf_counter()
+    with progress_bar(total=repeats * len(ways), desc=label, unit=" measurements", disable=not label) as bar:
+        for repeat in range(repeats):
+            now = time.perf_counter()
+            if repeat >= LEAST and now + (now - began) / repeat > until:
+                return
+            for way in order.sample(ways, len(ways)):
+                turn(way)
+                bar.update()
 
 
 def cores() -> int:

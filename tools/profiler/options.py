@@ -23,6 +23,8 @@ class ProfileOptions:
     - cache_state: state of the page cache during measurements.
     - engines: engines to measure in addition to the spec's; empty: all that can run on this machine.
     - repeats, seconds: number and duration of each measurement.
+    - budget: seconds that all measurements may take, without those of `apply` and `tune`. Slow ones have fewer repeats, but at
+      least 2, and smaller batches.
     - apply: try the remedy. tune: find threads and prefetch depth for train.py.
     - gpus (per host), hosts: a cluster to plan.
     - planted: a fault to inject.
@@ -37,6 +39,7 @@ class ProfileOptions:
     engines: tuple[str, ...] = ()
     repeats: int = 5
     seconds: float = 0.5
+    budget: float = 180.0
     apply: bool = False
     tune: bool = False
     gpus: int | None = None
@@ -52,7 +55,13 @@ class ProfileOptions:
                 raise UserError(f"`{name}`: there is no {value!r}", f"choose from {', '.join(known)}")
         if self.repeats < 2:
             raise UserError(f"`repeats` must be at least 2 for a confidence interval, not {self.repeats}")
-        for name, number in (("demand", self.demand), ("seconds", self.seconds), ("gpus", self.gpus), ("hosts", self.hosts)):
+        for name, number in (
+            ("demand", self.demand),
+            ("seconds", self.seconds),
+            ("budget", self.budget),
+            ("gpus", self.gpus),
+            ("hosts", self.hosts),
+        ):
             if number is not None and not 0 < number < float("inf"):
                 raise UserError(f"`{name}` must be above 0, not {number}")
         plans_cluster = self.gpus is not None or self.hosts is not None

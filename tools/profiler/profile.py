@@ -6,7 +6,8 @@ import importlib.util
 import shutil
 import sys
 import tempfile
-from contextlib import ExitStack
+import time
+from contextlib import ExitStack, suppress
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -22,8 +23,8 @@ from tools.profiler import verdict
 from tools.profiler.ahead import Host, plan_ahead
 from tools.profiler.apply import apply
 from tools.profiler.convert import convert_sample
-from tools.profiler.loaders import LoaderSpeed, grid, measure_loaders
-from tools.profiler.measuring import cores
+from tools.profiler.loaders import LoaderSpeed, PausableLoader, grid, measure_loaders
+from tools.profiler.measuring import LEAST, Budget, cores
 from tools.profiler.options import ProfileOptions
 from tools.profiler.planted import slow_reader
 from tools.profiler.remedies import Situation
@@ -36,6 +37,9 @@ from training.provenance import commit, hardware, versions
 
 FITS = 0.8  # share of the available memory that the page cache can hold in the long run
 PREFETCHES = (1, 2, 4)
+# Shares of the budget at which each part ends. The rest is for a second precision, or for a sample in another shard profile.
+STORAGE_ENDS, STAGES_END, LOADERS_END, TRAINING_ENDS = 0.05, 0.2, 0.45, 0.8
+SHORTEST = 0.05  # seconds of a measurement, if many fit into the budget only so
 
 
 def profile(options: ProfileOptions) -> dict[str, Any]:
@@ -60,6 +64,18 @@ class Profiler:
         self.mean_bytes = float(shards.samples["bytes"].mean())
         self.memory = int(FITS * available_memory(Path("/")))
         self.cold, self.cold_why = self._page_cache()
+        planned = self._planned(options.seconds)
+        self.seconds = max(SHORTEST, options.seconds * min(1.0, LOADERS_END * options.budget / planned))
+        self._start_engines()
+        self.budget = Budget(options.budget)
+
+    def _start_engines(self) -> None:
+        """Import and compile what the engines need, before the time is measured."""
+        for engine in {"cpu", *self._engines()}:
+            loader = PausableLoader(replace(self.spec, engine=engine), cold=False)
+            with suppress(UserError):  # reported where the loader is measured
+                loader.resume()
+            loader.close()
 
     def _page_cache(self) -> tuple[bool, str]:
         if self.options.cache_state != "auto":
@@ -71,8 +87,9 @@ class Profiler:
     def run(self) -> dict[str, Any]:
         options, spec = self.options, self.spec
         print(self._duration(), file=sys.stderr)
-        ceiling = read_ceiling(local_files(spec), options.repeats, options.seconds)
-        stages = measure_stages(spec, self._threads(), options.repeats, options.seconds / 2)
+        until = self.budget.until
+        ceiling = read_ceiling(local_files(spec), options.repeats, self.seconds, until(STORAGE_ENDS))
+        stages = measure_stages(spec, self._threads(), options.repeats, self.seconds / 2, until(STAGES_END))
         loaders = self._loaders()
         now = next(loader for loader in loaders if loader.spec == spec)
         if now.error:
@@ -94,7 +111,8 @@ class Profiler:
             "ahead": self._ahead(situation, ceiling, stages) if options.gpus or options.hosts else None,
         }
         if options.apply:
-            found["applied"] = apply(judged, situation, self.cold, options.repeats, options.seconds, self._consumer)
+            end = Budget(options.budget / 3).until()
+            found["applied"] = apply(judged, situation, self.cold, options.repeats, self.seconds, self._consumer, end)
         if options.tune:
             found["tuned"] = self._tune()
         return found
@@ -106,21 +124,27 @@ class Profiler:
         powers = [1 << bits for bits in range(most.bit_length()) if 1 << bits <= most]
         return sorted({*powers, cores(), self.spec.threads})
 
+    def _planned(self, seconds: float) -> float:
+        """About how long storage, stages and loaders take, if each measurement takes `seconds`."""
+        turns = len(STREAMS) + (6 * len(self._threads()) + 2) / 2 + len(self._grid())  # six stages with threads, two without
+        return 1.3 * turns * self.options.repeats * seconds  # with warm-up and opening
+
     def _duration(self) -> str:
         """A line that says about how long the measurements take."""
         options = self.options
-        turns = len(STREAMS) + (6 * len(self._threads()) + 2) / 2 + len(self._grid())  # six stages with threads, two without
-        turns += 4 * (bool(options.arch or options.demand) + options.apply)
-        seconds = 1.3 * turns * options.repeats * options.seconds + BUDGET * options.tune  # with warm-up and opening
-        line = f"profiling takes about {f'{seconds / 60:.0f} minutes' if seconds > 100 else f'{seconds:.0f} seconds'}"
-        return f"{line}, plus {2 + 3 * options.repeats} training steps of {options.arch}" if options.arch else line
+        turns = 4 * (bool(options.arch or options.demand) + options.apply)
+        seconds = self._planned(self.seconds) + 1.3 * turns * options.repeats * self.seconds + BUDGET * options.tune
+        most = options.budget * (1 + options.apply / 3) + BUDGET * options.tune
+        line = f"profiling takes about {min(seconds, most):.0f} seconds"
+        return f"{line}, with the training steps of {options.arch} at most about {most:.0f}" if options.arch else line
 
     def _grid(self) -> list[LoaderSpec]:
         """The loaders to measure."""
         return grid(self.spec, self._engines(), self._threads(), sorted({*PREFETCHES, self.spec.prefetch}))
 
     def _loaders(self) -> list[LoaderSpeed]:
-        return measure_loaders(self._grid(), self.cold, self.options.repeats, self.options.seconds, "loaders")
+        until = self.budget.until(LOADERS_END)
+        return measure_loaders(self._grid(), self.cold, self.options.repeats, self.seconds, "loaders", until)
 
     def _engines(self) -> list[str]:
         """The configured engine, and the others that can run on this machine with this data."""
@@ -150,7 +174,8 @@ class Profiler:
         if consumer is None:
             return None
         ways = [(self.spec, consumer)]
-        return measure_training(ways, self.cold, self.options.repeats, 2 * self.options.seconds, "training")[0]
+        until = self.budget.until(TRAINING_ENDS)
+        return measure_training(ways, self.cold, self.options.repeats, 2 * self.seconds, "training", until=until)[0]
 
     def _situation(self, now: LoaderSpeed, loaders: list[LoaderSpeed], stages: Stages, training: Training | None) -> Situation:
         situation = Situation(
@@ -162,14 +187,20 @@ class Profiler:
         if limit == "input" and self.manifest.profile != "compact":
             other = "lossless" if self.manifest.profile == "original" else "compact"
             folder = Path(self.stack.enter_context(tempfile.TemporaryDirectory(prefix="cropfeed-profile-")))
-            sample = convert_sample(self.spec, other, folder, options.repeats, options.seconds / 2)
+            sample = convert_sample(self.spec, other, folder, options.repeats, self.seconds / 2, self.budget)
             situation = replace(situation, other=sample)
-        if limit == "compute" and training and options.arch and options.precision == "no":
+        if limit == "compute" and training and options.arch and options.precision == "no" and self._has_time_for(training):
             consumer = self._consumer("bf16")
             assert consumer
-            (faster,) = measure_training([(self.spec, consumer)], self.cold, options.repeats, options.seconds, "bf16")
+            ways, until = [(replace(self.spec, batch_size=training.spec.batch_size), consumer)], self.budget.until()
+            (faster,) = measure_training(ways, self.cold, options.repeats, self.seconds, "bf16", ("alone",), until)
             situation = replace(situation, faster=("bf16", faster.demand.mean))
         return situation
+
+    def _has_time_for(self, training: Training) -> bool:
+        """Whether the steps of a second precision, which may be slower, fit into the budget."""
+        step = training.spec.batch_size / training.demand.mean
+        return time.perf_counter() + 2 * (1 + LEAST) * step < self.budget.until()
 
     def _used(self, stages: Stages) -> tuple[str, ...]:
         """The stages that run in the engine's threads."""

@@ -32,7 +32,7 @@ from pipeline.pixels.decoder import CorruptImageError, Decoder, cut_windows, res
 from pipeline.pixels.normalize import lighting, stored_dtype, translate
 from pipeline.spec import LoaderSpec
 from pipeline.store.shards import ShardSet
-from tools.profiler.measuring import Estimate, in_turns
+from tools.profiler.measuring import NEVER, Estimate, in_turns
 from tools.profiler.page_cache import drop_pages
 from tools.profiler.storage import local_files, storage_bytes
 
@@ -164,16 +164,18 @@ def touch(data: Any) -> Any:
     return total + data[-1]
 
 
-def measure_stages(spec: LoaderSpec, threads: Sequence[int], repeats: int, seconds: float) -> Stages:
-    """Measure all stages with these numbers of threads. seconds: duration of each measurement. Raises UserError if none of the
-    sampled images can be decoded."""
-    measured = measure_warm(spec, threads, repeats, seconds)
+def measure_stages(spec: LoaderSpec, threads: Sequence[int], repeats: int, seconds: float, until: float = NEVER) -> Stages:
+    """Measure all stages with these numbers of threads. seconds: duration of each measurement. until: as in `in_turns`. Raises
+    UserError if none of the sampled images can be decoded."""
+    measured = measure_warm(spec, threads, repeats, seconds, until)
     gc.collect()  # the memory maps of the shards just read would keep their pages in the cache
-    cold, cold_bytes = read_cold(spec, threads, repeats, seconds)
+    cold, cold_bytes = read_cold(spec, threads, repeats, seconds, until)
     return Stages({cold.name: cold} | measured, cold_bytes)
 
 
-def measure_warm(spec: LoaderSpec, threads: Sequence[int], repeats: int, seconds: float) -> dict[str, Measured]:
+def measure_warm(
+    spec: LoaderSpec, threads: Sequence[int], repeats: int, seconds: float, until: float = NEVER
+) -> dict[str, Measured]:
     """All stages except cold reading."""
     samples = Samples(spec)
     stages: dict[str, Stage] = {"read warm": samples.read}
@@ -191,7 +193,7 @@ def measure_warm(spec: LoaderSpec, threads: Sequence[int], repeats: int, seconds
     ways = [(name, count) for name in stages for count in threads]
     for name, count in ways:  # warm-up: compiles the kernels, and loads the images into the page cache
         speed(stages[name], len(samples.places), count, seconds / 5)
-    in_turns(ways, repeats, turn, "stages")
+    in_turns(ways, repeats, turn, "stages", until)
     for name, alone, items in (("assembly", samples.assembly, len(samples.plans[0].ids)), *copying(spec, samples)):
         speed(alone, len(samples.plans), 1, seconds / 5)
         speeds = [items * speed(alone, len(samples.plans), 1, seconds) for _ in range(repeats)]
@@ -221,7 +223,9 @@ def speed(stage: Stage, count: int, threads: int, seconds: float) -> float:
         return calls / (time.perf_counter() - began)
 
 
-def read_cold(spec: LoaderSpec, threads: Sequence[int], repeats: int, seconds: float) -> tuple[Measured, float | None]:
+def read_cold(
+    spec: LoaderSpec, threads: Sequence[int], repeats: int, seconds: float, until: float
+) -> tuple[Measured, float | None]:
     """Read each image at most once, in random order, after dropping the page cache before each repeat. Also returns the bytes
     that the storage delivered per image."""
     measured, delivered, images = Measured("read cold"), 0, 0
@@ -250,7 +254,7 @@ def read_cold(spec: LoaderSpec, threads: Sequence[int], repeats: int, seconds: f
         images += done
         shards.close()
 
-    in_turns(list(threads), repeats, turn, "cold reading")
+    in_turns(list(threads), repeats, turn, "cold reading", until)
     return measured, delivered / images if delivered else None
 
 

@@ -13,7 +13,7 @@ import numpy as np
 
 from pipeline.spec import LoaderSpec
 from pipeline.store.shards import ShardSet
-from tools.profiler.measuring import Estimate, in_turns
+from tools.profiler.measuring import NEVER, Estimate, in_turns
 from tools.profiler.page_cache import drop_pages
 
 PIECE = 4 << 20  # bytes per read
@@ -44,9 +44,9 @@ class Ceiling:
     streams: int
 
 
-def read_ceiling(files: Sequence[Path], repeats: int, seconds: float) -> Ceiling:
+def read_ceiling(files: Sequence[Path], repeats: int, seconds: float, until: float = NEVER) -> Ceiling:
     """The maximum read speed over several numbers of streams, reading the files in large pieces after dropping them from the page
-    cache. seconds: time limit of each repeat."""
+    cache. seconds: time limit of each repeat. until: as in `in_turns`."""
     pieces = [(file, offset) for file in files for offset in range(0, file.stat().st_size, PIECE)]
     speeds: dict[int, list[float]] = {streams: [] for streams in STREAMS}
 
@@ -61,7 +61,7 @@ def read_ceiling(files: Sequence[Path], repeats: int, seconds: float) -> Ceiling
             count = sum(pool.map(read, pieces))
         speeds[streams].append(count / (time.perf_counter() - began))
 
-    in_turns(STREAMS, repeats, turn, "storage")
+    in_turns(STREAMS, repeats, turn, "storage", until)
     found = {streams: Estimate.of_speeds(values) for streams, values in speeds.items()}
     best = max(found, key=lambda streams: found[streams].mean)
     return Ceiling(found[best], best)

@@ -96,7 +96,9 @@ def stages(profile: Profile) -> Section:
                 )
             )
     columns = ("stage", "threads", "images/s", "95 % interval", "per image")
-    return Section("Stages, each measured alone", columns, lines, notes=["Per image: time of one thread for an image."])
+    note = "Per image: time of one thread for an image."
+    counts = [at.get("repeats") for stage in profile["stages"] for at in stage["at"]]
+    return Section("Stages, each measured alone", columns, lines, notes=[note + repeated(counts)])
 
 
 def loaders(profile: Profile) -> Section:
@@ -120,7 +122,8 @@ def loaders(profile: Profile) -> Section:
         lines.append(Row(cells, *(("as configured", "now") if way == now else ())))
     columns = ("engine", "threads", "prefetch", "images/s", "95 % interval", "CPU", "GPU", "JPEG", "encoded", "of storage")
     notes = ["Encoded: bytes of encoded images per second; of storage: as a share of the maximum read speed of the storage, "
-             f"{bytes_rate(ceiling)}. CPU, GPU, JPEG: utilization."] if lines else ["None measured."]  # fmt: skip
+             f"{bytes_rate(ceiling)}. CPU, GPU, JPEG: utilization."
+             + repeated([loader.get("repeats") for loader in profile["loaders"]])] if lines else ["None measured."]  # fmt: skip
     return Section("Loaders, without training", columns, lines, notes=notes)
 
 
@@ -139,10 +142,21 @@ def training(profile: Profile) -> Section:
         lines += [Row(alone, f"{demand['what']}{emulated}"), Row((*together, *shares), kind="now")]
         if demand["ready"] is not None:
             notes = ["Queue: mean share of the prefetch queue that was filled when training requested a batch."]
+        if "steps_alone" in demand:
+            steps = f"{count(demand['steps_alone'], 'step')} alone, {both['steps']:,} from the loader"
+            notes.append(f"Measured: {steps}.{repeated([both['repeats']])}")
     else:
         notes = ["No demand was measured: give --arch or --demand."]
     columns = ("", "images/s", "95 % interval", "data wait", "queue", "CPU", "GPU", "JPEG")
     return Section("Demand and training, as configured", columns, lines, notes=notes)
+
+
+def repeated(counts: list[int | None]) -> str:
+    """A sentence that says how many repeats stand behind each figure; "" if unknown, as in profiles of earlier versions."""
+    known = sorted({number for number in counts if number})
+    if not known:
+        return ""
+    return f" Each figure is the mean of {known[0]:,}{f' to {known[-1]:,}' if len(known) > 1 else ''} repeats."
 
 
 def ceilings(profile: Profile) -> Section:

@@ -8,27 +8,30 @@ as a GPU would.
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from statistics import mean
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
+from tqdm import tqdm
 
 from model import ARCHS
 from pipeline.loader import Batch
 from pipeline.progress import progress_bar
 from pipeline.spec import PRECISIONS, LoaderSpec
 from tools.profiler.loaders import PausableLoader, synchronise
-from tools.profiler.measuring import Estimate, Usage, in_turns, usage
+from tools.profiler.measuring import LEAST, NEVER, Estimate, Usage, in_turns, usage
 from training.compiling import compile_model
 from training.metrics import Clock
 from training.optimizers import make_optimizer
 
 MOMENTUM, WEIGHT_DECAY = 0.9, 1e-4
 MOST_STEPS = 100  # in a timeline
+PART = 8  # a step with this part of a batch is timed first, if there is a time limit
 
 
 class Consumer(Protocol):
@@ -116,12 +119,17 @@ class Window:
 
 @dataclass
 class Training:
-    """Measurements of a consumer. alone: images per second without a loader, by repeat. windows: training from the loader."""
+    """Measurements of a consumer. alone: images per second without a loader, by repeat. windows: training from the loader.
+
+    slow: whether a single step takes longer than a measurement should. steps_alone: number of steps in `alone`.
+    """
 
     consumer: Consumer
     spec: LoaderSpec
     alone: list[float] = field(default_factory=list)
     windows: list[Window] = field(default_factory=list)
+    slow: bool = False
+    steps_alone: int = 0
 
     @property
     def demand(self) -> Estimate:
@@ -146,7 +154,8 @@ class Training:
             "what": self.consumer.what,
             "emulated": self.consumer.emulated,
             **self.demand.json(),
-            "training": self.speed.json(),
+            "steps_alone": self.steps_alone,
+            "training": self.speed.json() | {"steps": sum(len(window.steps) for window in self.windows)},
             "wait_share": self.wait_share,
             "ready": mean(ready) if ready else None,
             **shares,
@@ -155,36 +164,49 @@ class Training:
 
 
 def measure_training(
-    ways: Sequence[tuple[LoaderSpec, Consumer]], cold: bool, repeats: int, seconds: float, progress: str, alone: bool = True
+    ways: Sequence[tuple[LoaderSpec, Consumer]],
+    cold: bool,
+    repeats: int,
+    seconds: float,
+    progress: str,
+    kinds: Sequence[str] = ("alone", "together"),
+    until: float = NEVER,
 ) -> list[Training]:
-    """Train each consumer from its own loader and, with `alone`, also on one repeated batch, with interleaved repeats.
+    """Train each consumer on one repeated batch ("alone") and from its own loader ("together"), with interleaved repeats.
 
-    seconds: duration of each measurement, which has at least one step. progress: the progress bar's label.
+    seconds: duration of each measurement, which has at least one step. progress: the progress bar's label. until: as in
+    `in_turns`; if two repeats would take longer, batches are made smaller. A consumer whose steps take longer than `seconds` has
+    one step of warm-up; others have two, and one more before each measurement from the loader.
     """
     trainings = [Training(consumer, replace(spec, dtype=consumer.dtype)) for spec, consumer in ways]
-    opened = [PausableLoader(training.spec, cold) for training in trainings]
+    opened: list[PausableLoader] = []
     batches: list[Batch] = []
-    kinds = (True, False) if alone else (False,)
     bar = progress_bar(total=len(trainings) * (2 + len(kinds) * repeats), desc=progress, unit=" measurements")
 
-    def turn(way: tuple[int, bool]) -> None:
-        number, is_alone = way
+    def turn(way: tuple[int, str]) -> None:
+        number, kind = way
         training = trainings[number]
-        if is_alone:
-            training.alone.append(run_alone(training.consumer, batches[number], training.spec.device, seconds))
+        if kind == "alone":
+            speed = run_alone(training.consumer, batches[number], training.spec.device, seconds)
+            training.alone.append(speed.images_per_s)
+            training.steps_alone += speed.steps
         else:
             training.windows.append(run_window(training, opened[number], seconds))
         bar.update()
 
     try:
-        for training, loader in zip(trainings, opened, strict=True):
-            loader.resume()
-            batches.append(loader.next())
-            loader.pause()
-            for _ in range(2):  # warm-up: the first steps allocate memory and choose algorithms
-                training.consumer.step(batches[-1])
-                bar.update()
-        in_turns([(number, kind) for number in range(len(trainings)) for kind in kinds], repeats, turn)
+        for training in trainings:
+            batch = first_batch(training, cold, opened)
+            if until < NEVER:
+                share = (until - time.perf_counter()) / (len(trainings) - len(batches))
+                fit(training, batch, 1 + LEAST * len(kinds), share)
+            if training.spec.batch_size < len(batch.labels):
+                opened.pop().close()
+                batch = first_batch(training, cold, opened)
+            batches.append(batch)
+            warm_up(training, batch, seconds)
+            bar.update(2)
+        in_turns([(number, kind) for number in range(len(trainings)) for kind in kinds], repeats, turn, until=until)
     finally:
         bar.close()
         for loader in opened:
@@ -192,24 +214,75 @@ def measure_training(
     return trainings
 
 
-def run_alone(consumer: Consumer, batch: Batch, device: str, seconds: float) -> float:
-    """Images per second of the train step on one repeated batch."""
+def first_batch(training: Training, cold: bool, opened: list[PausableLoader]) -> Batch:
+    """Open the loader of a training, append it to `opened`, and return a batch."""
+    opened.append(PausableLoader(training.spec, cold))
+    opened[-1].resume()
+    batch = opened[-1].next()
+    opened[-1].pause()
+    return batch
+
+
+def fit(training: Training, batch: Batch, steps: int, seconds: float) -> None:
+    """Reduce the batch size of a training so that `steps` steps take at most `seconds`, but not below an eighth.
+
+    A step with an eighth of the batch is timed; a second time if it is slow, because a first step also allocates memory.
+    """
+    images = len(batch.labels)
+    few = -(-images // PART)
+    part = Batch(batch.images[: few * len(batch.images) // images], batch.labels[:few], batch.ids[:few])
+    for _ in range(2):
+        synchronise(training.spec.device)
+        began = time.perf_counter()
+        training.consumer.step(part)
+        synchronise(training.spec.device)
+        took = time.perf_counter() - began
+        size = max(few, min(images, int(few * seconds / (steps * took))))
+        if size == images:
+            return
+    training.spec = replace(training.spec, batch_size=size)
+    what, training.consumer.what = training.consumer.what, f"{training.consumer.what}, batches of {size}"
+    message = f"a step of {what} takes {took * images / few:.0f} s for {images} images: measured with batches of {size}"
+    tqdm.write(message, sys.stderr)
+
+
+def warm_up(training: Training, batch: Batch, seconds: float) -> None:
+    """The first steps allocate memory and choose algorithms. Notes whether a step takes longer than `seconds`."""
+    synchronise(training.spec.device)
+    began = time.perf_counter()
+    training.consumer.step(batch)
+    synchronise(training.spec.device)
+    training.slow = time.perf_counter() - began > seconds
+    if not training.slow:
+        training.consumer.step(batch)
+
+
+class Alone(NamedTuple):
+    """The speed of the train step on one repeated batch, over a number of steps."""
+
+    images_per_s: float
+    steps: int
+
+
+def run_alone(consumer: Consumer, batch: Batch, device: str, seconds: float) -> Alone:
+    """Repeat the train step on one batch for about `seconds`."""
     synchronise(device)
-    began, count = time.perf_counter(), 0
-    while count == 0 or time.perf_counter() - began < seconds:
+    began, steps = time.perf_counter(), 0
+    while steps == 0 or time.perf_counter() - began < seconds:
         consumer.step(batch)
-        count += len(batch.labels)
+        steps += 1
     synchronise(device)
-    return count / (time.perf_counter() - began)
+    return Alone(steps * len(batch.labels) / (time.perf_counter() - began), steps)
 
 
 def run_window(training: Training, loader: PausableLoader, seconds: float) -> Window:
-    """Train from the loader for about `seconds`, after one step of warm-up."""
+    """Train from the loader for about `seconds`, after one step of warm-up unless steps are slow."""
     spec, consumer = training.spec, training.consumer
     clock = Clock(torch.device(spec.device))
     loader.resume()
-    consumer.step(loader.next())
-    synchronise(spec.device)
+    if not training.slow:
+        consumer.step(loader.next())
+        synchronise(spec.device)
     moments: list[tuple[Any, Any, Any]] = []
     ready: list[float] = []
     images, left = 0, loader.images_left

@@ -18,7 +18,7 @@ from model import ARCHS
 from model.schemes import SCHEMES
 from model.weights import ModelConfig
 from pipeline import open_loader
-from pipeline.cli import Parser, add_cache_flags, positive
+from pipeline.cli import Parser, add_cache_flags, add_verify_flag, positive
 from pipeline.engines.multiview import MultiViewBatch, MultiViewLoader, ViewSpec
 from pipeline.errors import UserError
 from pipeline.plan.geometry import MAX_ASPECT, WholeImage
@@ -50,7 +50,7 @@ class EvaluateOptions:
     - resize, crop: short side and side of the crop, pixels, instead of the models' own. None: their own.
     - mean, std: of each channel, for pixels in 0..1, instead of the models' own. Empty: their own.
     - precision: "no" (float32), "fp16" or "bf16".
-    - batch_size, device, engine, threads, cache, cache_gb: as in `LoaderSpec`.
+    - batch_size, device, engine, threads, cache, cache_gb, verify: as in `LoaderSpec`.
     """
 
     data: str | None = None
@@ -70,6 +70,7 @@ class EvaluateOptions:
     threads: int = field(default_factory=cores_per_process)
     cache: Path | None = None
     cache_gb: float | None = None
+    verify: bool = False
 
     def __post_init__(self) -> None:
         limits = {"batch_size": MAX_BATCH, "threads": None, "scales": MAX_SIDE, "resize": MAX_SIDE, "crop": MAX_SIDE}
@@ -113,6 +114,7 @@ def add_loading_flags(parser: Parser) -> None:
     parser.add_argument("--threads", type=positive, metavar="N", help="decoding threads (default: one per core, here "
                         "%(default)s)")  # fmt: skip
     add_cache_flags(parser)
+    add_verify_flag(parser)
 
 
 def add_preprocessing_flags(parser: Parser) -> None:
@@ -167,6 +169,7 @@ def open_batches(options: EvaluateOptions, view_specs: Sequence[ViewSpec]) -> tu
         threads=options.threads,
         cache=options.cache,
         cache_gb=options.cache_gb,
+        verify=options.verify,
     ).evaluation(options.split)
     if len(view_specs) > 1:
         multi = MultiViewLoader(spec, view_specs)

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from model.checkpoints import run_weights
 from pipeline.errors import UserError
 from training.metrics import COLUMNS, read_metrics
 
@@ -42,9 +43,7 @@ class Run:
     @property
     def weights(self) -> Path | None:
         """The final weights; before there are any, those of the best checkpoint, or else of the last."""
-        names = (".", "checkpoints/best", "checkpoints/last")
-        files = (self.folder / name / "model.safetensors" for name in names)
-        return next((file for file in files if file.is_file()), None)
+        return run_weights(self.folder, ("best", "last"))
 
 
 @dataclass(frozen=True)

@@ -128,7 +128,7 @@ def test_data_without_any_decodable_sample_is_refused(small: Path, engine: str, 
 def test_a_truncated_file_is_named(small: Path, engine: str, tmp_path: Path) -> None:
     copy = tmp_path / "copy"
     shutil.copytree(small, copy)
-    file, words = ("train.beton", "cannot be read") if engine == "ffcv" else ("train/000002.tar", "has 9000 bytes")
+    file, words = ("train.beton", "is damaged") if engine == "ffcv" else ("train/000002.tar", "has 9000 bytes")
     (copy / file).write_bytes((copy / file).read_bytes()[:9000])
     with pytest.raises(UserError, match=f"{copy / file}: {words}"):
         ids(open_loader(spec_for(copy, engine)))

@@ -12,6 +12,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -61,6 +62,8 @@ def shards_of(source: Path, out: Path, samples: list[EncodedSample]) -> Path:
     records = write_shard(tar, tar.with_suffix(".idx"), 0, samples, label_digits(3))
     np.save(out / "train/samples.npy", records)
     shard = {"file": "train/000000.tar", "images": len(records), "bytes": tar.stat().st_size, "sha256": sha256(tar)}
+    shard["idx_sha256"] = sha256(tar.with_suffix(".idx"))
+    shard["idx_sha256"] = sha256(tar.with_suffix(".idx"))
     split = {"images": len(records), "samples": "train/samples.npy", "samples_sha256": sha256(out / "train/samples.npy")}
     manifest["splits"] = {"train": split | {"shards": [shard]}}
     (out / "manifest.json").write_text(json.dumps(manifest))
@@ -341,3 +344,91 @@ def test_a_killed_writer_leaves_no_file_and_no_workers(small_shards: Path, tmp_p
         assert time.monotonic() < deadline
         time.sleep(0.05)
     assert all(path.name.startswith(".") for path in (tmp_path / "out").iterdir())
+
+
+# Damaged files. The layout, from https://docs.ffcv.io/file_format.html: header, 2 field descriptions, records, pages, table.
+RECORDS, RECORD, ENTRY = 24 + 2 * 1041, 24, 24  # where the records begin; bytes of a record, and of an entry in the table
+
+
+def opened(path: Path, shards: ShardSet, mode: str) -> Any:
+    from pipeline.engines.ffcv_file import open_beton
+
+    return open_beton(path, shards.samples, asdict(BetonSettings(mode)))
+
+
+def with_change(source: Path, out: Path, at: int, change: bytes) -> Path:
+    """A copy with other bytes at `at`, which counts from the end if it is negative."""
+    content = bytearray(source.read_bytes())
+    at %= len(content)
+    content[at : at + len(change)] = change
+    out.write_bytes(content)
+    return out
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_an_open_file_has_every_image(mode: str, betons: Path, originals: ShardSet, regions: ShardSet) -> None:
+    content, images, sizes = opened(betons / f"{mode}.beton", regions if mode == "region" else originals, mode)
+    found = [
+        bytes(content[start : start + size]) for start, size in zip(images["data_ptr"].tolist(), sizes.tolist(), strict=True)
+    ]
+    assert found == contents(betons / f"{mode}.beton")
+
+
+@pytest.mark.parametrize("mode", ["jpg", "region", "raw"])
+@pytest.mark.parametrize(
+    ("at", "change", "words"),
+    [
+        (0, b"\3", "its version is 3, not 2"),
+        (2, b"\3", "its num_fields is 3, not 2"),
+        (4, b"\1", "its page_size is 8388609, not a power of two"),
+        (4, bytes(4), "its page_size is 0"),
+        (8, b"\xff", "its num_samples is 255, not 60"),
+        (14, b"\1", "its num_samples is 281474976710716, not 60"),
+        (16, bytes(8), "its alloc_table_ptr is 0"),
+        (24, b"\2\0", "its fields are not image and label"),
+        (24, b"\x42", "its fields are not image and label"),
+        (25, b"\xff", "its fields are not image and label"),
+        (RECORDS + 7 * RECORD, b"\7", "the mode of sample 7"),
+        (RECORDS + 7 * RECORD + 1, b"\xe0\1", "the width of sample 7"),
+        (RECORDS + 7 * RECORD + 3, b"\xe0\1", "the height of sample 7"),
+        (RECORDS + 7 * RECORD + 9, b"\2", "the address of sample 7"),  # bit 33
+        (RECORDS + 7 * RECORD + 10, b"\1", "the address of sample 7"),  # 2 ** 40
+        (RECORDS + 7 * RECORD + 16, b"\x55", "the label of sample 7"),
+        (-53 * ENTRY, b"\x55", "the number of sample 7"),
+        (-53 * ENTRY + 12, b"\2", "the address of sample 7"),
+        (-53 * ENTRY + 16, bytes(8), "the size of sample 7"),
+        (-53 * ENTRY + 16, b"\xff" * 8, "the size of sample 7"),
+        (-53 * ENTRY + 18, b"\1", "the size of sample 7"),
+        (-ENTRY + 18, b"\xff", "the (size|address) of sample 59"),
+    ],
+)
+def test_a_damaged_number_is_named(
+    mode: str, at: int, change: bytes, words: str, betons: Path, originals: ShardSet, regions: ShardSet, tmp_path: Path
+) -> None:
+    path = with_change(betons / f"{mode}.beton", tmp_path / "b", at, change)
+    with pytest.raises(UserError, match=words) as error:
+        opened(path, regions if mode == "region" else originals, mode)
+    assert error.value.problem.startswith(f"{path}: is damaged")
+    assert error.value.remedy == "make the shards again with `format` both"
+
+
+def test_an_address_that_is_wrong_in_both_places_is_noticed(betons: Path, originals: ShardSet, tmp_path: Path) -> None:
+    for address in (0, 1 << 33, 1 << 40, (1 << 64) - 1):
+        path = with_change(betons / "jpg.beton", tmp_path / "a", RECORDS + 7 * RECORD + 5, address.to_bytes(8, "little"))
+        path = with_change(path, tmp_path / "b", -53 * ENTRY + 8, address.to_bytes(8, "little"))
+        with pytest.raises(UserError, match=r"the (address|size) of sample [67]"):
+            opened(path, originals, "jpg")
+
+
+def test_raw_pixels_must_have_the_size_of_the_image(betons: Path, originals: ShardSet, tmp_path: Path) -> None:
+    path = with_change(betons / "jpg.beton", tmp_path / "b", RECORDS + 7 * RECORD, b"\1")
+    with pytest.raises(UserError, match="the size of sample 7"):
+        opened(path, originals, "proportion")
+
+
+@pytest.mark.parametrize("length", [0, 10, 3000, -ENTRY, -1, 1])
+def test_a_file_of_another_length_is_refused(length: int, betons: Path, originals: ShardSet, tmp_path: Path) -> None:
+    content = (betons / "jpg.beton").read_bytes()
+    (tmp_path / "b").write_bytes(content + b"x" if length == 1 else content[:length])
+    with pytest.raises(UserError, match=f"{tmp_path / 'b'}: (is damaged|cannot be read)"):
+        opened(tmp_path / "b", originals, "jpg")

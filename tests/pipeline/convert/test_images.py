@@ -3,16 +3,20 @@ from __future__ import annotations
 import base64
 import io
 import struct
+import tracemalloc
+import zlib
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 import pytest
+import simplejpeg
 from PIL import Image
 
+from pipeline.convert import images
 from pipeline.convert.images import MAX_PIXELS, PROFILES, ConvertedImage, UnreadableError, convert_image
 from pipeline.jpeg.region import RegionError, cut
-from pipeline.pixels.decoder import Decoder, decode_by_pillow
+from pipeline.pixels.decoder import CorruptImageError, Decoder, decode_by_pillow, why_corrupt
 from tests.helpers import SUBSAMPLINGS, jpeg, open_image, random_image, run_mutants
 
 # 32 x 24, made by libjpeg-turbo's cjpeg -arithmetic -quality 80
@@ -222,7 +226,7 @@ def huge() -> bytes:
 
 
 UNREADABLE: dict[str, tuple[bytes, str]] = {
-    "empty": (b"", "not an image"),
+    "empty": (b"", "an empty file"),
     "text": (b"no image", "not an image"),
     "truncated": (jpeg(IMAGE)[:-900], "truncated"),
     "no end marker": (jpeg(IMAGE)[:-2], "truncated"),
@@ -247,6 +251,133 @@ def test_unusable_images_are_named_in_one_line(name: str, profile: str) -> None:
         convert_image(data, profile)
     assert "\n" not in str(caught.value)
     assert str(caught.value)
+
+
+def segment(marker: int, payload: bytes) -> bytes:
+    return struct.pack(">BBH", 0xFF, marker, len(payload) + 2) + payload
+
+
+def malformed(extra: bytes, jfif: bool = True) -> bytes:
+    """A JPEG with a segment that libjpeg ignores, in place of its JFIF segment or after it."""
+    data = jpeg(IMAGE)
+    return data[:20] + extra + data[20:] if jfif else data[:2] + extra + data[20:]
+
+
+JFIF, ADOBE, PHOTOSHOP = b"JFIF\0\1\1\0\0\1\0\1\0\0", b"Adobe\0\x64\0\0\0\0\1", b"Photoshop 3.0\x008BIM\x03\xed"
+MALFORMED = {
+    **{f"JFIF {n}": malformed(segment(0xE0, JFIF[:n]), jfif=False) for n in (0, 4, 5, 7, 9, 13)},
+    **{f"Adobe {n}": malformed(segment(0xEE, ADOBE[:n])) for n in (5, 6, 7, 11)},
+    **{f"Adobe {n} without JFIF": malformed(segment(0xEE, ADOBE[:n]), jfif=False) for n in (5, 6, 11)},
+    "a second JFIF": malformed(segment(0xE0, JFIF[:5])),
+    "ICC": malformed(segment(0xE2, b"ICC_PROFILE\0")),
+    "Photoshop": malformed(segment(0xED, PHOTOSHOP)),
+    "a table's name": malformed(segment(0xEB, b"CROPFEED\1")),
+    "fill bytes": jpeg(IMAGE).replace(b"\xff\xdb", b"\xff\xff\xdb").replace(b"\xff\xc4", b"\xff\xff\xff\xc4"),
+}
+
+
+def dali_pixels(images: list[bytes]) -> list[npt.NDArray[np.uint8]]:
+    from nvidia.dali import fn, pipeline_def
+
+    @pipeline_def(batch_size=len(images), num_threads=1, device_id=None)
+    def graph() -> object:
+        encoded = fn.external_source(source=lambda: [np.frombuffer(data, np.uint8) for data in images], batch=True)
+        return fn.decoders.image(encoded, device="cpu")
+
+    pipeline = graph()
+    pipeline.build()
+    (found,) = pipeline.run()
+    return [np.array(found.at(i)) for i in range(len(images))]
+
+
+@pytest.mark.parametrize("profile", PROFILES)
+@pytest.mark.parametrize("name", MALFORMED)
+def test_what_is_stored_of_a_malformed_header_can_be_read(name: str, profile: str) -> None:
+    data = MALFORMED[name]
+    stored = convert_image(data, profile)
+    assert open_image(stored.data).size == (stored.width, stored.height)
+    if profile == "compact":
+        assert_opens_at_the_crop(stored)
+        return
+    assert np.array_equal(pixels(stored.data), simplejpeg.decode_jpeg(jpeg(IMAGE)))
+    if profile == "lossless":
+        assert_opens_at_the_crop(stored)
+        assert not any(fact.startswith("re-encoded") for fact in stored.facts)
+    else:
+        assert stored.data == data or stored.facts == ("malformed metadata, removed",)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("profile", ["lossless", "original"])
+def test_dali_reads_what_is_stored_of_a_malformed_header(profile: str) -> None:
+    for decoded in dali_pixels([convert_image(data, profile).data for data in MALFORMED.values()]):
+        assert np.array_equal(decoded, pixels(jpeg(IMAGE)))
+
+
+def many_scans(scans: int, metadata: bytes = b"") -> bytes:
+    """A progressive JPEG with its last scan repeated."""
+    data = saved(GREY, progressive=True)
+    last = data[data.rindex(b"\xff\xc4") : -2]
+    return data[:2] + metadata + data[2:-2] + last * (scans - data.count(b"\xff\xda")) + b"\xff\xd9"
+
+
+@pytest.mark.parametrize("profile", PROFILES)
+def test_images_of_too_many_scans_are_left_out(profile: str) -> None:
+    """Each scan is a pass over the image: a small file could take minutes."""
+    with pytest.raises(UnreadableError, match="more than 100 scans"):
+        convert_image(many_scans(101), profile)
+    stored = np.frombuffer(many_scans(101), np.uint8)
+    windows, out = np.array([[8.0, 8.0, 40.0, 40.0]]), np.empty((1, 32, 32, 3), np.uint8)
+    with pytest.raises(CorruptImageError, match="more than 100 scans"):
+        Decoder().make_views(stored, 133, 205, windows, np.zeros(1, np.bool_), out)
+    assert why_corrupt(stored) == "a JPEG of more than 100 scans"
+
+
+def test_only_scans_are_counted_as_scans() -> None:
+    """Metadata, thumbnails, and a video after the image can contain the marker's bytes."""
+    looks_like = b"\xff\xda\0\2" * 5000
+    whole = many_scans(100, segment(0xE5, looks_like)) + looks_like
+    assert convert_image(whole, "original").data == whole
+
+
+@pytest.mark.parametrize("profile", PROFILES)
+def test_an_image_that_needs_too_much_memory_is_left_out(profile: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise MemoryError
+
+    for module, name, data in ((images, "transcode", jpeg(IMAGE)), (Image.Image, "convert", saved(COLOUR, "TIFF"))):
+        with monkeypatch.context() as patched:
+            patched.setattr(module, name, fail)
+            if (name, profile) == ("transcode", "original"):
+                continue
+            with pytest.raises(UnreadableError, match="more memory than there is"):
+                convert_image(data, profile)
+
+
+@pytest.mark.parametrize("profile", PROFILES)
+@pytest.mark.parametrize("kind", ["PNG", "TIFF", "GIF", "WEBP", "BMP"])
+def test_small_files_of_huge_images_are_left_out(kind: str, profile: str) -> None:
+    """The size in the header is changed, as in a decompression bomb. The reason comes at once, and without the memory."""
+    data = bytearray(saved(Image.new("L", (64, 48)), kind, **({"lossless": True} if kind == "WEBP" else {})))
+    if kind == "PNG":
+        data[16:24] = struct.pack(">II", 60_000, 60_000)
+        data[29:33] = struct.pack(">I", zlib.crc32(data[12:29]))
+    elif kind == "TIFF":
+        for tag in (256, 257):
+            at = data.index(struct.pack("<HHI", tag, 4, 1)) + 8
+            data[at : at + 4] = struct.pack("<I", 60_000)
+    elif kind == "GIF":
+        data[6:10] = struct.pack("<HH", 60_000, 60_000)
+    elif kind == "WEBP":
+        at = data.index(b"VP8L") + 9
+        data[at : at + 4] = struct.pack("<I", 16_383 << 14 | 16_383)
+    else:
+        data[18:26] = struct.pack("<ii", 60_000, 60_000)
+    tracemalloc.start()
+    with pytest.raises(UnreadableError):
+        convert_image(bytes(data), profile)
+    assert tracemalloc.get_traced_memory()[1] < 10_000_000
+    tracemalloc.stop()
 
 
 def test_broken_metadata_is_reported_and_harmless() -> None:

@@ -406,9 +406,9 @@ def test_images_and_shards_in_one_folder_are_refused(tmp_path: Path, src: str, o
     write_images(tmp_path / "a", "images/n1/a.jpg", "n1/a.jpg")
     (tmp_path / "link").symlink_to(tmp_path / "a")
     before = sorted(tmp_path.rglob("*"))
-    places = [place if "://" in place else str(tmp_path / place) for place in (src, out)]
+    src, out = (place if "://" in place else str(tmp_path / place) for place in (src, out))
     with pytest.raises(UserError, match=words):
-        make_shards(ConvertOptions(*places, workers=1))
+        make_shards(ConvertOptions(src, out, workers=1))
     assert sorted(tmp_path.rglob("*")) == before
     check_places(str(tmp_path / "a"), str(tmp_path / "a-shards"))
 
@@ -510,7 +510,7 @@ def test_a_part_of_each_class_becomes_the_validation_split(tmp_path: Path) -> No
     assert other.splits["val"] != found.splits["val"]
     with pytest.raises(UserError, match="class c: has 3 images, 3 of them for validation leave none"):
         listed(tmp_path, val_per_class=3)
-    with pytest.raises(UserError, match="without a validation split"):
+    with pytest.raises(UserError, match="with a training split alone"):
         listed(write_images(tmp_path / "both", "train/n1/a.jpg", "val/n1/a.jpg"), val_share=0.1)
 
 
@@ -553,3 +553,15 @@ def test_labels_as_names_and_known_names(tmp_path: Path) -> None:
     (tmp_path / "classes.txt").write_text("dog\ncat\ndog\n")
     with pytest.raises(UserError, match="two classes are called 'dog'"):
         listed(tmp_path)
+
+
+def test_a_split_beside_the_source_is_told(image_folder: Path) -> None:
+    assert listed(image_folder / "train").notes == [f"only the training images; to use val beside it, give {image_folder}"]
+    assert listed(image_folder / "val").notes == ["the images of this val folder become the training split"]
+
+
+@pytest.mark.parametrize("content", ["[]", "{}", "junk", '{"classes": 3}'])
+def test_a_manifest_of_another_program_is_not_used(tmp_path: Path, content: str) -> None:
+    (tmp_path / "train-0.tar").write_bytes(tar_of(range(4)))
+    (tmp_path / "manifest.json").write_text(content)
+    assert listed(tmp_path).classes == ["0", "1", "2"]

@@ -13,7 +13,6 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from pipeline.jpeg import scans
 from pipeline.jpeg.region import RegionError
 from pipeline.jpeg.transcode import transcode
 from tests.helpers import SUBSAMPLINGS, jpeg, random_image, run_mutants
@@ -67,16 +66,6 @@ def test_damaged_and_missing_scans_are_refused_with_a_reason() -> None:
     ):
         with pytest.raises(RegionError, match=words):
             transcode(mutant)
-
-
-def test_the_number_of_scans_is_limited(monkeypatch: pytest.MonkeyPatch) -> None:
-    data = encoded((60, 70), "420", 90, progressive=True)
-    count = data.count(b"\xff\xda")
-    monkeypatch.setattr(scans, "MAX_SCANS", count)
-    transcode(data)
-    monkeypatch.setattr(scans, "MAX_SCANS", count - 1)
-    with pytest.raises(RegionError, match=f"more than {count - 1} scans"):
-        transcode(data)
 
 
 # Counts the mutants that are transcoded, refused, and differ from what libjpeg-turbo decodes without a warning.

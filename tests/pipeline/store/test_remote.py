@@ -212,7 +212,7 @@ def test_an_interrupted_close_stops_running_fetches_only(monkeypatch: pytest.Mon
         elif not stop.is_set():
             fetched.set()
 
-    def interrupted(self: threading.Thread) -> None:
+    def interrupted(self: threading.Thread, timeout: float | None = None) -> None:
         raise KeyboardInterrupt
 
     prefetcher = Prefetcher(fetch)

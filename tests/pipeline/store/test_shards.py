@@ -1,7 +1,12 @@
 from __future__ import annotations
 
+import builtins
+import errno
 import hashlib
+import io
 import json
+import mmap
+import os
 import shutil
 import subprocess
 import sys
@@ -16,7 +21,7 @@ from PIL import Image
 
 from pipeline.errors import UserError
 from pipeline.store import shards
-from pipeline.store.shards import ShardSet, label_digits
+from pipeline.store.shards import ChecksumError, ShardSet, label_digits
 from tests.helpers import open_image
 
 
@@ -139,11 +144,149 @@ def test_damaged_data_sets_are_named(small_shards: Path, tmp_path: Path) -> None
         ShardSet(copy, "train")
 
 
-def test_reading_maps_only_the_needed_shard(small_shards: Path) -> None:
+def test_reading_opens_only_the_needed_shard(small_shards: Path) -> None:
     stored = ShardSet(small_shards, "train")
     assert isinstance(stored.samples, np.memmap)
     stored.read(17)
-    assert list(stored._maps) == [1]
+    assert list(stored._open_files) == [1]
+
+
+def test_data_on_a_file_system_without_maps_is_read(small_shards: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = ShardSet(small_shards, "train")
+    images = [expected.read(i).copy() for i in range(len(expected))]
+
+    def refused(*_: Any, **__: Any) -> None:
+        raise OSError(errno.ENODEV, "No such device")
+
+    monkeypatch.setattr(mmap, "mmap", refused)
+    stored = ShardSet(small_shards, "train")
+    assert not isinstance(stored.samples, np.memmap)
+    assert np.array_equal(stored.samples, expected.samples)
+    assert all(np.array_equal(stored.read(i), images[i]) for i in range(len(stored)))
+
+
+@pytest.mark.parametrize("name", ["manifest.json", "mean_image.npy", "train/samples.npy", "train/000001.tar"])
+def test_a_file_without_permission_is_named(small_shards: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def guarded(original: Any) -> Any:
+        def opened(path: Any, *arguments: Any, **options: Any) -> Any:
+            if str(path) == str(small_shards / name):
+                raise PermissionError(errno.EACCES, "Permission denied", str(path))
+            return original(path, *arguments, **options)
+
+        return opened
+
+    for module in (builtins, io):
+        monkeypatch.setattr(module, "open", guarded(open))
+    monkeypatch.setattr(shards, "FileIO", guarded(io.FileIO))
+    problem = rf"^{small_shards / name}: permission denied for user ID \d+; ask its owner for access$"
+    with pytest.raises(UserError, match=problem):
+        read_all(ShardSet(small_shards, "train"))
+
+
+def read_all(stored: ShardSet) -> None:
+    stored.manifest.mean_image()
+    for index in range(len(stored)):
+        stored.read(index)
+
+
+@pytest.mark.parametrize("size", [0, 5000, None])
+def test_a_tar_that_is_changed_in_place_while_it_is_open_is_named(small_shards: Path, tmp_path: Path, size: int | None) -> None:
+    """A mapped file would end the process with SIGBUS. size: of the changed file; None: larger than before."""
+    shutil.copytree(small_shards, tmp_path / "data")
+    tar = tmp_path / "data" / "train" / "000001.tar"
+    stored, before = ShardSet(tmp_path / "data", "train"), tar.stat().st_size
+    kept = stored.read(20)
+    content = kept.tobytes()
+    os.truncate(tar, before + 512 if size is None else size)
+    with pytest.raises(UserError, match=rf"{tar}: has {tar.stat().st_size} bytes, manifest.json says {before}; restore the file"):
+        stored.read(20)
+    assert kept.tobytes() == content
+
+
+def test_a_tar_that_is_replaced_by_renaming_stays_readable(small_shards: Path, tmp_path: Path) -> None:
+    shutil.copytree(small_shards, tmp_path / "data")
+    stored = ShardSet(tmp_path / "data", "train")
+    expected = stored.read(20).tobytes()
+    (tmp_path / "new").write_bytes(b"other")
+    (tmp_path / "new").replace(tmp_path / "data" / "train" / "000001.tar")
+    assert stored.read(20).tobytes() == expected
+
+
+def test_a_disk_that_fails_is_named(small_shards: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def failing(*_: Any) -> None:
+        raise OSError(errno.EIO, "Input/output error")
+
+    stored = ShardSet(small_shards, "train")
+    monkeypatch.setattr(os, "preadv", failing)
+    with pytest.raises(UserError, match=rf"{small_shards}/train/000000.tar: .*Input/output error"):
+        stored.read(0)
+
+
+def test_short_reads_are_continued(small_shards: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    stored, read = ShardSet(small_shards, "train"), os.preadv
+    expected = stored.read(17).tobytes()
+    monkeypatch.setattr(os, "preadv", lambda stream, buffers, start: read(stream, [buffers[0][:100]], start))
+    assert stored.read(17).tobytes() == expected
+
+
+@pytest.mark.parametrize("cached", [False, True])
+def test_verified_reads_notice_every_byte_of_a_sample(small_shards: Path, tmp_path: Path, cached: bool) -> None:
+    """Also in its label and the headers, and after it. The neighbours stay readable."""
+    shutil.copytree(small_shards, tmp_path / "data")
+    stored = ShardSet(tmp_path / "data", "train", tmp_path / "cache" if cached else None, verify=True)
+    plain = ShardSet(small_shards, "train")
+    for index in range(len(stored)):
+        assert np.array_equal(stored.read(index), plain.read(index))
+    rng, records = np.random.default_rng(0), stored.samples
+    for index in (0, 1, 15, 16, 59):
+        start = 0 if index % 16 == 0 else -(-int(records["offset"][index - 1] + records["bytes"][index - 1]) // 512) * 512
+        end = -(-int(records["offset"][index] + records["bytes"][index]) // 512) * 512
+        for at in (start, end - 1, int(rng.integers(start, end))):
+            with stored.shards[records["shard"][index]].open("r+b") as stream:
+                flip(stream, at)
+                with pytest.raises(ChecksumError, match="its checksum is not the one in"):
+                    stored.read(index)
+                for neighbour in {max(index - 1, 0), min(index + 1, 59)} - {index}:
+                    assert np.array_equal(stored.read(neighbour), plain.read(neighbour))
+                flip(stream, at)
+
+
+def flip(stream: Any, at: int) -> None:
+    stream.seek(at)
+    byte = stream.read(1)[0]
+    stream.seek(at)
+    stream.write(bytes([byte ^ 4]))
+    stream.flush()
+
+
+@pytest.mark.parametrize("damage", [b"", b"\xff\xfe\n", b"v1.2 16\ncls 1\n", None])
+def test_a_sample_is_named_by_its_number_if_the_index_is_damaged(
+    small_shards: Path, tmp_path: Path, damage: bytes | None
+) -> None:
+    shutil.copytree(small_shards, tmp_path / "data")
+    index = tmp_path / "data" / "train" / "000001.idx"
+    if damage is None:
+        index.unlink()
+    else:
+        index.write_bytes(damage)
+    assert ShardSet(tmp_path / "data", "train").locate(20) == f"{tmp_path}/data/train/000001.tar: sample 20"
+
+
+@pytest.mark.parametrize("damage", [b"", b"junk", b"PK\3\4" + bytes(100), b"\x93NUMPY\1\0\5\0{'x':"])
+def test_a_samples_file_that_is_none_is_refused(small_shards: Path, tmp_path: Path, damage: bytes) -> None:
+    shutil.copytree(small_shards, tmp_path / "data")
+    (tmp_path / "data" / "train" / "samples.npy").write_bytes(damage)
+    with pytest.raises(UserError, match=rf"^{tmp_path}/data/train/samples.npy: cannot be read \(") as caught:
+        ShardSet(tmp_path / "data", "train")
+    assert "\n" not in str(caught.value)
+
+
+def test_the_checksums_that_are_written_are_those_of_the_tars(small_shards: Path) -> None:
+    stored = ShardSet(small_shards, "train")
+    for number, tar in enumerate(stored.shards):
+        samples = stored.samples[stored.samples["shard"] == number]
+        found = shards.sample_checksums(np.frombuffer(tar.read_bytes(), np.uint8), samples)
+        assert found.tolist() == samples["crc32"].tolist()
 
 
 def test_a_relative_path_stays_valid_after_chdir(small_shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import threading
+import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -23,7 +24,7 @@ from tools.profiler import loaders, measuring
 from tools.profiler import training as trainings
 from tools.profiler.loaders import LoaderSpeed, PausableLoader, grid, measure_loaders
 from tools.profiler.measuring import Estimate, Usage
-from tools.profiler.training import Emulated, Model, Training, measure_training, run_alone, run_window
+from tools.profiler.training import Emulated, Model, Training, fit, measure_training, run_alone, run_window
 from training import metrics
 
 
@@ -224,13 +225,14 @@ def test_data_wait(fake: FakeTime, images_per_s: float, waits: float, gets: floa
 
 
 def test_an_emulated_accelerator(fake: FakeTime) -> None:
-    assert run_alone(Emulated(200, torch.float32), batch_of(8), "cpu", 1) == pytest.approx(200)
-    assert run_alone(Emulated(200, torch.float32), batch_of(8), "cpu", 0) == pytest.approx(200)  # at least one step
-    assert run_alone(Emulated(200, torch.float32, 5.0), batch_of(8), "cpu", 1) == pytest.approx(100)  # 5 ms longer per image
+    assert run_alone(Emulated(200, torch.float32), batch_of(8), "cpu", 1).images_per_s == pytest.approx(200)
+    assert run_alone(Emulated(200, torch.float32), batch_of(8), "cpu", 0).images_per_s == pytest.approx(200)  # at least one step
+    slower = Emulated(200, torch.float32, 5.0)  # 5 ms longer per image
+    assert run_alone(slower, batch_of(8), "cpu", 1).images_per_s == pytest.approx(100)
 
 
 def test_an_emulated_accelerator_in_real_time() -> None:
-    assert 140 < run_alone(Emulated(200, torch.float32), batch_of(8), "cpu", 0.2) <= 200
+    assert 140 < run_alone(Emulated(200, torch.float32), batch_of(8), "cpu", 0.2).images_per_s <= 200
 
 
 @pytest.fixture
@@ -294,7 +296,7 @@ def test_consumers_and_loaders_take_turns(small_shards: Path) -> None:
 
 def test_training_without_the_step_alone(small_shards: Path) -> None:
     way = (spec_for(small_shards), Emulated(400, torch.float32))
-    for training in measure_training([way, way], False, 2, 0.05, "test", alone=False):
+    for training in measure_training([way, way], False, 2, 0.05, "test", kinds=("together",)):
         assert training.alone == []
         assert len(training.windows) == 2
 
@@ -310,3 +312,24 @@ def test_an_unknown_engine_is_an_error(small_shards: Path) -> None:
     with pytest.raises(UserError, match="unknown engine"):
         measure_training([(spec_for(small_shards, engine="x"), Emulated(100, torch.float32))], False, 2, 0.1, "test")
     assert prefetching() == []
+
+
+@pytest.mark.parametrize(("images_per_s", "limit", "size"), [(200, 10, 64), (20, 10, 40), (1, 10, 8)])
+def test_batches_shrink_where_their_steps_would_exceed_the_limit(
+    images_per_s: float, limit: float, size: int, fake: FakeTime, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of 5 steps. At 20 images/s, batches of 64 would take 16 s. They have at least an eighth of their images."""
+    training = Training(Emulated(images_per_s, torch.float32), replace(LoaderSpec("x"), batch_size=64))
+    fit(training, batch_of(64), 5, limit)
+    assert training.spec.batch_size == size
+    assert training.consumer.what.endswith(f", batches of {size}") == (size < 64)
+    assert (f"measured with batches of {size}" in capsys.readouterr().err) == (size < 64)
+
+
+def test_training_says_how_many_steps_it_measured(small_shards: Path) -> None:
+    way = (spec_for(small_shards), Emulated(4000, torch.float32))
+    (training,) = measure_training([way], False, 3, 0.05, "test", until=time.perf_counter())
+    found = training.json()
+    assert found["repeats"] == found["training"]["repeats"] == len(training.windows) == 2
+    assert found["training"]["steps"] == sum(len(window.steps) for window in training.windows)
+    assert found["steps_alone"] >= 2

@@ -16,6 +16,7 @@ import scipy.stats
 import torch
 
 from pipeline import progress
+from tests.helpers import FakeTime
 from tools.profiler.measuring import Estimate, GpuSampler, cores, cpu_seconds, in_turns, usage
 
 # --- Intervals and turns
@@ -53,6 +54,22 @@ def test_in_turns_covers_every_way_in_every_repeat() -> None:
     assert len(repeats) == 6
     assert all(sorted(repeat) == list("abcd") for repeat in repeats)
     assert len(set(repeats)) > 1  # the order varies
+
+
+@pytest.mark.parametrize(("seconds", "repeats"), [(0.0, 2), (3.5, 3), (4.5, 4), (100, 6)])
+def test_in_turns_ends_before_the_time_limit_but_repeats_at_least_twice(
+    seconds: float, repeats: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fake = FakeTime()
+    monkeypatch.setattr("tools.profiler.measuring.time", fake)
+    taken: list[str] = []
+
+    def turn(way: str) -> None:
+        taken.append(way)
+        fake.sleep(0.5)
+
+    in_turns("ab", 6, turn, until=seconds)
+    assert len(taken) == 2 * repeats
 
 
 def test_in_turns_shows_its_progress_if_it_has_a_label(

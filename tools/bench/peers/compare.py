@@ -25,6 +25,7 @@ from tools.bench.recording import RESULTS
 
 OUT = ("uint8", "float32")
 ROWS = RESULTS / "compare.csv"
+ONE_CORE = "not measured: FFCV can hang with one core, in numba's TBB threads"
 
 
 @dataclass(frozen=True)
@@ -89,6 +90,8 @@ def compare(options: CompareOptions) -> dict[str, Any]:
         kinds = {contender.data for contender in contenders}
         without_beton = data.prepare(options.images, folder, kinds, {one.data for one in contenders if one.reads_beton})
         errors = {one.key: without_beton[one.data] for one in contenders if one.reads_beton and one.data in without_beton}
+        if options.threads == 1:
+            errors |= {one.key: ONE_CORE for one in contenders if one.function.startswith("tools.bench.peers.ffcv:")}
         jobs = {kind: job(folder / kind, options) for kind in kinds}
         results = measure(contenders, jobs, options.repeats, options.seconds, options.python_for, errors)
         touched = cuts.touched(jobs["lossless"]) if "lossless" in jobs else None  # at the end, when no process maps the shards

@@ -1,0 +1,77 @@
+"""Checks of samples.npy: a wrong number there would give other images or labels, or none."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from ..errors import UserError
+from . import files
+
+_AT_ONCE = 1 << 20  # records in memory at a time
+
+
+def samples_problem(samples: npt.NDArray[Any], classes: int, shards: Sequence[Mapping[str, Any]], first: int = 0) -> str:
+    """What is wrong with `SAMPLE` records, of consecutive samples from `first` on; "" if nothing is.
+
+    classes: their number. shards: their entries in the manifest, empty if there are only FFCV files.
+    """
+    ends = np.cumsum([shard["images"] for shard in shards], dtype=np.int64)
+    sizes = np.array([shard["bytes"] for shard in shards], np.uint64)
+    for start in range(0, len(samples), _AT_ONCE):
+        part = samples[start : start + _AT_ONCE]
+        for name, is_bad in _out_of_range(part, classes, ends, sizes, first + start):
+            if is_bad.any():
+                at = int(is_bad.argmax())
+                return f"the {name} of sample {first + start + at} is out of range ({part[name][at]})"
+    return ""
+
+
+def _out_of_range(
+    samples: npt.NDArray[Any], classes: int, ends: npt.NDArray[np.int64], sizes: npt.NDArray[np.uint64], first: int
+) -> Iterator[tuple[str, npt.NDArray[np.bool_]]]:
+    """Fields, and which records have a wrong value there. ends, sizes: of the shards, in samples and bytes."""
+    yield "label", (samples["label"] < 0) | (samples["label"] >= classes)
+    for name in ("bytes", "height", "width"):
+        yield name, samples[name] == 0
+    if len(ends):
+        shards = np.searchsorted(ends, np.arange(first, first + len(samples)), side="right")
+        yield "shard", samples["shard"] != shards
+        yield "offset", samples["offset"] > sizes[shards]
+        yield "bytes", samples["bytes"] > sizes[shards] - samples["offset"]
+
+
+class BackgroundCheck:
+    """Runs checks of a file in a thread, one after another until one returns a problem.
+
+    problem: that problem, or "". is_running: whether the checks have not ended.
+    """
+
+    def __init__(self, path: str, checks: Sequence[Callable[[], str]]) -> None:
+        self.problem, self.is_running = "", True
+        self._path, self._checks = path, checks
+        self._thread = threading.Thread(target=self._run, name="cropfeed-check", daemon=True)
+        self._thread.start()
+
+    def wait(self) -> None:
+        """Raise UserError if the file is damaged."""
+        self._thread.join()
+        if self.problem:
+            raise UserError(self.problem, "make the shards again")
+
+    def _run(self) -> None:
+        try:
+            found = next(filter(None, (check() for check in self._checks)), "")
+            self.problem = f"{self._path}: {found}" if found else ""
+        except UserError as error:
+            self.problem = str(error)
+        finally:
+            self.is_running = False
+
+
+def hash_problem(path: str, sha256: str) -> str:
+    return "" if files.sha256(path) == sha256 else "its SHA-256 is not the one in manifest.json"

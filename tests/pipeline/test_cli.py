@@ -1,0 +1,119 @@
+"""What every command-line program does with errors of the system: one line, and an exit code."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import psutil
+import pytest
+
+from pipeline.cli import run_cli
+from pipeline.errors import storage_error
+from tests.helpers import ROOT, assert_refused
+
+
+def program(code: str, *, is_log: bool = False) -> list[str]:
+    """A program whose `main` is one line of code."""
+    lines = f"import sys\nsys.path.insert(0, {str(ROOT)!r})\nfrom pipeline.cli import run_cli\n"
+    return [sys.executable, "-c", f"{lines}def main():\n    {code}\nrun_cli(main, is_log={is_log})"]
+
+
+@pytest.mark.parametrize(
+    ("error", "line"),
+    [
+        (OSError(28, "No space left on device", "/dev/null"), "/dev/null: cannot be written: not enough space on the disk at /"),
+        (OSError(27, "File too large"), "a file: cannot be written: the file is too large for the file system at /"),
+        (PermissionError(13, "Permission denied", "/a/b"), "/a/b: Permission denied"),
+        (FileNotFoundError(2, "No such file or directory", "/a/b"), "/a/b: No such file or directory"),
+        (OSError(107, "Transport endpoint is not connected"), "Transport endpoint is not connected"),
+        (BrokenPipeError(32, "Broken pipe"), "Broken pipe"),
+        (MemoryError("Unable to allocate 728. TiB for an array"), "memory ran out (Unable to allocate 728. TiB)"),
+        (RuntimeError("[x] DefaultCPUAllocator: you tried to allocate 4000 bytes. Error"), "(tried to allocate 4000 bytes)"),
+    ],
+)
+def test_an_error_of_the_system_is_one_line(error: Exception, line: str, capsys: pytest.CaptureFixture[str]) -> None:
+    def main() -> None:
+        raise error
+
+    with pytest.raises(SystemExit) as ended:
+        run_cli(main)
+    printed = capsys.readouterr().err
+    assert_refused(subprocess.CompletedProcess("", int(str(ended.value)), "", printed), line)
+
+
+@pytest.mark.parametrize("bug", [RuntimeError("a bug"), OSError("without a number"), ValueError("a bug")])
+def test_a_bug_has_a_traceback(bug: Exception) -> None:
+    def main() -> None:
+        raise bug
+
+    with pytest.raises(type(bug)):
+        run_cli(main)
+
+
+def test_output_to_a_full_disk_is_lost_but_ends_no_work(tmp_path: Path) -> None:
+    """A program whose output is its result says so and fails; one whose output is only a log says so."""
+    code = "print('x' * 100_000, flush=True); open(sys.argv[1], 'w').write('done')"
+    for is_log in (False, True):
+        file = tmp_path / str(is_log)
+        with Path("/dev/full").open("w") as full:
+            result = subprocess.run(
+                [*program(code, is_log=is_log), str(file)], stdout=full, stderr=subprocess.PIPE, text=True, check=False
+            )
+        assert result.returncode == (0 if is_log else 2)
+        assert result.stderr == "error: a part of the output is lost (No space left on device)\n"
+        assert file.read_text() == "done"
+
+
+def test_output_that_nobody_reads(tmp_path: Path) -> None:
+    """`... | head` ends quietly; a training goes on."""
+    for is_log in (False, True):
+        command = program("[print(number) for number in range(100_000)]", is_log=is_log)
+        with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+            assert process.stdout is not None
+            assert process.stderr is not None
+            process.stdout.close()
+            assert process.stderr.read() == ""
+            assert process.wait() == (0 if is_log else 1)
+
+
+@pytest.mark.parametrize(
+    ("text", "cause"),
+    [
+        ("Error while serializing: I/O error: No space left on device (os error 28)", "not enough space"),
+        ("I/O error: Read-only file system (os error 30)", "is read-only"),
+        ("I/O error: Disk quota exceeded (os error 122)", "your quota on the disk at /proc is used up"),
+    ],
+)
+def test_an_error_of_safetensors_is_understood(text: str, cause: str) -> None:
+    assert cause in str(storage_error(Exception(text), "/proc/model"))
+
+
+@pytest.mark.parametrize("text", ["1000 requested and 20 written", "Not enough free space to write 24 bytes after offset 128"])
+def test_an_error_of_numpy_is_understood(text: str) -> None:
+    assert "not enough space" in str(storage_error(OSError(text), "/mean.npy"))
+
+
+def test_an_error_behind_the_one_of_torch_is_understood(tmp_path: Path) -> None:
+    error = RuntimeError("unexpected pos 64 vs 0")
+    error.__context__ = OSError(5, "Input/output error")
+    assert "reports an input/output error" in str(storage_error(error, tmp_path / "optimizer.pt"))
+    error.__context__ = None
+    assert storage_error(error, tmp_path) is None
+
+
+IN_NAMESPACE = ["unshare", "--pid", "--fork", "--mount-proc"]
+
+
+def test_sigterm_ends_the_first_process_of_a_container() -> None:
+    if subprocess.run([*IN_NAMESPACE, "true"], capture_output=True, check=False).returncode:
+        pytest.skip("a new PID namespace needs root")
+    command = [*IN_NAMESPACE, *program("import os, time; print(os.getpid(), flush=True); time.sleep(60)")]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "1\n"
+        (first,) = psutil.Process(process.pid).children()
+        first.send_signal(signal.SIGTERM)
+        assert process.wait(10) == 128 + signal.SIGTERM
