@@ -2,7 +2,7 @@
 
 | image | lossless | compact | original |
 | --- | --- | --- | --- |
-| JPEG (Huffman-coded, 8 bit, 1 or 3 components), also progressive | the same coefficients, region-addressable | re-encoded | unchanged |
+| JPEG (8 bit, 1 or 3 components), also progressive | the same coefficients, region-addressable | re-encoded | unchanged |
 | Adobe RGB JPEG (transform 0) | the same, with its APP14 marker | re-encoded as YCbCr | unchanged |
 | arithmetic-coded JPEG, and one that is not whole: scans are missing | re-encoded | re-encoded | unchanged |
 | CMYK or YCCK JPEG | re-encoded, Pillow's conversion to RGB | re-encoded | unchanged |

@@ -221,7 +221,8 @@ def _refine(
     Between the codes for new nonzero coefficients are single bits, one for each coefficient that was not zero before.
     """
     while k <= end:
-        zeros, value = 64, 0
+        zeros: Any = 64
+        value: Any = 0
         if not run:
             at, bits, have = refill(data, at, bits, have)
             entry = lookup(bits, row, tables)

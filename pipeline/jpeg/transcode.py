@@ -14,6 +14,7 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from ..jit import Int
 from . import blocks, entropy, huffman
 from .header import Header, parse, write_segment
 from .region import APP11, MAGIC, TABLE, VERSION, Bytes, Ints, RegionError
@@ -122,7 +123,7 @@ class _ManyScans(NamedTuple):
         places = _components_of_blocks(header)
         most = 64 * tile * len(places)  # tokens of a tile
         beside = 5 * len(coefficients)  # a block's DC, at most 3 runs of 16 zeros, and its end
-        room = min(np.count_nonzero(coefficients) + beside + most, most * (mcus // tile), _MAX_TOKENS)
+        room = min(int(np.count_nonzero(coefficients)) + beside + most, most * (mcus // tile), _MAX_TOKENS)
         return _ManyScans(
             coefficients, blocks.mcu_order(blocks.components_of(header)), places, tile, np.empty(room, np.uint32),
             np.empty(mcus // tile + 1, np.int64),
@@ -130,7 +131,7 @@ class _ManyScans(NamedTuple):
 
     def pieces(self, counts: Ints) -> Iterator[tuple[Tokens, Ints]]:
         """As `_OneScan.pieces`."""
-        done = 0
+        done: Int = 0
         while (first := done) < len(self.order):
             total, done = blocks.tokenize(*self[:3], first, self.tile, self.tokens, self.starts, counts)
             if total < 0:

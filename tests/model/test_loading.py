@@ -265,7 +265,7 @@ def test_timm_folders(tmp_path: Path) -> None:
 
     named = write_timm_folder(tmp_path / "named", weights, label_names=SEVEN)
     assert load_model(named, None, None)[1].classes == SEVEN
-    with pytest.raises(UserError, match="its 7 classes differ from the 7 of the data: class 2 is '.+', in the data 'new'; give"):
+    with pytest.raises(UserError, match=r"its 7 classes differ from the 7 of the data: class 2 is '.+', in the data 'new'; give"):
         load_model(named, None, [*SEVEN[:2], "new", *SEVEN[3:]])
     flat = write_timm_folder(tmp_path / "old", weights, pretrained_cfg=None, input_size=[3, 224, 224], mean=[0, 0, 1])
     config = load_model(flat, None, SEVEN)[1]

@@ -78,12 +78,9 @@ COLOUR, GREY = Image.fromarray(IMAGE), Image.fromarray(IMAGE).convert("L")
 DEEP = Image.fromarray((np.asarray(GREY).astype(np.uint16) << 8) + 77)
 # name -> the file, and a word of the fact that the report must contain (None: no fact)
 REENCODED: dict[str, tuple[bytes, str]] = {
-    "progressive": (saved(COLOUR, quality=92, progressive=True), "progressive"),
-    "progressive grey": (saved(GREY, progressive=True), "progressive"),
     "arithmetic": (ARITHMETIC, "arithmetic"),
     "cmyk": (saved(COLOUR.convert("CMYK")), "4 components"),
     "ycck": (ycck(), "4 components"),
-    "a scan a component": (non_interleaved(), "scans of their own"),
     "damaged": (damaged(), "re-encoded"),
     "png": (saved(COLOUR, "PNG"), "PNG"),
     "grey png": (saved(GREY, "PNG"), "PNG"),
@@ -100,6 +97,9 @@ KEPT: dict[str, tuple[bytes, str | None]] = {
     "orientation": (saved(COLOUR, exif=exif(6)), "orientation"),
     "upright": (saved(COLOUR, exif=exif(1)), None),
     "restart markers": (saved(COLOUR, restart_marker_blocks=3), None),
+    "progressive": (saved(COLOUR, quality=92, progressive=True), None),
+    "progressive grey": (saved(GREY, progressive=True), None),
+    "a scan a component": (non_interleaved(), None),
     "bytes before a marker": (jpeg(IMAGE)[:-2] + b"\0\0\0\xff\xd9junk", None),
 }
 
