@@ -215,7 +215,9 @@ def decode_tiles(data: Bytes, layout: TileLayout, area: Area, header: Header, mc
             start, stop = layout.scan + starts[row * tiles + tile], layout.scan + starts[row * tiles + tile + 1] - 2
             if not is_segment(data, layout.scan, starts, row * tiles + tile):
                 return False
-            _, end = unstuff(data, start, stop, unstuffed)
+            stopped, end = unstuff(data, start, stop, unstuffed)
+            if stopped != stop:
+                return False  # a marker inside the tile
             mcus = min(interval, last_column - tile * interval)
             skipped = first_column - tile * interval
             at, bits, have = np.uint64(0), np.uint64(0), 0

@@ -241,8 +241,9 @@ def test_strict_stops_at_the_first_bad_image(tmp_path: Path) -> None:
 
 
 def test_a_split_without_any_usable_image_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "src" / "n1").mkdir(parents=True)
-    (tmp_path / "src" / "n1" / "notes.JPEG").write_text("no image")
+    for name in ("n1", "n2"):
+        (tmp_path / "src" / name).mkdir(parents=True)
+        (tmp_path / "src" / name / "notes.JPEG").write_text("no image")
     result = without_progress(make(tmp_path / "src", tmp_path / "out"))
     assert_refused(result, "no image of train can be used", "notes.JPEG")
     assert not (tmp_path / "out" / "manifest.json").exists()

@@ -33,10 +33,8 @@ def attack(environment: dict[str, str]) -> Counter[tuple[str, str, str]]:
 def test_damaged_files_are_refused_or_decoded_as_by_libjpeg_turbo(bounds: bool, tmp_path: Path) -> None:
     found = attack({"NUMBA_BOUNDSCHECK": "1", "NUMBA_CACHE_DIR": str(tmp_path)} if bounds else {})
     differs = Counter[str]()
-    for (function, zone, outcome), count in found.items():
+    for (_, zone, outcome), count in found.items():
         differs[zone] += count * (outcome == "differs")
-        if zone == "table" and function != "transcode":
-            assert outcome in ("refused", "exact")
     assert differs["table"] == 0
     assert differs.total() <= found.total() / 500  # damaged coefficients: libjpeg-turbo resynchronizes, and overflows in 16 bits
     for function in ("decode", "cut", "make_views", "transcode"):
