@@ -124,11 +124,11 @@ def make_shards(options: ConvertOptions, tell: Callable[[str], None] = log.info)
     if others := unused(src, listing):
         more = f" and {len(others) - 5} more" if len(others) > 5 else ""
         listing.notes.append(f"not used: {', '.join(others[:5])}{more}")
-    for note in listing.notes:
-        log.warning("%s: %s", options.src, note)
     listing = replace(listing, names=listing.names or find_names(src, listing.classes))
     tasks = conversion.plan_tasks(listing, out, options.settings, options.strict)
     conversion.begin(out, conversion.fingerprint(listing, options.settings))
+    for note in listing.notes:
+        log.warning("%s: %s", options.src, note)
     if conversion.is_complete(out):
         lines = [_repair(options, out, tasks)]
     else:

@@ -21,7 +21,7 @@ from pipeline.errors import UserError
 from pipeline.store import files
 from pipeline.store.manifest import Manifest
 from pipeline.store.shards import ShardSet
-from tests.helpers import jpeg, random_image
+from tests.helpers import jpeg, random_image, run_forked, run_script
 from tests.pipeline.convert.test_sources import WNIDS, devkit, listed, packed, write_images
 
 
@@ -346,26 +346,50 @@ def test_what_a_list_repeats_is_told(photos: Path, tmp_path: Path) -> None:
 # All kinds
 
 
-def test_the_same_images_give_the_same_samples_from_every_kind(tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def every_kind(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """The same nine images as a source of each kind, and shards of each."""
+    root = tmp_path_factory.mktemp("kinds")
     names = [f"{'train' if i < 7 else 'val'}/n{i % 3}/{i}.jpg" for i in range(9)]
-    write_images(tmp_path / "folders", *names)
-    expected = {data: f"{'train' if i < 7 else 'val'} n{i % 3}" for i, data in enumerate(IMAGES)}
-    rows: list[tuple[str, ...]] = [(name, name.split("/")[1], name.split("/")[0]) for name in names]
-    (tmp_path / "tars").mkdir()
-    for split, range_ in (("train", range(7)), ("val", range(7, 9))):
-        members = {f"{i}.{kind}": data for i in range_ for kind, data in (("jpg", IMAGES[i]), ("cls", f"n{i % 3}".encode()))}
-        (tmp_path / "tars" / f"{split}.tar").write_bytes(packed(members))
-        write_parquet(tmp_path / "parquet" / f"{split}.parquet", [(IMAGES[i], i % 3) for i in range_], ["n0", "n1", "n2"])
-    shutil.copytree(tmp_path / "folders", tmp_path / "kaggle")
-    for i in (7, 8):
-        (tmp_path / "kaggle" / names[i]).rename(tmp_path / "kaggle" / "val" / f"{i}.jpg")
-        (tmp_path / "kaggle" / names[i]).parent.rmdir()
-    (tmp_path / "kaggle" / "val.txt").write_text("7 n1\n8 n2\n")
-    for kind, source in (("folders", ""), ("kaggle", ""), ("tars", ""), ("parquet", ""), ("folders", "list")):
-        options = {"list": str(write_list(tmp_path / "list.csv", rows))} if source else {}
-        out = tmp_path / f"out-{kind}{source}"
-        assert shards_of(tmp_path / kind, out, **options) == expected, kind
+    write_images(root / "folders", *names)
+    for split, numbers in (("train", range(7)), ("val", range(7, 9))):
+        members = {f"{i}.{kind}": data for i in numbers for kind, data in (("jpg", IMAGES[i]), ("cls", f"n{i % 3}".encode()))}
+        (root / "webdataset").mkdir(exist_ok=True)
+        (root / "webdataset" / f"{split}.tar").write_bytes(packed(members))
+        write_parquet(root / "parquet" / f"{split}.parquet", [(IMAGES[i], i % 3) for i in numbers], ["n0", "n1", "n2"])
+    write_images(root / "kaggle", *names[:7], "val/7.jpg", "val/8.jpg")
+    (root / "kaggle" / "val.txt").write_text("7 n1\n8 n2\n")
+    shutil.copytree(root / "folders", root / "list")
+    write_list(root / "list.csv", [(name, name.split("/")[1], name.split("/")[0]) for name in names])
+    for kind in ("folders", "kaggle", "webdataset", "parquet", "list"):
+        images = SourceOptions(list=str(root / "list.csv") if kind == "list" else "")
+        make_shards(ConvertOptions(str(root / kind), str(root / f"{kind}-shards"), shard_size=3, workers=1, images=images))
+    return {kind: root / f"{kind}-shards" for kind in ("folders", "kaggle", "webdataset", "parquet", "list")}
+
+
+def test_the_same_images_give_the_same_samples_from_every_kind(every_kind: dict[str, Path]) -> None:
+    samples = {}
+    for kind, out in every_kind.items():
         assert verify(str(out), 1) == []
+        for split in ("train", "val"):
+            stored = ShardSet(out, split)
+            classes = [stored.manifest.classes[label] for label in stored.samples["label"]]
+            samples[kind, split] = {stored.read(i).tobytes(): name for i, name in enumerate(classes)}
+    assert {split: sorted(found.values()) for (kind, split), found in samples.items() if kind == "folders"} == {
+        "train": ["n0", "n0", "n0", "n1", "n1", "n2", "n2"], "val": ["n1", "n2"],
+    }  # fmt: skip
+    assert all(found == samples["folders", split] for (_, split), found in samples.items())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["folders", "kaggle", "webdataset", "parquet", "list"])
+def test_every_kind_can_be_trained_on_and_evaluated(every_kind: dict[str, Path], tmp_path: Path, kind: str) -> None:
+    options = ("--arch", "resnet20", "--iterations", 2, "--batch-size", 4, "--image-size", 32, "--scale", 36, 40, "--threads", 1)
+    result = run_forked("train.py", "--data", every_kind[kind], "--output", tmp_path / "run", *options)
+    assert result.returncode == 0, result.stderr
+    result = run_script("tools/evaluate.py", tmp_path / "run", "--data", every_kind[kind])
+    assert result.returncode == 0, result.stderr
+    assert "top" in result.stdout
 
 
 @pytest.mark.parametrize(
