@@ -29,7 +29,7 @@ from nvidia.dali import Pipeline, fn, types
 
 from ..jpeg.region import NO_TABLE, Bytes
 from ..loader import Batch, BatchPlan, BatchRange, Loader, check_in_order
-from ..pixels.decoder import CorruptImageError, Decoder, cut_windows, why_corrupt
+from ..pixels.decoder import CorruptImageError, Decoder, cut_windows, decode_by_pillow, has_size, why_corrupt
 from ..plan import sampling
 from ..spec import LoaderSpec
 
@@ -212,6 +212,10 @@ class _BatchInputs:
             return to_ppm(views.reshape(-1, *views.shape[2:]))
         data = self._loader.read(int(plan.ids[index]))
         box[:] = 0, 0, height, width
+        if data[:2].tobytes() == b"\xff\xd8" and not has_size(data, height, width):  # DALI would crop another image
+            found_height, found_width, _ = decode_by_pillow(data).shape
+            if (found_height, found_width) != (height, width):
+                raise CorruptImageError(f"has {found_height} x {found_width} pixels, but was stored as {height} x {width}")
         if self._loader.cuts:
             piece = np.empty(len(data), np.uint8)
             windows = plan.views.windows[self._views(index)]

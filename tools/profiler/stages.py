@@ -224,7 +224,7 @@ def speed(stage: Stage, count: int, threads: int, seconds: float) -> float:
 
 
 def read_cold(
-    spec: LoaderSpec, threads: Sequence[int], repeats: int, seconds: float, until: float
+    spec: LoaderSpec, threads: Sequence[int], repeats: int, seconds: float, until: float = NEVER
 ) -> tuple[Measured, float | None]:
     """Read each image at most once, in random order, after dropping the page cache before each repeat. Also returns the bytes
     that the storage delivered per image."""

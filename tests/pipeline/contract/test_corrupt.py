@@ -49,9 +49,13 @@ def damage(data: Path, sample: int, kept: int) -> None:
 
 
 def overwrite(path: Path, start: int, count: int) -> None:
+    replace_bytes(path, start, bytes(count))
+
+
+def replace_bytes(path: Path, start: int, content: bytes) -> None:
     with path.open("r+b") as stream:
         stream.seek(start)
-        stream.write(bytes(count))
+        stream.write(content)
 
 
 def expected_ids(epoch: int, corrupt: set[int]) -> list[int]:
@@ -111,6 +115,26 @@ def test_the_policy_stop_names_the_sample(damaged: Path, engine: str, threads: i
     with pytest.raises(UserError, match=rf"({names}): cannot be decoded \(.+\); make the shards again") as caught:
         ids(loader)
     assert "\n" not in str(caught.value)
+    loader.close()
+
+
+def test_an_image_whose_header_has_another_size_is_replaced(small: Path, engine: str, tmp_path: Path) -> None:
+    """The table of segments still fits: the height changes by less than a row of MCUs. Crops would be of other pixels."""
+    copy = tmp_path / "copy"
+    shutil.copytree(small, copy)
+    shards = ShardSet(copy, "train")
+    sample = int(np.flatnonzero(shards.samples["height"] % 16 > 8)[0])
+    record, stored = shards.samples[sample], shards.read(sample).tobytes()
+    height = int(record["height"])
+    frame = stored.index(b"\xff\xc0")
+    change = stored[: frame + 5] + (height - 2).to_bytes(2, "big") + stored[frame + 7 :]
+    replace_bytes(shards.shards[record["shard"]], int(record["offset"]), change)
+    if engine == "ffcv":
+        content = (copy / "train.beton").read_bytes()
+        replace_bytes(copy / "train.beton", content.index(stored), change)
+    loader = open_loader(spec_for(copy, engine))
+    assert ids(loader) == expected_ids(0, {sample})
+    assert loader.substitutes.corrupt.keys() == {sample}
     loader.close()
 
 
