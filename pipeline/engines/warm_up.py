@@ -49,7 +49,7 @@ def warm_up() -> None:
 def compile_decoding() -> None:
     """Compile `decode_tiles` by giving it no tiles, and `decode_views` by giving it bytes that it refuses."""
     data, scratch, ints = np.zeros(4, np.uint8), np.zeros(1, np.uint8), np.zeros(4, np.int64)
-    data.setflags(write=False)  # like bytes that are memory-mapped
+    data.setflags(write=False)  # as `ShardSet.read` returns it
     layout = TileLayout(0, ints, 0, 0, 0, 0, 1, 1, 8, 8, 8, 8)
     header = Header(np.zeros((4, 64), np.int32), np.zeros((3, 5), np.int64), empty_tables(), np.zeros((4, 1), np.uint32))
     decode_tiles(data, layout, Area(0, 0, 0, 0), header, McuBlocks(np.zeros((1, 7), np.uint64), ints, ints), scratch)

@@ -311,4 +311,5 @@ def _read_from(stream: FileIO, path: str, size: int, start: int, count: int) -> 
             done, found = done + got, found if got else start + done
     if found != size:
         raise UserError(f"{path}: has {found} bytes, manifest.json says {size}", "restore the file, or make the shards again")
+    content.setflags(write=False)  # numba compiles code for read-only arrays anew: here it is always that code, as in `warm_up`
     return content
