@@ -3,12 +3,26 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterator
 
 from ..errors import UserError
 from ..progress import progress_bar
 from ..store import files
-from .sources import IMAGES, SPLITS, Keys, Listing, Skipped, Source, SourceOptions, as_shown, entries, split_folders
+from .sources import (
+    IMAGES,
+    PACKED,
+    SPLITS,
+    Keys,
+    Listing,
+    Skipped,
+    Source,
+    SourceOptions,
+    as_shown,
+    entries,
+    split_folders,
+    split_of,
+)
 
 Found = dict[str, list[files.Entry]]  # class, as a path below its split -> its images
 
@@ -20,22 +34,39 @@ def class_folders(folder: str) -> list[str]:
 
 def image_splits(src: str) -> dict[str, str]:
     """The folders of the splits, by split. None if they are class folders themselves, such as a class "train" of vehicles."""
-    named = split_folders(src)
+    named = split_folders(src) or _splits_by_words(src)
     others = set(class_folders(src)) - set(named.values())
     if len(others) > 1 and not any(class_folders(files.join(src, name)) for name in named.values()):
         return {}
     return dict(sorted(named.items()))
 
 
+def _splits_by_words(src: str) -> dict[str, str]:
+    """The folders of class folders with a split's word in their names, such as train2012, by split."""
+    found: dict[str, str] = {}
+    for name in class_folders(src):
+        split = split_of(name) if set(re.split("[^a-z]+", name.lower())) & SPLITS.keys() else None
+        if split and class_folders(files.join(src, name)):  # a class may be called "test tube"
+            if split in found:
+                raise UserError(f"{src}: {name} and {found[split]} are both the split {split}", "move one of them elsewhere")
+            found[split] = name
+    return found
+
+
 def has_class_folders(src: str) -> bool:
-    """Whether SRC/train/<class>/ or SRC/<class>/ exist, with no tars beside them or only those that they were unpacked from."""
+    """Whether SRC/train/<class>/ or SRC/<class>/ exist. Tars beside them are those that they were unpacked from, if they have the
+    same names or if the folders hold images."""
     named = image_splits(src)
     if any(class_folders(files.join(src, name)) for split, name in named.items() if split != "test"):
         return True
     inside = entries(src)
     folders = {entry.name for entry in inside if entry.is_folder} - set(named.values())
     tars = {entry.name.removesuffix(".tar") for entry in inside if entry.name.endswith(".tar")}
-    return bool(folders) and tars <= folders
+    return bool(folders) and (tars <= folders or sum(_holds_images(src, name) for name in sorted(folders)[:3]) > 1)
+
+
+def _holds_images(src: str, name: str) -> bool:
+    return any(entry.name.lower().endswith(IMAGES) for entry in entries(files.join(src, name)))
 
 
 def list_folders(src: str, options: SourceOptions) -> Listing:
@@ -104,6 +135,12 @@ def _walk(folder: str, name: str, above: tuple[str, ...], skipped: Skipped, foun
     nested = [entry for entry in inside if entry.is_folder]
     if not inside:
         raise UserError(f"{path}: class folder without images", "add its images, or convert a folder without it")
+    packed = [entry.name for entry in inside if entry.name.lower().endswith(PACKED) and not entry.is_folder]
+    if packed and len(packed) == len(inside):
+        raise UserError(f"{path}: holds {packed[0]}, no images", f"give {path} if these are all, or unpack them")
+    if packed:
+        skipped.others.append(f"not used: {packed[0]} among the images in {path}")
+        inside = [entry for entry in inside if entry.name not in packed]
     if not nested:
         found[name] = inside
         return

@@ -11,7 +11,7 @@ from .folders import has_class_folders, image_splits, list_folders
 from .kaggle import find_root, list_kaggle
 from .lists import list_file
 from .parquet import has_images, list_parquet
-from .sources import IMAGES, SPLITS, Listing, SourceOptions, check, entries, split_folders, split_off
+from .sources import IMAGES, PACKED, SPLITS, Listing, SourceOptions, check, entries, split_folders, split_off
 from .tars import TRAIN, VAL, list_official, official_files
 from .webdataset import has_tars, list_webdataset
 
@@ -31,7 +31,7 @@ _FOR = {  # options of some kinds only
     "val_labels": ("kaggle",),
 }
 _ADVICE = "give the folder above train/ and val/, which hold class folders of images; or list the images (`list`)"
-_PACKED = (".zip", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".rar", ".7z")
+_ARCHIVES = tuple(suffix for suffix in PACKED if suffix not in (".tar", ".parquet"))
 _LOOKED_AT = 10  # entries of SRC that are looked at for a better level
 
 
@@ -78,7 +78,7 @@ def _recognised(src: str) -> str:
             raise UserError(f"{src}: the images are in {' and '.join(below)}", f"give {'one of them' if below[1:] else below[0]}")
     if kind:
         return kind
-    if packed := [entry.name for entry in inside if entry.name.lower().endswith(_PACKED)]:
+    if packed := [entry.name for entry in inside if entry.name.lower().endswith(_ARCHIVES)]:
         raise UserError(f"{src}: holds {packed[0]}", "unpack it first, and give the folder of train/ and val/ in it")
     if any(entry.name.lower().endswith(IMAGES) for entry in inside):
         raise UserError(f"{src}: holds images, but no class folders", _advice_above(src))
@@ -87,8 +87,11 @@ def _recognised(src: str) -> str:
 
 def _is_source(folder: str) -> bool:
     """Whether a folder is a source, and not merely one of class folders."""
-    if not any(entry.is_folder or entry.name.endswith((".tar", ".parquet")) for entry in entries(folder)):
-        return False  # of a class, which is the usual case
+    inside = entries(folder)
+    if any(entry.name.lower().endswith(IMAGES) for entry in inside):
+        return False  # a class folder, which is the usual case
+    if not any(entry.is_folder or entry.name.endswith((".tar", ".parquet")) for entry in inside):
+        return False
     kind = recognise(folder)
     return kind not in ("", "folders") or (kind == "folders" and bool(image_splits(folder)))
 
@@ -106,7 +109,7 @@ def _no_folder(src: str) -> UserError:
     if not files.exists(src):
         return UserError(f"{src}: no such folder", _ADVICE)
     name = src.lower()
-    if name.endswith(_PACKED):
+    if name.endswith(_ARCHIVES):
         return UserError(f"{src}: is an archive", "unpack it first, and give the folder of train/ and val/ in it")
     if name.endswith((".tar", ".parquet")):
         return UserError(f"{src}: is a file", f"give the folder of all of them, {src.rsplit('/', 1)[0]}")

@@ -118,7 +118,8 @@ def make_shards(options: ConvertOptions, tell: Callable[[str], None] = log.info)
     the conversion begins. Raises UserError.
     """
     src, out = files.absolute(options.src), files.absolute(options.out)
-    check_places(src, out)
+    if not options.images.list:  # a list says what the images are
+        check_places(src, out)
     kind, listing = list_sources(src, options.images, options.seed)
     tell(_describe(options.src, kind, listing))
     if others := unused(src, listing):

@@ -110,6 +110,7 @@ class Keys:
         return key
 
 
+PACKED = (".tar", ".parquet", ".zip", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".rar", ".7z")
 IMAGES = (".jpeg", ".jpg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm")
 SPLITS = {
     **dict.fromkeys(("train", "training", "trainset"), "train"),
@@ -245,7 +246,7 @@ def check(src: str, listing: Listing) -> Iterator[str]:
         twice = next(name for name in classes if classes.count(name) > 1)
         raise UserError(f"{src}: two classes are called {twice!r}", "give them different names")
     if not listing.splits:
-        raise UserError(f"{src}: holds no images of this kind, or only a test split", "give a folder with training images")
+        raise UserError(f"{src}: holds only a test split, or no images of this kind", "give a folder with training images")
     if len(classes) == 1:
         yield f"there is only one class, {classes[0]}"
     for split, sources in listing.splits.items():

@@ -43,7 +43,7 @@ def list_webdataset(src: str, options: SourceOptions) -> Listing:
         if not found[split]:
             raise UserError(f"{paths[0]}: the {split} tars hold no samples", _EXPECTED)
     if not found:
-        raise UserError(f"{src}: holds no images of this kind, or only a test split", "give a folder with training images")
+        raise UserError(f"{src}: holds only a test split, or no images of this kind", "give a folder with training images")
     known, names = _classes(src)
     classes, numbers = number_labels(src, labels, known)
     splits = {split: [replace(source, label=numbers[label]) for source, label in samples] for split, samples in found.items()}

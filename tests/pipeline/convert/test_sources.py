@@ -565,3 +565,25 @@ def test_a_manifest_of_another_program_is_not_used(tmp_path: Path, content: str)
     (tmp_path / "train-0.tar").write_bytes(tar_of(range(4)))
     (tmp_path / "manifest.json").write_text(content)
     assert listed(tmp_path).classes == ["0", "1", "2"]
+
+
+def test_splits_with_more_words_than_one(tmp_path: Path) -> None:
+    """They are no class folders. A class may have such a word in its name, too."""
+    found = listed(
+        write_images(tmp_path / "a", "train2012/n1/a.jpg", "train2012/n2/a.jpg", "imagenet_val/n1/a.jpg", "x/n1/a.jpg")
+    )
+    assert found.classes == ["n1", "n2"]
+    assert {split: len(images) for split, images in found.splits.items()} == {"train": 2, "val": 1}
+    found = listed(write_images(tmp_path / "b", "test tube/a.jpg", "train station/a.jpg", "cat/a.jpg"))
+    assert found.classes == ["cat", "test tube", "train station"]
+    with pytest.raises(UserError, match="train2013 and train2012 are both the split train"):
+        listed(write_images(tmp_path / "c", "train2012/n1/a.jpg", "train2013/n1/a.jpg"))
+
+
+def test_tars_among_images_are_told_and_never_read_as_images(tmp_path: Path) -> None:
+    write_images(tmp_path / "beside", "n1/a.jpg", "n1/all.tar", "n2/a.jpg", "flowers.tar")
+    found = listed(tmp_path / "beside")
+    assert [image.name for image in found.splits["train"]] == ["n1/a.jpg", "n2/a.jpg"]
+    assert found.notes == [f"not used: all.tar among the images in {tmp_path}/beside/n1"]
+    with pytest.raises(UserError, match=r"a/b: holds train.tar, no images; give .*/a/b if these are all, or unpack them"):
+        listed(write_images(tmp_path / "deep", "a/b/train.tar", "a/b/val.tar"))
