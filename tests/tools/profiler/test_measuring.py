@@ -38,7 +38,7 @@ def test_the_interval_equals_scipys() -> None:
     low, high = scipy.stats.t.interval(0.95, len(values) - 1, scipy.stats.tmean(values), scipy.stats.sem(values))
     assert (found.low, found.high) == pytest.approx((low, high), rel=1e-12)
     assert Estimate.of_speeds(values) == found
-    assert found.json() == {"images_per_s": found.mean, "low": found.low, "high": found.high}
+    assert found.json() == {"images_per_s": found.mean, "low": found.low, "high": found.high, "repeats": 7}
 
 
 def test_no_speed_is_negative() -> None:
