@@ -144,7 +144,11 @@ def test_local_files_are_the_tars_and_the_beton(small_shards: Path, tmp_path: Pa
     (tmp_path / "train").symlink_to(small_shards / "train")
     (tmp_path / "train.beton").write_bytes(b"")
     manifest = json.loads((small_shards / "manifest.json").read_text())
-    manifest["splits"]["train"]["beton"] = {"file": "train.beton", "sha256": "0", "settings": {"mode": "region", "max_resolution": None}}
+    manifest["splits"]["train"]["beton"] = {
+        "file": "train.beton",
+        "sha256": "0",
+        "settings": {"mode": "region", "max_resolution": None},
+    }
     (tmp_path / "manifest.json").write_text(json.dumps(manifest))
     assert names(LoaderSpec(tmp_path))[3:] == ["train/000003.tar", "train.beton"]
     spec = LoaderSpec(small_shards, cache=tmp_path / "cache")
