@@ -22,7 +22,7 @@ from ..errors import UserError, install_command
 from ..progress import progress_bar
 from ..store import files
 from .folders import class_folders
-from .sources import Keys, Listing, RowGroup, Source, SourceOptions, files_by_split, number_labels, split_folders
+from .sources import Keys, Listing, RowGroup, Source, SourceOptions, files_by_split, number_labels, renamed, split_folders
 
 _FOLDERS = ("data", "default", "")  # below SRC; the second is that of Hugging Face's own conversion
 LABELS = ("label", "labels", "cls", "class", "class_name", "category", "target")
@@ -88,7 +88,8 @@ def list_parquet(src: str, options: SourceOptions) -> Listing:
                 splits[split] += list(_labels(path, file, image, label))
     found = {label for groups in splits.values() for _, _, labels in groups for label in labels}
     classes, numbers = number_labels(src, found, known or [])
-    return Listing(classes, {split: list(_rows(src, groups, numbers)) for split, groups in splits.items()})
+    sources = {split: list(_rows(src, groups, numbers)) for split, groups in splits.items()}
+    return Listing(classes, sources, notes=renamed(known or [], classes))
 
 
 def _labels(path: str, file: Any, image: str, column: str) -> Iterator[tuple[RowGroup, int, list[str]]]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -215,7 +216,8 @@ def as_shown(path: str) -> Callable[[str], str]:
 def number_labels(where: str, found: Iterable[str], known: list[str]) -> tuple[list[str], dict[str, int]]:
     """The classes, and a number for each label that was found, which is a class name or a number.
 
-    known: the classes, if they are known. Otherwise they are the numbers up to the highest, or the sorted names.
+    known: the classes, if they are known; to equal names, the number is added. Otherwise the classes are the numbers up to the
+    highest, or the sorted names.
     Raises UserError; its message begins with `where`.
     """
     labels = sorted(set(found))
@@ -236,7 +238,19 @@ def number_labels(where: str, found: Iterable[str], known: list[str]) -> tuple[l
         raise UserError(f"{where}: labels go up to {highest}, but there are names for {len(known)} classes only")
     if highest > 10 * len(labels) + 1000:
         raise UserError(f"{where}: labels go up to {highest}, for {len(labels)} classes", "number them from 0 on")
-    return known or [str(number) for number in range(highest + 1)], numbers
+    return _unique(known) or [str(number) for number in range(highest + 1)], numbers
+
+
+def _unique(names: list[str]) -> list[str]:
+    """Class names with their number where another class has the same name: ImageNet has two cranes."""
+    count = Counter(names)
+    return [f"{name} ({label})" if count[name] > 1 else name for label, name in enumerate(names)]
+
+
+def renamed(known: list[str], classes: list[str]) -> list[str]:
+    """A line to print if `number_labels` has changed names."""
+    new = [name for name in classes if name not in known] if known else []
+    return [f"{len(new)} classes have equal names, and are called {', '.join(new[:4])}"] if new else []
 
 
 def check(src: str, listing: Listing) -> Iterator[str]:

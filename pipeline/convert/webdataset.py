@@ -14,7 +14,7 @@ from ..errors import UserError
 from ..progress import progress_bar
 from ..store import files
 from .names import read_text
-from .sources import Keys, Listing, Skipped, Source, SourceOptions, files_by_split, number_labels
+from .sources import Keys, Listing, Skipped, Source, SourceOptions, files_by_split, number_labels, renamed
 from .tars import incomplete, members
 
 _IMAGES = ("jpg", "jpeg", "png", "webp", "bmp", "ppm", "gif", "tif", "tiff")
@@ -47,7 +47,7 @@ def list_webdataset(src: str, options: SourceOptions) -> Listing:
     known, names = _classes(src)
     classes, numbers = number_labels(src, labels, known)
     splits = {split: [replace(source, label=numbers[label]) for source, label in samples] for split, samples in found.items()}
-    return Listing(classes, splits, names, notes=skipped.notes())
+    return Listing(classes, splits, names, notes=[*skipped.notes(), *renamed(known, classes)])
 
 
 def _classes(src: str) -> tuple[list[str], dict[str, str]]:

@@ -587,3 +587,12 @@ def test_tars_among_images_are_told_and_never_read_as_images(tmp_path: Path) -> 
     assert found.notes == [f"not used: all.tar among the images in {tmp_path}/beside/n1"]
     with pytest.raises(UserError, match=r"a/b: holds train.tar, no images; give .*/a/b if these are all, or unpack them"):
         listed(write_images(tmp_path / "deep", "a/b/train.tar", "a/b/val.tar"))
+
+
+def test_classes_with_equal_names_are_told_apart_by_their_numbers(tmp_path: Path) -> None:
+    """ImageNet has two cranes. With names as labels, nobody knows which is meant."""
+    (tmp_path / "train-0.tar").write_bytes(tar_of(range(3)))
+    (tmp_path / "classes.txt").write_text("crane\nbird\ncrane\n")
+    found = listed(tmp_path)
+    assert found.classes == ["crane (0)", "bird", "crane (2)"]
+    assert found.notes == ["2 classes have equal names, and are called crane (0), crane (2)"]
