@@ -114,6 +114,8 @@ def find_images(folder: str, skipped: Skipped) -> Found:
         skipped.others.append(f"not used: {len(beside)} images beside the class folders, such as {files.join(folder, beside[0])}")
     for entry in progress_bar([entry for entry in inside if entry.is_folder], desc=f"listing {folder}", unit=" classes"):
         _walk(folder, entry.name, (os.path.realpath(folder),), skipped, found)
+    if not inside:
+        raise UserError(f"{folder}: is empty", "add its images, or convert a folder without it")
     if not found:
         raise UserError(
             f"{folder}: holds no class folders",

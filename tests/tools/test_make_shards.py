@@ -135,7 +135,7 @@ def break_folder(root: Path, how: str) -> None:
         ("empty class", "without images"),
         ("nested", "inner: is a folder"),
         ("unknown class", "n00000009"),
-        ("no classes", "holds no class folders"),
+        ("no classes", "train: is empty"),
     ],
 )
 def test_bad_folders_are_refused_and_leave_nothing(image_folder: Path, tmp_path: Path, how: str, words: str) -> None:
