@@ -53,8 +53,9 @@ def test_a_dying_node_changes_no_bytes(image_folder: Path, tmp_path: Path) -> No
         killed = cluster.stdout.readline().split()
         assert 2 <= int(killed[2]) < 27, killed  # killed during the conversion
         assert digests(out) == digests(expected)
-        (tmp_path / "src" / "n1").mkdir(parents=True)
-        (tmp_path / "src" / "n1" / "notes.JPEG").write_text("no image")
+        for name in ("n1", "n2"):
+            (tmp_path / "src" / name).mkdir(parents=True)
+            (tmp_path / "src" / name / "notes.JPEG").write_text("no image")
         result = run_script(
             "tools/make_shards.py",
             tmp_path / "src",
