@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from .errors import FULL, StorageError, UserError, storage_error
-from .progress import Outputs
+from .outputs import Outputs
 
 _parser: Parser | None = None  # the parser of this process's arguments
 

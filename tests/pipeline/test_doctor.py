@@ -10,6 +10,7 @@ import shutil
 import subprocess
 import sys
 import venv
+from dataclasses import asdict
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -18,6 +19,7 @@ import fsspec
 import pytest
 
 from pipeline import doctor
+from pipeline.convert.beton import BetonSettings
 from pipeline.doctor import gpu, machine, packages
 from pipeline.doctor.lines import DoctorOptions, Line
 from tests.helpers import ROOT, assert_refused, clean_environment, run_script
@@ -377,7 +379,8 @@ def test_damaged_data(small_shards: Path, tmp_path: Path) -> None:
     expect(check_data("data", data), "failed", f"2 of 8 files, first {tar}")
     manifest = json.loads((data / "manifest.json").read_text())
     for name, split in manifest["splits"].items():  # FFCV files only
-        split |= {"shards": [], "beton": {"file": f"{name}.beton"}, "samples": "train/samples.npy"}
+        beton = {"file": f"{name}.beton", "sha256": "0" * 64, "settings": asdict(BetonSettings())}
+        split |= {"shards": [], "beton": beton, "samples": "train/samples.npy"}
     (data / "manifest.json").write_text(json.dumps(manifest))
     (data / "train.beton").write_bytes(bytes(5 * 10**6))
     expect(check_data("data", data), "failed", "val.beton")

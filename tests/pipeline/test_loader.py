@@ -7,7 +7,7 @@ import logging
 import sys
 import threading
 from collections import Counter
-from dataclasses import replace
+from dataclasses import asdict, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ import pytest
 import torch
 
 from pipeline import choose_engine, open_loader
+from pipeline.convert.beton import BetonSettings
 from pipeline.errors import UserError
 from pipeline.loader import Batch, BatchRange, Loader
 from pipeline.plan import sampling
@@ -157,7 +158,10 @@ def test_auto_chooses_the_fastest_engine_and_says_why(
 ) -> None:
     manifest = json.loads((small_shards / "manifest.json").read_text())
     if not tars:
-        manifest["splits"]["train"] |= {"shards": [], "beton": {"file": "train.beton"}}
+        manifest["splits"]["train"] |= {
+            "shards": [],
+            "beton": {"file": "train.beton", "sha256": "0" * 64, "settings": asdict(BetonSettings())},
+        }
     (tmp_path / "manifest.json").write_text(json.dumps(manifest))
     if not dali:
         monkeypatch.setitem(sys.modules, "nvidia.dali", None)

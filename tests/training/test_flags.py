@@ -335,6 +335,12 @@ def test_the_cache_of_remote_shards(small_shards: Path, tmp_path: Path) -> None:
     assert (spec.cache, spec.cache_gb) == (tmp_path / "cache", 0.5)  # filled in tests/pipeline/store/test_remote.py
 
 
+@covers("--verify-reads")
+def test_reads_are_verified_in_both_splits(small_shards: Path) -> None:
+    for flags, expected in (((), False), (("--verify-reads",), True)):
+        assert [loader.spec.verify for loader in opened(small_shards, *flags)] == [expected] * 2
+
+
 @covers("--start-size", "--ramp")
 def test_progressive_resizing(small_shards: Path) -> None:
     """The size is a pure function of the epoch. Validation uses the last epochs' size."""
