@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar, overload
@@ -37,6 +41,27 @@ def jit(function: Any = None, **options: Any) -> Any:
 def is_cached(function: Any) -> bool:
     """Whether numba's cache on disk holds compiled code of a `jit` function, from the present sources."""
     return bool(function._cache._cache_file._load_index())
+
+
+@contextmanager
+def compiling_beside(function: Callable[[], None]) -> Iterator[None]:
+    """A context to compile in. Meanwhile, `function` compiles in a second process, because numba compiles one function at a time
+    in a process. Afterwards, its code is in numba's cache."""
+    module, name = function.__module__, function.__name__
+    paths = filter(None, (str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH")))
+    second = subprocess.Popen(
+        [sys.executable, "-c", f"from {module} import {name}; {name}()"],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(paths)},
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    try:
+        yield
+        second.wait()
+    finally:
+        second.kill()
+        second.wait()
 
 
 @cache

@@ -14,13 +14,17 @@ from multiprocessing.sharedctypes import Synchronized
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from PIL import Image
 
 from ..errors import UserError, install_command
-from ..jit import is_cached
+from ..jit import compiling_beside, is_cached
+from ..jpeg.blocks import components_of, mcu_order, tokenize
 from ..jpeg.entropy import read_scan
+from ..jpeg.header import parse
+from ..jpeg.scans import read_coefficients
+from ..jpeg.transcode import transcode
 from ..progress import announce_if_slow, progress_bar
-from .images import convert_image
 from .task import ShardTask, run
 
 _done: Synchronized[int]  # images finished by all workers of a pool, for the progress bar
@@ -61,12 +65,28 @@ def run_local(tasks: Sequence[ShardTask], workers: int) -> None:
 
 def compile_transcoder() -> None:
     """Compile the JPEG transcoder into numba's cache, so that the workers do not all compile it."""
-    if is_cached(read_scan):
+    if is_cached(read_scan) and is_cached(tokenize):
         return
+    with (
+        announce_if_slow("compiling the JPEG transcoder, once on this machine, which takes about 10 seconds on two cores"),
+        compiling_beside(compile_progressive),
+    ):
+        transcode(_any_jpeg(progressive=False))
+
+
+def compile_progressive() -> None:
+    """Compile what only JPEGs of several scans need."""
+    data = _any_jpeg(progressive=True)
+    header = parse(data)
+    coefficients = read_coefficients(data, header)
+    ints = np.zeros(1024, np.int64)
+    tokenize(coefficients, mcu_order(components_of(header)), ints[:3], 0, 1, np.zeros(64, np.uint32), ints, ints)
+
+
+def _any_jpeg(progressive: bool) -> bytes:
     stream = io.BytesIO()
-    Image.new("RGB", (16, 16)).save(stream, "JPEG")
-    with announce_if_slow("compiling the JPEG transcoder, once on this machine, which takes about 15 seconds"):
-        convert_image(stream.getvalue(), "lossless")
+    Image.new("RGB", (8, 8)).save(stream, "JPEG", subsampling="4:4:4", progressive=progressive)
+    return stream.getvalue()
 
 
 def _start_worker(done: Synchronized[int]) -> None:

@@ -6,14 +6,9 @@ this process loads these from numba's cache. Later starts load all kernels from 
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import numpy as np
 
-from ..jit import is_cached
+from ..jit import compiling_beside, is_cached
 from ..jpeg.decode import Area, Header, McuBlocks, decode_tiles
 from ..jpeg.huffman import empty_tables
 from ..jpeg.idct import Planes, finish
@@ -28,22 +23,11 @@ def warm_up() -> None:
     """Compile the kernels unless they are in numba's cache."""
     if is_cached(decode_views):
         return
-    paths = filter(None, (str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH")))
-    code = f"from {__name__} import compile_others; compile_others()"
-    with announce_if_slow("compiling the image decoder, once on this machine, which takes about 15 seconds on two cores"):
-        second = subprocess.Popen(
-            [sys.executable, "-c", code],
-            env={**os.environ, "PYTHONPATH": os.pathsep.join(paths)},
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-        )
-        try:
-            compile_decoding()
-            second.wait()
-        finally:
-            second.kill()
-            second.wait()
+    with (
+        announce_if_slow("compiling the image decoder, once on this machine, which takes about 15 seconds on two cores"),
+        compiling_beside(compile_others),
+    ):
+        compile_decoding()
 
 
 def compile_decoding() -> None:

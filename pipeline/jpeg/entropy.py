@@ -129,7 +129,9 @@ def read_scan(
     if first == 0:
         position, end = unstuff(stream, 0, len(stream), data)
     total = np.uint64(0)
-    old_dc, new_dc = state[6:9].copy(), np.zeros(3, np.int64)
+    old_dc, new_dc = np.zeros(3, np.int64), np.zeros(3, np.int64)
+    for i in range(3):  # not as a slice, see `optimal_table`
+        old_dc[i] = state[6 + i]
     most = 64 * tile * len(blocks)
     done = mcus
     for mcu in range(first, mcus):
@@ -199,7 +201,8 @@ def read_scan(
             return TRUNCATED
     starts[(done - first) // tile] = total
     state[0], state[1], state[2], state[3], state[4], state[5] = done, position, end, at, bits, have
-    state[6:9] = old_dc
+    for i in range(3):
+        state[6 + i] = old_dc[i]
     return np.int64(total)
 
 
@@ -255,7 +258,10 @@ def write_scan(tokens: Any, starts: Ints, codes: Any, number: Int, last: bool, l
     scan. last: whether the scan ends with these tiles, so with EOI.
     """
     tiles = len(lengths)
-    words = np.empty((starts[1:] - starts[:-1]).max() + 2, np.uint32)
+    most = np.int64(0)
+    for tile in range(tiles):
+        most = max(most, starts[tile + 1] - starts[tile])
+    words = np.empty(most + 2, np.uint32)
     written = 0
     for tile in range(tiles):
         start = written

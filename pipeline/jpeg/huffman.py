@@ -97,7 +97,8 @@ def optimal_table(counts: Any) -> tuple[Any, Any]:
     used = np.nonzero(counts[:256])[0]
     n = len(used) + 1  # and a reserved symbol, the rarest one: it gets the code of all ones, which T.81 forbids
     weights = np.empty(n, np.int64)
-    weights[: n - 1] = counts[used]
+    for i in range(n - 1):  # numba takes seconds to compile assignments of arrays to slices
+        weights[i] = counts[used[i]]
     weights[n - 1] = 0 if n > 1 else 1
     sizes = np.zeros(n, np.int64)
     link = np.full(n, -1, np.int64)
@@ -147,8 +148,14 @@ def optimal_table(counts: Any) -> tuple[Any, Any]:
     out = np.zeros(16, np.uint8)
     for size in range(1, min(17, len(bits))):
         out[size - 1] = bits[size]
-    order = np.argsort(sizes[: n - 1], kind="mergesort")  # stable: by size, then by symbol
-    return out, used[order].astype(np.uint8)
+    symbols = np.empty(n - 1, np.uint8)
+    place = 0
+    for size in range(1, len(bits)):  # symbols in the order of their sizes; np.argsort would take 2 s to compile
+        for i in range(n - 1):
+            if sizes[i] == size:
+                symbols[place] = used[i]
+                place += 1
+    return out, symbols
 
 
 @jit

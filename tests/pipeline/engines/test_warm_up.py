@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 
 from pipeline import LoaderSpec, ScaleJitter, open_loader
-from pipeline.engines import warm_up
 from tests.helpers import ROOT, clean_environment, run_script
 
 # Prints the kernels that this process compiles while a loader opens, and then for its first batch.
@@ -54,6 +53,6 @@ def test_cached_kernels_need_no_second_process(small_shards: Path, monkeypatch: 
     spec = LoaderSpec(small_shards, batch_size=8, image_size=32, geometry=ScaleJitter(36, 68), engine="cpu")
     with open_loader(spec) as loader:
         next(iter(loader))
-    monkeypatch.setattr(warm_up.subprocess, "Popen", None)
+    monkeypatch.setattr(subprocess, "Popen", None)
     with open_loader(spec) as loader:
         next(iter(loader))
