@@ -100,14 +100,14 @@ def tokenize(
         for place in range(len(places)):
             component = places[place]
             table = 2 if component else 0
-            block = coefficients[order[mcu, place]]
+            block = coefficients[np.uint64(order[mcu, place])]
             difference = block[0] - dc[component]
             dc[component] = block[0]
             if abs(difference) >= len(CATEGORIES):
                 return np.int64(BAD_VALUE), mcu
             total = _add(tokens, total, counts, table, 0, difference)
             zeros = 0
-            for k in range(1, 64):
+            for k in range(np.uint64(1), np.uint64(64)):
                 if block[k] == 0:
                     zeros += 1
                     continue

@@ -67,6 +67,7 @@ class _Scans:
         self._ids = list(header.frame[6::3])
         self._stream = np.frombuffer(data, np.uint8)
         self._buffer = np.empty(len(data) + PADDING, np.uint8)
+        self._ends = np.zeros(components[-1].first + components[-1].columns * components[-1].rows, np.uint8)
 
     def read(self, sos: bytes, position: int, coefficients: Coefficients) -> int:
         """Read the entropy-coded data at `position`. Returns its end."""
@@ -78,7 +79,7 @@ class _Scans:
         places = np.array([i for i, one in enumerate(chosen) for _ in range(one.h * one.v if len(chosen) > 1 else 1)])
         end: int = read_scan(
             self._stream, position, self.interval, scan_order(chosen), places, selectors, *bounds, self._progressive, decoding,
-            self._buffer, coefficients,
+            self._buffer, coefficients, self._ends,
         )  # fmt: skip
         if end < 0:
             raise RegionError(REASONS[end])
@@ -115,13 +116,13 @@ def _sign(value: Any, count: Any) -> Any:
 @jit
 def read_scan(
     stream: Bytes, position: Int, interval: Int, order: Blocks, places: Ints, selectors: Ints, start: Int, end: Int, high: Int,
-    low: Int, progressive: bool, tables: DecodingTables, data: Bytes, coefficients: Coefficients,
+    low: Int, progressive: bool, tables: DecodingTables, data: Bytes, coefficients: Coefficients, ends: Bytes,
 ) -> Any:  # fmt: skip
     """Add a scan to the coefficients. Returns the position after its entropy-coded data, or an error code.
 
     order: from `scan_order`. places: the number in the scan of the component of each block of an MCU. start, end, high, low: Ss,
     Se, Ah, Al: the first and last coefficient, and the lowest bit that was known, or 0, and that this scan has. data: scratch,
-    uint8 (len(stream) + PADDING,).
+    uint8 (len(stream) + PADDING,). ends: for each block, the number of coefficients up to the last that is not zero.
     """
     position, stop = unstuff(stream, position, len(stream), data)
     at, bits, have = np.uint64(0), np.uint64(0), 0
@@ -137,7 +138,8 @@ def read_scan(
             dc[:] = 0
             run = 0
         for place in range(len(places)):
-            block = coefficients[order[mcu, place]]
+            index = np.uint64(order[mcu, place])
+            block = coefficients[index]
             component = places[place]
             k: Any = start
             if start == 0:
@@ -158,11 +160,17 @@ def read_scan(
                     bits <<= np.uint64(size)
                     have -= size
                 k = 1
-            row = np.uint64(4 + selectors[component, 1])
-            if high and end:
-                at, bits, have, run = _refine(data, at, bits, have, row, tables, block, k, end, low, run)
-            elif end:
-                at, bits, have, run = _read_ac(data, at, bits, have, row, tables, block, k, end, low, run)
+            if end == 0:
+                continue
+            row, used = np.uint64(4 + selectors[component, 1]), np.int64(ends[index])
+            if high:
+                at, bits, have, run, used = _refine(data, at, bits, have, row, tables, block, k, end, low, run, used)
+            elif run:
+                run -= 1
+                continue
+            else:
+                at, bits, have, run, used = _read_ac(data, at, bits, have, row, tables, block, k, end, low, used)
+            ends[index] = used
             if run < 0:
                 return run if bits_left(stop, at, have) >= 0 else TRUNCATED
             if run > 0 and not progressive:
@@ -182,17 +190,25 @@ def _end_of_band(data: Bytes, at: Any, bits: Any, have: Any, log: Any) -> Any:
 
 @jit
 def _read_ac(
-    data: Bytes, at: Any, bits: Any, have: Any, row: Any, tables: DecodingTables, block: Any, k: Any, end: Int, low: Int, run: Any
+    data: Bytes,
+    at: Any,
+    bits: Any,
+    have: Any,
+    row: Any,
+    tables: DecodingTables,
+    block: Any,
+    k: Any,
+    end: Int,
+    low: Int,
+    used: Any,
 ) -> Any:
-    """The AC coefficients [k, end] of a block for the first time. Returns at, bits, have and run, or an error code for run."""
-    if run:
-        return at, bits, have, run - 1
+    """The AC coefficients [k, end] of a block for the first time. Returns at, bits, have, run (or an error code), and used."""
     while k <= end:
         at, bits, have = refill(data, at, bits, have)
         entry = lookup(bits, row, tables)
         size, symbol = np.int64(entry & 255), np.int64(entry >> 16)
         if entry == 0:
-            return at, bits, have, BAD_CODE
+            return at, bits, have, BAD_CODE, used
         zeros, count = symbol >> 4, symbol & 15
         value = extra(bits, size, count)
         bits <<= np.uint64(size)
@@ -200,22 +216,24 @@ def _read_ac(
         if count == 0:
             if zeros < 15:
                 at, bits, have, run = _end_of_band(data, at, bits, have, zeros)
-                return at, bits, have, run - 1
+                return at, bits, have, run - 1, used
             k += 16
             continue
         k += zeros
         value = _sign(value, count) << low
         if k > end or abs(value) >= _AC_LIMIT:
-            return at, bits, have, BAD_VALUE
-        block[k] = value
+            return at, bits, have, BAD_VALUE, used
+        block[np.uint64(k)] = value
         k += 1
-    return at, bits, have, run if k == end + 1 else BAD_VALUE
+        used = max(used, k)
+    return at, bits, have, 0 if k == end + 1 else BAD_VALUE, used
 
 
 @jit
 def _refine(
-    data: Bytes, at: Any, bits: Any, have: Any, row: Any, tables: DecodingTables, block: Any, k: Any, end: Int, low: Int, run: Any
-) -> Any:
+    data: Bytes, at: Any, bits: Any, have: Any, row: Any, tables: DecodingTables, block: Any, k: Any, end: Int, low: Int,
+    run: Any, used: Any,
+) -> Any:  # fmt: skip
     """The next lower bit of the AC coefficients [k, end] of a block (T.81 G.1.2.3). Returns as `_read_ac`.
 
     Between the codes for new nonzero coefficients are single bits, one for each coefficient that was not zero before.
@@ -228,7 +246,7 @@ def _refine(
             entry = lookup(bits, row, tables)
             size, symbol = np.int64(entry & 255), np.int64(entry >> 16)
             if entry == 0 or symbol & 15 > 1:
-                return at, bits, have, BAD_CODE
+                return at, bits, have, BAD_CODE, used
             zeros = symbol >> 4
             if symbol & 15:
                 value = (2 * extra(bits, size, 1) - 1) << low
@@ -236,25 +254,29 @@ def _refine(
             have -= size
             if value == 0 and zeros < 15:
                 at, bits, have, run = _end_of_band(data, at, bits, have, zeros)
-                zeros = 64
-        while k <= end:
-            if block[k]:
+        last = min(end, used - 1) if run else end  # in an ended band, only coefficients that are not zero matter
+        while k <= last:
+            old = np.int64(block[np.uint64(k)])
+            if old:
                 if have == 0:
                     at, bits, have = refill(data, at, bits, have)
                 if bits >> np.uint64(63):
-                    if abs(block[k]) + (1 << low) >= _AC_LIMIT:
-                        return at, bits, have, BAD_VALUE
-                    block[k] += (1 << low) if block[k] > 0 else -(1 << low)
+                    if abs(old) + (1 << low) >= _AC_LIMIT:
+                        return at, bits, have, BAD_VALUE, used
+                    block[np.uint64(k)] = old + (1 << low) if old > 0 else old - (1 << low)
                 bits <<= np.uint64(1)
                 have -= 1
-            elif zeros == 0:
-                break
-            else:
+            elif not run:
+                if zeros == 0:
+                    break
                 zeros -= 1
             k += 1
+        if run:
+            return at, bits, have, run - 1, used
         if value:
             if k > end:
-                return at, bits, have, BAD_VALUE
-            block[k] = value
+                return at, bits, have, BAD_VALUE, used
+            block[np.uint64(k)] = value
+            used = max(used, k + 1)
         k += 1
-    return at, bits, have, max(run - 1, 0)
+    return at, bits, have, run, used
