@@ -16,7 +16,8 @@ case ",$extras," in *,ffcv,*)
         export DEBIAN_FRONTEND=noninteractive
         if [ "$(id -u)" = 0 ]; then as_root=; else as_root="sudo -nE"; fi
         if $as_root true 2>/dev/null; then
-            { $as_root apt-get update && $as_root apt-get install -y --no-install-recommends $needs; } || true  # checked below
+            # jpegtran, of libjpeg-turbo-progs, writes JPEGs for some tests.
+            { $as_root apt-get update && $as_root apt-get install -y --no-install-recommends $needs libjpeg-turbo-progs; } || true  # checked below
         fi
     fi
     rm -f "$venv/without-ffcv"
