@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+import json
 import re
 import runpy
 import shlex
 import shutil
 import subprocess
 import sys
+import tarfile
 import tomllib
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -150,6 +152,8 @@ def test_commands_are_accepted(page: str, command: str, monkeypatch: pytest.Monk
 def put(folder: Path, text: str) -> str:
     """Text with the paths of the pages replaced by those in `folder`."""
     text = re.sub(r"(?<![\w/.])/imagenet", f"{folder}/images", text)
+    text = re.sub(r"(?<![\w/.])/(flowers|photos)", f"{folder}/images/train", text)  # class folders without splits
+    text = re.sub(r"(?<![\w/.])/crawled", f"{folder}/crawled", text)
     text = re.sub(r"(?<![\w/.])/data/", f"{folder}/data/", text)
     return text.replace('device="cuda"', 'device="cpu"')
 
@@ -200,6 +204,15 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_image_folder(folder / "images", classes=4, train=70, val=6)  # enough for a batch of 256
     result = run_script("tools/make_shards.py", folder / "images", "--out", folder / "data" / "shards", "--workers", 2)
     assert result.returncode == 0, result.stderr
+    photos = sorted((folder / "images" / "train").rglob("*.JPEG"))
+    (folder / "crawled").mkdir()
+    with tarfile.open(folder / "crawled" / "00000.tar", "w") as tar, (folder / "labels.csv").open("w") as labels:
+        labels.write("path,species\n")
+        for number, path in enumerate(photos):
+            labels.write(f"{path.relative_to(folder / 'images' / 'train')},{path.parent.name}\n")
+            tar.add(path, f"{number:05}.jpg")
+            (folder / "one.json").write_text(json.dumps({"category": path.parent.name}))
+            tar.add(folder / "one.json", f"{number:05}.json")
     for other in ("imagenette", "cifar"):
         (folder / "data" / other).symlink_to("shards")
     result = run(folder, ["train.py", *small_training(["--data", f"{folder}/data/shards", "--output", "runs/resnet50"])])

@@ -50,7 +50,7 @@ def read_coefficients(data: bytes, header: Header) -> Coefficients:
             scans.interval = int.from_bytes(payload, "big")
         elif not 0xE0 <= marker <= 0xEF and marker != 0xFE:  # APPn and COM
             raise RegionError(f"a marker FF{marker:02X} between scans")
-    if scans.known.any():
+    if any(any(bits) for bits in scans.known):
         raise RegionError("scans are missing")
     for one in components:
         fill_edges(coefficients[one.first :][: one.rows * one.columns].reshape(one.rows, one.columns, 64), one)
@@ -62,7 +62,8 @@ class _Scans:
 
     def __init__(self, data: bytes, header: Header, components: list[Component]) -> None:
         self.tables, self.interval = dict(header.tables), header.interval
-        self.known = np.full((len(components), 64), -1)
+        self.known = [[-1] * 64 for _ in components]
+        self._orders: dict[tuple[int, ...], Blocks] = {}
         self._progressive, self._components = header.progressive, components
         self._ids = list(header.frame[6::3])
         self._stream = np.frombuffer(data, np.uint8)
@@ -76,9 +77,12 @@ class _Scans:
         decoding = decoding_tables({key: self.tables[key] for key in used & self.tables.keys()})
         if decoding is None:
             raise RegionError("an impossible Huffman table")
+        numbers = tuple(one.number for one in chosen)
+        if numbers not in self._orders:
+            self._orders[numbers] = scan_order(chosen)
         places = np.array([i for i, one in enumerate(chosen) for _ in range(one.h * one.v if len(chosen) > 1 else 1)])
         end: int = read_scan(
-            self._stream, position, self.interval, scan_order(chosen), places, selectors, *bounds, self._progressive, decoding,
+            self._stream, position, self.interval, self._orders[numbers], places, selectors, *bounds, self._progressive, decoding,
             self._buffer, coefficients, self._ends,
         )  # fmt: skip
         if end < 0:
@@ -94,16 +98,16 @@ class _Scans:
         start, end, high, low = sos[-3], sos[-2], sos[-1] >> 4, sos[-1] & 15
         if not self._progressive:
             start, end, high, low = 0, 63, 0, 0  # as decoders assume
-        known = self.known[[one.number for one in chosen], start : end + 1]
+        known = {bit for one in chosen for bit in self.known[one.number][start : end + 1]}
         valid = len({one.number for one in chosen}) == len(chosen) and start <= end <= 63 and low <= 13
         if self._progressive:
-            valid &= end == 0 if start == 0 else len(chosen) == 1 and self.known[chosen[0].number, 0] >= 0
-        if not valid or (known != (high or -1)).any() or (high and low != high - 1):
+            valid &= end == 0 if start == 0 else len(chosen) == 1 and self.known[chosen[0].number][0] >= 0
+        if not valid or known != {high or -1} or (high and low != high - 1):
             raise RegionError("an impossible sequence of scans")
         for one, (dc, ac) in zip(chosen, selectors.tolist(), strict=True):
             if (start == 0 and not high and (0, dc) not in self.tables) or (end > 0 and (1, ac) not in self.tables):
                 raise RegionError("a Huffman table is missing")
-            self.known[one.number, start : end + 1] = low
+            self.known[one.number][start : end + 1] = [low] * (end + 1 - start)
         return chosen, selectors, (start, end, high, low)
 
 

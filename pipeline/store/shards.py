@@ -16,8 +16,10 @@ Formats: WebDataset (https://github.com/webdataset/webdataset), POSIX tar with G
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
+import resource
 import sys
 import tarfile
 import weakref
@@ -279,7 +281,8 @@ class ShardSet:
         stream = self._open_files.get(shard)
         if stream is None:
             with files.explained(self._urls[shard]):
-                stream = self._open_files.setdefault(shard, FileIO(self.shards[shard]))
+                stream = _open_file(self.shards[shard])
+            stream = self._open_files.setdefault(shard, stream)
         return stream
 
 
@@ -299,6 +302,18 @@ def load_samples(path: str, local: Path) -> Samples:
     if samples.dtype != SAMPLE or samples.ndim != 1:
         raise UserError(f"{path}: does not hold records of samples", "make the shards again")
     return samples
+
+
+def _open_file(path: Path) -> FileIO:
+    """Open one more file. The usual limit of a process, 1024, is less than ImageNet's 1282 shards, and is raised if need be."""
+    try:
+        return FileIO(path)
+    except OSError as error:
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        if error.errno != errno.EMFILE or soft == hard:
+            raise
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+        return FileIO(path)
 
 
 def _read_from(stream: FileIO, path: str, size: int, start: int, count: int) -> npt.NDArray[np.uint8]:

@@ -19,7 +19,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tests.helpers import run_forked, run_script
+from pipeline.convert import images
+from pipeline.convert.beton import BetonSettings
+from pipeline.convert.make import ConvertOptions, make_shards
+from pipeline.jpeg.header import NotBaselineError, parse
+from pipeline.jpeg.transcode import transcode
+from tests.helpers import run_forked
 
 HERE = Path(__file__).parent
 EXPECTED: dict[str, Any] = json.loads((HERE / "expected.json").read_text())
@@ -27,12 +32,20 @@ HAS_FFCV = "ffcv" not in os.environ.get("CROPFEED_WITHOUT", "").split(",")
 
 
 def convert(out: Path, profile: str) -> Path:
-    file_format = "both" if HAS_FFCV else "webdataset"
-    result = run_script(
-        "tools/make_shards.py", HERE / "images", "--out", out, "--profile", profile, "--shard-size", 8, "--workers", 1,
-        "--format", file_format, "--ffcv-mode", "jpg" if profile == "original" else "region",
+    """Convert as that commit did: it re-encoded JPEGs with several scans, which are lossless since."""
+
+    def transcode_one_scan(data: bytes) -> bytes:
+        if not parse(data).is_one_scan:
+            raise NotBaselineError("progressive coding")
+        return transcode(data)
+
+    options = ConvertOptions(
+        str(HERE / "images"), str(out), profile=profile, shard_size=8, workers=1, format="both" if HAS_FFCV else "webdataset",
+        beton=BetonSettings("jpg" if profile == "original" else "region"),
     )  # fmt: skip
-    assert result.returncode == 0, result.stderr
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(images, "transcode", transcode_one_scan)
+        make_shards(options)
     return out
 
 

@@ -256,7 +256,7 @@ def test_shards_made_by_several_jobs_in_any_order(image_folder: Path, lossless: 
         result = make(image_folder, out, "--shards", part, "--workers", 1)
         assert result.returncode == 0, result.stderr
         assert f"{missing} shards are still to be made" in result.stdout
-        with pytest.raises(UserError, match="not found"):
+        with pytest.raises(UserError, match="its conversion is not finished"):
             ShardSet(out, "train")
     assert_refused(make(image_folder, out, "--shards", "6-9"), "there are only shards 0-5")
     (out / "train" / ".000003.tar.another-job.partial").write_text("being written")
@@ -320,7 +320,7 @@ def test_a_run_stopped_anywhere_can_be_resumed(image_folder: Path, lossless: Pat
         assert code == -9 or complete
         assert complete or finished(out) >= max(before, shards)  # nothing finished is lost
         if not complete:
-            with pytest.raises(UserError, match="not found"):
+            with pytest.raises(UserError, match="its conversion is not finished"):
                 ShardSet(out, "train")
     assert make(image_folder, out).returncode == 0
     assert digests(out) == digests(lossless)

@@ -224,12 +224,12 @@ def first_batch(training: Training, cold: bool, opened: list[PausableLoader]) ->
 
 
 def fit(training: Training, batch: Batch, steps: int, seconds: float) -> None:
-    """Reduce the batch size of a training so that `steps` steps take at most `seconds`, but not below an eighth.
+    """Reduce the batch size of a training so that `steps` steps take at most `seconds`, but not below an eighth or two images.
 
     A step with an eighth of the batch is timed; a second time if it is slow, because a first step also allocates memory.
     """
     images = len(batch.labels)
-    few = -(-images // PART)
+    few = min(images, max(2, -(-images // PART)))  # batch normalization needs two images
     part = Batch(batch.images[: few * len(batch.images) // images], batch.labels[:few], batch.ids[:few])
     for _ in range(2):
         synchronise(training.spec.device)

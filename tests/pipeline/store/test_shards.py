@@ -22,7 +22,7 @@ from PIL import Image
 from pipeline.errors import UserError
 from pipeline.store import shards
 from pipeline.store.shards import ChecksumError, ShardSet, label_digits
-from tests.helpers import open_image
+from tests.helpers import ROOT, open_image, run_forked
 
 
 def source_files(folder: Path, split: str) -> dict[bytes, int]:
@@ -319,3 +319,16 @@ def read_for(stored: ShardSet, seconds: float) -> None:
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline:
         stored.read(0)
+
+
+def test_more_shards_than_the_soft_limit_of_open_files(small_shards: Path, tmp_path: Path) -> None:
+    made = run_forked("tools/make_shards.py", small_shards, "--out", tmp_path / "many", "--shard-size", 1)
+    assert made.returncode == 0, made.stderr
+    code = (
+        "import resource, sys; sys.path.insert(0, sys.argv[2]); from pipeline.store.shards import ShardSet; "
+        "hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]; resource.setrlimit(resource.RLIMIT_NOFILE, (40, hard)); "
+        "shards = ShardSet(sys.argv[1], 'train'); "
+        "print(len(shards.sizes), sum(len(shards.read(i)) > 0 for i in range(len(shards))))"
+    )
+    result = subprocess.run([sys.executable, "-c", code, tmp_path / "many", ROOT], capture_output=True, text=True, check=False)
+    assert result.stdout.split() == ["60", "60"], result.stderr
