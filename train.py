@@ -35,7 +35,7 @@ from pipeline.progress import progress_bar
 from pipeline.store import files
 from training.checkpoint import load_checkpoint, save_checkpoint
 from training.command_line import parse_arguments
-from training.launch import check_launch, cores_per_process, rejoin_process_group, terminate_with_launcher
+from training.launch import check_launch, cores_per_process, launcher_settings, rejoin_process_group, terminate_with_launcher
 from training.learner import Learner
 from training.loaders import model_config_of, open_loaders, profile_command
 from training.metrics import Meter, MetricsFile, NonFiniteLoss
@@ -313,12 +313,13 @@ def main() -> None:
         output = output.resolve()
     resumes = check_output(options.resume, output)
     terminate_with_launcher()
-    rejoin_process_group()
-    accelerator = Accelerator(
-        mixed_precision=options.amp,
-        gradient_accumulation_steps=options.accumulate,
-        project_config=ProjectConfiguration(str(output), str(output)),
-    )
+    with launcher_settings():
+        rejoin_process_group()
+        accelerator = Accelerator(
+            mixed_precision=options.amp,
+            gradient_accumulation_steps=options.accumulate,
+            project_config=ProjectConfiguration(str(output), str(output)),
+        )
     if accelerator.device.type == "cpu" and accelerator.mixed_precision == "fp16":  # a CPU would also accumulate in fp16
         raise UserError("training in fp16 is not supported on a CPU", "use --amp bf16 or --amp no")
     check_launch(accelerator.num_processes)

@@ -7,12 +7,26 @@ import ctypes
 import os
 import signal
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import psutil
 import torch
 from torch import distributed
 
 from pipeline.errors import UserError
+
+
+@contextmanager
+def launcher_settings() -> Iterator[None]:
+    """A context that reads what the launcher has set in the environment. Raises UserError for settings that do not fit."""
+    try:
+        yield
+    except (ValueError, KeyError, RuntimeError) as error:
+        names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+        found = " ".join(f"{name}={os.environ[name]}" for name in names if name in os.environ)
+        text = f"missing {error}" if isinstance(error, KeyError) else str(error)
+        raise UserError(f"the launcher's settings do not fit ({found}): {text}", "use accelerate launch or torchrun") from error
 
 
 def cores_per_process() -> int:

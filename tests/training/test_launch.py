@@ -4,10 +4,11 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from tests.helpers import ROOT
+from tests.helpers import ROOT, assert_refused, run_forked
 
 # A launcher with the given command line. It starts a process and exits once the process is ready. The process records a SIGTERM.
 LAUNCHER = """
@@ -37,3 +38,17 @@ def test_a_process_terminates_with_accelerates_launcher_but_outlives_a_shell(
     while not signalled.exists() and time.monotonic() < deadline:
         time.sleep(0.02)
     assert signalled.exists() == ends
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0"}, "MASTER_ADDR"),
+        ({"WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "x"}, "LOCAL_RANK=x"),
+    ],
+)
+def test_settings_of_a_launcher_that_do_not_fit(settings: dict[str, Any], words: str, small_shards: Path, tmp_path: Path) -> None:
+    result = run_forked(
+        "train.py", "--data", small_shards, "--output", tmp_path / "run", "--batch-size", 4, ACCELERATE_USE_CPU="true", **settings
+    )
+    assert_refused(result, "the launcher's settings do not fit", words)
