@@ -38,12 +38,12 @@ def read_coefficients(data: bytes, header: Header) -> Coefficients:
     """
     components = components_of(header)
     coefficients = np.zeros((components[-1].first + components[-1].columns * components[-1].rows, 64), np.int16)
-    scans = _Scans(data, header, components)
-    position = scans.read(header.sos, header.data, coefficients)
+    scans = _Scans(data, header, components, coefficients)
+    position = scans.read(header.sos, header.data)
     while not data.startswith(b"\xff\xd9", position):
         marker, payload, position = read_segment(data, position)
         if marker == 0xDA:
-            position = scans.read(payload, position, coefficients)
+            position = scans.read(payload, position)
         elif marker == 0xC4:
             read_tables(payload, scans.tables)
         elif marker == 0xDD and len(payload) == 2:
@@ -60,7 +60,7 @@ def read_coefficients(data: bytes, header: Header) -> Coefficients:
 class _Scans:
     """Reads scan after scan. known: (components, 64), the lowest bit that was read of each coefficient, or -1."""
 
-    def __init__(self, data: bytes, header: Header, components: list[Component]) -> None:
+    def __init__(self, data: bytes, header: Header, components: list[Component], coefficients: Coefficients) -> None:
         self.tables, self.interval = dict(header.tables), header.interval
         self.known = [[-1] * 64 for _ in components]
         self._orders: dict[tuple[int, ...], Blocks] = {}
@@ -68,9 +68,9 @@ class _Scans:
         self._ids = list(header.frame[6::3])
         self._stream = np.frombuffer(data, np.uint8)
         self._buffer = np.empty(len(data) + PADDING, np.uint8)
-        self._ends = np.zeros(components[-1].first + components[-1].columns * components[-1].rows, np.uint8)
+        self._coefficients, self._ends = coefficients, np.zeros(len(coefficients), np.uint8)
 
-    def read(self, sos: bytes, position: int, coefficients: Coefficients) -> int:
+    def read(self, sos: bytes, position: int) -> int:
         """Read the entropy-coded data at `position`. Returns its end."""
         chosen, selectors, bounds = self._parse(sos)
         used = {(0, dc) for dc, _ in selectors.tolist()} | {(1, ac) for _, ac in selectors.tolist()}
@@ -83,7 +83,7 @@ class _Scans:
         places = np.array([i for i, one in enumerate(chosen) for _ in range(one.h * one.v if len(chosen) > 1 else 1)])
         end: int = read_scan(
             self._stream, position, self.interval, self._orders[numbers], places, selectors, *bounds, self._progressive, decoding,
-            self._buffer, coefficients, self._ends,
+            self._buffer, self._coefficients, self._ends,
         )  # fmt: skip
         if end < 0:
             raise RegionError(REASONS[end])
