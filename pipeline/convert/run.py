@@ -10,7 +10,7 @@ import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_EXCEPTION, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
-from multiprocessing.sharedctypes import Synchronized
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,7 @@ from ..jpeg.transcode import transcode
 from ..progress import announce_if_slow, progress_bar
 from .task import ShardTask, run
 
-_done: Synchronized[int]  # images finished by all workers of a pool, for the progress bar
+_done: Connection  # of a worker: a byte for each finished image, for the progress bar. A shared counter would need mmap
 
 
 def run_local(tasks: Sequence[ShardTask], workers: int) -> None:
@@ -39,14 +39,15 @@ def run_local(tasks: Sequence[ShardTask], workers: int) -> None:
                 run(task, bar.update)
         return
     context = multiprocessing.get_context("spawn")
-    done: Synchronized[int] = context.Value("q", 0)
-    pool = ProcessPoolExecutor(min(workers, len(tasks)), context, _start_worker, (done,))
+    done, report = context.Pipe(duplex=False)
+    pool = ProcessPoolExecutor(min(workers, len(tasks)), context, _start_worker, (report,))
     bar = progress_bar(total=sum(len(task.sources) for task in tasks), unit=" images", smoothing=0.1, delayed=False)
     try:
         pending: set[Future[None]] = {pool.submit(_run_counted, task) for task in tasks}
         while pending:
             finished, pending = wait(pending, timeout=0.5, return_when=FIRST_EXCEPTION)
-            bar.update(done.value - bar.n)
+            while done.poll():
+                bar.update(len(os.read(done.fileno(), 1 << 16)))
             for future in finished:
                 future.result()
     except BaseException as error:
@@ -89,7 +90,7 @@ def _any_jpeg(progressive: bool) -> bytes:
     return stream.getvalue()
 
 
-def _start_worker(done: Synchronized[int]) -> None:
+def _start_worker(done: Connection) -> None:
     global _done
     _done = done
     end_with_parent()
@@ -109,8 +110,7 @@ def _wait_for_parent() -> None:
 
 def _run_counted(task: ShardTask) -> None:
     def count() -> None:
-        with _done.get_lock():
-            _done.value += 1
+        os.write(_done.fileno(), b".")
 
     run(task, count)
 

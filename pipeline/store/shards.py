@@ -4,9 +4,10 @@ A data set is a folder, local or at an fsspec URL (s3://bucket/shards):
 
     manifest.json        classes, splits, shards with SHA-256, statistics, see `Manifest`
     mean_image.npy       float32 (224, 224, 3), 0..255: the mean of the training images' centre crops (short side 256)
-    train/000000.tar     WebDataset: KEY.cls (the label, ASCII digits of fixed width) and KEY.jpg (the encoded image) per sample
+    train/000000.tar     WebDataset: KEY.cls (the label, ASCII digits of fixed width) and KEY.jpg (the encoded image) per sample;
+                         between them its fields, if the source has any: other members of the sample, such as KEY.json
     train/000000.idx     DALI's index of that tar, format v1.2: one line per sample, "EXT OFFSET BYTES NAME" per component
-    train/samples.npy    one `SAMPLE` record per sample of the split, in the split's order; memory-mapped
+    train/samples.npy    one `SAMPLE` record per sample of the split, in the split's order
 
 Labels are zero-padded to the same width throughout a data set ("0007"). Stock webdataset reads them with int(). DALI cannot parse
 text, but can compute them from the digits: sum((cls - 48) * [1000, 100, 10, 1]).
@@ -24,10 +25,11 @@ import sys
 import tarfile
 import weakref
 import zlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from io import FileIO
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
@@ -55,6 +57,7 @@ SAMPLE = np.dtype(
     ]
 )
 _BLOCK = 512  # a tar's headers and contents begin at multiples of this
+_READ = 64 << 20  # bytes of the largest samples.npy that is read. A larger one is mapped; ImageNet's has 41 MB
 _CHECKED_AT_ONCE = 256 << 20  # bytes of samples.npy that are checked before the first batch, in less than a second
 Samples = npt.NDArray[Any]
 log = logging.getLogger("cropfeed")
@@ -65,13 +68,14 @@ class ChecksumError(ValueError):
 
 
 class EncodedSample(NamedTuple):
-    """One sample to write into a shard. key: unique in the shard, without a dot after its last slash."""
+    """One sample to write into a shard. key: unique in the shard, without a dot after its last slash. fields: by extension."""
 
     key: str
     jpeg: bytes
     label: int
     height: int
     width: int
+    fields: Mapping[str, bytes] = MappingProxyType({})
 
 
 def label_digits(classes: int) -> int:
@@ -84,19 +88,22 @@ def write_shard(tar_path: Path, idx_path: Path, shard: int, samples: Iterable[En
     records, lines = [], []
     with tar_path.open("wb") as tar:
         for sample in samples:
-            label = f"{sample.label:0{digits}d}".encode()
-            cls, jpg = f"{sample.key}.cls", f"{sample.key}.jpg"
-            cls_offset, checksum = _add_file(tar, cls, label)
-            jpg_offset, checksum = _add_file(tar, jpg, sample.jpeg, checksum)
-            lines.append(f"cls {cls_offset} {len(label)} {cls} jpg {jpg_offset} {len(sample.jpeg)} {jpg}")
-            records.append((shard, jpg_offset, len(sample.jpeg), sample.height, sample.width, sample.label, checksum))
+            # The image is the last, so that a sample's range ends with it.
+            members = {"cls": f"{sample.label:0{digits}d}".encode(), **sample.fields, "jpg": sample.jpeg}
+            checksum, components = 0, []
+            for extension, content in members.items():
+                name = f"{sample.key}.{extension}"
+                offset, checksum = _add_file(tar, name, content, checksum)
+                components.append(f"{extension} {offset} {len(content)} {name}")
+            lines.append(" ".join(components))
+            records.append((shard, offset, len(sample.jpeg), sample.height, sample.width, sample.label, checksum))
         tar.write(bytes(2 * _BLOCK))  # the end of a tar; its size is a multiple of RECORDSIZE
         tar.write(bytes(-tar.tell() % tarfile.RECORDSIZE))
     idx_path.write_text("\n".join([f"v1.2 {len(lines)}", *lines]) + "\n", "utf-8")  # as DALI's wds2idx writes it
     return np.array(records, SAMPLE)
 
 
-def _add_file(tar: BinaryIO, name: str, content: bytes, checksum: int = 0) -> tuple[int, int]:
+def _add_file(tar: BinaryIO, name: str, content: bytes, checksum: int) -> tuple[int, int]:
     """Append a file. Returns the offset of its content, and the CRC-32 that continues `checksum` with what was written.
 
     The file has no owner and no time, so that equal shards have equal bytes.
@@ -113,6 +120,29 @@ def _add_file(tar: BinaryIO, name: str, content: bytes, checksum: int = 0) -> tu
     return start, checksum
 
 
+def _fields(head: bytes) -> dict[str, bytes]:
+    """The members of a sample but its image, by extension. head: of the sample's range in its tar, all that precedes the image.
+
+    TarFile does the same in ten times as long. Raises ChecksumError if they are damaged.
+    """
+    found: dict[str, bytes] = {}
+    long_name, start = b"", 0
+    with suppress(ValueError):  # of a damaged header
+        while (content := start + _BLOCK) < len(head):
+            name, size, kind = head[start : start + 100], int(head[start + 124 : start + 135], 8), head[start + 156 : start + 157]
+            if not 0 <= size <= len(head) - content:
+                break
+            data, start = head[content : content + size], _end(content, size)
+            if kind == tarfile.GNUTYPE_LONGNAME:  # of the next file
+                long_name = data
+                continue
+            name, long_name = long_name or name, b""
+            found[name.rstrip(b"\0").decode().rpartition("/")[2].partition(".")[2]] = data
+        if content == len(head):  # what is left is the header of the image
+            return found
+    raise ChecksumError("its fields are damaged")
+
+
 def sample_checksums(tar: npt.NDArray[np.uint8], samples: Samples) -> npt.NDArray[np.uint32]:
     """The CRC-32 of each sample's range in the tar of one shard: uint32 (N,). In a truncated tar, the values differ."""
     ends = _end(samples["offset"].astype(np.int64), samples["bytes"])
@@ -126,12 +156,12 @@ def _end(offset: Any, count: Any) -> Any:
 
 
 class ShardSet:
-    """One split of a data set: random access to encoded images. Start-up and memory do not grow with the number of samples.
+    """One split of a data set: random access to encoded images. Start-up and memory do not grow with the number of samples beyond
+    two million.
 
     root: folder or URL. A local shard is opened when it is first read. A remote shard is downloaded into a cache when it is first
     read, see `choose_cache` for cache and cache_gb. With either option, local shards use the cache, too, for slow disks.
-    samples: one `SAMPLE` record per sample, shard after shard, memory-mapped if the file system allows that. sizes: number of
-    images in each shard.
+    samples: one `SAMPLE` record per sample, shard after shard. sizes: number of images in each shard.
     shards: path of each shard's local file. With a cache, the file exists once the shard was read.
     """
 
@@ -183,20 +213,41 @@ class ShardSet:
         Shards are read, not mapped: if a mapped file is shortened or its disk fails, the kernel kills the process without a word.
         Raises UserError for damaged shards, or once samples.npy was found to be damaged; ChecksumError if `verify` is set.
         """
+        return self._read(index, self._verify)[1]
+
+    def read_with_fields(self, index: int) -> tuple[npt.NDArray[np.uint8], dict[str, bytes]]:
+        """One sample's encoded image, as `read` returns it, and its fields by extension.
+
+        It is one read of the shard, as they are adjacent. Raises as `read`, and ChecksumError for damaged fields.
+        """
+        head, image = self._read(index, whole=True)
+        return image, _fields(head.tobytes())
+
+    def check_fields(self, names: Iterable[str]) -> None:
+        """Raise UserError if the samples have no fields of these names."""
+        known = self._entry.get("fields", [])
+        if unknown := [name for name in names if name not in known]:
+            problem = f"{self.manifest.root}: the samples of {self.split} have no field {unknown[0]!r}"
+            raise UserError(problem, f"they have {', '.join(known)}" if known else "convert a source that has it")
+
+    def _read(self, index: int, whole: bool) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.uint8]]:
+        """A sample's range in its tar, divided at its image; the first part is empty unless `whole`."""
         if self._check.is_running and (problem := self._problem(self.samples[index : index + 1], index)):
             raise UserError(f"{self._samples_file}: {problem}", "make the shards again")
         if self._check.problem:
             self._check.wait()
         record = self.samples[index]
         shard, offset, count = int(record["shard"]), int(record["offset"]), int(record["bytes"])
-        if not self._verify:
-            return self._read_range(shard, offset, count)
+        if not whole:
+            return np.empty(0, np.uint8), self._read_range(shard, offset, count)
         before = self.samples[index - 1]
         start = _end(int(before["offset"]), int(before["bytes"])) if index and before["shard"] == shard else 0
+        if start > offset:
+            raise UserError(f"{self._samples_file}: the offset of sample {index} is out of range", "make the shards again")
         content = self._read_range(shard, start, _end(offset, count) - start)
-        if zlib.crc32(content.data) != record["crc32"]:
+        if self._verify and zlib.crc32(content.data) != record["crc32"]:
             raise ChecksumError("its checksum is not the one in samples.npy")
-        return content[offset - start : offset - start + count]
+        return content[: offset - start], content[offset - start : offset - start + count]
 
     def prefetch(self, shards: Iterable[int]) -> None:
         """Download shards in background threads, in this order. Without a cache, read them ahead into the page cache.
@@ -287,14 +338,10 @@ class ShardSet:
 
 
 def load_samples(path: str, local: Path) -> Samples:
-    """The records in samples.npy, memory-mapped if its file system allows that. path: its name in messages. local: the file."""
+    """The records in samples.npy. path: its name in messages. local: the file."""
     with files.explained(path):
         try:
-            try:
-                samples: Samples = np.lib.format.open_memmap(local, mode="r")
-            except OSError:
-                with local.open("rb") as stream:
-                    samples = np.lib.format.read_array(stream, allow_pickle=False)
+            samples = _read_or_map(local)
         except OSError:
             raise
         except Exception as error:  # NumPy's reader of headers raises many types
@@ -302,6 +349,17 @@ def load_samples(path: str, local: Path) -> Samples:
     if samples.dtype != SAMPLE or samples.ndim != 1:
         raise UserError(f"{path}: does not hold records of samples", "make the shards again")
     return samples
+
+
+def _read_or_map(file: Path) -> Samples:
+    """An array in a .npy file: read, as the kernel kills the process if a mapped file is shortened. A large one is mapped if its
+    file system allows that."""
+    if file.stat().st_size > _READ:
+        with suppress(OSError):
+            return np.lib.format.open_memmap(file, mode="r")
+    with file.open("rb") as stream:
+        samples: Samples = np.lib.format.read_array(stream, allow_pickle=False)
+        return samples
 
 
 def _open_file(path: Path) -> FileIO:

@@ -48,11 +48,25 @@ def pixels(data: bytes) -> npt.NDArray[np.int64]:
     return np.asarray(open_image(data).convert("RGB")).astype(np.int64)
 
 
+WITHOUT_MAPS = """
+import errno, mmap
+class Map(mmap.mmap):
+    def __new__(cls, file, *arguments, **options):
+        if file != -1:
+            raise OSError(errno.ENODEV, "No such device")
+        return super().__new__(cls, file, *arguments, **options)
+mmap.mmap = Map
+"""
+
+
 @pytest.fixture(scope="module")
 def lossless(image_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """`image_folder` in lossless shards of 16 images, made by two workers."""
-    out = tmp_path_factory.mktemp("lossless") / "data"
-    result = make(image_folder, out, "--workers", 2)
+    """`image_folder` in lossless shards of 16 images, made by two workers, on a system that maps no files."""
+    folder = tmp_path_factory.mktemp("lossless")
+    out = folder / "data"
+    (folder / "sitecustomize.py").write_text(WITHOUT_MAPS)
+    command = ["tools/make_shards.py", image_folder, "--out", out, "--shard-size", 16, "--workers", 2]
+    result = run_script(*command, PYTHONPATH=str(folder))
     assert result.returncode == 0, result.stderr
     assert "81/81" in result.stderr  # the progress bar
     assert "6 shards, 81 images" in result.stdout

@@ -146,7 +146,6 @@ def test_damaged_data_sets_are_named(small_shards: Path, tmp_path: Path) -> None
 
 def test_reading_opens_only_the_needed_shard(small_shards: Path) -> None:
     stored = ShardSet(small_shards, "train")
-    assert isinstance(stored.samples, np.memmap)
     stored.read(17)
     assert list(stored._open_files) == [1]
 
@@ -159,6 +158,7 @@ def test_data_on_a_file_system_without_maps_is_read(small_shards: Path, monkeypa
         raise OSError(errno.ENODEV, "No such device")
 
     monkeypatch.setattr(mmap, "mmap", refused)
+    monkeypatch.setattr(shards, "_READ", 0)
     stored = ShardSet(small_shards, "train")
     assert not isinstance(stored.samples, np.memmap)
     assert np.array_equal(stored.samples, expected.samples)
@@ -181,6 +181,21 @@ def test_a_file_without_permission_is_named(small_shards: Path, name: str, monke
     problem = rf"^{small_shards / name}: permission denied for user ID \d+; ask its owner for access$"
     with pytest.raises(UserError, match=problem):
         read_all(ShardSet(small_shards, "train"))
+
+
+@pytest.mark.parametrize("limit", [64 << 20, 0])
+def test_only_a_large_samples_npy_is_mapped(
+    small_shards: Path, tmp_path: Path, limit: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """If a mapped file is shortened, the kernel kills the process."""
+    shutil.copytree(small_shards, tmp_path / "data")
+    monkeypatch.setattr(shards, "_READ", limit)
+    expected = np.load(small_shards / "train" / "samples.npy")
+    stored = ShardSet(tmp_path / "data", "train")
+    assert isinstance(stored.samples, np.memmap) == (limit == 0)
+    if limit:
+        os.truncate(tmp_path / "data" / "train" / "samples.npy", 0)
+    assert np.array_equal(stored.samples, expected)
 
 
 def read_all(stored: ShardSet) -> None:
