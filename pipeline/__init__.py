@@ -38,7 +38,16 @@ if TYPE_CHECKING:
     from .errors import UserError
     from .loader import Batch, Loader
     from .pixels.normalize import TORCHVISION, Normalization
-    from .plan.geometry import CentreCrop, Geometry, PaddedCrop, RandomResizedCrop, ScaleJitter, TenCrop, WholeImage
+    from .plan.geometry import (
+        CentreCrop,
+        Geometry,
+        PaddedCrop,
+        RandomResizedCrop,
+        ScaleJitter,
+        TenCrop,
+        TorchvisionCrop,
+        WholeImage,
+    )
     from .spec import LoaderSpec
 
 _HOMES = {
@@ -47,7 +56,8 @@ _HOMES = {
     ".loader": ("Batch", "Loader"),
     ".pixels.normalize": ("Normalization", "TORCHVISION"),
     ".plan.geometry": (
-        "CentreCrop", "Geometry", "PaddedCrop", "RandomResizedCrop", "ScaleJitter", "TenCrop", "WholeImage",
+        "CentreCrop", "Geometry", "PaddedCrop", "RandomResizedCrop", "ScaleJitter", "TenCrop", "TorchvisionCrop",
+        "WholeImage",
     ),
     ".spec": ("LoaderSpec",),
 }  # fmt: skip
@@ -55,7 +65,7 @@ _HOME = {name: home for home, names in _HOMES.items() for name in names}
 
 __all__ = [
     "ENGINES", "TORCHVISION", "Batch", "CentreCrop", "Geometry", "Loader", "LoaderSpec", "Normalization", "PaddedCrop",
-    "RandomResizedCrop", "ScaleJitter", "TenCrop", "UserError", "WholeImage", "choose_engine", "open_loader",
+    "RandomResizedCrop", "ScaleJitter", "TenCrop", "TorchvisionCrop", "UserError", "WholeImage", "choose_engine", "open_loader",
 ]  # fmt: skip
 
 

@@ -178,8 +178,28 @@ class CentreCrop(_Resized):
         return 2 if self.mirrored else 1
 
     def views(self, seed: int, epoch: int, ids: Ints, heights: Ints, widths: Ints, size: int, alpha_std: float) -> Views:
-        windows = sampling.windows(sampling.centre(heights, widths, self.short, size), heights, widths, size)
+        windows = self._windows(heights, widths, size)
         return _views(np.stack([windows] * self.crops, axis=1), np.arange(self.crops) > 0)
+
+    def _windows(self, heights: Ints, widths: Ints, size: int) -> npt.NDArray[np.float64]:
+        return sampling.windows(sampling.centre(heights, widths, self.short, size), heights, widths, size)
+
+
+@dataclass(frozen=True)
+class TorchvisionCrop(CentreCrop):
+    """The central crop of torchvision's and timm's evaluation, for weights that were published with it: Resize, CenterCrop.
+
+    It differs from `CentreCrop` by less than a pixel: the long side is rounded down, so each axis has its own scale, and the
+    corner is rounded half to even. square: both sides are resized to `short`, whatever the aspect ratio (timm: squash).
+    """
+
+    square: bool = False
+
+    def _windows(self, heights: Ints, widths: Ints, size: int) -> npt.NDArray[np.float64]:
+        sides = np.stack([heights, widths], axis=1)
+        out = np.full_like(sides, self.short) if self.square else self.short * sides // sides.min(axis=1, keepdims=True)
+        low = np.rint((out - size) / 2)
+        return np.concatenate([low * sides / out, np.minimum((low + size) * sides / out, sides)], axis=1)
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pytest
+from PIL import Image
 from scipy.stats import chisquare, ks_2samp, kstest
 
 from pipeline.errors import UserError
@@ -20,10 +21,12 @@ from pipeline.plan.geometry import (
     RandomResizedCrop,
     ScaleJitter,
     TenCrop,
+    TorchvisionCrop,
     Views,
     WholeImage,
     choose_geometry,
 )
+from tests.helpers import random_image
 
 MANY = 40_000
 AREA, ASPECT = (0.08, 1.0), (3 / 4, 4 / 3)
@@ -32,6 +35,7 @@ GOLDEN_FLIPS = [True, True, False]
 
 GEOMETRIES = (
     ScaleJitter(), RandomResizedCrop(), PaddedCrop(28), CentreCrop(), TenCrop(), WholeImage(), WholeImage(mirrored=True),
+    TorchvisionCrop(), TorchvisionCrop(256, True, square=True),
 )  # fmt: skip
 
 
@@ -319,6 +323,20 @@ def test_ten_crops_are_at_torchvisions_positions() -> None:
 def test_the_fifth_of_ten_crops_is_the_central_one() -> None:
     heights, widths = np.array([375, 500, 31]), np.array([500, 333, 40])
     assert np.array_equal(views(TenCrop(), heights, widths).windows[4::10], views(CentreCrop(), heights, widths).windows)
+
+
+@pytest.mark.parametrize("square", [False, True])
+@pytest.mark.parametrize(("height", "width"), [(333, 271), (299, 467), (375, 500), (60, 41), (40, 640)])
+def test_the_crop_of_torchvision_is_that_of_the_whole_image_resized_by_pillow(height: int, width: int, square: bool) -> None:
+    """torchvision.transforms: Resize(72) gives int(72 * long / short) pixels for the long side, CenterCrop(65) rounds half to
+    even."""
+    image = Image.fromarray(random_image(height, width))
+    sides = (72, 72) if square else tuple(int(72 * side / min(height, width)) for side in (width, height))
+    left, top = (round((side - 65) / 2.0) for side in sides)
+    expected = np.asarray(image.resize(sides, Image.Resampling.BILINEAR))[top : top + 65, left : left + 65]
+    (low_y, low_x, high_y, high_x), *_ = views(TorchvisionCrop(72, square=square), height, width, 65).windows
+    found = np.asarray(image.resize((65, 65), Image.Resampling.BILINEAR, box=(low_x, low_y, high_x, high_y)))
+    assert np.abs(found.astype(int) - expected).max() <= 1
 
 
 def test_whole_images_keep_their_aspect_ratio() -> None:
