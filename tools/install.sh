@@ -34,3 +34,7 @@ echo "Installing PyTorch, then the packages of the extras $extras, into $venv" >
 install="$venv/bin/python -m pip install --disable-pip-version-check --constraint constraints.txt"
 $install torch
 $install --editable ".[$extras]"
+case ",$extras," in *,dev,*)
+    # For tests, in a folder of their own: torchvision has no build for every torch, see tests/with_timm.py.
+    $install --upgrade --no-deps --target "$venv/timm" timm torchvision
+esac
