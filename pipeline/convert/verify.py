@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import io
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -14,6 +13,7 @@ from ..errors import UserError
 from ..progress import BYTES, progress_bar
 from ..store import files, shards
 from ..store.shards import Manifest, Samples
+from ..store.waiting import DaemonPool
 
 
 def verify(root: str, workers: int) -> list[str]:
@@ -28,7 +28,7 @@ def verify(root: str, workers: int) -> list[str]:
         damaged = list(_check_file(files.join(root, entry["samples"]), entry["samples_sha256"]))
         problems += damaged
         samples = None if damaged else np.load(io.BytesIO(files.read(files.join(root, entry["samples"]))))
-        with ThreadPoolExecutor(workers) as pool:
+        with DaemonPool(workers) as pool:
             checks = [
                 pool.submit(_check_shard, root, shard, None if samples is None else samples[samples["shard"] == number])
                 for number, shard in enumerate(entry["shards"])

@@ -5,8 +5,10 @@ from __future__ import annotations
 import threading
 from collections import deque
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from typing import Generic, TypeVar
+
+from ..store.waiting import DaemonPool
 
 Job = TypeVar("Job")
 Worker = TypeVar("Worker")
@@ -24,7 +26,7 @@ class WorkerPool(Generic[Job, Worker]):
     ) -> None:
         self._count, self._chunk, self._make_worker, self._fill = threads, chunk, make_worker, fill
         self._local = threading.local()
-        self._threads: ThreadPoolExecutor | None = None
+        self._threads: DaemonPool | None = None
         self._jobs: deque[tuple[Job, list[Future[None]]]] = deque()
 
     def __len__(self) -> int:
@@ -33,7 +35,7 @@ class WorkerPool(Generic[Job, Worker]):
 
     def submit(self, job: Job, images: int) -> None:
         """Hand a job to the threads. images: how many it has."""
-        self._threads = self._threads or ThreadPoolExecutor(self._count, "cropfeed")
+        self._threads = self._threads or DaemonPool(self._count)
         chunks = [
             self._threads.submit(self._run, job, range(first, min(first + self._chunk, images)))
             for first in range(0, images, self._chunk)
@@ -52,11 +54,11 @@ class WorkerPool(Generic[Job, Worker]):
         return sum(all(chunk.done() for chunk in chunks) for _, chunks in self._jobs.copy())
 
     def close(self) -> None:
-        """Drop all jobs and end the threads. Waits for the chunks in progress."""
+        """Drop all jobs and end the threads. Waits for the chunks in progress, but not long for remote storage."""
         self._jobs.clear()
-        if self._threads:
-            self._threads.shutdown(cancel_futures=True)
-            self._threads = None
+        threads, self._threads = self._threads, None  # first, as closing can be interrupted
+        if threads:
+            threads.close()
 
     def _run(self, job: Job, indices: range) -> None:
         if not hasattr(self._local, "worker"):

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 import fsspec
-from fsspec.callbacks import DEFAULT_CALLBACK, TqdmCallback
+from fsspec.callbacks import TqdmCallback
 from fsspec.implementations.local import LocalFileSystem
 
 from ..errors import UserError, install_command, writing
@@ -30,6 +30,7 @@ from .waiting import RangeReader, answer
 
 PARTIAL = ".partial"  # suffix of files that are still being written; their names begin with a dot
 CHUNK = 8 << 20  # bytes of a request in `read_chunks`
+_PART, _SLOW = 100 << 20, 1e6  # bytes that an upload sends without a report; bytes per second of a slow link
 _REQUESTS = 8  # requests at a time, as object stores limit the throughput of each one
 # Object stores list an object only after its upload is complete. Other file systems list a file while it is being written.
 _OBJECT_STORES = {"s3", "s3a", "gs", "gcs", "az", "abfs", "abfss", "oci", "oss", "memory"}
@@ -171,12 +172,8 @@ def _local_entry(entry: os.DirEntry[str]) -> Entry:
 
 def remove(path: str) -> None:
     """Remove a file, if it exists."""
-    with explained(path):
-        system, target = _system(path)
-        try:
-            system.rm_file(target)
-        except FileNotFoundError:
-            return
+    with explained(path), contextlib.suppress(FileNotFoundError):
+        _ask(path, lambda system, target: system.rm_file(target))
 
 
 @contextmanager
@@ -193,7 +190,6 @@ def atomic_write(path: str, label: str = "") -> Iterator[Path]:
         with writing(path if local else folder):
             folder.mkdir(parents=True, exist_ok=True)
         scratch = folder / f".{target.rsplit('/', 1)[1]}.{uuid.uuid4().hex}{PARTIAL}"
-        shown = TqdmCallback({"desc": label} | BYTES, tqdm_cls=progress_bar) if label else DEFAULT_CALLBACK
     with writing(path if local else scratch):
         try:
             yield scratch
@@ -201,14 +197,36 @@ def atomic_write(path: str, label: str = "") -> Iterator[Path]:
                 os.replace(scratch, target)
                 return
             with explained(path):
-                if set(_protocols(system)) & _OBJECT_STORES:
-                    system.put_file(str(scratch), target, callback=shown)
-                else:
-                    system.makedirs(target.rsplit("/", 1)[0], exist_ok=True)
-                    system.put_file(str(scratch), target + PARTIAL, callback=shown)
-                    system.mv(target + PARTIAL, target)
+                _upload(path, scratch, label)
         finally:
             scratch.unlink(missing_ok=True)
+
+
+class _Moving(TqdmCallback):
+    """A bar of an upload that knows when it last moved."""
+
+    moved = 0.0
+
+    def call(self, *arguments: Any, **options: Any) -> None:
+        self.moved = time.monotonic()
+        super().call(*arguments, **options)
+
+
+def _upload(path: str, scratch: Path, label: str) -> None:
+    """Upload a local file to a URL. label: see `atomic_write`."""
+    shown = _Moving({"desc": label, "disable": not label} | BYTES, tqdm_cls=progress_bar)
+    slack = min(scratch.stat().st_size, _PART) / _SLOW
+
+    def put(suffix: str) -> None:
+        answer(path, lambda: system.put_file(str(scratch), target + suffix, callback=shown), lambda: shown.moved, slack)
+
+    system, target = _system(path)
+    if set(_protocols(system)) & _OBJECT_STORES:
+        put("")
+        return
+    _ask(path, lambda system, target: system.makedirs(target.rsplit("/", 1)[0], exist_ok=True))
+    put(PARTIAL)
+    _ask(path, lambda system, target: system.mv(target + PARTIAL, target))
 
 
 def write(path: str, content: bytes) -> None:
@@ -274,10 +292,8 @@ def sha256(path: str, label: str = "") -> str:
 
 def remove_folder(path: str) -> None:
     """Remove a folder with everything in it, if it exists."""
-    with explained(path):
-        system, target = _system(path)
-        with contextlib.suppress(FileNotFoundError):
-            system.rm(target, recursive=True)
+    with explained(path), contextlib.suppress(FileNotFoundError):
+        _ask(path, lambda system, target: system.rm(target, recursive=True))
 
 
 def remove_partials(folder: str, seconds: float) -> None:

@@ -12,9 +12,9 @@ from typing import Any
 
 from ..progress import SharedBar
 from .cache import ShardCache
+from .waiting import join
 
 _THREADS = 4
-_CLOSE_S = 10.0  # remote storage that hangs must not delay the end of a program
 
 Fetch = Callable[[int, threading.Event], None]
 
@@ -56,8 +56,7 @@ class Prefetcher:
             self._stop.set()
             self._stop = threading.Event()  # for later requests
             threads = list(self._threads)
-        for thread in threads:
-            thread.join(_CLOSE_S)
+        join(threads)
 
     def _run(self) -> None:
         while (work := self._next()) is not None:

@@ -1,4 +1,4 @@
-"""Reads from remote storage that does not answer: a line, another attempt, and at last an error."""
+"""Remote storage that does not answer: a line, another attempt, and at last an error. Threads that do not wait for it forever."""
 
 from __future__ import annotations
 
@@ -7,14 +7,18 @@ import io
 import logging
 import threading
 import time
-from collections.abc import Callable
+import weakref
+from collections.abc import Callable, Iterable
 from concurrent.futures import Future, wait
-from typing import Any, TypeVar
+from contextlib import suppress
+from queue import Empty, SimpleQueue
+from typing import Any, Self, TypeVar
 
 from ..errors import UserError
 
 LIMITS_S = (60.0, 120.0, 240.0)  # of the attempts: for 64 MB, a slow link may need minutes
 NOTICE_S = 30.0  # between two lines
+CLOSE_S = 2.0  # how long the end of a program may wait for threads
 _PAUSE_S = 1.0  # after a lost connection
 _LOST = (errno.ECONNRESET, errno.ECONNABORTED, errno.EPIPE, errno.ETIMEDOUT)
 _LOST_NAMES = ("ServerDisconnectedError", "ClientPayloadError", "IncompleteReadError", "FSTimeoutError")  # of fsspec's back ends
@@ -23,8 +27,10 @@ log = logging.getLogger("cropfeed")
 T = TypeVar("T")
 
 
-def answer(path: str, call: Callable[[], T]) -> T:
-    """The result of a call that reads from remote storage. It is repeated if it hangs or loses its connection.
+def answer(path: str, call: Callable[[], T], moved: Callable[[], float] = lambda: 0.0, slack: float = 0.0) -> T:
+    """The result of a call to remote storage. It is repeated if it hangs or loses its connection.
+
+    moved: when (`time.monotonic`) the call last made progress. slack: additional seconds for an attempt.
 
     Each attempt runs in a daemon thread, which is left alone if it hangs: fsspec's back ends cannot be interrupted. Raises
     UserError if no attempt succeeds, and at once what the call raises for any other reason.
@@ -33,9 +39,9 @@ def answer(path: str, call: Callable[[], T]) -> T:
         if number:
             log.warning("%s: attempt %d of %d", path, number + 1, len(LIMITS_S))
         result: Future[T] = Future()
-        threading.Thread(target=_run, args=(call, result), name="cropfeed-remote", daemon=True).start()
-        if not _wait(path, result, limit):
-            problem = f"no answer for {limit:.0f} s"
+        threading.Thread(target=_run, args=(result, call), name="cropfeed-remote", daemon=True).start()
+        if not _wait(path, result, limit + slack, moved):
+            problem = f"no answer for {limit + slack:.0f} s"
         elif (error := result.exception()) is None:
             return result.result()
         elif _is_lost(error):
@@ -47,26 +53,82 @@ def answer(path: str, call: Callable[[], T]) -> T:
     raise UserError(f"{path}: {problem}, after {len(LIMITS_S)} attempts", "check the network and the storage, then try again")
 
 
-def _run(call: Callable[[], T], result: Future[T]) -> None:
+def _run(result: Future[T], call: Callable[..., T], *arguments: Any) -> None:
     try:
-        result.set_result(call())
+        result.set_result(call(*arguments))
     except BaseException as error:
         result.set_exception(error)
 
 
-def _wait(path: str, result: Future[Any], limit: float) -> bool:
+def _wait(path: str, result: Future[Any], limit: float, moved: Callable[[], float]) -> bool:
     """Wait for a result, with a line now and then. Returns whether it came."""
     began = time.monotonic()
-    while (left := began + limit - time.monotonic()) > 0:
-        if wait([result], min(NOTICE_S, left)).done:
+    while (idle := time.monotonic() - max(began, moved())) < limit:
+        if idle > 0.9 * NOTICE_S:
+            log.warning("%s: no answer for %.0f s, still waiting", path, idle)
+        if wait([result], min(NOTICE_S, limit - idle)).done:
             return True
-        if left > NOTICE_S:
-            log.warning("%s: no answer for %.0f s, still waiting", path, time.monotonic() - began)
     return False
 
 
 def _is_lost(error: BaseException) -> bool:
     return isinstance(error, TimeoutError) or getattr(error, "errno", None) in _LOST or type(error).__name__ in _LOST_NAMES
+
+
+class DaemonPool:
+    """Daemon threads that run calls, up to `count` at a time. The threads begin with the first calls.
+
+    Those of ThreadPoolExecutor are no daemons, so that one that waits for remote storage delays the end of the program.
+    """
+
+    def __init__(self, count: int, name: str = "cropfeed") -> None:
+        self._count, self._name = count, name
+        self._calls: SimpleQueue[tuple[Any, ...] | None] = SimpleQueue()
+        self._threads: list[threading.Thread] = []
+        self._finalizer = weakref.finalize(self, _close, self._calls, self._threads)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def submit(self, call: Callable[..., T], *arguments: Any) -> Future[T]:
+        """Run call(*arguments) in a thread."""
+        if len(self._threads) < self._count:
+            thread = threading.Thread(target=_work, args=(self._calls,), name=self._name, daemon=True)
+            thread.start()
+            self._threads.append(thread)
+        result: Future[T] = Future()
+        self._calls.put((result, call, *arguments))
+        return result
+
+    def close(self) -> None:
+        """Drop the calls that have not begun, and wait for the others, but not long. Afterwards the pool is of no use."""
+        self._finalizer()
+
+
+def _work(calls: SimpleQueue[tuple[Any, ...] | None]) -> None:
+    while (call := calls.get()) is not None:
+        _run(*call)
+        del call  # it may hold the last reference to a loader
+
+
+def _close(calls: SimpleQueue[tuple[Any, ...] | None], threads: list[threading.Thread]) -> None:
+    with suppress(Empty):
+        while True:
+            calls.get_nowait()
+    for _ in threads:
+        calls.put(None)
+    join(threads)
+
+
+def join(threads: Iterable[threading.Thread]) -> None:
+    """Wait for daemon threads to end, for up to `CLOSE_S` in all."""
+    deadline = time.monotonic() + CLOSE_S
+    for thread in threads:
+        if thread is not threading.current_thread():  # a garbage collection in a thread can close its pool
+            thread.join(max(0, deadline - time.monotonic()))
 
 
 class RangeReader(io.RawIOBase):

@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import io
+import signal
+import socket
+import subprocess
+import sys
 import tarfile
 import threading
 import time
@@ -19,6 +23,7 @@ from pipeline.errors import UserError
 from pipeline.store import files, waiting
 from pipeline.store.cache import ShardCache
 from pipeline.store.prefetch import Prefetcher
+from tests.helpers import ROOT
 
 
 class Unsteady(MemoryFileSystem):
@@ -27,6 +32,7 @@ class Unsteady(MemoryFileSystem):
     protocol = "unsteady"
     faults: list[Callable[[], object]] = []  # noqa: RUF012
     store: dict[str, Any] = {}  # noqa: RUF012
+    moves = 0  # reports of an upload
 
     def cat_file(self, path: str, start: int | None = None, end: int | None = None, **options: Any) -> Any:
         self._fault()
@@ -39,6 +45,15 @@ class Unsteady(MemoryFileSystem):
     def ls(self, path: str, detail: bool = True, **options: Any) -> Any:
         self._fault()
         return super().ls(path, detail, **options)
+
+    def put_file(self, source: str, path: str, callback: Any = None, **options: Any) -> Any:
+        self._fault()
+        if self.moves:
+            callback.set_size(self.moves)
+            for _ in range(self.moves):
+                time.sleep(0.04)
+                callback.relative_update(1)
+        return super().put_file(source, path, **options)
 
     def _fault(self) -> None:
         if self.faults:
@@ -72,6 +87,7 @@ CALLS: dict[str, Callable[[], object]] = {
     "is_folder": lambda: files.is_folder("unsteady://data/a"),
     "chunks": lambda: b"".join(files.read_chunks("unsteady://data/a/b.bin", 10240)),
     "sha256": lambda: files.sha256("unsteady://data/a/b.bin"),
+    "write": lambda: files.write("unsteady://data/a/c.bin", b"content"),
 }
 
 
@@ -95,6 +111,17 @@ def test_storage_that_never_answers_is_an_error(name: str, hang: Callable[[], ob
         CALLS[name]()
     assert 0.6 <= time.monotonic() - began < 5
     assert sum("still waiting" in record.getMessage() for record in caplog.records) >= 2
+
+
+def test_a_slow_upload_that_moves_is_not_given_up(
+    hang: Callable[[], object], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(waiting, "LIMITS_S", (0.2,))
+    monkeypatch.setattr(waiting, "NOTICE_S", 0.2)
+    monkeypatch.setattr(Unsteady, "moves", 12)
+    files.write("unsteady://data/a/c.bin", b"content")
+    assert files.read("unsteady://data/a/c.bin") == b"content"
+    assert not caplog.records
 
 
 def test_a_lost_connection_is_repeated(hang: Callable[[], object]) -> None:
@@ -121,7 +148,7 @@ def test_a_download_that_hangs_is_repeated(hang: Callable[[], object], tmp_path:
 
 
 def test_closing_does_not_wait_for_a_fetch_that_hangs(hang: Callable[[], object], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("pipeline.store.prefetch._CLOSE_S", 0.05)
+    monkeypatch.setattr(waiting, "CLOSE_S", 0.05)
     begun = threading.Event()
 
     def fetch(number: int, stop: threading.Event) -> None:
@@ -134,6 +161,36 @@ def test_closing_does_not_wait_for_a_fetch_that_hangs(hang: Callable[[], object]
     began = time.monotonic()
     prefetcher.close()
     assert time.monotonic() - began < 5
+
+
+WAITING = """
+import sys
+sys.path.insert(0, sys.argv[1])
+from pipeline.cli import run_cli
+from pipeline.engines.pool import WorkerPool
+from pipeline.store import files
+def main():
+    pool = WorkerPool(2, 1, object, lambda worker, url, indices: files.read(url))
+    try:
+        pool.submit(sys.argv[2], 5)
+        pool.next()
+    finally:
+        pool.close()
+run_cli(main)
+"""
+
+
+@pytest.mark.slow
+def test_ctrl_c_does_not_wait_for_threads_whose_storage_never_answers() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        server.settimeout(60)
+        url = f"http://127.0.0.1:{server.getsockname()[1]}/data"
+        command = [sys.executable, "-c", WAITING, str(ROOT), url]
+        with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+            server.accept()
+            process.send_signal(signal.SIGINT)
+            assert process.communicate(timeout=waiting.CLOSE_S + 20)[1] == "interrupted\n"  # an attempt takes 60 s
+            assert process.returncode == 130
 
 
 def test_remote_tars_are_read_member_by_member(hang: Callable[[], object], monkeypatch: pytest.MonkeyPatch) -> None:
