@@ -12,6 +12,9 @@ checkpoint and stops.
 
 from __future__ import annotations
 
+import pipeline.starting  # noqa: F401  (first: the other imports take seconds)
+
+# isort: split
 import json
 import sys
 import time

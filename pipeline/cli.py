@@ -19,6 +19,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
+from . import starting
 from .errors import FULL, StorageError, UserError, storage_error
 from .outputs import Outputs
 
@@ -109,8 +110,9 @@ def run_cli(main: Callable[[], None], is_log: bool = False) -> NoReturn:
     is_log: its output is only a log, so that the program succeeds even if that cannot be written.
     """
     logging.getLogger("cropfeed").addFilter(_show_flags)
-    if os.getpid() == 1:  # the kernel ignores SIGTERM for the first process of a container, unless it has a handler
-        signal.signal(signal.SIGTERM, lambda *_: os._exit(128 + signal.SIGTERM))
+    if signal.getsignal(signal.SIGINT) is starting.end:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    starting.end_as_first_process()
     outputs = Outputs(is_log)
     code = _exit_code(main, outputs)
     lost = outputs.lost()

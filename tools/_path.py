@@ -10,3 +10,5 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
 sys.path[:] = [str(ROOT), *(path for path in sys.path if path not in (str(ROOT), str(HERE))), str(HERE)]
+
+import pipeline.starting  # noqa: E402, F401

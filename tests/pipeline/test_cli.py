@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import subprocess
 import sys
@@ -117,3 +118,22 @@ def test_sigterm_ends_the_first_process_of_a_container() -> None:
         (first,) = psutil.Process(process.pid).children()
         first.send_signal(signal.SIGTERM)
         assert process.wait(10) == 128 + signal.SIGTERM
+
+
+@pytest.mark.parametrize(("script", "in_namespace"), [("train.py", False), ("tools/evaluate.py", False), ("train.py", True)])
+def test_a_signal_during_the_imports_ends_a_script_at_once(script: str, in_namespace: bool, tmp_path: Path) -> None:
+    """SIGTERM for the first process of a container, else Ctrl-C."""
+    prefix = IN_NAMESPACE if in_namespace else []
+    if prefix and subprocess.run([*prefix, "true"], capture_output=True, check=False).returncode:
+        pytest.skip("a new PID namespace needs root")
+    (tmp_path / "torch.py").write_text("import time\nprint('importing', flush=True)\ntime.sleep(60)")
+    with subprocess.Popen(
+        [*prefix, sys.executable, str(ROOT / script)],
+        env=os.environ | {"PYTHONPATH": str(tmp_path)}, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    ) as process:  # fmt: skip
+        assert process.stdout is not None
+        assert process.stdout.readline() == "importing\n"
+        first = psutil.Process(process.pid).children()[0] if prefix else process
+        first.send_signal(signal.SIGTERM if prefix else signal.SIGINT)
+        assert process.communicate(timeout=10)[1] == ("" if prefix else "interrupted\n")
+        assert process.returncode == (143 if prefix else 130)
