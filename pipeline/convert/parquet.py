@@ -12,7 +12,6 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Any
 
@@ -21,6 +20,7 @@ import numpy as np
 from ..errors import UserError, install_command
 from ..progress import progress_bar
 from ..store import files
+from ..store.waiting import DaemonPool
 from .folders import class_folders
 from .sources import Keys, Listing, RowGroup, Source, SourceOptions, files_by_split, number_labels, renamed, split_folders
 
@@ -177,10 +177,10 @@ def unpack(folder: str, groups: Iterable[RowGroup], workers: int, turn: float) -
         if not files.exists(row_file(folder, rows)):
             _unpack(folder, rows)
 
-    with ThreadPoolExecutor(min(workers, _THREADS)) as pool:
-        waiting = pool.map(write, every[first:] + every[:first])
-        for _ in progress_bar(waiting, total=len(every), desc="unpacking parquet", unit=" row groups"):
-            pass
+    with DaemonPool(min(workers, _THREADS)) as pool:
+        groups_written = [pool.submit(write, rows) for rows in every[first:] + every[:first]]
+        for written in progress_bar(groups_written, desc="unpacking parquet", unit=" row groups"):
+            written.result()
 
 
 def _unpack(folder: str, rows: RowGroup) -> None:

@@ -19,7 +19,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -32,6 +32,7 @@ from ..loader import Batch, BatchPlan, BatchRange, Loader, check_in_order
 from ..pixels.decoder import CorruptImageError, Decoder, cut_windows, decode_by_pillow, has_size, why_corrupt
 from ..plan import sampling
 from ..spec import LoaderSpec
+from ..store.waiting import DaemonPool
 
 # External inputs: name, DALI type, number of dimensions of one sample.
 INPUTS = (
@@ -108,14 +109,14 @@ class DaliLoader(Loader):
         self._pipe: Pipeline | None = None
         self._schedule: Iterator[BatchRange] = iter(())
         self._in_flight: deque[BatchPlan] = deque()
-        self._threads: ThreadPoolExecutor | None = None
+        self._threads: DaemonPool | None = None
 
     def close(self) -> None:
         super().close()
         self._drop_pipeline()
-        if self._threads:
-            self._threads.shutdown()
-            self._threads = None
+        threads, self._threads = self._threads, None  # first, as closing can be interrupted
+        if threads:
+            threads.close()
 
     def _make_batch(self, batch_range: BatchRange) -> Batch:
         views = self._run(batch_range)
@@ -174,9 +175,10 @@ class DaliLoader(Loader):
         if self.spec.threads == 1:
             inputs.encode(0, count)
         else:
-            self._threads = self._threads or ThreadPoolExecutor(self.spec.threads, "cropfeed-cut")
+            self._threads = threads = self._threads or DaemonPool(self.spec.threads, "cropfeed-cut")
             bounds = [count * i // self.spec.threads for i in range(self.spec.threads + 1)]
-            list(self._threads.map(inputs.encode, bounds[:-1], bounds[1:]))  # raises errors of the threads
+            for part in [threads.submit(inputs.encode, *ends) for ends in pairwise(bounds)]:
+                part.result()  # raises errors of the threads
         self._in_flight.append(plan)
         return inputs.arrays()
 
