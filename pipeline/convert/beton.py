@@ -31,7 +31,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from ..engines.ffcv_field import StoredImage, region_field, store_encoded
+from ..engines.ffcv_field import JPEG, StoredImage, jpeg_size, region_field, store_encoded
 from ..errors import UserError, install_command, storage_error
 from ..progress import announce_if_slow, progress_bar
 from ..store.files import atomic_write, sha256
@@ -48,11 +48,11 @@ _THREADING_LAYER = "NUMBA_THREADING_LAYER"
 class BetonSettings:
     """How an FFCV file stores images; part of the manifest.
 
-    mode: "region" stores the bytes of the shards' JPEGs unchanged. Stock FFCV decodes them as a whole, `engines.ffcv_field` only
-    the crop. The other modes are those of FFCV's RGBImageField, applied to the RGB pixels that Pillow decodes: "jpg" (re-encoded
-    with `quality`), "raw" (pixels), "proportion" (the fraction `proportion` of the images, drawn per sample, as jpg, the others
-    raw). max_resolution: larger images are shrunk to this longest side, pixels; not for "region". Raises UserError for an unknown
-    mode.
+    mode: "region" stores the bytes of the shards' JPEGs unchanged, and the pixels of other images. Stock FFCV decodes JPEGs as a
+    whole, `engines.ffcv_field` only the crop. The other modes are those of FFCV's RGBImageField, applied to the RGB pixels that
+    Pillow decodes: "jpg" (re-encoded with `quality`), "raw" (pixels), "proportion" (the fraction `proportion` of images, drawn
+    per sample, as jpg, the others raw). max_resolution: larger images are shrunk to this longest side, pixels; not for "region".
+    Raises UserError for an unknown mode.
     """
 
     mode: str = "region"
@@ -279,13 +279,17 @@ def _stored_field() -> Any:
 
 def _page_size(shards: ShardSet, settings: BetonSettings) -> int:
     """Bytes of a page, a power of two: FFCV's default, or enough for the pixels of the largest image (a JPEG takes less)."""
-    if settings.mode == "region":
-        largest = int(shards.samples["bytes"].max())
-    else:
-        from ..engines.ffcv_file import stored_sizes
+    from ..engines.ffcv_file import stored_sizes
 
-        heights, widths = stored_sizes(shards.samples, asdict(settings))
-        largest = int((3 * heights * widths).max())
+    heights, widths = stored_sizes(shards.samples, asdict(settings))
+    sizes = 3 * heights * widths
+    if settings.mode == "region":
+        largest = max(_MIN_PAGE, int(shards.samples["bytes"].max()))
+        for index in np.flatnonzero(sizes > largest).tolist():
+            if sizes[index] > largest and not jpeg_size(shards.read(index).tobytes()):
+                largest = int(sizes[index])
+    else:
+        largest = int(sizes.max())
     return max(_MIN_PAGE, 1 << (largest - 1).bit_length())
 
 
@@ -294,9 +298,9 @@ def _verify(path: Path, name: str, shards: ShardSet, settings: BetonSettings, ch
     from ..engines.ffcv_file import open_beton
 
     content, images, sizes = open_beton(path, shards.samples, asdict(settings))
-    compare = settings.mode == "region"
+    compare = (images["mode"] == JPEG) & (settings.mode == "region")
     places = list(zip(images["data_ptr"].tolist(), sizes.tolist(), strict=True))
     for index, (start, size) in enumerate(progress_bar(places, unit=" images", desc=f"verifying {name}")):
         data = content[start : start + size]
-        if zlib.crc32(data.tobytes()) != checksums[index] or (compare and not np.array_equal(data, shards.read(index))):
+        if zlib.crc32(data.tobytes()) != checksums[index] or (compare[index] and not np.array_equal(data, shards.read(index))):
             raise UserError(f"{path}: sample {index} differs from what was written", "the disk may be full or faulty")

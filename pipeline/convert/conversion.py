@@ -34,6 +34,7 @@ class Settings:
     profile: str
     shard_size: int
     seed: int
+    reencode: bool = False
 
 
 def plan_tasks(listing: Listing, out: str, settings: Settings, strict: bool) -> dict[str, list[ShardTask]]:
@@ -48,7 +49,7 @@ def plan_tasks(listing: Listing, out: str, settings: Settings, strict: bool) -> 
         tasks[split] = [
             ShardTask(
                 out, split, shard, sources[start : start + settings.shard_size], settings.profile, digits, strict,
-                min(max(counted - start, 0), settings.shard_size),
+                min(max(counted - start, 0), settings.shard_size), settings.reencode,
             )
             for shard, start in enumerate(range(0, len(sources), settings.shard_size))
         ]  # fmt: skip
@@ -57,7 +58,10 @@ def plan_tasks(listing: Listing, out: str, settings: Settings, strict: bool) -> 
 
 def fingerprint(listing: Listing, settings: Settings) -> dict[str, Any]:
     """The content of plan.json, and of `conversion` in the manifest. A conversion can be resumed if the fingerprint is equal."""
-    return {"version": VERSION, "source": listing.fingerprint(), **asdict(settings)}
+    values = {"version": VERSION, "source": listing.fingerprint(), **asdict(settings)}
+    if not settings.reencode:
+        del values["reencode"]  # conversions by version 0.1 do not have it
+    return values
 
 
 def is_complete(out: str) -> bool:
@@ -77,7 +81,8 @@ def begin(out: str, expected: dict[str, Any]) -> None:
         files.write(path, json.dumps(expected, indent=1).encode())
         return
     if found != expected:
-        differs = [name for name in expected if not isinstance(found, dict) or found.get(name) != expected[name]]
+        known = found if isinstance(found, dict) else {}
+        differs = [name for name in expected | known if name not in known or known[name] != expected.get(name)]
         raise UserError(f"{out}: holds a conversion with another {', '.join(differs)}", "give another `out`")
 
 

@@ -6,30 +6,35 @@
 | Adobe RGB JPEG (transform 0) | the same, with its APP14 marker | re-encoded as YCbCr | unchanged |
 | arithmetic-coded JPEG, and one that is not whole: scans are missing | re-encoded | re-encoded | unchanged |
 | CMYK or YCCK JPEG | re-encoded, Pillow's conversion to RGB | re-encoded | unchanged |
-| PNG, WebP, BMP, under any name | re-encoded, alpha dropped | re-encoded | unchanged |
-| gray PNG with 16 bits | re-encoded from the upper 8 bits | re-encoded | re-encoded |
-| other formats that Pillow opens (first frame of GIF, TIFF) | re-encoded | re-encoded | re-encoded |
+| PNG with 8-bit RGB or gray, under any name | unchanged | re-encoded | unchanged |
+| lossy WebP | unchanged | re-encoded | unchanged |
+| other PNG (palette, alpha), lossless WebP, WebP with alpha, BMP | PNG of its pixels, alpha dropped | re-encoded | unchanged |
+| gray PNG with 16 bits | PNG of the upper 8 bits | re-encoded | PNG of the upper 8 bits |
+| animated PNG or WebP | PNG of the first frame | re-encoded | PNG of the first frame |
+| other formats that Pillow opens (first frame of GIF, TIFF) | PNG of its pixels | re-encoded | PNG of its pixels |
 | damaged JPEG that decoders accept | re-encoded as decoded | re-encoded | unchanged |
-| JPEG whose metadata Pillow fails at | the same, without it | re-encoded | without it |
+| JPEG or PNG whose metadata Pillow fails at | the same, without it | re-encoded | without it |
 | JPEG of more than 100 scans, which would take minutes | left out | left out | left out |
 | 12-bit JPEG, undecodable, truncated, more than 178,956,970 pixels | left out | left out | left out |
 | 32-bit or floating-point pixels (TIFF), which have no defined range | left out | left out | left out |
 
 Re-encoding: for `lossless` and `original`, quality 95, 4:4:4. For `compact`, the short side is reduced to at most 480 (Lanczos),
-quality 90, 4:2:0. Grayscale images stay grayscale. Re-encoded images are region-addressable, too. Orientation tags are ignored,
-as in every published ImageNet result. Metadata (EXIF, XMP, ICC profiles, comments) is dropped.
+quality 90, 4:2:0. Grayscale images stay grayscale. Re-encoded images are region-addressable, too, but PNG and WebP are decoded in
+full. With `reencode`, `lossless` re-encodes these, and `original` what it would store as PNG of its pixels. An image that is no
+JPEG is kept only if all engines decode it to the same pixels. Orientation tags and color profiles are ignored, as in every
+published ImageNet result. Metadata (EXIF, XMP, ICC profiles, comments) is dropped, except in images that are unchanged.
 """
 
 from __future__ import annotations
 
 import io
+import re
+import struct
 import warnings
 from contextlib import suppress
 from typing import NamedTuple
 from xml.etree import ElementTree
 
-import numpy as np
-import numpy.typing as npt
 import simplejpeg
 from PIL import Image
 
@@ -37,14 +42,18 @@ from ..jpeg.header import parse, without_metadata
 from ..jpeg.region import RegionError
 from ..jpeg.transcode import transcode
 from ..pixels.decoder import MAX_SCANS, has_many_scans, jpeg_header, to_8_bits
-from ..pixels.formats import unreadable_format
+from ..pixels.formats import is_lossy_webp, is_plain_png, png_without_metadata, unreadable_format
 
 PROFILES = ("lossless", "compact", "original")
 MAX_PIXELS = 178_956_970  # Pillow's limit for decompression bombs
 COMPACT_SHORT = 480  # pixels: the largest short side of the scale jitter
 ENGINE_FORMATS = ("JPEG", "MPO", "PNG", "BMP", "WEBP")  # decoded by every engine; MPO is a JPEG followed by more images
 
+DECODED_IN_FULL = "decoded in full, not at the crop"  # a fact: with `lossless`, that it is no JPEG
+
 _GREY_MODES = ("1", "L", "LA", "La")
+_SRGB = re.compile(rb"srgb|\x03c2")  # "c2" is the sRGB profile of Facebook's images
+_LINEAR = re.compile(rb"linear|-g10")  # primaries of sRGB, but not its tone curve
 
 
 class UnreadableError(ValueError):
@@ -65,40 +74,75 @@ class ConvertedImage(NamedTuple):
     pixels: npt.NDArray[np.uint8] | Image.Image
 
 
-def convert_image(data: bytes, profile: str) -> ConvertedImage:
-    """Decode `data` in full and convert it as the profile requires. Raises UnreadableError."""
+def convert_image(data: bytes, profile: str, reencode: bool = False) -> ConvertedImage:
+    """Decode `data` in full and convert it as the profile requires. Raises UnreadableError.
+
+    reencode: with the profile "lossless", store JPEGs of quality 95 instead of PNG and WebP.
+    """
     if has_many_scans(data):
         raise UnreadableError(f"a JPEG of more than {MAX_SCANS} scans")
     try:
-        return _convert(data, profile)
+        return _convert(data, profile, reencode)
     except MemoryError as error:
         raise UnreadableError("converting it needs more memory than there is") from error
 
 
-def _convert(data: bytes, profile: str) -> ConvertedImage:
+def _convert(data: bytes, profile: str, reencode: bool) -> ConvertedImage:
     if profile == "lossless" and not _has_metadata(data):  # most of ImageNet; there is nothing to report
         with suppress(RegionError, ValueError):
             return _lossless(data, ())
     image, data, facts = _open(data)
-    if profile == "original" and image.format in ENGINE_FORMATS and image.mode[0] not in "IF":
-        return ConvertedImage(data, image.height, image.width, facts, _load(image))
     if profile == "compact":
         return _compact(_load(image), facts)
     if image.format in ("JPEG", "MPO"):
+        if profile == "original":
+            return ConvertedImage(data, image.height, image.width, facts, _load(image))
         try:
             return _lossless(data, facts)
         except (RegionError, ValueError) as error:
             facts += (f"re-encoded: {error}",)
-    else:
+            reencode = True
+    elif profile == "original" and _is_kept(image):
+        return ConvertedImage(data, image.height, image.width, facts, _load(image))
+    elif reencode:
         facts += (f"re-encoded: {image.format}",)
     loaded = _load(image)
-    return ConvertedImage(_encode(loaded, 95, "4:4:4"), loaded.height, loaded.width, facts, loaded)
+    if reencode:
+        stored = _encode(loaded, 95, "4:4:4")
+    elif is_plain_png(data) or (is_lossy_webp(data) and image.mode == "RGB"):
+        stored = data
+    else:
+        stored, facts = _to_png(loaded), (*facts, "stored as PNG of its pixels")
+    if profile == "lossless" and not reencode:
+        facts += (DECODED_IN_FULL,)
+    return ConvertedImage(stored, loaded.height, loaded.width, facts, loaded)
+
+
+def _is_kept(image: Image.Image) -> bool:
+    """Whether `original` keeps an image that is no JPEG: every engine decodes it, and to the same pixels."""
+    return image.format in ENGINE_FORMATS and image.mode[0] not in "IF" and not getattr(image, "is_animated", False)
 
 
 def _has_metadata(data: bytes) -> bool:
-    """Whether a JPEG has EXIF, XMP or an Adobe marker."""
+    """Whether a JPEG has EXIF, XMP, an Adobe marker, or a color profile other than sRGB."""
     head = data[: data.find(b"\xff\xda")]
-    return b"Exif\0" in head or b"ns.adobe.com" in head or b"Adobe" in head
+    if b"Exif\0" in head or b"ns.adobe.com" in head or b"Adobe" in head:
+        return True
+    at = head.find(b"ICC_PROFILE\0")
+    return at >= 0 and not _is_srgb(head[at + 14 :])
+
+
+def _is_srgb(profile: bytes) -> bool:
+    """Whether an ICC profile, or its beginning, describes itself as sRGB. False for a damaged one."""
+    try:
+        for at in range(132, 132 + 12 * min(int.from_bytes(profile[128:132]), 100), 12):
+            tag, offset, size = struct.unpack_from(">4sII", profile, at)
+            if tag == b"desc":
+                text = profile[offset : offset + min(size, 1000)].replace(b"\0", b"").lower()  # ASCII, or UTF-16 of ASCII
+                return bool(_SRGB.search(text)) and not _LINEAR.search(text)
+    except struct.error:
+        pass
+    return False
 
 
 def _lossless(data: bytes, facts: tuple[str, ...]) -> ConvertedImage:
@@ -119,7 +163,7 @@ def _open(data: bytes) -> tuple[Image.Image, bytes, tuple[str, ...]]:
         image = _open_by_pillow(data)
     except UnreadableError as error:
         try:
-            data = without_metadata(data)
+            data = png_without_metadata(data) if data.startswith(b"\x89PNG") else without_metadata(data)
         except RegionError:
             raise error from None
         image, facts = _open_by_pillow(data), ("malformed metadata, removed",)
@@ -132,7 +176,10 @@ def _open_by_pillow(data: bytes) -> Image.Image:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # `_facts` reports broken metadata, and large images are refused
-            return Image.open(io.BytesIO(data))
+            image = Image.open(io.BytesIO(data))
+            if image.format == "PNG" and image.width * image.height <= MAX_PIXELS:
+                image.load()  # metadata may follow the pixels
+            return image
     except MemoryError:
         raise
     except Exception as error:
@@ -174,6 +221,13 @@ def _encode(image: Image.Image, quality: int, subsampling: str) -> bytes:
     return transcode(stream.getvalue())
 
 
+def _to_png(image: Image.Image) -> bytes:
+    stream = io.BytesIO()
+    image.info = {}  # would be written as metadata
+    image.save(stream, "PNG", compress_level=3)  # 2 % larger than with the default, 6, in half the time
+    return stream.getvalue()
+
+
 def _facts(image: Image.Image) -> tuple[str, ...]:
     facts = []
     if image.format not in ("JPEG", "MPO"):
@@ -185,6 +239,8 @@ def _facts(image: Image.Image) -> tuple[str, ...]:
     broken, orientation = _metadata(image)
     if orientation != 1:
         facts.append("orientation tag, ignored")
+    if (profile := image.info.get("icc_profile")) and not _is_srgb(profile):
+        facts.append("embedded color profile, ignored")
     if broken:
         facts.append("broken metadata")
     return tuple(facts)

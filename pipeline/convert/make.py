@@ -52,6 +52,7 @@ class ConvertOptions:
     - engine: "local" or "ray".
     - ray_address: of the Ray cluster.
     - shards: make only these, numbered over all splits.
+    - reencode: with the profile "lossless", store other images than JPEGs as JPEGs of quality 95, which are decoded at the crop.
 
     Raises UserError for values outside their ranges.
     """
@@ -69,6 +70,7 @@ class ConvertOptions:
     engine: str = "local"
     ray_address: str = "auto"
     shards: range | None = None
+    reencode: bool = False
 
     def __post_init__(self) -> None:
         for name, choices in (("profile", PROFILES), ("format", FORMATS), ("engine", ENGINES)):
@@ -81,7 +83,7 @@ class ConvertOptions:
 
     @property
     def settings(self) -> Settings:
-        return Settings(self.profile, self.shard_size, self.seed)
+        return Settings(self.profile, self.shard_size, self.seed, self.reencode and self.profile != "compact")
 
 
 def check_places(src: str, out: str) -> None:

@@ -33,7 +33,7 @@ class ShardTask:
     """One shard to write.
 
     digits: of the padded label. strict: an unreadable image stops the run. statistics: the first so many of its images are part
-    of the data set's statistics.
+    of the data set's statistics. profile, reencode: see `convert_image`.
     """
 
     out: str
@@ -44,6 +44,7 @@ class ShardTask:
     digits: int
     strict: bool
     statistics: int
+    reencode: bool = False
 
     @property
     def file(self) -> str:
@@ -157,7 +158,7 @@ def _encoded(
         else:
             data = files.read(source.path, source.start, source.bytes)
         try:
-            stored = convert_image(data, task.profile)
+            stored = convert_image(data, task.profile, task.reencode)
         except UnreadableError as error:
             if task.strict:
                 location = source.path if source.bytes is None else f"{source.path}: {source.name}"

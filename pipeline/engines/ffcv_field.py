@@ -12,6 +12,7 @@ from numba import carray, njit
 from PIL import Image
 
 from ..jpeg.region import cut_into
+from ..pixels.decoder import decode_by_pillow
 
 JPEG, RAW = 0, 1  # ffcv.fields.rgb_image.IMAGE_MODES
 
@@ -33,20 +34,26 @@ def store_encoded(destination: Any, image: StoredImage, malloc: Any) -> None:
     storage[:] = np.frombuffer(image.data, np.uint8)
 
 
+def jpeg_size(image: bytes) -> tuple[int, int] | None:
+    """Height and width of a JPEG that FFCV's decoder (libjpeg-turbo to RGB) can decode; None for other images."""
+    try:
+        header = Image.open(io.BytesIO(image), formats=("JPEG",))
+    except OSError:
+        return None
+    return (header.height, header.width) if header.mode in ("RGB", "L") else None
+
+
 class _KeepsJpeg:
     """The methods of RegionField that differ from RGBImageField's."""
 
     def encode(self, destination: Any, image: bytes, malloc: Any) -> None:
-        """Store the bytes of a JPEG unchanged. Raises ValueError for images that FFCV's decoder (libjpeg-turbo to RGB) cannot
-        decode.
-        """
-        try:
-            header = Image.open(io.BytesIO(image), formats=("JPEG",))
-        except OSError as error:
-            raise ValueError("not a JPEG, which the region mode needs; use the jpg mode") from error
-        if header.mode not in ("RGB", "L"):
-            raise ValueError(f"a {header.mode} JPEG, which FFCV cannot decode; use the jpg mode")
-        store_encoded(destination, StoredImage(JPEG, header.height, header.width, image, 0), malloc)
+        """Store the bytes of a JPEG unchanged, of other images the pixels. Raises CorruptImageError."""
+        if size := jpeg_size(image):
+            stored = StoredImage(JPEG, size[0], size[1], image, 0)
+        else:
+            pixels = decode_by_pillow(np.frombuffer(image, np.uint8))
+            stored = StoredImage(RAW, pixels.shape[0], pixels.shape[1], pixels.tobytes(), 0)
+        store_encoded(destination, stored, malloc)
 
 
 @cache
@@ -57,7 +64,8 @@ def _region_field_class() -> type:
 
 
 def region_field() -> Any:
-    """A RegionField: like RGBImageField, but `encode` takes the bytes of a JPEG and stores them unchanged, in the mode jpg.
+    """A RegionField: like RGBImageField, but `encode` takes an encoded image. It stores the bytes of a JPEG unchanged, in mode
+    jpg, and of other images the pixels, in mode raw.
 
     Its records have the layout of RGBImageField's. Files written by `write_beton` name RGBImageField as the type, so stock FFCV
     opens them without custom_fields. FFCV's DatasetWriter has no type id for this class; its files have to be opened with

@@ -21,7 +21,7 @@ from ..store.shards import Samples
 from .ffcv_field import JPEG, RAW
 
 FIELDS = {"image": RGBImageField, "label": IntField}
-_MODES = {"raw": (RAW,), "proportion": (JPEG, RAW)}  # of the images, by the mode of the file; others have JPEG only
+_MODES = {"raw": (RAW,), "jpg": (JPEG,)}  # of the images, by the mode of the file; others have both
 _METADATA = get_metadata_type([field() for field in FIELDS.values()])
 _METADATA_START = HeaderType.itemsize + len(FIELDS) * FieldDescType.itemsize
 Sizes = npt.NDArray[np.int64]
@@ -91,7 +91,7 @@ def _comparisons(
     yield "the label", metadata["f1"] != samples["label"]
     yield "the height", images["height"] != heights
     yield "the width", images["width"] != widths
-    yield "the mode", ~np.isin(images["mode"], _MODES.get(settings["mode"], (JPEG,)))
+    yield "the mode", ~np.isin(images["mode"], _MODES.get(settings["mode"], (JPEG, RAW)))
     yield "the address", images["data_ptr"] != starts
     yield "the number", table["sample_id"] != np.arange(len(table))
     yield "the size", (sizes == 0) | (sizes > table_start)  # first, so that the sums below do not overflow
@@ -99,4 +99,4 @@ def _comparisons(
     yield "the size", np.append(starts[1:] < starts[:-1] + sizes[:-1], False)
     yield "the size", (images["mode"] == RAW) & (sizes != 3 * heights * widths)
     if settings["mode"] == "region":
-        yield "the size", sizes != samples["bytes"]
+        yield "the size", (images["mode"] == JPEG) & (sizes != samples["bytes"])

@@ -10,12 +10,14 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import pytest
 from PIL import Image
 
+from pipeline.convert.make import ConvertOptions, make_shards
 from pipeline.errors import UserError
 from pipeline.store.shards import ShardSet
 from tests.helpers import (
@@ -193,6 +195,7 @@ def odd_folder(root: Path) -> Path:
         "train/n01739381/notes.JPEG": b"no image",
         "train/n04532106/n04532106_1553.JPEG": saved("JPEG", xmp=b"<broken"),
         "train/n04532106/turned.JPEG": saved("JPEG", orientation=6),
+        "train/n04532106/wide.JPEG": saved("JPEG", icc_profile=b"Adobe RGB (1998)"),
         "val/n04532106/ILSVRC2012_val_00000001.JPEG": saved("JPEG", "CMYK"),
         "val/n02105855/again.JPEG": jpeg(random_image(50, 60, 1)),
         "val/n01739381/fine.JPEG": jpeg(random_image(50, 60, 3)),
@@ -218,13 +221,15 @@ def test_the_report_lists_the_irregular_images_of_imagenet(tmp_path: Path) -> No
     assert result.returncode == 0, result.stderr
     report = json.loads((tmp_path / "out" / "report.json").read_text())
     train, val = report["splits"]["train"], report["splits"]["val"]
-    assert (train["listed"], train["stored"], train["left_out"]) == (9, 7, 2)
+    assert (train["listed"], train["stored"], train["left_out"]) == (10, 8, 2)
     assert (val["listed"], val["stored"], val["left_out"]) == (3, 3, 0)
     names = {fact: found["names"] for fact, found in report["facts"].items()}
     assert names["CMYK"] == ["train/n01739381/n01739381_1309.JPEG", "val/n04532106/ILSVRC2012_val_00000001.JPEG"]
     assert names["not a JPEG: PNG"] == ["train/n02105855/n02105855_2933.JPEG"]
     assert names["broken metadata"] == ["train/n04532106/n04532106_1553.JPEG"]
     assert names["orientation tag, ignored"] == ["train/n04532106/turned.JPEG"]
+    assert names["embedded color profile, ignored"] == ["train/n04532106/wide.JPEG"]
+    assert names["decoded in full, not at the crop"] == ["train/n02105855/n02105855_2933.JPEG"]
     assert all(found["images"] == len(found["names"]) for found in report["facts"].values())
     reasons = {item["image"]: item["reason"] for item in report["left_out"]}
     assert "truncated" in reasons["train/n01739381/cut.JPEG"]
@@ -238,10 +243,33 @@ def test_the_report_lists_the_irregular_images_of_imagenet(tmp_path: Path) -> No
     assert same["conflicting_labels"]
     assert len(cmyk["images"]) == 2
     assert report["duplicate_images"] == report["conflicting_duplicates"] == 6
-    for words in ("CMYK: 2", "not a JPEG: PNG: 1", "left out: 2", "exact duplicates: 6 images in 2 groups"):
+    cost = "decoded in full, not at the crop: 1, each with about 10 times the CPU time of a JPEG (--reencode "
+    for words in ("CMYK: 2", "not a JPEG: PNG: 1", cost, "left out: 2", "exact duplicates: 6 images in 2 groups"):
         assert words in result.stdout
-    keys = {ShardSet(tmp_path / "out", "train").key(i) for i in range(7)}
+    keys = {ShardSet(tmp_path / "out", "train").key(i) for i in range(8)}
     assert "n01739381/cut" not in keys
+
+
+def test_a_conversion_is_resumed_only_with_the_same_choice_of_reencoding(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        (tmp_path / "src" / name).mkdir(parents=True)
+        (tmp_path / "src" / name / "image.png").write_bytes(saved("PNG"))
+
+    def convert(name: str, profile: str, reencode: bool) -> dict[str, Any]:
+        out = tmp_path / name
+        make_shards(ConvertOptions(str(tmp_path / "src"), str(out), profile, workers=1, reencode=reencode))
+        found: dict[str, Any] = json.loads((out / "manifest.json").read_text())
+        return found
+
+    for reencode, kind in ((False, "PNG"), (True, "JPEG")):
+        made = convert(kind, "lossless", reencode)
+        assert convert(kind, "lossless", reencode) == made  # complete already
+        assert ("reencode" in made["conversion"]) == reencode  # version 0.1 does not know it
+        for stored in (ShardSet(tmp_path / kind, "train").read(i).tobytes() for i in range(2)):
+            assert open_image(stored).format == kind
+        with pytest.raises(UserError, match="holds a conversion with another reencode"):
+            convert(kind, "lossless", not reencode)
+    assert convert("compact", "compact", True) == convert("compact", "compact", False)  # which re-encodes everything
 
 
 def test_strict_stops_at_the_first_bad_image(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import multiprocessing
 import os
@@ -17,11 +18,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import psutil
 import pytest
+from PIL import Image
 
 from pipeline.convert.beton import MODES, BetonSettings, write_beton
-from pipeline.engines.ffcv_field import region_field
 from pipeline.errors import UserError
 from pipeline.jpeg.transcode import transcode
 from pipeline.store import files
@@ -277,15 +279,33 @@ def test_an_image_that_cannot_be_stored_is_named(mode: str, small_shards: Path, 
     assert multiprocessing.active_children() == []
 
 
-def test_images_that_ffcv_cannot_decode_are_refused() -> None:
-    import io
+def test_images_that_ffcv_cannot_decode_are_stored_as_pixels(small_shards: Path, tmp_path: Path) -> None:
+    """PNG and WebP, of which lossless shards have some, and CMYK; also those whose pixels need larger pages."""
+    images = [
+        encoded(random_image(40, 50), "JPEG"),
+        encoded(random_image(40, 50), "PNG"),
+        encoded(random_image(30, 20, 1), "JPEG", "CMYK"),
+        encoded(np.zeros((1800, 1700, 3), np.uint8), "PNG"),  # 9.2 MB of pixels, but few bytes
+        encoded(np.zeros((2000, 1900, 3), np.uint8), "JPEG"),
+        encoded(random_image(40, 50), "WEBP"),
+    ]
+    sizes = [Image.open(io.BytesIO(data)).size for data in images]
+    samples = [EncodedSample(f"a/{i}", data, i % 3, h, w) for i, (data, (w, h)) in enumerate(zip(images, sizes, strict=True))]
+    shards = ShardSet(shards_of(small_shards, tmp_path / "data", samples), "train")
+    with at_most(60):
+        write_beton(shards, tmp_path / "b", BetonSettings("region"), 2)
+    for data, stored in zip(images, contents(tmp_path / "b"), strict=True):
+        is_kept = data[:2] == b"\xff\xd8" and Image.open(io.BytesIO(data)).mode == "RGB"
+        assert stored == (data if is_kept else np.asarray(Image.open(io.BytesIO(data)).convert("RGB")).tobytes())
+    path = with_change(tmp_path / "b", tmp_path / "c", RECORDS + RECORD, b"\0")
+    with pytest.raises(UserError, match="the size of sample 1"):
+        opened(path, shards, "region")
 
-    from PIL import Image
 
+def encoded(image: npt.NDArray[np.uint8], kind: str, mode: str = "RGB") -> bytes:
     stream = io.BytesIO()
-    Image.new("CMYK", (8, 8)).save(stream, "JPEG")
-    with pytest.raises(ValueError, match="CMYK JPEG, which FFCV cannot decode"):
-        region_field().encode(None, stream.getvalue(), None)
+    Image.fromarray(image).convert(mode).save(stream, kind)
+    return stream.getvalue()
 
 
 def test_a_killed_worker_ends_the_write(originals: ShardSet, tmp_path: Path) -> None:

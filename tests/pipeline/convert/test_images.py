@@ -6,15 +6,16 @@ import struct
 import tracemalloc
 import zlib
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import pytest
 import simplejpeg
-from PIL import Image
+from PIL import Image, ImageCms
 
 from pipeline.convert import images
-from pipeline.convert.images import MAX_PIXELS, PROFILES, ConvertedImage, UnreadableError, convert_image
+from pipeline.convert.images import DECODED_IN_FULL, MAX_PIXELS, PROFILES, ConvertedImage, UnreadableError, convert_image
 from pipeline.jpeg.region import RegionError, cut
 from pipeline.pixels.decoder import CorruptImageError, Decoder, decode_by_pillow, why_corrupt
 from tests.helpers import SUBSAMPLINGS, jpeg, open_image, random_image, run_mutants
@@ -38,6 +39,10 @@ def saved(image: Image.Image, kind: str = "JPEG", **options: object) -> bytes:
 
 def pixels(data: bytes) -> npt.NDArray[np.int16]:
     return np.asarray(open_image(data).convert("RGB")).astype(np.int16)
+
+
+def decoded(stored: ConvertedImage) -> npt.NDArray[np.int16]:
+    return np.asarray(Image.fromarray(np.asarray(stored.pixels)).convert("RGB")).astype(np.int16)
 
 
 def exif(orientation: int) -> Image.Exif:
@@ -74,6 +79,34 @@ def damaged() -> bytes:
     return bytes(data)
 
 
+def png(colour_type: int, depth: int, values: npt.NDArray[Any], interlace: int = 0, passes: tuple[Any, ...] = ()) -> bytes:
+    """A PNG without filters. passes: of an interlaced one, its rows."""
+    rows = b"".join(b"\0" + row.tobytes() for part in passes or (values,) for row in part)
+    header = struct.pack(">IIBBBBB", values.shape[1], values.shape[0], depth, colour_type, 0, 0, interlace)
+    chunks = (b"IHDR", header), (b"IDAT", zlib.compress(rows)), (b"IEND", b"")
+    return b"\x89PNG\r\n\x1a\n" + b"".join(chunk(*each) for each in chunks)
+
+
+def chunk(name: bytes, content: bytes) -> bytes:
+    return struct.pack(">I", len(content)) + name + content + struct.pack(">I", zlib.crc32(name + content))
+
+
+def with_chunk(data: bytes, name: bytes, content: bytes, before: bytes = b"IDAT") -> bytes:
+    at = data.index(before) - 4
+    return data[:at] + chunk(name, content) + data[at:]
+
+
+def interlaced() -> bytes:
+    steps = ((0, 8, 0, 8), (0, 8, 4, 8), (4, 8, 0, 4), (0, 4, 2, 4), (2, 4, 0, 2), (0, 2, 1, 2), (1, 2, 0, 1))
+    return png(2, 8, IMAGE, 1, tuple(IMAGE[top::down, left::right] for top, down, left, right in steps))
+
+
+def translucent(image: Image.Image) -> Image.Image:
+    image = image.copy()
+    image.putalpha(Image.fromarray(IMAGE[..., 0]))
+    return image
+
+
 COLOUR, GREY = Image.fromarray(IMAGE), Image.fromarray(IMAGE).convert("L")
 DEEP = Image.fromarray((np.asarray(GREY).astype(np.uint16) << 8) + 77)
 # name -> the file, and a word of the fact that the report must contain (None: no fact)
@@ -82,15 +115,45 @@ REENCODED: dict[str, tuple[bytes, str]] = {
     "cmyk": (saved(COLOUR.convert("CMYK")), "4 components"),
     "ycck": (ycck(), "4 components"),
     "damaged": (damaged(), "re-encoded"),
-    "png": (saved(COLOUR, "PNG"), "PNG"),
-    "grey png": (saved(GREY, "PNG"), "PNG"),
-    "palette png": (saved(COLOUR.quantize(64), "PNG"), "PNG"),
-    "rgba png": (saved(COLOUR.convert("RGBA"), "PNG"), "PNG"),
-    "webp": (saved(COLOUR, "WEBP", lossless=True), "WEBP"),
-    "bmp": (saved(COLOUR, "BMP"), "BMP"),
-    "gif": (saved(COLOUR.quantize(64), "GIF"), "GIF"),
-    "tiff": (saved(COLOUR, "TIFF"), "TIFF"),
 }
+# images other than JPEGs that are stored as they are
+PLAIN: dict[str, bytes] = {
+    "png": saved(COLOUR, "PNG"),
+    "grey png": saved(GREY, "PNG"),
+    "interlaced png": interlaced(),
+    "turned png": saved(COLOUR, "PNG", exif=exif(6)),
+    "linear png": with_chunk(saved(COLOUR, "PNG"), b"gAMA", struct.pack(">I", 100_000)),
+    "wide-gamut png": with_chunk(saved(COLOUR, "PNG"), b"cICP", bytes([9, 16, 0, 1])),
+    "annotated png": with_chunk(saved(COLOUR, "PNG"), b"tEXt", b"Title\0an image", before=b"IEND"),
+    "webp": saved(COLOUR, "WEBP", quality=80),
+    "turned webp": saved(COLOUR, "WEBP", quality=80, exif=exif(6)),
+}
+# and those that are stored as PNGs of their pixels
+REWRITTEN: dict[str, bytes] = {
+    "palette png": saved(COLOUR.quantize(64), "PNG"),
+    "palette png with 4 bits": saved(COLOUR.quantize(9), "PNG"),
+    "palette png with a transparent color": saved(COLOUR.quantize(64), "PNG", transparency=3),
+    "grey png with a transparent value": saved(GREY, "PNG", transparency=10),
+    "black and white png": saved(COLOUR.convert("1"), "PNG"),
+    "rgba png": saved(translucent(COLOUR), "PNG"),
+    "grey png with alpha": saved(translucent(GREY), "PNG"),
+    "16-bit png": png(2, 16, (IMAGE.astype(">u2") << 8) + 200),
+    "animated png": saved(COLOUR, "PNG", save_all=True, append_images=[Image.fromarray(IMAGE[::-1])]),
+    "animated png with another image before it": saved(
+        COLOUR, "PNG", save_all=True, default_image=True, append_images=[Image.fromarray(IMAGE[::-1]), COLOUR]
+    ),
+    "png whose checksum is wrong": saved(COLOUR, "PNG")[:-13] + b"?" + saved(COLOUR, "PNG")[-12:],
+    "png without an end": saved(COLOUR, "PNG")[:-12],
+    "lossless webp": saved(COLOUR, "WEBP", lossless=True),
+    "webp with alpha": saved(translucent(COLOUR), "WEBP", quality=80),
+    "animated webp": saved(COLOUR, "WEBP", quality=80, save_all=True, append_images=[Image.fromarray(IMAGE[::-1])]),
+    "bmp": saved(COLOUR, "BMP"),
+    "grey bmp": saved(GREY, "BMP"),
+    "gif": saved(COLOUR.quantize(64), "GIF"),
+    "tiff": saved(COLOUR, "TIFF", compression="tiff_lzw"),
+    "ppm": saved(COLOUR, "PPM"),
+}
+OTHERS = PLAIN | REWRITTEN
 KEPT: dict[str, tuple[bytes, str | None]] = {
     **{name: (jpeg(IMAGE, name), None) for name in SUBSAMPLINGS},
     "adobe rgb": (saved(COLOUR, keep_rgb=True), "Adobe RGB"),
@@ -117,7 +180,7 @@ def test_lossless_keeps_every_pixel(name: str) -> None:
     data, fact = KEPT[name]
     stored = convert_image(data, "lossless")
     assert np.array_equal(pixels(stored.data), pixels(data))
-    assert np.array_equal(np.asarray(stored.pixels), pixels(data))
+    assert np.array_equal(decoded(stored), pixels(data))
     assert (stored.height, stored.width) == IMAGE.shape[:2]
     assert len(stored.facts) == (fact is not None)
     assert fact is None or fact in stored.facts[0]
@@ -127,17 +190,48 @@ def test_lossless_keeps_every_pixel(name: str) -> None:
 @pytest.mark.parametrize("name", REENCODED)
 def test_images_that_cannot_be_lossless_are_re_encoded_and_reported(name: str) -> None:
     data, fact = REENCODED[name]
-    stored = convert_image(data, "lossless")
-    decoded = open_image(data).convert("L" if "grey" in name else "RGB")
-    assert np.array_equal(pixels(stored.data), pixels(saved(decoded, quality=95, subsampling="4:4:4")))
-    assert np.array_equal(
-        np.asarray(open_image(data).convert("RGB")), np.asarray(Image.fromarray(np.asarray(stored.pixels)).convert("RGB"))
-    )
+    assert_reencoded(data, convert_image(data, "lossless"), fact)
+
+
+def assert_reencoded(data: bytes, stored: ConvertedImage, fact: str) -> None:
+    is_gray = open_image(data).mode in ("1", "L", "LA")
+    expected = open_image(data).convert("L" if is_gray else "RGB")
+    assert np.array_equal(pixels(stored.data), pixels(saved(expected, quality=95, subsampling="4:4:4")))
+    assert np.array_equal(decoded(stored), pixels(data))
     assert fact in stored.facts[-1]
     assert stored.facts[-1].startswith("re-encoded: ")
-    assert ("CMYK" in stored.facts) == (name in ("cmyk", "ycck"))
-    assert open_image(stored.data).mode == ("L" if "grey" in name else "RGB")
+    assert ("CMYK" in stored.facts) == (open_image(data).mode == "CMYK")
+    assert open_image(stored.data).mode == ("L" if is_gray else "RGB")
     assert_opens_at_the_crop(stored)
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_other_images_than_jpegs_are_lossless(name: str) -> None:
+    data = OTHERS[name]
+    stored = convert_image(data, "lossless")
+    assert np.array_equal(pixels(stored.data), pixels(data))
+    assert np.array_equal(decoded(stored), pixels(data))
+    assert (stored.height, stored.width) == IMAGE.shape[:2]
+    assert f"not a JPEG: {open_image(data).format}" in stored.facts
+    assert stored.facts[-1] == DECODED_IN_FULL
+    assert ("stored as PNG of its pixels" in stored.facts) == (name in REWRITTEN)
+    if name in PLAIN:
+        assert stored.data == data
+        return
+    image = open_image(stored.data)
+    assert (image.format, image.mode, len(image.info)) == ("PNG", "L" if "grey" in name or "black" in name else "RGB", 0)
+
+
+def test_other_images_than_jpegs_are_re_encoded_on_request() -> None:
+    for data in OTHERS.values():
+        assert_reencoded(data, convert_image(data, "lossless", reencode=True), str(open_image(data).format))
+
+
+@pytest.mark.slow
+def test_dali_decodes_other_images_than_jpegs_as_pillow_does(tmp_path: Path) -> None:
+    stored = [convert_image(data, "lossless").data for data in OTHERS.values()]
+    for name, found in zip(OTHERS, dali_pixels(stored), strict=True):
+        assert np.array_equal(found, pixels(OTHERS[name])), name
 
 
 @pytest.mark.parametrize("profile", ["lossless", "original"])
@@ -145,7 +239,64 @@ def test_images_that_cannot_be_lossless_are_re_encoded_and_reported(name: str) -
 def test_sixteen_bit_grays_are_scaled_not_clipped(kind: str, profile: str) -> None:
     """No engine gets such an image, as each would convert it in another way."""
     stored = convert_image(saved(DEEP, kind), profile)
+    assert open_image(stored.data).mode == "L"
+    assert np.array_equal(pixels(stored.data), pixels(saved(GREY, "PNG")))
+    stored = convert_image(saved(DEEP, kind), profile, reencode=True)
     assert np.array_equal(pixels(stored.data), pixels(saved(GREY, quality=95)))
+
+
+def profile_named(text: str, version: int) -> bytes:
+    """An ICC profile with a description alone. version: 2 (ASCII) or 4 (UTF-16)."""
+    if version == 2:
+        tag = b"desc\0\0\0\0" + struct.pack(">I", len(text) + 1) + text.encode() + b"\0"
+    else:
+        tag = b"mluc\0\0\0\0" + struct.pack(">II2s2sII", 1, 12, b"en", b"US", 2 * len(text), 28) + text.encode("utf-16-be")
+    entries = struct.pack(">I4sII4sII", 2, b"cprt", 156 + len(tag), 9, b"desc", 156, len(tag))
+    return bytes(128) + entries + tag + b"text\0sRGB"
+
+
+PROFILES_OF_COLOR = {
+    "lcms": (ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes(), True),
+    "lcms Lab": (ImageCms.ImageCmsProfile(ImageCms.createProfile("LAB")).tobytes(), False),
+    **{text: (profile_named(text, 2), True) for text in ("sRGB IEC61966-2.1", "Nikon sRGB 4.0.0.3001", "c2")},
+    **{text: (profile_named(text, 2), False) for text in ("Adobe RGB (1998)", "Dot Gain 20%", "sRGB-elle-V4-g10.icc", "c20")},
+    "sRGB, version 4": (profile_named("sRGB IEC61966-2.1", 4), True),
+    "Display P3": (profile_named("Display P3", 4), False),
+    "GIMP built-in Linear sRGB": (profile_named("GIMP built-in Linear sRGB", 4), False),
+    "empty": (b"\0", False),
+    "cut": (profile_named("sRGB", 2)[:150], False),
+    "no profile": (b"no profile" * 20, False),
+    "of many segments": (profile_named("Display P3", 4) + bytes(150_000), False),
+}
+
+
+@pytest.mark.parametrize("name", PROFILES_OF_COLOR)
+def test_color_profiles_other_than_srgb_are_reported_and_ignored(name: str) -> None:
+    profile, is_srgb = PROFILES_OF_COLOR[name]
+    for image, kind in ((COLOUR, "JPEG"), (GREY, "JPEG"), (COLOUR.convert("CMYK"), "JPEG"), (COLOUR, "PNG"), (COLOUR, "WEBP")):
+        data = saved(image, kind, icc_profile=profile)
+        for stored in (convert_image(data, "lossless"), convert_image(data, "original")):
+            assert ("embedded color profile, ignored" in stored.facts) != is_srgb, kind
+        assert image.mode == "CMYK" or np.array_equal(pixels(convert_image(data, "lossless").data), pixels(data))
+
+
+@pytest.mark.parametrize("profile", PROFILES)
+def test_damaged_metadata_of_pngs_is_removed(profile: str) -> None:
+    """Pillow fails at some that other decoders ignore."""
+    whole = PLAIN["png"]
+    large_profile = b"name\0\0" + zlib.compress(bytes(2_000_000))
+    wrong_checksum = chunk(b"tEXt", b"a")[:-1] + b"?"
+    for data in (
+        with_chunk(whole, b"iCCP", large_profile),
+        with_chunk(whole, b"iCCP", b"name\0\7"),
+        with_chunk(whole, b"zTXt", large_profile, before=b"IEND"),
+        whole[:33] + wrong_checksum + whole[33:],
+        whole[:-12] + wrong_checksum + whole[-12:],
+    ):
+        stored = convert_image(data, profile)
+        assert np.array_equal(decoded(stored), IMAGE)
+        if profile != "compact":
+            assert np.array_equal(pixels(stored.data), IMAGE)
 
 
 def test_pillow_decodes_stored_sixteen_bit_grays_in_the_same_way() -> None:
@@ -174,7 +325,7 @@ def test_unusual_sampling_factors(profile: str) -> None:
 
 @pytest.mark.parametrize("name", ["420", "444", "Gray", "cmyk", "png", "damaged", "orientation"])
 def test_compact_is_small_and_region_addressable(name: str) -> None:
-    data, _ = KEPT.get(name) or REENCODED[name]
+    data = file(name)
     stored = convert_image(data, "compact")
     assert np.abs(pixels(stored.data) - pixels(data)).mean() < 5
     assert_opens_at_the_crop(stored)
@@ -196,19 +347,21 @@ def test_compact_limits_the_short_side(size: tuple[int, int]) -> None:
     assert open_image(stored.data).quantization == reference  # type: ignore[attr-defined]
 
 
-@pytest.mark.parametrize("name", [name for name in (*KEPT, *REENCODED) if name not in ("gif", "tiff")])
-def test_original_keeps_every_byte(name: str) -> None:
-    data, _ = KEPT.get(name) or REENCODED[name]
+def file(name: str) -> bytes:
+    return OTHERS[name] if name in OTHERS else {**KEPT, **REENCODED}[name][0]
+
+
+@pytest.mark.parametrize("name", [*KEPT, *REENCODED, *OTHERS])
+def test_original_keeps_every_byte_of_what_all_engines_decode(name: str) -> None:
+    data = file(name)
     stored = convert_image(data, "original")
-    assert stored.data == data
     assert (stored.width, stored.height) == open_image(data).size
-
-
-@pytest.mark.parametrize("name", ["gif", "tiff"])
-def test_original_converts_formats_that_no_engine_decodes(name: str) -> None:
-    stored = convert_image(REENCODED[name][0], "original")
-    assert stored.data[:2] == b"\xff\xd8"
-    assert name.upper() in stored.facts[-1]
+    is_kept = name not in ("gif", "tiff", "ppm") and "animated" not in name
+    assert (stored.data == data) == is_kept
+    if not is_kept:
+        assert stored.data[:4] == b"\x89PNG"
+        assert np.array_equal(pixels(stored.data), pixels(data))
+        assert convert_image(data, "original", reencode=True).data[:2] == b"\xff\xd8"
 
 
 def twelve_bit() -> bytes:
@@ -244,7 +397,7 @@ UNREADABLE: dict[str, tuple[bytes, str]] = {
 @pytest.mark.parametrize("name", UNREADABLE)
 def test_unusable_images_are_named_in_one_line(name: str, profile: str) -> None:
     data, words = UNREADABLE[name]
-    if name == "too wide for a JPEG" and profile == "original":
+    if name == "too wide for a JPEG" and profile != "compact":
         assert convert_image(data, profile).data == data
         return
     with pytest.raises(UnreadableError, match=words) as caught:
@@ -282,7 +435,7 @@ def dali_pixels(images: list[bytes]) -> list[npt.NDArray[np.uint8]]:
     @pipeline_def(batch_size=len(images), num_threads=1, device_id=None)
     def graph() -> object:
         encoded = fn.external_source(source=lambda: [np.frombuffer(data, np.uint8) for data in images], batch=True)
-        return fn.decoders.image(encoded, device="cpu")
+        return fn.decoders.image(encoded, device="cpu", adjust_orientation=False)  # as in the engine
 
     pipeline = graph()
     pipeline.build()
