@@ -29,7 +29,7 @@ from nvidia.dali import Pipeline, fn, types
 
 from ..jpeg.region import NO_TABLE, Bytes
 from ..loader import Batch, BatchPlan, BatchRange, Loader, check_in_order
-from ..pixels.decoder import CorruptImageError, Decoder, cut_windows, decode_by_pillow, has_size, why_corrupt
+from ..pixels.decoder import CorruptImageError, Decoder, check_scans, cut_windows, decode_by_pillow, has_size, why_corrupt
 from ..plan import sampling
 from ..spec import LoaderSpec
 from ..store.waiting import DaemonPool
@@ -224,6 +224,7 @@ class _BatchInputs:
                 return piece[:length]
             if length != NO_TABLE and (reason := why_corrupt(data)):
                 raise CorruptImageError(reason)
+        check_scans(data)
         return data
 
     def _needs_cpu(self) -> npt.NDArray[np.bool_]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import logging
 import re
 import shutil
@@ -10,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from pipeline import open_loader
 from pipeline.errors import UserError
@@ -135,6 +137,26 @@ def test_an_image_whose_header_has_another_size_is_replaced(small: Path, engine:
     loader = open_loader(spec_for(copy, engine))
     assert ids(loader) == expected_ids(0, {sample})
     assert loader.substitutes.corrupt.keys() == {sample}
+    loader.close()
+
+
+def test_a_jpeg_of_too_many_scans_is_replaced(small: Path, engine: str, tmp_path: Path) -> None:
+    """It could take minutes. The converter leaves it out, but shards can be changed."""
+    copy = tmp_path / "copy"
+    shutil.copytree(small, copy)
+    shards = ShardSet(copy, "train")
+    sample = int(shards.samples["bytes"].argmax())
+    record, stored, stream = shards.samples[sample], shards.read(sample).tobytes(), io.BytesIO()
+    Image.new("L", (int(record["width"]), int(record["height"]))).save(stream, "JPEG", progressive=True)
+    whole = stream.getvalue()
+    change = whole[:-2] + 101 * whole[whole.rindex(b"\xff\xda") : -2] + whole[-2:]
+    assert len(change) <= len(stored)
+    replace_bytes(shards.shards[record["shard"]], int(record["offset"]), change)
+    if engine == "ffcv":
+        replace_bytes(copy / "train.beton", (copy / "train.beton").read_bytes().index(stored), change)
+    loader = open_loader(spec_for(copy, engine))
+    assert ids(loader) == expected_ids(0, {sample})
+    assert "more than 100 scans" in loader.substitutes.corrupt[sample]
     loader.close()
 
 
