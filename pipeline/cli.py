@@ -3,6 +3,7 @@
     cropfeed shards /imagenet --out /data/shards      convert labelled images
     cropfeed verify /data/shards                      re-read every byte of a data set
     cropfeed doctor [/data/shards]                    check whether this machine is ready
+    cropfeed profile --loader mydata:make_loader      measure any loader, and compare it with Cropfeed's
 
 `cropfeed COMMAND --help` shows the options of a command.
 """
@@ -360,10 +361,18 @@ def _command() -> None:
         print(__doc__.partition("\n\n")[2].strip("\n"))
         return
     if name not in COMMANDS:
+def profile(arguments: Sequence[str], prog: str = "cropfeed profile") -> None:
+    """`cropfeed profile`, and tools/profile_pipeline.py --loader."""
+    from .profile.command import main as measure
+
+    measure(arguments, prog)
+
+
         raise UserError(f"cropfeed has no command {name!r}", f"choose from {', '.join(COMMANDS)}")
     COMMANDS[name](arguments)
 
 
+    "profile": profile,
 def main() -> None:
     """The console command `cropfeed`."""
     run_cli(_command)

@@ -33,8 +33,10 @@ from training.options import TrainOptions
 PAGES = [page for page in (ROOT / "README.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))) if page.exists()]
 README_LINES = 170
 SKIPPED = {"pip", "apt-get", "make", "sbatch", "git", "cd"}  # programs that are not run
-# Buckets, the Hub, downloads, clusters, GPUs, and the benchmarks, which take minutes and have tests of their own.
-NOT_HERE = re.compile(r"s3://|hf://|\.pth|--push|--engine ray|--config_file|--nproc_per_node 8|-m gpu|tools/(bench|paper)/")
+# Buckets, the Hub, downloads, clusters, GPUs, users' loaders, and the benchmarks, which take minutes and have tests of their own.
+NOT_HERE = re.compile(
+    r"s3://|hf://|\.pth|--push|--engine ray|--config_file|--nproc_per_node 8|-m gpu|--loader|tools/(bench|paper)/"
+)
 SMALL = {  # what is appended to a script's command
     "make_shards.py": "--workers 2",
     "profile_pipeline.py": "--seconds 0.02 --repeats 2 --batch-size 16 --image-size 32 --scale 36 68",

@@ -127,7 +127,7 @@ def test_an_unknown_command_is_refused_in_one_line(environment: Path, tmp_path: 
     result = run(environment / "cropfeed", "shard", cwd=tmp_path)
     assert (result.returncode, result.stderr) == (
         2,
-        "error: cropfeed has no command 'shard'; choose from shards, verify, doctor\n",
+        "error: cropfeed has no command 'shard'; choose from shards, verify, doctor, profile\n",
     )
     helped = run(environment / "cropfeed", cwd=tmp_path)
     assert helped.returncode == 0

@@ -6,6 +6,7 @@
     python tools/profile_pipeline.py DATA --demand 3000 --apply       also try the proposed change, and measure its gain
     python tools/profile_pipeline.py DATA --tune                      find the best threads and prefetch depth for train.py
     python tools/profile_pipeline.py DATA --gpus 8 --hosts 16 --demand 3000     plan a cluster: what each host needs
+    python tools/profile_pipeline.py --loader MODULE:FUNCTION --images IMAGES   measure any other loader; see --loader X --help
 
 DATA is a folder or URL of shards. It may also be a folder with one folder of JPEGs per class, or a tar of such a folder; these
 are first converted to shards in a temporary folder.
@@ -32,7 +33,7 @@ import _path  # noqa: F401
 import torch
 
 from model import ARCHS
-from pipeline import ENGINES
+from pipeline import ENGINES, cli
 from pipeline.cli import Parser, add_cache_flags, check_writable, positive, run_cli
 from pipeline.errors import UserError
 from pipeline.plan import sampling
@@ -173,6 +174,9 @@ def run(command: Command) -> dict[str, Any]:
 
 
 def main() -> None:
+    if any(argument.partition("=")[0] == "--loader" for argument in sys.argv[1:]):
+        cli.profile(sys.argv[1:], "python tools/profile_pipeline.py")
+        return
     command = parse()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # an exception, which removes temporary folders
     if command.options.spec.device == "cpu":

@@ -113,11 +113,11 @@ def _describe(src: str, kind: str, listing: Listing) -> str:
     return f"{src}: source {kind}, {len(listing.classes)} classes, images: {counts}"
 
 
-def make_shards(options: ConvertOptions, tell: Callable[[str], None] = log.info) -> list[str]:
+def make_shards(options: ConvertOptions, tell: Callable[[str], None] = log.info, sample: int | None = None) -> list[str]:
     """Convert `options.src` into `options.out`, or resume an earlier run that was stopped.
 
     Returns lines to print: what was made, and what was found in the images. tell: is called with a line about the source before
-    the conversion begins. Raises UserError.
+    the conversion begins. sample: convert only so many training images, evenly spread. Raises UserError.
     """
     src, out = files.absolute(options.src), files.absolute(options.out)
     if not options.images.list:  # a list says what the images are
@@ -127,6 +127,10 @@ def make_shards(options: ConvertOptions, tell: Callable[[str], None] = log.info)
     if others := unused(src, listing):
         more = f" and {len(others) - 5} more" if len(others) > 5 else ""
         listing.notes.append(f"not used: {', '.join(others[:5])}{more}")
+    if sample:
+        split, every = next(iter(listing.splits.items()))
+        few = min(sample, len(every))
+        listing = replace(listing, splits={split: [every[i * len(every) // few] for i in range(few)]}, notes=[])
     listing = replace(listing, names=listing.names or find_names(src, listing.classes))
     tasks = conversion.plan_tasks(listing, out, options.settings, options.strict)
     conversion.begin(out, conversion.fingerprint(listing, options.settings))
