@@ -272,13 +272,21 @@ def _add_source_flags(parser: Parser) -> None:
         "--list", default="", metavar="FILE",
         help=".csv, .tsv, .jsonl or .parquet file that lists the images of SRC: columns path, label, and perhaps split",
     )  # fmt: skip
-    source.add_argument("--image-column", default="", help="column of a list's paths, or of the images in parquet files")
+    source.add_argument(
+        "--image-column",
+        default="",
+        help="column of a list's paths, or of the images in parquet files; of WebDataset tars: the images' extension",
+    )
     source.add_argument(
         "--label-column", default="",
         help="column of the labels in a list or in parquet files; of WebDataset tars: a field of .json, or the extension of a "
         "text member such as txt (default: cls)",
     )  # fmt: skip
     source.add_argument("--split-column", default="", help="column of a list with train, val or test")
+    source.add_argument(
+        "--field-column", action="append", default=[], metavar="NAME",
+        help="further column of a list or of parquet files, to be stored as .json beside each image; may be repeated",
+    )  # fmt: skip
     source.add_argument(
         "--val-labels", default="", metavar="FILE", help="labels of validation images in one flat folder (default: looked for)"
     )
@@ -308,7 +316,7 @@ def shards(arguments: Sequence[str] | None = None, prog: str = "python tools/mak
         raise UserError(f"give SRC and --out{', or --verify OUT' if is_script else ''}", "see --help")
     images = SourceOptions(
         args.source, not args.skip_md5, args.list, args.image_column, args.label_column, args.split_column, args.val_labels,
-        args.val_share, args.val_per_class,
+        args.val_share, args.val_per_class, tuple(args.field_column),
     )  # fmt: skip
     beton = BetonSettings(args.ffcv_mode, args.ffcv_max_resolution, args.ffcv_quality, args.ffcv_proportion)
     options = ConvertOptions(

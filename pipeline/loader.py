@@ -18,7 +18,7 @@ import hashlib
 import json
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
-from typing import Any, NamedTuple, Self
+from typing import Any, Generic, NamedTuple, Self, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -37,19 +37,40 @@ from .plan.substitutes import Substitutes
 from .spec import LoaderSpec, check, check_device
 from .store.shards import ChecksumError, Manifest, ShardSet
 
+Images = TypeVar("Images")
 
-class Batch(NamedTuple):
-    """This rank's range of a global batch: N images, with `geometry.crops` views each.
+
+class _Three(NamedTuple, Generic[Images]):
+    images: Images
+    labels: torch.Tensor
+    ids: Ints
+
+
+class BatchOf(_Three[Images]):
+    """A tuple of images, labels and ids. `fields` is an attribute only, so that it can be unpacked into three."""
+
+    fields: dict[str, list[bytes]]
+
+    def __new__(cls, images: Images, labels: torch.Tensor, ids: Ints, fields: dict[str, list[bytes]] | None = None) -> Self:
+        batch = super().__new__(cls, images, labels, ids)  # type: ignore[type-var]
+        batch.fields = fields or {}
+        return batch
+
+    def _replace(self, **changes: Any) -> Self:
+        """A copy with other images, labels, ids or fields."""
+        return type(self)(**{"images": self.images, "labels": self.labels, "ids": self.ids, "fields": self.fields, **changes})
+
+
+class Batch(BatchOf[torch.Tensor]):
+    """This rank's range of a global batch: N images, with `geometry.crops` views each. A tuple of images, labels and ids.
 
     - images: (N * crops, 3, H, W) in channels-last memory, of the spec's dtype, on its device; the views of an image are
       adjacent.
     - labels: int64 (N,), same device.
     - ids: int64 (N,), NumPy: the samples' indices in the split.
+    - fields: for each name in the spec's `fields`, the content of that member of each sample: N bytes objects, empty where a
+      sample lacks it.
     """
-
-    images: torch.Tensor
-    labels: torch.Tensor
-    ids: Ints
 
 
 class BatchRange(NamedTuple):
@@ -65,6 +86,7 @@ class BatchPlan(NamedTuple):
     """What an engine has to make for a batch range.
 
     ids: int64 (N,). views: V = N * crops. heights, widths: int64 (N,), source pixels. size: height and width of each view.
+    fields: of each sample, by name; empty until its image is read.
     """
 
     batch_range: BatchRange
@@ -73,6 +95,7 @@ class BatchPlan(NamedTuple):
     heights: Ints
     widths: Ints
     size: tuple[int, int]
+    fields: list[dict[str, bytes]]
 
 
 class Loader(ABC):
@@ -93,6 +116,8 @@ class Loader(ABC):
         self.spec = spec
         check_device(spec.device)
         self.shards = self._open_shards()
+        if spec.fields:
+            self.shards.check_fields(spec.fields)
         if spec.order == "full" and spec.rank == 0:  # other orders download each shard once; one rank warns for all
             self.shards.check_cache()
         count = len(self.shards)
@@ -235,8 +260,18 @@ class Loader(ABC):
         """Make the views of one image of a plan on the CPU. out: uint8 (crops, H, W, 3). Raises CorruptImageError."""
         views = slice(index * self.crops, (index + 1) * self.crops)
         windows, flip = plan.views.windows[views], plan.views.flip[views]
-        encoded = self.read(int(plan.ids[index]))
+        encoded = self.read_planned(plan, index)
         decoder.make_views(encoded, int(plan.heights[index]), int(plan.widths[index]), windows, flip, out)
+
+    def read_planned(self, plan: BatchPlan, index: int) -> Bytes:
+        """The encoded image at `index` of a plan, as `read` returns it. Puts its fields into the plan, if the spec names any."""
+        if not self.spec.fields:
+            return self.read(int(plan.ids[index]))
+        try:
+            image, plan.fields[index] = self.shards.read_with_fields(int(plan.ids[index]))
+        except ChecksumError as error:
+            raise CorruptImageError(str(error)) from error
+        return image
 
     def make_or_replace(self, decoder: Decoder, plan: BatchPlan, index: int, out: Pixels) -> None:
         """Like `make_views`, but replaces an image that cannot be decoded in `plan`, until a substitute can be decoded."""
@@ -253,20 +288,24 @@ class Loader(ABC):
         have the spec's floating-point dtype, the engine has applied them.
         """
         labels = self._to_device(self.shards.samples["label"][plan.ids].astype(np.int64))
+        fields = {name: [found.get(name, b"") for found in plan.fields] for name in self.spec.fields}
+        return Batch(self._images(pixels, plan), labels, plan.ids, fields)
+
+    def _images(self, pixels: torch.Tensor, plan: BatchPlan) -> torch.Tensor:
+        """A batch's images of a plan's views, see `finish`."""
         if plan.views.shift is not None and pixels.dtype == torch.uint8:
             pixels = translate_tensor(pixels, self._to_device(plan.views.shift))
         if pixels.dtype == self.spec.dtype:
-            return Batch(pixels.permute(0, 3, 1, 2), labels, plan.ids)
+            return pixels.permute(0, 3, 1, 2)
         shift = lighting(plan.views.alphas, self.lighting_basis)
         if pixels.device.type == "cpu":
             out, images = self.buffers.acquire(tuple(pixels.shape), stored_dtype(self.spec.dtype))
             self.normalizer(plan.size).batch(pixels.numpy(), shift, out)
-            return Batch(images.view(self.spec.dtype).permute(0, 3, 1, 2), labels, plan.ids)
+            return images.view(self.spec.dtype).permute(0, 3, 1, 2)
         if plan.size not in self._on_device:
             normalization = self.normalization_at(plan.size)
             self._on_device[plan.size] = self._to_device(normalization.mean), self._to_device(normalization.std)
-        images = normalize_tensor(pixels, self._to_device(shift), *self._on_device[plan.size], self.spec.dtype)
-        return Batch(images, labels, plan.ids)
+        return normalize_tensor(pixels, self._to_device(shift), *self._on_device[plan.size], self.spec.dtype)
 
     def normalizer(self, size: tuple[int, int]) -> Normalizer:
         """Lighting and normalization on the CPU for views of `size` (height, width). Thread-safe."""
@@ -315,7 +354,7 @@ class Loader(ABC):
         geometry = spec.geometry_at(size)
         views = geometry.views(spec.seed, batch_range.epoch, ids, heights, widths, size, spec.alpha_std)
         height, width = geometry.shapes(heights[:1], widths[:1], size)[0].tolist()  # equal for all samples, see ByShape
-        return BatchPlan(batch_range, ids, views, heights, widths, (height, width))
+        return BatchPlan(batch_range, ids, views, heights, widths, (height, width), [{} for _ in ids])
 
     def _open_order(self, count: int) -> Order:
         spec = self.spec

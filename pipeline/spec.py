@@ -42,6 +42,7 @@ class LoaderSpec:
     - corrupt: "replace" a sample that cannot be decoded by another one, or "stop" with an error.
     - verify: compare the checksum of each sample that is read, for storage that returns wrong bytes without an error. A sample
       that differs counts as corrupt. Not for FFCV, whose compiled code reads the file.
+    - fields: names of the samples' fields to return as `Batch.fields`, such as ("json",). Not for FFCV, whose file has none.
     - rank, world_size: this process's rank, and the number of processes.
 
     These fields only determine where batches are placed and how fast they are made:
@@ -70,6 +71,7 @@ class LoaderSpec:
     dtype: torch.dtype = torch.float32
     corrupt: str = "replace"
     verify: bool = False
+    fields: tuple[str, ...] = ()
     device: str = "cpu"
     rank: int = 0
     world_size: int = 1
@@ -146,6 +148,8 @@ def check(spec: LoaderSpec) -> None:
         raise UserError(f"`seed` must lie in [0, 2^64), not {spec.seed}")
     if not 0 <= spec.hw_decoder_load <= 1:
         raise UserError(f"`hw_decoder_load` must lie in [0, 1], not {spec.hw_decoder_load}")
+    if not isinstance(spec.fields, tuple):
+        raise UserError(f"`fields` is a tuple of names, such as ('json',), not {spec.fields!r}")
     if spec.dtype not in (*PRECISIONS.values(), torch.uint8):
         raise UserError(f"`dtype` is float32, float16, bfloat16 or uint8, not {spec.dtype}")
 

@@ -146,6 +146,8 @@ def _manifest(out: str, listing: Listing, settings: Settings, records: dict[str,
             "images": len(samples), "samples": file, "samples_sha256": _save(out, file, samples),
             "shards": [record.entry for record in finished],
         }  # fmt: skip
+        if fields := sorted({name for record in finished for name in record.fields}):
+            manifest["splits"][split]["fields"] = fields
         if not manifest["statistics"]:  # of the first split: training, if there is one
             total = statistics.Statistics.empty()
             for record in finished:

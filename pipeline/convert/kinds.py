@@ -25,9 +25,10 @@ KINDS: dict[str, Callable[[str, SourceOptions], Listing]] = {
 }
 _FOR = {  # options of some kinds only
     "list": ("list",),
-    "image_column": ("list", "parquet"),
+    "image_column": ("list", "parquet", "webdataset"),
     "label_column": ("list", "parquet", "webdataset"),
     "split_column": ("list",),
+    "field_column": ("list", "parquet"),
     "val_labels": ("kaggle",),
 }
 _ADVICE = "give the folder above train/ and val/, which hold class folders of images; or list the images (`list`)"
@@ -65,7 +66,8 @@ def list_sources(src: str, options: SourceOptions, seed: int = 0) -> tuple[str, 
     listing = KINDS[kind](src, options)
     if options.val_share or options.val_per_class:
         listing = split_off(listing, options.val_share, options.val_per_class, seed)
-    return kind, replace(listing, notes=[*listing.notes, *check(src, listing)])
+    columns = [f"stored beside the images, as .json: {', '.join(options.field_column)}"] if options.field_column else []
+    return kind, replace(listing, notes=[*listing.notes, *columns, *check(src, listing)])
 
 
 def _recognised(src: str) -> str:

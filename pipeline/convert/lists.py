@@ -14,23 +14,24 @@ from ..progress import progress_bar
 from ..store import files
 from .names import read_text
 from .parquet import LABELS, open_parquet
-from .sources import SPLITS, Keys, Listing, Source, SourceOptions, number_labels
+from .sources import SPLITS, Keys, Listing, Source, SourceOptions, number_labels, row_json
 
 _PATHS = ("path", "file", "file_name", "filename", "filepath", "image_path", "image", "url")
 _SPLITS = ("split", "subset", "partition")
 _FORMATS = "a list is a .csv, .tsv, .jsonl or .parquet file with columns such as path and label"
-_Row = tuple[str, str]  # path and label
+_Row = tuple[str, str, str, str]  # path, label, split, and further columns as JSON
 
 
 def list_file(src: str, options: SourceOptions) -> Listing:
     """The images of `options.list`, in its order. Paths are absolute, relative to SRC, or URLs. Without a column of splits, all
-    images are for training; those of a test split are not listed."""
+    images are for training; those of a test split are not listed. `options.field_column` are stored with each image."""
     if not options.list:
         raise UserError("the source list needs a file that lists the images (`list`)", _FORMATS)
     path = files.absolute(options.list)
     splits: dict[str, dict[str, str]] = {}  # split -> path -> label
+    fields: dict[str, dict[str, str]] = {}  # split -> path -> further columns
     unused = repeated = 0
-    for row, (image, label, split) in enumerate(_rows(path, options), 1):
+    for row, (image, label, split, more) in enumerate(_rows(path, options), 1):
         known_split = SPLITS.get(split.lower())
         if not known_split:
             raise UserError(f"{path}: row {row} has the split {split!r}", "splits are train, val and test")
@@ -43,6 +44,9 @@ def list_file(src: str, options: SourceOptions) -> Listing:
         repeated += image in found
         if found.setdefault(image, label) != label:
             raise UserError(f"{path}: row {row}: {image} has two labels, {found[image]} and {label}", "leave one")
+        if more and fields.setdefault(known_split, {}).setdefault(image, more) != more:
+            others = " or ".join(options.field_column)
+            raise UserError(f"{path}: row {row}: {image} is listed before with another {others}", "list each image once")
     if not splits:
         raise UserError(f"{path}: lists no images for training or validation", _FORMATS)
     both = splits.get("train", {}).keys() & splits.get("val", {}).keys()
@@ -51,11 +55,14 @@ def list_file(src: str, options: SourceOptions) -> Listing:
     if both:
         notes.append(f"{path}: {len(both)} images are in both splits, such as {min(both)}")
     classes, numbers = number_labels(path, {label for found in splits.values() for label in found.values()}, [])
-    ordered = {split: splits[split] for split in ("train", "val") if split in splits}
-    return Listing(classes, {split: list(_sources(src, path, found, numbers)) for split, found in ordered.items()}, notes=notes)
+    sources: dict[str, list[Source]] = {
+        split: list(_sources(src, path, splits[split], numbers, fields.get(split, {})))
+        for split in ("train", "val") if split in splits
+    }  # fmt: skip
+    return Listing(classes, sources, notes=notes)
 
 
-def _sources(src: str, path: str, found: dict[str, str], numbers: dict[str, int]) -> Iterator[Source]:
+def _sources(src: str, path: str, found: dict[str, str], numbers: dict[str, int], fields: dict[str, str]) -> Iterator[Source]:
     keys, missing = Keys(), []
     for image, label in progress_bar(found.items(), desc=f"files of {path}", unit=" images"):
         place = image if "://" in image or image.startswith("/") else files.join(src, image)
@@ -67,28 +74,29 @@ def _sources(src: str, path: str, found: dict[str, str], numbers: dict[str, int]
                 missing.append(place)
         name = place.removeprefix(f"{src}/")
         parts = [part for part in re.sub(r"^\w+://", "", name).split("/") if part not in ("", ".", "..")]
-        yield Source(place, 0, None, keys.make(*parts[:-1], parts[-1].rsplit(".", 1)[0]), numbers[label], name, size)
+        key = keys.make(*parts[:-1], parts[-1].rsplit(".", 1)[0])
+        yield Source(place, 0, None, key, numbers[label], name, size, json=fields.get(image, ""))
     if missing:
         raise UserError(
             f"{path}: {len(missing)} of {len(found)} images do not exist, such as {missing[0]}", f"paths are relative to {src}"
         )
 
 
-def _rows(path: str, options: SourceOptions) -> Iterator[tuple[str, str, str]]:
-    """Path, label and split of each row."""
+def _rows(path: str, options: SourceOptions) -> Iterator[_Row]:
     extension = path.lower().rpartition(".")[2]
-    if extension == "parquet":
-        yield from _parquet_rows(path, options)
-        return
-    if extension not in ("csv", "tsv", "txt", "jsonl", "ndjson", "json"):
+    if extension not in ("csv", "tsv", "txt", "jsonl", "ndjson", "json", "parquet"):
         raise UserError(f"{path}: is a list of an unknown format", _FORMATS)
-    text = read_text(path)
-    rows = _json_rows(path, text) if "json" in extension else _text_rows(text)
+    if extension == "parquet":
+        rows = _parquet_rows(path, options)
+    else:
+        text = read_text(path)
+        rows = _json_rows(path, text) if "json" in extension else _text_rows(text)
     columns: list[str | None] | None = None
     for number, row in enumerate(rows, 1):
         columns = columns or _columns(path, list(row), options)
         try:
-            yield tuple("train" if name is None else _text(row[name]) for name in columns)  # type: ignore[misc]
+            image, label, split = ("train" if name is None else _text(row[name]) for name in columns)
+            yield image, label, split, row_json(f"{path}: row {number}", row, options.field_column)
         except KeyError as error:
             raise UserError(f"{path}: row {number} has no column {error}", "complete it") from error
     if columns is None:
@@ -116,13 +124,11 @@ def _json_rows(path: str, text: str) -> Iterator[dict[str, Any]]:
         raise UserError(f"{path}: not valid JSON lines ({error})", 'expected {"path": ..., "label": ...} in each line') from error
 
 
-def _parquet_rows(path: str, options: SourceOptions) -> Iterator[tuple[str, str, str]]:
+def _parquet_rows(path: str, options: SourceOptions) -> Iterator[dict[str, Any]]:
     with open_parquet(path) as file:
         columns = _columns(path, file.schema_arrow.names, options)
-        for batch in file.iter_batches(columns=[name for name in columns if name]):
-            found = [["train"] * len(batch) if name is None else batch.column(name).to_pylist() for name in columns]
-            for row in zip(*found, strict=True):
-                yield tuple(map(_text, row))  # type: ignore[misc]
+        for batch in file.iter_batches(columns=list(dict.fromkeys(filter(None, [*columns, *options.field_column])))):
+            yield from batch.to_pylist()
 
 
 def _columns(path: str, names: list[str], options: SourceOptions) -> list[str | None]:

@@ -217,6 +217,7 @@ def remove_tars(out: str) -> None:
     path = files.join(out, "manifest.json")
     manifest: dict[str, Any] = json.loads(files.read(path))
     for entry in manifest["splits"].values():
+        entry.pop("fields", None)
         entry["shards"] = []  # first, so that no reader looks for tars that are being removed
     files.write(path, json.dumps(manifest, indent=1).encode())
     for split in manifest["splits"]:

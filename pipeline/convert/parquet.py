@@ -1,7 +1,7 @@
 """Listing of parquet files as Hugging Face has them, and unpacking of their row groups.
 
 data/train-*.parquet and data/validation-*.parquet have a column `image` of structs {bytes, path}, and a column `label` of
-numbers, whose names are in the schema's metadata. The listing reads the labels only.
+numbers, whose names are in the schema's metadata. The listing reads the labels, and further columns that are asked for.
 
 The training images of a shard come from all row groups, and a row group can only be read as a whole. So `unpack` first writes the
 images of each row group to a file in OUT, from which single images can be read. These files are removed with the records.
@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -22,7 +22,18 @@ from ..progress import progress_bar
 from ..store import files
 from ..store.waiting import DaemonPool
 from .folders import class_folders
-from .sources import Keys, Listing, RowGroup, Source, SourceOptions, files_by_split, number_labels, renamed, split_folders
+from .sources import (
+    Keys,
+    Listing,
+    RowGroup,
+    Source,
+    SourceOptions,
+    files_by_split,
+    number_labels,
+    renamed,
+    row_json,
+    split_folders,
+)
 
 _FOLDERS = ("data", "default", "")  # below SRC; the second is that of Hugging Face's own conversion
 LABELS = ("label", "labels", "cls", "class", "class_name", "category", "target")
@@ -73,7 +84,7 @@ def open_parquet(path: str) -> Iterator[Any]:
 
 def list_parquet(src: str, options: SourceOptions) -> Listing:
     """The rows of parquet files. Labels are those of the ClassLabel column, or numbers, or the sorted names."""
-    splits: dict[str, list[tuple[RowGroup, int, list[str]]]] = {}
+    splits: dict[str, list[_Labels]] = {}
     known: list[str] | None = None
     for split, paths in parquet_files(src).items():
         if split == "test":  # nobody shall train on it
@@ -85,36 +96,43 @@ def list_parquet(src: str, options: SourceOptions) -> Listing:
                 if known not in (None, names):
                     raise UserError(f"{path}: has other class names than the files before it", "give files of one data set")
                 known = names
-                splits[split] += list(_labels(path, file, image, label))
-    found = {label for groups in splits.values() for _, _, labels in groups for label in labels}
+                splits[split] += list(_labels(path, file, image, label, options.field_column))
+    found = {label for groups in splits.values() for _, _, labels, _ in groups for label in labels}
     classes, numbers = number_labels(src, found, known or [])
     sources = {split: list(_rows(src, groups, numbers)) for split, groups in splits.items()}
     return Listing(classes, sources, notes=renamed(known or [], classes))
 
 
-def _labels(path: str, file: Any, image: str, column: str) -> Iterator[tuple[RowGroup, int, list[str]]]:
-    """Each row group with its size in bytes and its labels."""
+_Labels = tuple[RowGroup, int, list[str], list[str]]  # a row group, its size in bytes, its labels, further columns as JSON
+
+
+def _labels(path: str, file: Any, image: str, column: str, others: Sequence[str]) -> Iterator[_Labels]:
+    """The labels of each row group. others: further columns."""
     known: dict[Any, str] = {}
     for group in range(file.num_row_groups):
-        labels = file.read_row_group(group, columns=[column]).column(0).to_pylist()
+        rows = file.read_row_group(group, columns=[column, *others]).to_pylist()
+        labels = [row[column] for row in rows]
         for row, label in enumerate(labels):
             if isinstance(label, bool) or not isinstance(label, int | str):
                 raise UserError(
                     f"{path}: row {row} of row group {group} has the label {label!r}", "choose another `label_column`"
                 )
         size = file.metadata.row_group(group).total_byte_size
-        yield RowGroup(path, group, image), size, [known.setdefault(label, str(label)) for label in labels]
+        more = [row_json(path, row, others) for row in rows] if others else []
+        yield RowGroup(path, group, image), size, [known.setdefault(label, str(label)) for label in labels], more
 
 
-def _rows(src: str, groups: list[tuple[RowGroup, int, list[str]]], numbers: dict[str, int]) -> Iterator[Source]:
+def _rows(src: str, groups: list[_Labels], numbers: dict[str, int]) -> Iterator[Source]:
     keys, path, row = Keys(), "", 0
-    for rows, size, labels in groups:
+    for rows, size, labels, more in groups:
         if rows.path != path:
             path, row = rows.path, 0
         below = path.removeprefix(src).lstrip("/")
         stem = below.removesuffix(".parquet").rpartition("/")[2]
         for place, label in enumerate(labels):
-            yield Source(path, place, None, keys.make(stem, f"{row:06d}"), numbers[label], f"{below}/{row:06d}", size, rows)
+            key, name = keys.make(stem, f"{row:06d}"), f"{below}/{row:06d}"
+            json = more[place] if more else ""
+            yield Source(path, place, None, key, numbers[label], name, size, rows, json=json)
             row += 1
 
 

@@ -6,9 +6,9 @@ import hashlib
 import json
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from ..errors import UserError
 from ..progress import progress_bar
@@ -29,7 +29,8 @@ class Source:
     the row group `rows`.
 
     key: its name in the shard, unique in its split. name: its path below SRC, for reports. size: for the fingerprint; in bytes,
-    or of its row group.
+    or of its row group. image: if not empty, the range is that of all members of a sample in a tar, and the image is the one with
+    this extension. json: further columns of a list.
     """
 
     path: str
@@ -40,6 +41,8 @@ class Source:
     name: str
     size: int
     rows: RowGroup | None = None
+    image: str = ""
+    json: str = ""
 
 
 @dataclass(frozen=True)
@@ -55,11 +58,12 @@ class Listing:
     notes: list[str] = field(default_factory=list)
 
     def fingerprint(self) -> str:
-        """A hash of every image's name, key, label and size. Equal fingerprints and equal files give equal shards."""
+        """A hash of every image's name, key, label, size and columns. Equal fingerprints and equal files give equal shards."""
         digest = hashlib.sha256(json.dumps(self.classes).encode())
         for split, sources in self.splits.items():
             for source in progress_bar(sources, desc=f"fingerprint of {split}", unit=" images"):
                 digest.update(json.dumps([split, source.name, source.key, source.label, source.size]).encode())
+                digest.update(source.json.encode())
         return digest.hexdigest()
 
 
@@ -70,8 +74,9 @@ class SourceOptions:
     - source: its kind, see `kinds.KINDS`; "" recognises it.
     - check_md5: verify the official tars first.
     - list: a file that lists the images, see `lists`.
-    - image_column, label_column, split_column: columns of a list or of parquet files. label_column, of WebDataset tars: a field
-      of .json, or the extension of a text member. "" chooses by the usual names.
+    - image_column, label_column, split_column: columns of a list or of parquet files. Of WebDataset tars, label_column is a field
+      of .json, or the extension of a text member, and image_column the extension of the images. "" chooses by the usual names.
+    - field_column: further columns of a list or of parquet files, which are stored as a member .json of each sample.
     - val_labels: the labels of a flat folder of validation images, see `kaggle`.
     - val_share, val_per_class: without a validation split, take this fraction, or this many images, of each class for it. Which
       ones depends only on their names and on `seed`.
@@ -86,12 +91,30 @@ class SourceOptions:
     val_labels: str = ""
     val_share: float = 0.0
     val_per_class: int = 0
+    field_column: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if not 0 <= self.val_share < 1:
             raise UserError(f"`val_share` must be at least 0 and less than 1, not {self.val_share}")
         if self.val_per_class < 0 or (self.val_per_class and self.val_share):
             raise UserError("`val_per_class` is a number of images, instead of `val_share`")
+
+
+def row_json(where: str, row: dict[str, Any], columns: Sequence[str]) -> str:
+    """The content of .json with some columns of a row; "" without columns. Dates and decimals become text.
+
+    Raises UserError for a missing column, or bytes.
+    """
+
+    def as_text(value: Any) -> str:
+        if isinstance(value, bytes):
+            raise UserError(f"{where}: a column of {', '.join(columns)} holds bytes", "store them as files of WebDataset tars")
+        return str(value)
+
+    for name in columns:
+        if name not in row:
+            raise UserError(f"{where}: has no column {name}", "choose another `field_column`")
+    return json.dumps({name: row[name] for name in columns}, ensure_ascii=False, default=as_text) if columns else ""
 
 
 class Keys:

@@ -20,7 +20,7 @@ from PIL import Image
 
 from ..errors import UserError
 from ..store import files, shards
-from . import parquet
+from . import parquet, webdataset
 from .images import UnreadableError, convert_image
 from .sources import Source
 from .statistics import Statistics
@@ -70,8 +70,8 @@ class Record:
 
     samples: `SAMPLE` (N,). digests: uint8 (N, 32), SHA-256 of each source image. names: of the source images.
     entry: in the manifest: file, images, bytes, sha256, idx_sha256. read_bytes, stored_bytes: size of the encoded images before
-    and after conversion. facts: fact -> names of the images that it applies to. left_out: name -> reason. statistics: sums over
-    its images.
+    and after conversion. fields: names of its samples' fields. facts: fact -> names of the images that it applies to. left_out:
+    name -> reason. statistics: sums over its images.
     """
 
     samples: shards.Samples
@@ -80,6 +80,7 @@ class Record:
     entry: dict[str, Any]
     read_bytes: int = 0
     stored_bytes: int = 0
+    fields: list[str] = field(default_factory=list)
     facts: dict[str, list[str]] = field(default_factory=dict)
     left_out: dict[str, str] = field(default_factory=dict)
     statistics: Statistics = field(default_factory=Statistics.empty)
@@ -153,10 +154,7 @@ def _encoded(
 ) -> Iterator[shards.EncodedSample]:
     """The shard's samples in order. Also fills `record` and `digests`."""
     for number, source in enumerate(task.sources):
-        if source.rows:
-            data = parquet.read_row(files.join(task.out, RECORDS), source.rows, source.start)
-        else:
-            data = files.read(source.path, source.start, source.bytes)
+        data, fields = _read(task, source)
         try:
             stored = convert_image(data, task.profile, task.reencode)
         except UnreadableError as error:
@@ -176,4 +174,16 @@ def _encoded(
         record.stored_bytes += len(stored.data)
         digests.append(hashlib.sha256(data).digest())
         progress()
-        yield shards.EncodedSample(source.key, stored.data, source.label, stored.height, stored.width)
+        record.fields = sorted({*record.fields, *fields})
+        yield shards.EncodedSample(source.key, stored.data, source.label, stored.height, stored.width, fields)
+
+
+def _read(task: ShardTask, source: Source) -> tuple[bytes, dict[str, bytes]]:
+    """A source's encoded image, and the fields of its sample."""
+    if source.rows:
+        data = parquet.read_row(files.join(task.out, RECORDS), source.rows, source.start)
+    else:
+        data = files.read(source.path, source.start, source.bytes)
+    if source.image:
+        return webdataset.divide(source.path, data, source.image)
+    return data, {"json": source.json.encode()} if source.json else {}

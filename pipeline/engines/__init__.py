@@ -38,6 +38,8 @@ def open_loader(spec: LoaderSpec) -> Loader:
         raise UserError(f"unknown engine {name!r}", f"choose from {', '.join(ENGINES)}")
     if spec.verify and name == "ffcv":
         raise UserError("`verify` needs shards in tars: FFCV's code reads its file without checksums", "use `engine` cpu or dali")
+    if spec.fields and name == "ffcv":
+        raise UserError("`fields` needs shards in tars: FFCV's file has images and labels only", "use `engine` cpu or dali")
     import torch
 
     threads = torch.get_num_threads()

@@ -212,7 +212,7 @@ class _BatchInputs:
             self._loader.make_views(Decoder(), plan, index, views)
             box[:] = 0, 0, views.shape[0] * views.shape[1], views.shape[2]
             return to_ppm(views.reshape(-1, *views.shape[2:]))
-        data = self._loader.read(int(plan.ids[index]))
+        data = self._loader.read_planned(plan, index)
         box[:] = 0, 0, height, width
         if data[:2].tobytes() == b"\xff\xd8" and not has_size(data, height, width):  # DALI would crop another image
             decode_by_pillow(data, (height, width))  # raises CorruptImageError

@@ -20,6 +20,7 @@ import torch
 
 from ..buffers import BufferPool, to_device
 from ..errors import UserError
+from ..loader import BatchOf
 from ..pixels.decoder import CorruptImageError, Decoder, Pixels, resample_windows
 from ..plan import sampling
 from ..plan.geometry import Geometry, Views
@@ -41,16 +42,12 @@ class ViewSpec(NamedTuple):
     size: int
 
 
-class MultiViewBatch(NamedTuple):
-    """A batch of N images, with the views of several geometries.
+class MultiViewBatch(BatchOf[dict[ViewSpec, torch.Tensor]]):
+    """A batch of N images, with the views of several geometries. A tuple of images, labels and ids.
 
     images: for each ViewSpec, uint8 (N * crops, H, W, 3) on the spec's device; the views of an image are adjacent.
-    labels: int64 (N,), same device. ids: int64 (N,), NumPy: the samples' indices in the split.
+    labels: int64 (N,), same device. ids: int64 (N,), NumPy: the samples' indices in the split. fields: as in `Batch`.
     """
-
-    images: dict[ViewSpec, torch.Tensor]
-    labels: torch.Tensor
-    ids: Ints
 
 
 class MultiViewLoader:
@@ -75,6 +72,7 @@ class MultiViewLoader:
         self._device = torch.device(spec.device)
         self.spec, self.view_specs = spec, tuple(view_specs)
         self.shards = ShardSet(spec.data, spec.split, spec.cache, spec.cache_gb, verify=spec.verify)
+        self.shards.check_fields(spec.fields)
         heights, widths = self._sizes(np.arange(len(self.shards)))
         shapes = [view_spec.geometry.shapes(heights, widths, view_spec.size) for view_spec in view_specs]
         self._order = ByShape(np.concatenate(shapes, axis=1))
@@ -129,7 +127,7 @@ class MultiViewLoader:
         ]
         memory, tensor = self._buffers.acquire((sum(map(math.prod, shapes)),), np.uint8)
         regions = common_regions(views, heights, widths, [shape[1:3] for shape in shapes])
-        return _Job(ids, heights, widths, views, regions, _split(memory, shapes), tensor, shapes)
+        return _Job(ids, heights, widths, views, regions, _split(memory, shapes), tensor, shapes, [{} for _ in ids])
 
     def _fill(self, decoder: Decoder, job: _Job, indices: range) -> None:
         """Make all views of some images of a batch. Runs in a thread."""
@@ -139,9 +137,12 @@ class MultiViewLoader:
             window = job.regions[index : index + 1].astype(np.float64)
             rows, columns = (job.regions[index, 2:] - job.regions[index, :2]).tolist()
             try:
-                pixels, box = decoder.decode_region(
-                    self.shards.read(sample), int(job.heights[index]), int(job.widths[index]), window, (rows, columns)
-                )
+                if self.spec.fields:
+                    encoded, job.fields[index] = self.shards.read_with_fields(sample)
+                else:
+                    encoded = self.shards.read(sample)
+                size = int(job.heights[index]), int(job.widths[index])
+                pixels, box = decoder.decode_region(encoded, *size, window, (rows, columns))
             except (CorruptImageError, ChecksumError) as error:
                 raise UserError(f"{self.shards.locate(sample)}: cannot be decoded ({error})", "make the shards again") from error
             for view_spec, views, images in zip(self.view_specs, job.views, job.images, strict=True):
@@ -152,7 +153,8 @@ class MultiViewLoader:
         """The batch on the device, without waiting for the copy."""
         labels = to_device(self.shards.samples["label"][job.ids].astype(np.int64), self._device)
         images = _split(self._buffers.to_device(job.tensor), job.shapes)
-        return MultiViewBatch(dict(zip(self.view_specs, images, strict=True)), labels, job.ids)
+        fields = {name: [found.get(name, b"") for found in job.fields] for name in self.spec.fields}
+        return MultiViewBatch(dict(zip(self.view_specs, images, strict=True)), labels, job.ids, fields)
 
 
 @dataclass
@@ -160,7 +162,7 @@ class _Job:
     """A batch in progress. regions: int64 (N, 4), the region of each image to decode: top, left, bottom, right.
 
     views, images, shapes: one per ViewSpec. `images` are parts of the flat `tensor`, so that a single copy moves all of them to
-    the device.
+    the device. fields: as in `BatchPlan`.
     """
 
     ids: Ints
@@ -171,6 +173,7 @@ class _Job:
     images: list[Pixels]
     tensor: torch.Tensor
     shapes: list[tuple[int, ...]]
+    fields: list[dict[str, bytes]]
 
 
 def common_regions(views: Sequence[Views], heights: Ints, widths: Ints, sizes: Sequence[tuple[int, ...]]) -> Ints:

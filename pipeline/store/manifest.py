@@ -24,7 +24,7 @@ VERSION = 2
 _THREE = (float, float, float)
 _SHARD = {"file": str, "images": int, "bytes": int, "sha256": str, "idx_sha256": str}
 _BETON = {"file": str, "sha256": str, "settings": {"mode": str, "max_resolution": int | None}}
-_SPLIT = {"images": int, "samples": str, "samples_sha256": str, "shards": [_SHARD], "beton?": _BETON}
+_SPLIT = {"images": int, "samples": str, "samples_sha256": str, "shards": [_SHARD], "beton?": _BETON, "fields?": [str]}
 _STATISTICS = {
     "channel_mean": _THREE, "rgb_covariance": (_THREE, _THREE, _THREE), "mean_image": str, "mean_image_sha256": str,
 }  # fmt: skip
@@ -40,7 +40,7 @@ class Manifest:
     classes: class folder names (wnids) in label order. class_names: class -> its name for people, only if the source has names
     (see `convert.names`). label_digits: number of digits in .cls files.
     splits: name -> {images, samples: file, samples_sha256, shards: [{file, images, bytes, sha256, idx_sha256}]}, and beton:
-    {file, sha256, settings} if there is an FFCV file.
+    {file, sha256, settings} if there is an FFCV file, and fields: extensions of further members of its samples, if there are any.
     statistics: of centre crops of training images: images (their number), channel_mean (3,) in 0..255, rgb_covariance (3, 3) for
     RGB in 0..1, its eigenvalues (3,) and eigenvectors (columns), mean_image: file, mean_image_sha256.
     """
