@@ -189,7 +189,7 @@ one line per class folder: folder, tab, name; or from SRC/classes.json, {{"folde
 LOC_synset_mapping.txt.
 
 Every image is decoded once in full. Images that cannot be decoded are left out. OUT/report.json lists them with the reason. It
-also lists CMYK images, PNGs named .JPEG, broken metadata and exact duplicates.
+also lists CMYK images, PNGs named .JPEG, images that are not decoded at the crop, broken metadata and exact duplicates.
 
 If a run was stopped or killed, the same command resumes it: finished shards are verified and kept. The same source and options
 give the same bytes, with any number of workers, on one machine or many, interrupted or not.
@@ -224,6 +224,11 @@ def _shards_parser(prog: str, verify: str) -> Parser:
         "original: the files unchanged; every image is decoded in full",
     )  # fmt: skip
     formats = "webdataset (default): tar files; ffcv: one .beton file per split, for FFCV; both: tar files and .beton files"
+    what.add_argument(
+        "--reencode", action="store_true",
+        help="with --profile lossless: store PNGs and other images than JPEGs as JPEGs of quality 95, of which only the crop is "
+        "decoded, instead of without loss",
+    )  # fmt: skip
     what.add_argument("--format", choices=FORMATS, default="webdataset", help=formats)
     what.add_argument("--shard-size", type=positive, default=1000, help="images in a shard (default: 1000)")
     what.add_argument("--seed", type=int, default=0, help="seed of the order of the training images (default: 0)")
@@ -321,13 +326,13 @@ def shards(arguments: Sequence[str] | None = None, prog: str = "python tools/mak
     beton = BetonSettings(args.ffcv_mode, args.ffcv_max_resolution, args.ffcv_quality, args.ffcv_proportion)
     options = ConvertOptions(
         args.src, args.out, args.profile, args.format, args.shard_size, args.seed, args.strict,
-        images, beton, args.workers, args.engine, args.ray_address, args.shards,
+        images, beton, args.workers, args.engine, args.ray_address, args.shards, args.reencode,
     )  # fmt: skip
     try:
         lines = make_shards(options, lambda line: print(line, flush=True))
     except StorageError as error:
         raise UserError(error.problem, f"{error.remedy}, then repeat the command: finished shards are kept") from error
-    print("\n".join(lines))
+    print(parser.with_flags("\n".join(lines)))
 
 
 def verify(arguments: Sequence[str]) -> None:

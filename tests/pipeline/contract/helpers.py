@@ -30,7 +30,10 @@ def ids(loader: Loader) -> list[int]:
 
 def stored_image(loader: Loader, sample: int) -> Image.Image:
     """A sample as stored in the engine's file."""
-    return open_image(loader.read(sample).tobytes())
+    stored, record = loader.read(sample), loader.shards.samples[sample]
+    size = int(record["height"]), int(record["width"])
+    is_raw = loader.engine == "ffcv" and stored.size == 3 * size[0] * size[1]  # what is no JPEG
+    return Image.fromarray(stored.reshape(*size, 3)) if is_raw else open_image(stored.tobytes())
 
 
 def differences(loader: Loader, plan: BatchPlan, batch: Batch) -> npt.NDArray[np.float32]:
