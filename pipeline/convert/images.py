@@ -8,7 +8,7 @@
 | CMYK or YCCK JPEG | re-encoded, Pillow's conversion to RGB | re-encoded | unchanged |
 | PNG with 8-bit RGB or gray, under any name | unchanged | re-encoded | unchanged |
 | lossy WebP | unchanged | re-encoded | unchanged |
-| other PNG (palette, alpha), lossless WebP, WebP with alpha, BMP | PNG of its pixels, alpha dropped | re-encoded | unchanged |
+| other PNG (palette, alpha, 16-bit colors), lossless WebP, WebP with alpha, BMP | PNG of its pixels, alpha dropped | re-encoded | unchanged |
 | gray PNG with 16 bits | PNG of the upper 8 bits | re-encoded | PNG of the upper 8 bits |
 | animated PNG or WebP | PNG of the first frame | re-encoded | PNG of the first frame |
 | other formats that Pillow opens (first frame of GIF, TIFF) | PNG of its pixels | re-encoded | PNG of its pixels |
@@ -20,9 +20,9 @@
 
 Re-encoding: for `lossless` and `original`, quality 95, 4:4:4. For `compact`, the short side is reduced to at most 480 (Lanczos),
 quality 90, 4:2:0. Grayscale images stay grayscale. Re-encoded images are region-addressable, too, but PNG and WebP are decoded in
-full. With `reencode`, `lossless` re-encodes these, and `original` what it would store as PNG of its pixels. An image that is no
-JPEG is kept only if all engines decode it to the same pixels. Orientation tags and color profiles are ignored, as in every
-published ImageNet result. Metadata (EXIF, XMP, ICC profiles, comments) is dropped, except in images that are unchanged.
+full. With `reencode`, `lossless` re-encodes these, and `original` what it would store as PNG of its pixels. `lossless` keeps an
+image that is no JPEG only if all engines decode it to the same pixels. Orientation tags and color profiles are ignored, as in
+every published ImageNet result. Metadata (EXIF, XMP, ICC profiles, comments) is dropped, except in images that are unchanged.
 """
 
 from __future__ import annotations
