@@ -1,4 +1,4 @@
-"""Convert one image: check it, decode it once in full, and encode it as the profile requires.
+"""Convert one image: check it, and encode it as the profile requires.
 
 | image | lossless | compact | original |
 | --- | --- | --- | --- |
@@ -38,7 +38,7 @@ from xml.etree import ElementTree
 import simplejpeg
 from PIL import Image
 
-from ..jpeg.header import parse, without_metadata
+from ..jpeg.header import without_metadata
 from ..jpeg.region import RegionError
 from ..jpeg.transcode import transcode
 from ..pixels.decoder import MAX_SCANS, has_many_scans, jpeg_header, to_8_bits
@@ -63,19 +63,23 @@ class UnreadableError(ValueError):
 class ConvertedImage(NamedTuple):
     """An image in its stored form.
 
-    data: the encoded bytes. height, width: pixels. facts: findings for the report, such as "CMYK". pixels: the decoded image, RGB
-    uint8 (height, width, 3), or a Pillow image of any mode.
+    data: the encoded bytes. height, width: pixels. facts: findings for the report, such as "CMYK". decoded: the image, in any
+    mode; None for a transcoded JPEG, which was not decoded to pixels.
     """
 
     data: bytes
     height: int
     width: int
     facts: tuple[str, ...]
-    pixels: npt.NDArray[np.uint8] | Image.Image
+    decoded: Image.Image | None
+
+    def image(self) -> Image.Image:
+        """The decoded image, in any mode."""
+        return _open_by_pillow(self.data) if self.decoded is None else self.decoded
 
 
 def convert_image(data: bytes, profile: str, reencode: bool = False) -> ConvertedImage:
-    """Decode `data` in full and convert it as the profile requires. Raises UnreadableError.
+    """Check `data` and convert it as the profile requires. Raises UnreadableError.
 
     reencode: with the profile "lossless", store JPEGs of quality 95 instead of PNG and WebP.
     """
@@ -146,14 +150,19 @@ def _is_srgb(profile: bytes) -> bool:
 
 
 def _lossless(data: bytes, facts: tuple[str, ...]) -> ConvertedImage:
-    """Transcode a JPEG. Raises RegionError for other or damaged images, ValueError for too large or undecodable ones."""
+    """Transcode a JPEG. Raises RegionError for other or damaged images, ValueError for too large or undecodable ones.
+
+    Transcoding reads every coefficient. What else a decoder needs, it finds in the header, so that decoding one tile is enough.
+    """
     height, width, _ = jpeg_header(data)
     if height * width > MAX_PIXELS:
         raise ValueError("too many pixels")
-    written = transcode(data)
-    fastest = data if parse(data).is_one_scan else written
-    pixels = simplejpeg.decode_jpeg(fastest, "RGB", fastdct=False, fastupsample=False, strict=False)
-    return ConvertedImage(written, height, width, facts, pixels)
+    return ConvertedImage(transcode(data, _decode), height, width, facts, None)
+
+
+def _decode(data: bytes) -> None:
+    """Decode a JPEG with libjpeg-turbo. Raises ValueError."""
+    simplejpeg.decode_jpeg(data, fastdct=True, fastupsample=False, strict=False)
 
 
 def _open(data: bytes) -> tuple[Image.Image, bytes, tuple[str, ...]]:

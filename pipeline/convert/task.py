@@ -16,7 +16,6 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image
 
 from ..errors import UserError
 from ..store import files, shards
@@ -165,8 +164,7 @@ def _encoded(
             progress()
             continue
         if number < task.statistics:
-            pixels = stored.pixels
-            record.statistics.add_image(pixels if isinstance(pixels, Image.Image) else Image.fromarray(pixels))
+            record.statistics.add_image(stored.image())
         for fact in stored.facts:
             record.facts.setdefault(fact, []).append(source.name)
         record.names.append(source.name)

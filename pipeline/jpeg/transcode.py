@@ -8,7 +8,8 @@ pixels do not depend on it. This includes the orientation tag, which no publishe
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+import struct
+from collections.abc import Callable, Iterable, Iterator
 from typing import NamedTuple
 
 import numpy as np
@@ -36,10 +37,11 @@ def choose_interval(mcus: int, mcu_width: int) -> int:
     return min(divisors, key=lambda d: max(d / target, target / d), default=mcus)
 
 
-def transcode(data: bytes) -> bytes:
+def transcode(data: bytes, check: Callable[[bytes], object] | None = None) -> bytes:
     """A Huffman-coded JPEG with 8 bits and 1 or 3 components as a region-addressable one with the same coefficients.
 
-    Raises NotBaselineError for other JPEGs, which need re-encoding, RegionError for damaged data.
+    check: is called with the first tile, as a JPEG of its own with the header of the result, so that a decoder can try it.
+    Raises NotBaselineError for other JPEGs, which need re-encoding, RegionError for damaged data, and what `check` raises.
     """
     header = parse(data)
     if data.rfind(b"\xff\xd9") < header.data:
@@ -60,10 +62,13 @@ def transcode(data: bytes) -> bytes:
         capacity = min(capacity, 2 * len(data))
     capacity += 8 * len(lengths) + 4096
     written = _write(pieces, coded, lengths, capacity)
+    tail = _tail(header, coded, interval)
+    if check is not None:
+        size = struct.pack(">HH", min(mcu_height, header.height), min(mcu_width * interval, header.width))
+        segment = written[0][: lengths[0] - 2]
+        check(b"".join((b"\xff\xd8", header.jfif, header.kept, tail[:5], size, tail[9:], segment, b"\xff\xd9")))
     table = _length_table(lengths, interval, tiles, rows, mcu_width, mcu_height)
-    return b"".join(
-        (b"\xff\xd8", header.jfif, table, header.kept, _tail(header, coded, interval), *written)
-    )  # `written` ends with EOI
+    return b"".join((b"\xff\xd8", header.jfif, table, header.kept, tail, *written))  # `written` ends with EOI
 
 
 class _OneScan(NamedTuple):
@@ -84,7 +89,8 @@ class _OneScan(NamedTuple):
     @staticmethod
     def of(data: bytes, header: Header, mcus: int, tile: int) -> _OneScan:
         decoding = huffman.decoding_tables(header.tables)
-        if decoding is None:
+        used = {(kind, pair[kind]) for pair in header.selectors for kind in (0, 1)}
+        if decoding is None or not all(_is_usable(kind, header.tables[kind, number]) for kind, number in used):
             raise RegionError("an impossible Huffman table")
         places = _components_of_blocks(header)
         stream = np.frombuffer(data, np.uint8)[header.data :]
@@ -137,6 +143,12 @@ class _ManyScans(NamedTuple):
             if total < 0:
                 raise RegionError(entropy.REASONS[total])
             yield self.tokens, self.starts[: (done - first) // self.tile + 1]
+
+
+def _is_usable(kind: int, table: bytes) -> bool:
+    """Whether libjpeg decodes with a Huffman table. It refuses codes of ones only, and DC differences of more than 15 bits."""
+    taken = sum(count << (15 - i) for i, count in enumerate(table[:16]))  # of 1 << 16 codes of 16 bits
+    return taken < 1 << 16 and (kind == 1 or max(table[16:], default=0) <= 15)
 
 
 def _components_of_blocks(header: Header) -> Ints:

@@ -29,7 +29,9 @@ def resample(image: Image.Image, window: npt.ArrayLike, flip: bool, size: tuple[
     Pillow's filter uses pixels outside the window, so the result equals resizing the whole image and cropping it.
     """
     top, left, bottom, right = np.asarray(window, np.float64).tolist()
-    small = image.convert("RGB").resize(size[::-1], Image.Resampling.BILINEAR, box=(left, top, right, bottom))
+    if image.mode != "RGB":
+        image = image.convert("RGB")
+    small = image.resize(size[::-1], Image.Resampling.BILINEAR, box=(left, top, right, bottom))
     pixels = np.asarray(small)
     return np.ascontiguousarray(pixels[:, ::-1]) if flip else pixels
 

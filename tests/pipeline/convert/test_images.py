@@ -42,7 +42,7 @@ def pixels(data: bytes) -> npt.NDArray[np.int16]:
 
 
 def decoded(stored: ConvertedImage) -> npt.NDArray[np.int16]:
-    return np.asarray(Image.fromarray(np.asarray(stored.pixels)).convert("RGB")).astype(np.int16)
+    return np.asarray(stored.image().convert("RGB")).astype(np.int16)
 
 
 def exif(orientation: int) -> Image.Exif:
@@ -378,6 +378,17 @@ def huge() -> bytes:
     return bytes(data)
 
 
+def unusable_table(bits: int, symbol: int) -> bytes:
+    """A JPEG with one more code, of this many bits, in its first Huffman table (DC, luma). No coefficient uses it."""
+    data = bytearray(jpeg(IMAGE))
+    at = data.index(b"\xff\xc4") + 2
+    assert list(data[at : at + 19]) == [0, 31, 0, 0, 1, 5, 1, 1, 1, 1, 1, 1, 0, 0, 0, 0, 0, 0, 0]
+    data[at + 1] += 1
+    data[at + 2 + bits] += 1
+    data[at + 31 : at + 31] = bytes([symbol])
+    return bytes(data)
+
+
 UNREADABLE: dict[str, tuple[bytes, str]] = {
     "empty": (b"", "an empty file"),
     "text": (b"no image", "not an image"),
@@ -387,6 +398,9 @@ UNREADABLE: dict[str, tuple[bytes, str]] = {
     "truncated png": (saved(COLOUR, "PNG")[:-4000], "truncated"),
     "12 bits": (twelve_bit(), "."),
     "too many pixels": (huge(), "pixels"),
+    "no quantization table": (jpeg(IMAGE).replace(b"\x03\x01\x22\x00", b"\x03\x01\x22\x02"), "broken"),
+    "a code of ones only": (unusable_table(9, 12), "broken"),
+    "a DC difference of 16 bits": (unusable_table(10, 16), "broken"),
     "32-bit integers": (saved(Image.fromarray(np.asarray(GREY).astype(np.int32)), "TIFF"), "no defined range"),
     "floating-point": (saved(Image.fromarray(np.asarray(GREY) / np.float32(255)), "TIFF"), "no defined range"),
     "too wide for a JPEG": (saved(Image.new("L", (65_600, 1)), "PNG"), "more than a JPEG can hold"),
