@@ -8,7 +8,7 @@
 | CMYK or YCCK JPEG | re-encoded, Pillow's conversion to RGB | re-encoded | unchanged |
 | PNG with 8-bit RGB or gray, under any name | unchanged | re-encoded | unchanged |
 | lossy WebP | unchanged | re-encoded | unchanged |
-| other PNG (palette, alpha, 16-bit colors), lossless WebP, WebP with alpha, BMP | PNG of its pixels, alpha dropped | re-encoded | unchanged |
+| other PNG (palette, alpha, 16-bit colors), other WebP, BMP | PNG of its pixels, alpha dropped | re-encoded | unchanged |
 | gray PNG with 16 bits | PNG of the upper 8 bits | re-encoded | PNG of the upper 8 bits |
 | animated PNG or WebP | PNG of the first frame | re-encoded | PNG of the first frame |
 | other formats that Pillow opens (first frame of GIF, TIFF) | PNG of its pixels | re-encoded | PNG of its pixels |
