@@ -29,6 +29,7 @@ from .errors import UserError
 from .jpeg.region import Bytes
 from .pixels.decoder import CorruptImageError, Decoder, Pixels
 from .pixels.normalize import Floats, Normalization, Normalizer, lighting, normalize_tensor, stored_dtype, translate_tensor
+from .pixels.resample import KERNELS
 from .plan import sampling
 from .plan.geometry import Views, WholeImage
 from .plan.order import Blocks, ByShape, Full, Order, Sequential
@@ -130,6 +131,7 @@ class Loader(ABC):
         self.lighting_basis: Floats = self.shards.manifest.lighting_basis()
         self._stored_normalization = choose_normalization(spec, self.shards.manifest)
         self.normalization = self._stored_normalization.at(spec.final_size)
+        self.kernel = KERNELS[spec.interpolation]
         self.buffers = BufferPool(spec.device)
         self._normalizers: dict[tuple[int, int], Normalizer] = {}
         self._on_device: dict[tuple[int, int], tuple[torch.Tensor, torch.Tensor]] = {}
@@ -211,6 +213,7 @@ class Loader(ABC):
         spec = self.spec
         order = [spec.order, spec.block_shards] if spec.order == "blocks" else [spec.order]
         geometry = [repr(spec.geometry), spec.alpha_std if spec.geometry.random else 0]
+        geometry += [spec.interpolation] if spec.interpolation != "bilinear" else []  # older checkpoints have no such part
         mean = hashlib.sha256(self.normalization.mean.tobytes() + self.normalization.std.tobytes()).hexdigest()
         parts = [self._data_fingerprint(), spec.split, spec.training, spec.seed, order, spec.sizes, geometry, mean]
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
@@ -261,7 +264,7 @@ class Loader(ABC):
         views = slice(index * self.crops, (index + 1) * self.crops)
         windows, flip = plan.views.windows[views], plan.views.flip[views]
         encoded = self.read_planned(plan, index)
-        decoder.make_views(encoded, int(plan.heights[index]), int(plan.widths[index]), windows, flip, out)
+        decoder.make_views(encoded, int(plan.heights[index]), int(plan.widths[index]), windows, flip, out, self.kernel)
 
     def read_planned(self, plan: BatchPlan, index: int) -> Bytes:
         """The encoded image at `index` of a plan, as `read` returns it. Puts its fields into the plan, if the spec names any."""

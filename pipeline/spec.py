@@ -16,6 +16,7 @@ from .plan.geometry import CentreCrop, Geometry, PaddedCrop, ScaleJitter, WholeI
 PRECISIONS = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}  # by Accelerate's names
 ORDERS = ("full", "blocks", "sequential")
 CORRUPT = ("replace", "stop")
+INTERPOLATIONS = ("bilinear", "bicubic")
 
 
 @dataclass(frozen=True)
@@ -34,6 +35,7 @@ class LoaderSpec:
       ((0, 128), (6, 160), (12, 224)).
     - geometry: which views (crops) are taken of an image, see `plan.geometry`. It refers to the final image size, and is scaled
       in proportion for the others.
+    - interpolation: "bilinear" or "bicubic", the antialiased filter by which views are resampled, as Pillow's.
     - seed: of the order and of every random draw, 0 <= seed < 2^64.
     - normalization: a `Normalization` with mean and standard deviation, or "pixel" or "channel" to subtract the data set's own
       mean, per pixel or per channel, without dividing.
@@ -65,6 +67,7 @@ class LoaderSpec:
     block_shards: int = 8
     image_size: int | tuple[tuple[int, int], ...] = sampling.CROP
     geometry: Geometry = ScaleJitter()
+    interpolation: str = "bilinear"
     seed: int = 0
     normalization: Normalization | str = "pixel"
     alpha_std: float = sampling.ALPHA_STD
@@ -137,7 +140,7 @@ def check(spec: LoaderSpec) -> None:
             raise UserError(f"`{name}` must be at least 1, not {getattr(spec, name)}")
     if spec.training and spec.batch_size % spec.world_size:
         raise UserError(f"`batch_size` ({spec.batch_size}) must be a multiple of the number of processes ({spec.world_size})")
-    for name, choices in (("order", ORDERS), ("corrupt", CORRUPT)):
+    for name, choices in (("order", ORDERS), ("corrupt", CORRUPT), ("interpolation", INTERPOLATIONS)):
         if getattr(spec, name) not in choices:
             raise UserError(f"`{name}` is {' or '.join(choices)}, not {getattr(spec, name)!r}")
     if isinstance(spec.normalization, str) and spec.normalization not in ("pixel", "channel"):

@@ -28,7 +28,7 @@ _CHUNK = 16  # images per task of a thread: enough to hide the overhead of a tas
 def open(spec: LoaderSpec) -> CpuLoader:
     """A loader of `spec`. Raises UserError for a bad spec or a device that does not exist."""
     loader = CpuLoader(spec)
-    warm_up()
+    warm_up(loader.kernel)
     return loader
 
 

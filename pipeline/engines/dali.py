@@ -31,15 +31,16 @@ from ..jpeg.region import NO_TABLE, Bytes
 from ..loader import Batch, BatchPlan, BatchRange, Loader, check_in_order
 from ..pixels.decoder import CorruptImageError, Decoder, check_scans, cut_windows, decode_by_pillow, has_size, why_corrupt
 from ..plan import sampling
+from ..plan.sampling import Ints
 from ..spec import LoaderSpec
 from ..store.waiting import DaemonPool
 
 # External inputs: name, DALI type, number of dimensions of one sample.
 INPUTS = (
     ("encoded", types.UINT8, 1),
-    ("roi_start", types.FLOAT, 2),  # one row per view of the image
-    ("roi_end", types.FLOAT, 2),
-    ("size", types.FLOAT, 1),
+    ("roi_start", types.FLOAT, 3),  # (crops, passes, 2): for each view of the image, see `_passes`
+    ("roi_end", types.FLOAT, 3),
+    ("size", types.FLOAT, 2),  # (passes, 2)
 )
 SLICE_INPUTS = (("region_start", types.INT32, 1), ("region_end", types.INT32, 1))
 CUT_PROFILES = ("lossless", "compact")  # profiles of the manifest with region-addressable images
@@ -51,7 +52,7 @@ def open(spec: LoaderSpec) -> DaliLoader:
     return DaliLoader(spec)
 
 
-def graph(sources: Any, crops: int, gpu: bool, slices: bool, hw_decoder_load: float) -> Any:
+def graph(sources: Any, crops: int, gpu: bool, slices: bool, hw_decoder_load: float, bicubic: bool = False) -> Any:
     """Define the graph. sources: its inputs, `INPUTS` and, with slices, `SLICE_INPUTS`. Returns its output: uint8
     (height, width, 3) for one view, else (crops, height, width, 3).
 
@@ -70,7 +71,17 @@ def graph(sources: Any, crops: int, gpu: bool, slices: bool, hw_decoder_load: fl
         pixels = fn.decoders.image_slice(encoded, start=region[0], end=region[1], axes=[0, 1], **options)
     else:
         pixels = fn.decoders.image(encoded, hw_decoder_load=hw_decoder_load, **options)
-    views = [fn.resize(pixels, size=size, roi_start=roi_start[c], roi_end=roi_end[c], dtype=types.UINT8) for c in range(crops)]
+    views = [pixels] * crops
+    for view in range(crops):
+        for i in range(2 if bicubic else 1):
+            views[view] = fn.resize(
+                views[view],
+                size=size[i],
+                roi_start=roi_start[view, i],
+                roi_end=roi_end[view, i],
+                dtype=types.UINT8,
+                interp_type=types.INTERP_CUBIC if bicubic else types.INTERP_LINEAR,
+            )
     return views[0] if crops == 1 else fn.stack(*views)
 
 
@@ -87,7 +98,7 @@ def build_pipeline(source: Any, batch_size: int, spec: LoaderSpec, slices: bool)
             dtype=[dtype for _, dtype, _ in inputs],
             ndim=[dimensions for _, _, dimensions in inputs],
         )
-        pipe.set_outputs(graph(sources, spec.geometry.crops, gpu, slices, spec.hw_decoder_load))
+        pipe.set_outputs(graph(sources, spec.geometry.crops, gpu, slices, spec.hw_decoder_load, spec.interpolation == "bicubic"))
     return pipe
 
 
@@ -219,7 +230,7 @@ class _BatchInputs:
         if self._loader.cuts:
             piece = np.empty(len(data), np.uint8)
             windows = plan.views.windows[self._views(index)]
-            length = cut_windows(data, height, width, windows, *plan.size, piece, box)
+            length = cut_windows(data, height, width, windows, *plan.size, self._loader.kernel.support, piece, box)
             if length > 0:
                 return piece[:length]
             if length != NO_TABLE and (reason := why_corrupt(data)):
@@ -245,16 +256,33 @@ class _BatchInputs:
             windows[self._views(index)] = np.stack([tops, 0 * tops, tops + rows, 0 * tops + columns], axis=1)
             flip[self._views(index)] = False
             heights[index], widths[index] = crops * rows, columns
-        regions = sampling.regions(windows, heights.repeat(crops), widths.repeat(crops), plan.size).reshape(count, crops, 4)
+        support = self._loader.kernel.support
+        regions = sampling.regions(windows, heights.repeat(crops), widths.repeat(crops), plan.size, support)
+        regions = regions.reshape(count, crops, 4)
         corner = self._boxes[:, :2]
         start, end = regions[:, :, :2].min(axis=1) - corner, regions[:, :, 2:].max(axis=1) - corner
         origin = (corner + start if self._loader.slices else corner).repeat(crops, axis=0)
         roi_start, roi_end = (windows[:, ends] - origin for ends in (slice(0, 2), slice(2, 4)))
         roi_start[flip, 1], roi_end[flip, 1] = roi_end[flip, 1], roi_start[flip, 1]
-        rois = (roi.astype(np.float32).reshape(count, crops, 2) for roi in (roi_start, roi_end))
-        size = np.tile(np.array(plan.size, np.float32), (count, 1))
+        decoded = (end - start if self._loader.slices else self._boxes[:, 2:])[:, 0]
+        starts, ends, sizes = self._passes(roi_start, roi_end, decoded)
         region = (start.astype(np.int32), end.astype(np.int32)) if self._loader.slices else ()
-        return self._encoded, *rois, size, *region
+        return self._encoded, *(roi.astype(np.float32).reshape(count, crops, -1, 2) for roi in (starts, ends)), sizes, *region
+
+    def _passes(self, roi_start: Any, roi_end: Any, decoded: Ints) -> tuple[Any, Any, Any]:
+        """The start and the end of the windows, (V, passes, 2), and the sizes, float32 (N, passes, 2), of each call of fn.resize.
+
+        Bicubic is resampled horizontally, then vertically, with 8 bits between, as by `pixels.resample`: DALI does not clip
+        between its own passes. roi_start, roi_end: (V, 2). decoded: (N,), rows of what DALI decodes.
+        """
+        rows, columns = self._plan.size
+        count, zero = len(decoded), np.zeros(len(roi_start))
+        if self._loader.spec.interpolation == "bilinear":
+            return roi_start, roi_end, np.full((count, 1, 2), self._plan.size, np.float32)
+        starts = [zero, roi_start[:, 1], roi_start[:, 0], zero]
+        ends = [decoded.repeat(self._loader.crops), roi_end[:, 1], roi_end[:, 0], zero + columns]
+        sizes = np.array([[[tall, columns], [rows, columns]] for tall in decoded.tolist()], np.float32)
+        return np.stack(starts, axis=1), np.stack(ends, axis=1), sizes
 
 
 def at_border(plan: BatchPlan) -> npt.NDArray[np.bool_]:

@@ -87,7 +87,7 @@ def _decode_whole(jpeg: Any, pixels: Any) -> Any:
 
 
 @jit
-def _make_views(order: Any, field: Any, size: Any, content: Any) -> Any:
+def _make_views(order: Any, field: Any, size: Any, content: Any, kernel: Any) -> Any:
     """Make the views of one image, as its `order` says. Returns 0, or another number if it cannot be decoded.
 
     order: int64 (7,): a field for the status, which the caller fills; the addresses of the windows, float64 (C, 4), of flip,
@@ -102,37 +102,38 @@ def _make_views(order: Any, field: Any, size: Any, content: Any) -> Any:
     stored = carray(cast_int_to_byte_ptr(content.ctypes.data + np.int64(field["data_ptr"])), (size,))
     whole = np.array([0, 0, height, width])
     if field["mode"] == RAW:
-        resample_windows(stored.reshape(height, width, 3), whole, windows, flip, out)
+        resample_windows(stored.reshape(height, width, 3), whole, windows, flip, kernel, out)
         return 0
     if not has_size(stored, height, width):
         return REFUSED
-    top, left, bottom, right = region_of(height, width, windows, rows, columns)
+    top, left, bottom, right = region_of(height, width, windows, rows, columns, kernel.support)
     scratch = np.empty(6 * (bottom - top + 64) * (right - left + 64), np.uint8)  # for whole MCUs and their samples
     place = np.empty(4, np.int64)
     if decode(stored, top, left, bottom, right, scratch, place) == 0:
-        resample_windows(scratch[: 3 * place[2] * place[3]].reshape(place[2], place[3], 3), place, windows, flip, out)
+        decoded = scratch[: 3 * place[2] * place[3]].reshape(place[2], place[3], 3)
+        resample_windows(decoded, place, windows, flip, kernel, out)
         return 0
     pixels = np.empty((height, width, 3), np.uint8)
     status = _decode_whole(stored, pixels)
     if status == 0:
-        resample_windows(pixels, whole, windows, flip, out)
+        resample_windows(pixels, whole, windows, flip, kernel, out)
     return status
 
 
 @jit
-def _make_batch(samples: Any, orders: Any, images: Any, sizes: Any, content: Any) -> None:
+def _make_batch(samples: Any, orders: Any, images: Any, sizes: Any, content: Any, kernel: Any) -> None:
     """Make a batch. orders: int64 (samples, 7). images, sizes, content: as in `Beton`."""
     for i in range(len(samples)):
-        orders[i, _STATUS] = _make_views(orders[i], images[samples[i]], sizes[samples[i]], content)
+        orders[i, _STATUS] = _make_views(orders[i], images[samples[i]], sizes[samples[i]], content, kernel)
 
 
 @jit(parallel=True)
-def _make_batch_in_threads(samples: Any, orders: Any, images: Any, sizes: Any, content: Any) -> None:
+def _make_batch_in_threads(samples: Any, orders: Any, images: Any, sizes: Any, content: Any, kernel: Any) -> None:
     """`_make_batch` in numba's threads. The status is a field of the order because numba drops a parallel loop that writes to no
     argument.
     """
     for i in prange(len(samples)):
-        orders[i, _STATUS] = _make_views(orders[i], images[samples[i]], sizes[samples[i]], content)
+        orders[i, _STATUS] = _make_views(orders[i], images[samples[i]], sizes[samples[i]], content, kernel)
 
 
 class _PlannedDecoder(SimpleRGBImageDecoder):
@@ -267,7 +268,7 @@ class FfcvLoader(Loader):
         views = slice(index * self.crops, (index + 1) * self.crops)
         size = int(plan.heights[index]), int(plan.widths[index])
         pixels = self.read(sample).reshape(*size, 3)
-        resample_windows(pixels, np.array([0, 0, *size]), plan.views.windows[views], plan.views.flip[views], out)
+        resample_windows(pixels, np.array([0, 0, *size]), plan.views.windows[views], plan.views.flip[views], self.kernel, out)
 
     def _make_batch(self, batch_range: BatchRange) -> Batch:
         self._batches = self._batches or _PlannedBatches(self, self._open_stock(), self.upcoming(batch_range))
@@ -292,11 +293,11 @@ class FfcvLoader(Loader):
             stages, outputs = self._stock.code
             torch.set_num_threads(threads)  # undo FFCV's setting, which is global
 
-            content, images, sizes = self._beton  # they are checked, unlike those that FFCV would pass
+            kernel, (content, images, sizes) = self.kernel, self._beton  # they are checked, unlike those that FFCV would pass
 
             def stage(batch_indices: Any, **memory: Any) -> tuple[Any]:
                 orders = next(array for name, array in memory.items() if name.startswith("memory_") and array is not None)
-                make_batch(batch_indices, orders, images, sizes, content)
+                make_batch(batch_indices, orders, images, sizes, content, kernel)
                 return (orders,)
 
             self._stock.code = [(stage, defined) for _, defined in stages], outputs

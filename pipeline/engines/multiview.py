@@ -22,6 +22,7 @@ from ..buffers import BufferPool, to_device
 from ..errors import UserError
 from ..loader import BatchOf
 from ..pixels.decoder import CorruptImageError, Decoder, Pixels, resample_windows
+from ..pixels.resample import BILINEAR, KERNELS, Kernel
 from ..plan import sampling
 from ..plan.geometry import Geometry, Views
 from ..plan.order import ByShape
@@ -70,7 +71,7 @@ class MultiViewLoader:
                 raise ValueError("several geometries in one pass are only for evaluation, in one process")
         check_device(spec.device)
         self._device = torch.device(spec.device)
-        self.spec, self.view_specs = spec, tuple(view_specs)
+        self.spec, self.view_specs, self._kernel = spec, tuple(view_specs), KERNELS[spec.interpolation]
         self.shards = ShardSet(spec.data, spec.split, spec.cache, spec.cache_gb, verify=spec.verify)
         self.shards.check_fields(spec.fields)
         heights, widths = self._sizes(np.arange(len(self.shards)))
@@ -126,7 +127,7 @@ class MultiViewLoader:
             for view_spec, one in zip(self.view_specs, views, strict=True)
         ]
         memory, tensor = self._buffers.acquire((sum(map(math.prod, shapes)),), np.uint8)
-        regions = common_regions(views, heights, widths, [shape[1:3] for shape in shapes])
+        regions = common_regions(views, heights, widths, [shape[1:3] for shape in shapes], self._kernel)
         return _Job(ids, heights, widths, views, regions, _split(memory, shapes), tensor, shapes, [{} for _ in ids])
 
     def _fill(self, decoder: Decoder, job: _Job, indices: range) -> None:
@@ -147,7 +148,7 @@ class MultiViewLoader:
                 raise UserError(f"{self.shards.locate(sample)}: cannot be decoded ({error})", "make the shards again") from error
             for view_spec, views, images in zip(self.view_specs, job.views, job.images, strict=True):
                 crops = slice(index * view_spec.geometry.crops, (index + 1) * view_spec.geometry.crops)
-                resample_windows(pixels, box, views.windows[crops], views.flip[crops], images[crops])
+                resample_windows(pixels, box, views.windows[crops], views.flip[crops], self._kernel, images[crops])
 
     def _finish(self, job: _Job) -> MultiViewBatch:
         """The batch on the device, without waiting for the copy."""
@@ -176,7 +177,9 @@ class _Job:
     fields: list[dict[str, bytes]]
 
 
-def common_regions(views: Sequence[Views], heights: Ints, widths: Ints, sizes: Sequence[tuple[int, ...]]) -> Ints:
+def common_regions(
+    views: Sequence[Views], heights: Ints, widths: Ints, sizes: Sequence[tuple[int, ...]], kernel: Kernel = BILINEAR
+) -> Ints:
     """The smallest region of each image with all source pixels that its views need: int64 (N, 4) of top, left, bottom, right.
 
     views: of the same N images by several geometries. sizes: height and width of each geometry's views.
@@ -185,7 +188,8 @@ def common_regions(views: Sequence[Views], heights: Ints, widths: Ints, sizes: S
     found: list[npt.NDArray[np.int64]] = []
     for one, size in zip(views, sizes, strict=True):
         crops = len(one.flip) // count
-        regions = sampling.regions(one.windows, np.repeat(heights, crops), np.repeat(widths, crops), (size[0], size[1]))
+        sides = np.repeat(heights, crops), np.repeat(widths, crops)
+        regions = sampling.regions(one.windows, *sides, (size[0], size[1]), kernel.support)
         found.append(regions.reshape(count, crops, 4))
     every = np.concatenate(found, axis=1)
     return np.concatenate([every[..., :2].min(axis=1), every[..., 2:].max(axis=1)], axis=1)

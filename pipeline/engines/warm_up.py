@@ -15,19 +15,22 @@ from ..jpeg.idct import Planes, finish
 from ..jpeg.region import TileLayout, open_tiles
 from ..pixels.decoder import decode_views, resample_windows
 from ..pixels.normalize import Normalization, Normalizer
+from ..pixels.resample import BILINEAR, Kernel
 from ..plan import sampling
 from ..progress import announce_if_slow
 
 
-def warm_up() -> None:
+def warm_up(kernel: Kernel = BILINEAR) -> None:
     """Compile the kernels unless they are in numba's cache."""
-    if is_cached(decode_views):
-        return
-    with (
-        announce_if_slow("compiling the image decoder, once on this machine, which takes about 15 seconds on two cores"),
-        compiling_beside(compile_others),
-    ):
-        compile_decoding()
+    if not is_cached(decode_views):
+        with (
+            announce_if_slow("compiling the image decoder, once on this machine, which takes about 15 seconds on two cores"),
+            compiling_beside(compile_others),
+        ):
+            compile_decoding()
+    if kernel is not BILINEAR:
+        with announce_if_slow("compiling the bicubic filter, once on this machine, which takes about 5 seconds"):
+            compile_resampling(kernel)
 
 
 def compile_decoding() -> None:
@@ -50,7 +53,12 @@ def compile_others() -> None:
     open_tiles(data)
     place, out = np.array([0, 0, 8, 8]), np.zeros((1, 8, 8, 3), np.uint8)
     finish(np.zeros(1024, np.uint8), Planes(np.zeros(3, np.int64), np.full(3, 8), 1, 1, 1), 8, 8, place)
-    resample_windows(out[0], place, np.array([[0.0, 0.0, 8.0, 8.0]]), np.zeros(1, np.bool_), out)
+    compile_resampling(BILINEAR)
     sampling.order(0, 0, [0], 1)
     sampling.draw(0, 0, [0], [8], [8], (8, 8), 8)
     Normalizer(Normalization.of(np.zeros(3)), 8).batch(out, np.zeros((1, 3), np.float32), np.zeros((1, 8, 8, 3), np.float32))
+
+
+def compile_resampling(kernel: Kernel) -> None:
+    out = np.zeros((1, 8, 8, 3), np.uint8)
+    resample_windows(out[0], np.array([0, 0, 8, 8]), np.array([[0.0, 0.0, 8.0, 8.0]]), np.zeros(1, np.bool_), kernel, out)

@@ -24,7 +24,7 @@ from ..jit import Int, jit
 from ..jpeg.decode import REFUSED, decode
 from ..jpeg.region import NO_TABLE, Bytes, Ints, big16, cut_into
 from .formats import unreadable_format
-from .resample import resample
+from .resample import BILINEAR, Kernel, resample
 
 Pixels = npt.NDArray[np.uint8]
 Windows = npt.NDArray[np.float64]
@@ -44,39 +44,47 @@ class Decoder:
         self._scratch = np.empty(1 << 21, np.uint8)  # decoded samples and pixels
         self._place = np.empty(4, np.int64)  # which part of the image they are: top, left, height, width
 
-    def make_views(self, data: Bytes, height: int, width: int, windows: Windows, flip: Any, out: Pixels) -> None:
+    def make_views(
+        self, data: Bytes, height: int, width: int, windows: Windows, flip: Any, out: Pixels, kernel: Kernel = BILINEAR
+    ) -> None:
         """Fill `out` with the views of an image. The image is decoded once for all of them.
 
         data: uint8 (bytes,), the stored image, in any format that Pillow reads. height, width: its size, pixels. windows: (C, 4),
         top, left, bottom, right, source pixels. flip: bool (C,), mirror left to right. out: uint8 (C, h, w, 3), C-contiguous.
         Raises CorruptImageError.
         """
+        if kernel is not BILINEAR:
+            pixels, place = self.decode_region(data, height, width, windows, out.shape[1:3], kernel)
+            resample_windows(pixels, place, windows, flip, kernel, out)
+            return
         with _memory_errors_are_corrupt():
             while (lacking := decode_views(data, height, width, windows, flip, out, self._scratch, self._place)) > 0:
                 self._scratch = np.empty(2 * lacking, np.uint8)
             if lacking < 0:
-                pixels = self._pixels(data, height, width, windows, out.shape[1:3])
-                resample_windows(pixels, self._place, windows, flip, out)
+                pixels = self._pixels(data, height, width, windows, out.shape[1:3], kernel)
+                resample_windows(pixels, self._place, windows, flip, kernel, out)
 
-    def decode_region(self, data: Bytes, height: int, width: int, windows: Windows, size: tuple[int, int]) -> tuple[Pixels, Ints]:
+    def decode_region(
+        self, data: Bytes, height: int, width: int, windows: Windows, size: tuple[int, int], kernel: Kernel = BILINEAR
+    ) -> tuple[Pixels, Ints]:
         """Decode the region that windows of `size` need, without resampling. Raises CorruptImageError.
 
         Returns its pixels, uint8 (H, W, 3), which the decoder's next call overwrites, and its place in the image: top, left,
         height, width.
         """
         with _memory_errors_are_corrupt():
-            while (lacking := _decode(data, height, width, windows, *size, self._scratch, self._place)) > 0:
+            while (lacking := _decode(data, height, width, windows, *size, kernel.support, self._scratch, self._place)) > 0:
                 self._scratch = np.empty(2 * lacking, np.uint8)
             if lacking < 0:
-                return self._pixels(data, height, width, windows, size), self._place
+                return self._pixels(data, height, width, windows, size, kernel), self._place
         rows, columns = self._place[2:].tolist()
         return self._scratch[: 3 * rows * columns].reshape(rows, columns, 3), self._place
 
-    def _pixels(self, data: Bytes, height: int, width: int, windows: Any, size: tuple[int, int]) -> Pixels:
+    def _pixels(self, data: Bytes, height: int, width: int, windows: Any, size: tuple[int, int], kernel: Kernel) -> Pixels:
         """Decode the region that the windows need with libjpeg-turbo, or the image with Pillow: uint8 (H, W, 3), at `_place`."""
         check_scans(data)
         piece = np.empty(len(data), np.uint8)
-        length = cut_windows(data, height, width, windows, *size, piece, self._place)
+        length = cut_windows(data, height, width, windows, *size, kernel.support, piece, self._place)
         try:
             if length < 0:
                 found_height, found_width, colorspace = jpeg_header(data)
@@ -199,17 +207,18 @@ def has_size(data: Bytes, height: Int, width: Int) -> bool:
 
 
 @jit
-def region_of(height: Int, width: Int, windows: Windows, rows: Int, columns: Int) -> Any:
+def region_of(height: Int, width: Int, windows: Windows, rows: Int, columns: Int, support: float) -> Any:
     """The region that resampling all `windows` of an image to (rows, columns) needs: top, left, bottom, right, whole pixels.
 
-    As `sampling.regions`: the filter reaches max(scale, 1) source pixels beyond a window, and one more is added for rounding.
+    As `sampling.regions`: the filter reaches support * max(scale, 1) source pixels beyond a window, and one more is added for
+    rounding. support: of the `Kernel`.
     """
     bottom: Any = np.int64(0)
     right: Any = np.int64(0)
     top, left = height, width
     for i in range(len(windows)):
-        y_margin = max((windows[i, 2] - windows[i, 0]) / rows, 1.0) + 1.0
-        x_margin = max((windows[i, 3] - windows[i, 1]) / columns, 1.0) + 1.0
+        y_margin = support * max((windows[i, 2] - windows[i, 0]) / rows, 1.0) + 1.0
+        x_margin = support * max((windows[i, 3] - windows[i, 1]) / columns, 1.0) + 1.0
         top = min(top, np.int64(max(windows[i, 0] - y_margin, 0.0)))
         left = min(left, np.int64(max(windows[i, 1] - x_margin, 0.0)))
         bottom = max(bottom, min(np.int64(np.ceil(windows[i, 2] + y_margin)), height))
@@ -219,13 +228,13 @@ def region_of(height: Int, width: Int, windows: Windows, rows: Int, columns: Int
 
 @jit
 def cut_windows(
-    data: Bytes, height: Int, width: Int, windows: Windows, rows: Int, columns: Int, piece: Bytes, place: Ints
+    data: Bytes, height: Int, width: Int, windows: Windows, rows: Int, columns: Int, support: float, piece: Bytes, place: Ints
 ) -> Any:
     """Cut out the region that resampling all `windows` to (rows, columns) needs, as a JPEG. Returns its size in bytes, or a
     negative number if the image is not an intact region-addressable JPEG. place: receives top, left, height, width of the cut, or
     of the whole image if there is none.
     """
-    top, left, bottom, right = region_of(height, width, windows, rows, columns)
+    top, left, bottom, right = region_of(height, width, windows, rows, columns, support)
     length = cut_into(data, top, left, bottom, right, piece, place) if has_size(data, height, width) else NO_TABLE
     if length < 0:
         place[0], place[1], place[2], place[3] = 0, 0, height, width
@@ -233,22 +242,25 @@ def cut_windows(
 
 
 @jit
-def resample_windows(pixels: Pixels, place: Ints, windows: Windows, flip: npt.NDArray[np.bool_], out: Pixels) -> None:
+def resample_windows(
+    pixels: Pixels, place: Ints, windows: Windows, flip: npt.NDArray[np.bool_], kernel: Kernel, out: Pixels
+) -> None:
     """Make all views of an image from a decoded region. place: its top, left, height, width. out: uint8 (C, h, w, 3)."""
-    top, left = float(place[0]), float(place[1])
+    y, x = float(place[0]), float(place[1])
     for i in range(len(windows)):
-        resample(
-            pixels, windows[i, 0] - top, windows[i, 1] - left, windows[i, 2] - top, windows[i, 3] - left, flip[i] != 0, out[i]
-        )
+        top, left, bottom, right = windows[i]
+        resample(pixels, top - y, left - x, bottom - y, right - x, flip[i] != 0, kernel, out[i])
 
 
 @jit
-def _decode(data: Bytes, height: Int, width: Int, windows: Windows, rows: Int, columns: Int, scratch: Any, place: Ints) -> Any:
+def _decode(
+    data: Bytes, height: Int, width: Int, windows: Windows, rows: Int, columns: Int, support: float, scratch: Any, place: Ints
+) -> Any:
     """Decode the region that resampling to (rows, columns) needs. Returns 0; a negative number if `decode` refuses the image; or
     the number of bytes that `scratch` needs."""
     if not has_size(data, height, width):
         return REFUSED
-    top, left, bottom, right = region_of(height, width, windows, rows, columns)
+    top, left, bottom, right = region_of(height, width, windows, rows, columns, support)
     return decode(data, top, left, bottom, right, scratch, place)
 
 
@@ -256,10 +268,10 @@ def _decode(data: Bytes, height: Int, width: Int, windows: Windows, rows: Int, c
 def decode_views(
     data: Bytes, height: Int, width: Int, windows: Windows, flip: npt.NDArray[np.bool_], out: Pixels, scratch: Any, place: Ints
 ) -> Any:
-    """Decode and resample. Returns what `_decode` does."""
+    """Decode and resample, bilinear. Returns what `_decode` does."""
     _, rows, columns, _ = out.shape
-    status = _decode(data, height, width, windows, rows, columns, scratch, place)
+    status = _decode(data, height, width, windows, rows, columns, BILINEAR.support, scratch, place)
     if status == 0:
         pixels = scratch[: 3 * place[2] * place[3]].reshape(place[2], place[3], 3)
-        resample_windows(pixels, place, windows, flip, out)
+        resample_windows(pixels, place, windows, flip, BILINEAR, out)
     return status

@@ -191,14 +191,21 @@ def windows(drawn: Draws, heights: npt.ArrayLike, widths: npt.ArrayLike, crop: i
     return out
 
 
-def regions(windows: npt.NDArray[np.float64], heights: npt.ArrayLike, widths: npt.ArrayLike, size: int | tuple[int, int]) -> Ints:
+def regions(
+    windows: npt.NDArray[np.float64],
+    heights: npt.ArrayLike,
+    widths: npt.ArrayLike,
+    size: int | tuple[int, int],
+    support: float = 1.0,
+) -> Ints:
     """The source pixels that resampling each window needs: int64 (N, 4) of top, left, bottom, right, inside the image.
 
-    size: height and width of the output, pixels, or one integer for both. Along each axis the triangle filter reaches one output
-    pixel beyond the window, which is max(scale, 1) source pixels. One more pixel is added for rounding.
+    size: height and width of the output, pixels, or one integer for both. Along each axis the filter reaches `support` output
+    pixels beyond the window, which is support * max(scale, 1) source pixels: 1 for bilinear, 2 for bicubic. One more pixel is
+    added for rounding.
     """
     low, high = windows[:, :2], windows[:, 2:]
-    margin = np.maximum((high - low) / np.asarray(size), 1.0) + 1.0
+    margin = support * np.maximum((high - low) / np.asarray(size), 1.0) + 1.0
     sides = np.stack(_sizes(heights, widths, len(windows)), axis=1)
     region = np.concatenate([np.maximum(np.floor(low - margin), 0), np.minimum(np.ceil(high + margin), sides)], axis=1)
     return region.astype(np.int64)

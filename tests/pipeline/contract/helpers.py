@@ -45,5 +45,15 @@ def differences(loader: Loader, plan: BatchPlan, batch: Batch) -> npt.NDArray[np
         image = stored_image(loader, sample).convert("RGB")
         for view in range(index * loader.crops, (index + 1) * loader.crops):
             window, flip, alphas, *shift = (array[view] for array in plan.views.arrays)
-            found[view] = apply(image, window, bool(flip), alphas, plan.size, loader.lighting_basis, normalization, *shift)
+            found[view] = apply(
+                image,
+                window,
+                bool(flip),
+                alphas,
+                plan.size,
+                loader.lighting_basis,
+                normalization,
+                shift[0] if shift else (0, 0),
+                loader.spec.interpolation,
+            )
     return np.abs(found - batch.images.float().permute(0, 2, 3, 1).cpu().numpy())

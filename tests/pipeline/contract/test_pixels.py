@@ -66,6 +66,31 @@ def test_pixels_equal_the_reference(
     loader.close()
 
 
+@pytest.mark.parametrize("geometry", [RandomResizedCrop(), pytest.param(TenCrop(), marks=pytest.mark.slow)], ids=repr)
+@pytest.mark.parametrize("profile", ["original", "lossless", pytest.param("compact", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_bicubic_pixels_equal_the_reference(
+    varied: Callable[[str], Path], engine: str, profile: str, geometry: Geometry, device: str
+) -> None:
+    spec = spec_of(varied(profile), geometry, 64, engine=engine, device=device, interpolation="bicubic")
+    with open_loader(spec) as loader:
+        assert assert_like_the_reference(loader, epochs=1) == {*SUBSAMPLINGS, "odd"}
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_bicubic_black_and_white_edges_equal_the_reference(engine: str, tmp_path: Path, device: str) -> None:
+    """Where bicubic overshoots, both passes clip."""
+    (tmp_path / "images" / "a").mkdir(parents=True)
+    for index in range(8):
+        squares = np.random.default_rng(index).choice(np.array([0, 255], np.uint8), (25, 30, 1)).repeat(3, axis=2)
+        pixels = squares.repeat(16, axis=0).repeat(16, axis=1)
+        (tmp_path / "images" / "a" / f"{index}.JPEG").write_bytes(jpeg(pixels, "444", 100))
+    shards = make(tmp_path / "images", tmp_path / "shards")
+    spec = LoaderSpec(shards, batch_size=8, geometry=RandomResizedCrop(), interpolation="bicubic", engine=engine, device=device)
+    with open_loader(spec) as loader:
+        assert assert_like_the_reference(loader, epochs=2) == {"a"}
+
+
 @pytest.fixture(scope="module")
 def exact(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Shards of images that are 32 x 32 or can be resized exactly to short side 32. No pixel is nearly black."""

@@ -13,9 +13,10 @@ from PIL import Image
 
 from pipeline.buffers import BufferPool
 from pipeline.jpeg.transcode import transcode
+from pipeline.pixels import reference
 from pipeline.pixels.decoder import CorruptImageError, Decoder, why_corrupt
 from pipeline.pixels.normalize import Normalization, Normalizer, normalize_tensor, stored_dtype
-from pipeline.pixels.resample import resample
+from pipeline.pixels.resample import BICUBIC, BILINEAR, KERNELS, Kernel, resample
 from tests.helpers import SUBSAMPLINGS, jpeg, random_image
 
 Pixels = npt.NDArray[np.uint8]
@@ -28,9 +29,11 @@ def by_pillow(pixels: Pixels, window: Window, size: tuple[int, int], flip: bool 
     return np.asarray(small).astype(np.int64)[:, :: -1 if flip else 1]
 
 
-def by_cropfeed(pixels: Pixels, window: Window, size: tuple[int, int], flip: bool = False) -> npt.NDArray[np.int64]:
+def by_cropfeed(
+    pixels: Pixels, window: Window, size: tuple[int, int], flip: bool = False, kernel: Kernel = BILINEAR
+) -> npt.NDArray[np.int64]:
     out = np.full((*size, 3), 99, np.uint8)
-    resample(pixels, *window, flip, out)
+    resample(pixels, *window, flip, kernel, out)
     return out.astype(np.int64)
 
 
@@ -70,15 +73,39 @@ def test_random_windows_match_pillow() -> None:
         assert difference.max() <= 5, (height, width, window, size)
 
 
-def test_flat_images_stay_flat() -> None:
+def test_bicubic_pixels_match_pillow() -> None:
+    """Also for black and white pixels, where both of Pillow's passes clip."""
+    rng = np.random.default_rng(1)
+    for index in range(100):
+        height, width = rng.integers(1, 1200 if index < 20 else 400, 2)
+        size = (int(rng.integers(1, 130)), int(rng.integers(1, 130)))
+        pixels = random_image(int(height), int(width), index)
+        if index % 3 == 0:
+            pixels = rng.choice(np.array([0, 255], np.uint8), (height, width, 3))
+        (top, bottom), (left, right) = np.sort(rng.uniform(0, height, 2)), np.sort(rng.uniform(0, width, 2))
+        window = (0.0, 0.0, float(height), float(width)) if index % 4 == 0 else (top, left, bottom, right)
+        if min(window[2] - window[0], window[3] - window[1]) < 0.1:
+            continue
+        image, bicubic = Image.fromarray(pixels), Image.Resampling.BICUBIC
+        wide = image.resize((size[1], height), bicubic, box=(window[1], 0, window[3], height))
+        expected = np.asarray(wide.resize(size[::-1], bicubic, box=(0, window[0], size[1], window[2]))).astype(np.int64)
+        found = by_cropfeed(pixels, window, size, flip=bool(index % 2), kernel=BICUBIC)[:, :: -1 if index % 2 else 1]
+        assert np.abs(found - expected).max() <= 2, (height, width, window, size)
+        assert np.abs(found - expected).mean() <= 0.05, (height, width, window, size)
+        assert np.array_equal(expected, reference.resample(image, window, False, size, "bicubic"))
+
+
+@pytest.mark.parametrize("kernel", KERNELS.values(), ids=KERNELS)
+def test_flat_images_stay_flat(kernel: Kernel) -> None:
     for value in (0, 1, 127, 254, 255):
         pixels = np.full((333, 222, 3), value, np.uint8)
-        assert (by_cropfeed(pixels, (3.3, 7.7, 300.3, 199.9), (224, 224)) == value).all()
+        assert (by_cropfeed(pixels, (3.3, 7.7, 300.3, 199.9), (224, 224), kernel=kernel) == value).all()
 
 
-def test_nothing_is_written_outside_the_output() -> None:
+@pytest.mark.parametrize("kernel", KERNELS.values(), ids=KERNELS)
+def test_nothing_is_written_outside_the_output(kernel: Kernel) -> None:
     memory = np.full(3 * 37 * 41 + 2000, 7, np.uint8)
-    resample(random_image(100, 100), 0.0, 0.0, 100.0, 100.0, False, memory[1000:-1000].reshape(37, 41, 3))
+    resample(random_image(100, 100), 0.0, 0.0, 100.0, 100.0, False, kernel, memory[1000:-1000].reshape(37, 41, 3))
     assert (memory[:1000] == 7).all()
     assert (memory[-1000:] == 7).all()
 
