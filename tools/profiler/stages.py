@@ -104,8 +104,8 @@ class Samples:
         return slice(place * self.loader.crops, (place + 1) * self.loader.crops)
 
     def _decoded(self, decoder: Decoder, stored: Any, plan: BatchPlan, place: int) -> Any:
-        windows = plan.views.windows[self._views(plan, place)]
-        return decoder.decode_region(stored, int(plan.heights[place]), int(plan.widths[place]), windows, plan.size)
+        windows, size = plan.views.windows[self._views(plan, place)], (int(plan.heights[place]), int(plan.widths[place]))
+        return decoder.decode_region(stored, *size, windows, plan.size, self.loader.kernel)
 
     def buffers(self) -> Any:
         """This thread's own objects: decoder, resampled image, normalized image, cut JPEG, and the place of the cut."""
@@ -127,7 +127,7 @@ class Samples:
             own.cut = np.empty(2 * len(stored), np.uint8)
         windows = plan.views.windows[self._views(plan, place)]
         size, (rows, columns) = (int(plan.heights[place]), int(plan.widths[place])), self.size
-        return cut_windows(stored, *size, windows, rows, columns, own.cut, own.place)
+        return cut_windows(stored, *size, windows, rows, columns, self.loader.kernel.support, own.cut, own.place)
 
     def decode(self, number: int) -> object:
         return self._decoded(self.buffers().decoder, self.stored[number], *self.places[number])
@@ -135,8 +135,8 @@ class Samples:
     def resample(self, number: int) -> object:
         (plan, place), own = self.places[number], self.buffers()
         pixels, where = self.decoded[number]
-        views = self._views(plan, place)
-        return resample_windows(pixels, where, plan.views.windows[views], plan.views.flip[views], own.image)
+        windows, flip = (array[self._views(plan, place)] for array in (plan.views.windows, plan.views.flip))
+        return resample_windows(pixels, where, windows, flip, self.loader.kernel, own.image)
 
     def normalize(self, number: int) -> object:
         (plan, place), own = self.places[number], self.buffers()
