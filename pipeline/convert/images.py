@@ -2,10 +2,10 @@
 
 | image | lossless | compact | original |
 | --- | --- | --- | --- |
-| JPEG (8 bit, 1 or 3 components), also progressive | the same coefficients, region-addressable | re-encoded | unchanged |
+| JPEG (8 bit), also progressive, arithmetic-coded | the same coefficients, region-addressable | re-encoded | unchanged |
+| CMYK or YCCK JPEG | the same | re-encoded, Pillow's conversion to RGB | unchanged |
 | Adobe RGB JPEG (transform 0) | the same, with its APP14 marker | re-encoded as YCbCr | unchanged |
-| arithmetic-coded JPEG, and one that is not whole: scans are missing | re-encoded | re-encoded | unchanged |
-| CMYK or YCCK JPEG | re-encoded, Pillow's conversion to RGB | re-encoded | unchanged |
+| JPEG whose scans are not complete, or with more than 10 blocks in an MCU | re-encoded | re-encoded | unchanged |
 | PNG with 8-bit RGB or gray, under any name | unchanged | re-encoded | unchanged |
 | lossy WebP | unchanged | re-encoded | unchanged |
 | other PNG (palette, alpha, 16-bit colors), other WebP, BMP | PNG of its pixels, alpha dropped | re-encoded | unchanged |
@@ -35,13 +35,12 @@ from contextlib import suppress
 from typing import NamedTuple
 from xml.etree import ElementTree
 
-import simplejpeg
 from PIL import Image
 
-from ..jpeg.header import without_metadata
+from ..jpeg.header import parse, without_metadata
 from ..jpeg.region import RegionError
 from ..jpeg.transcode import transcode
-from ..pixels.decoder import MAX_SCANS, has_many_scans, jpeg_header, to_8_bits
+from ..pixels.decoder import MAX_SCANS, decode_jpeg, has_many_scans, to_8_bits
 from ..pixels.formats import is_lossy_webp, is_plain_png, png_without_metadata, unreadable_format
 
 PROFILES = ("lossless", "compact", "original")
@@ -154,15 +153,10 @@ def _lossless(data: bytes, facts: tuple[str, ...]) -> ConvertedImage:
 
     Transcoding reads every coefficient. What else a decoder needs, it finds in the header, so that decoding one tile is enough.
     """
-    height, width, _ = jpeg_header(data)
-    if height * width > MAX_PIXELS:
+    header = parse(data)
+    if header.height * header.width > MAX_PIXELS:
         raise ValueError("too many pixels")
-    return ConvertedImage(transcode(data, _decode), height, width, facts, None)
-
-
-def _decode(data: bytes) -> None:
-    """Decode a JPEG with libjpeg-turbo. Raises ValueError."""
-    simplejpeg.decode_jpeg(data, fastdct=True, fastupsample=False, strict=False)
+    return ConvertedImage(transcode(data, decode_jpeg), header.height, header.width, facts, None)
 
 
 def _open(data: bytes) -> tuple[Image.Image, bytes, tuple[str, ...]]:

@@ -29,7 +29,16 @@ from nvidia.dali import Pipeline, fn, types
 
 from ..jpeg.region import NO_TABLE, Bytes
 from ..loader import Batch, BatchPlan, BatchRange, Loader, check_in_order
-from ..pixels.decoder import CorruptImageError, Decoder, check_scans, cut_windows, decode_by_pillow, has_size, why_corrupt
+from ..pixels.decoder import (
+    CorruptImageError,
+    Decoder,
+    check_scans,
+    cut_windows,
+    decode_by_pillow,
+    has_4_components,
+    has_size,
+    why_corrupt,
+)
 from ..plan import sampling
 from ..plan.sampling import Ints
 from ..spec import LoaderSpec
@@ -224,6 +233,9 @@ class _BatchInputs:
             box[:] = 0, 0, views.shape[0] * views.shape[1], views.shape[2]
             return to_ppm(views.reshape(-1, *views.shape[2:]))
         data = self._loader.read_planned(plan, index)
+        if has_4_components(data):  # which nvJPEG does not convert to RGB as Pillow does
+            self._on_cpu[index] = True
+            return self._encode(index)
         box[:] = 0, 0, height, width
         if data[:2].tobytes() == b"\xff\xd8" and not has_size(data, height, width):  # DALI would crop another image
             decode_by_pillow(data, (height, width))  # raises CorruptImageError

@@ -87,7 +87,7 @@ def tokenize(
     order: from `mcu_order`. places: the component of each block of an MCU.
     """
     total = np.uint64(0)
-    dc = np.zeros(3, np.int64)
+    dc = np.zeros(4, np.int64)
     most = 64 * tile * len(places)
     done = len(order)
     for mcu in range(first, len(order)):

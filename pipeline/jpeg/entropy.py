@@ -120,7 +120,7 @@ def read_scan(
     which `tokens` may be too small. The next call continues there.
 
     interval: the scan's restart interval, or 0. blocks: the component of each block of an MCU. selectors: the DC and AC table of
-    each component. data: scratch, uint8 (len(stream) + PADDING,). state: int64 (9,), zeros at the first call; state[0] is the
+    each component. data: scratch, uint8 (len(stream) + PADDING,). state: int64 (10,), zeros at the first call; state[0] is the
     number of MCUs read so far. starts: receives the index of each tile's first token, then the number of tokens. counts: the
     number of each symbol is added, 256 entries per table. Returns the number of tokens, or an error code.
     """
@@ -129,8 +129,8 @@ def read_scan(
     if first == 0:
         position, end = unstuff(stream, 0, len(stream), data)
     total = np.uint64(0)
-    old_dc, new_dc = np.zeros(3, np.int64), np.zeros(3, np.int64)
-    for i in range(3):  # not as a slice, see `optimal_table`
+    old_dc, new_dc = np.zeros(4, np.int64), np.zeros(4, np.int64)
+    for i in range(4):  # not as a slice, see `optimal_table`
         old_dc[i] = state[6 + i]
     most = 64 * tile * len(blocks)
     done = mcus
@@ -201,7 +201,7 @@ def read_scan(
             return TRUNCATED
     starts[(done - first) // tile] = total
     state[0], state[1], state[2], state[3], state[4], state[5] = done, position, end, at, bits, have
-    for i in range(3):
+    for i in range(4):
         state[6 + i] = old_dc[i]
     return np.int64(total)
 

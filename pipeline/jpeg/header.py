@@ -7,7 +7,10 @@ from typing import NamedTuple
 
 from .region import RegionError
 
-_BASELINE, _EXTENDED, _PROGRESSIVE = 0xC0, 0xC1, 0xC2  # Huffman-coded frames (T.81 table B.1)
+# Frames (T.81 table B.1): Huffman-coded, and arithmetic-coded ones
+_BASELINE, _EXTENDED, _PROGRESSIVE = 0xC0, 0xC1, 0xC2
+_ARITHMETIC, _ARITHMETIC_PROGRESSIVE = 0xC9, 0xCA
+MAX_BLOCKS = 10  # of an MCU (T.81 B.2.3)
 
 
 class NotBaselineError(RegionError):
@@ -28,6 +31,8 @@ class Header(NamedTuple):
     interval: int  # the restart interval, or 0
     data: int  # where the entropy-coded data begins
     progressive: bool
+    arithmetic: bool
+    conditioning: dict[tuple[int, int], int]  # of arithmetic coding: (class, id) -> the value in DAC
 
     @property
     def selectors(self) -> list[tuple[int, int]]:
@@ -37,11 +42,11 @@ class Header(NamedTuple):
     @property
     def is_one_scan(self) -> bool:
         """Whether the first scan has everything, as in a baseline JPEG with interleaved components."""
-        return not self.progressive and self.sos[0] == len(self.sampling)
+        return not self.progressive and not self.arithmetic and self.sos[0] == len(self.sampling)
 
 
 def parse(data: bytes) -> Header:
-    """Read the header of a Huffman-coded JPEG with 8 bits and 1 or 3 components. Raises NotBaselineError for other kinds,
+    """Read the header of a DCT-based JPEG with 8 bits and 1, 3 or 4 components. Raises NotBaselineError for other kinds,
     RegionError for a damaged one."""
     if data[:2] != b"\xff\xd8":
         raise NotBaselineError("not a JPEG")
@@ -49,15 +54,18 @@ def parse(data: bytes) -> Header:
     kind, wide = 0, False
     kept: list[bytes] = []
     tables: dict[tuple[int, int], bytes] = {}
+    conditioning: dict[tuple[int, int], int] = {}
     interval, position = 0, 2
     while True:
         marker, payload, after = read_segment(data, position)
-        if marker in (_BASELINE, _EXTENDED, _PROGRESSIVE):
+        if marker in (_BASELINE, _EXTENDED, _PROGRESSIVE, _ARITHMETIC, _ARITHMETIC_PROGRESSIVE):
             if frame:
                 raise RegionError("two frame headers")
             frame, kind = payload, marker
         elif marker == 0xC4:
             read_tables(payload, tables)
+        elif marker == 0xCC:
+            read_conditioning(payload, conditioning)
         elif marker == 0xDD:
             if len(payload) != 2:
                 raise RegionError("a damaged DRI segment")
@@ -67,10 +75,11 @@ def parse(data: bytes) -> Header:
                 raise NotBaselineError("quantization tables of 16 bits")
             height, width, sampling, frame = _read_frame(frame, payload, kind, tables)
             return Header(
-                height, width, sampling, frame, b"".join(kept), jfif, tables, payload, interval, after, kind == _PROGRESSIVE
-            )
+                height, width, sampling, frame, b"".join(kept), jfif, tables, payload, interval, after,
+                kind in (_PROGRESSIVE, _ARITHMETIC_PROGRESSIVE), kind >= _ARITHMETIC, conditioning,
+            )  # fmt: skip
         elif 0xC3 <= marker <= 0xCF:
-            raise NotBaselineError(f"{'lossless' if marker == 0xC3 else 'arithmetic'} coding")
+            raise NotBaselineError("lossless coding" if marker in (0xC3, 0xCB) else "hierarchical coding")
         elif marker == 0xDB or (marker == 0xEE and is_sound(marker, payload)):
             wide |= marker == 0xDB and any(entry >> 4 for entry in payload[::65])
             kept.append(write_segment(marker, payload))
@@ -122,6 +131,14 @@ def read_tables(payload: bytes, tables: dict[tuple[int, int], bytes]) -> None:
         payload = payload[end:]
 
 
+def read_conditioning(payload: bytes, conditioning: dict[tuple[int, int], int]) -> None:
+    """Read a DAC segment (T.81 B.2.4.3)."""
+    pairs = list(zip(payload[::2], payload[1::2], strict=False))
+    if len(payload) % 2 or any(key >> 4 > 1 or (key >> 4 == 0 and value & 15 > value >> 4) for key, value in pairs):
+        raise RegionError("a damaged DAC segment")
+    conditioning |= {(key >> 4, key & 15): value for key, value in pairs}
+
+
 def _read_frame(
     frame: bytes, sos: bytes, kind: int, tables: dict[tuple[int, int], bytes]
 ) -> tuple[int, int, list[tuple[int, int]], bytes]:
@@ -129,20 +146,22 @@ def _read_frame(
     if len(frame) < 6 or len(frame) != 6 + 3 * frame[5]:
         raise RegionError("a damaged or missing frame header")
     precision, height, width, count = struct.unpack(">BHHB", frame[:6])
-    if precision != 8 or count not in (1, 3):
+    if precision != 8 or count not in (1, 3, 4):
         raise NotBaselineError(f"{precision} bits, {count} components")
     if not height or not width:
         raise RegionError("no height or width in the frame header")
     components = [frame[6 + 3 * i : 9 + 3 * i] for i in range(count)]
     sampling = [(component[1] >> 4, component[1] & 15) for component in components]
-    if not all(1 <= h <= 4 and 1 <= v <= 4 for h, v in sampling) or sum(h * v for h, v in sampling) > 10:
+    if not all(1 <= h <= 4 and 1 <= v <= 4 for h, v in sampling):
         raise RegionError("impossible sampling factors")
     if count == 1:
         sampling = [(1, 1)]  # T.81 A.2.2: a scan of one component is not interleaved, whatever its factors say
         frame = frame[:7] + b"\x11" + frame[8:]
+    if (blocks := sum(h * v for h, v in sampling)) > MAX_BLOCKS:
+        raise NotBaselineError(f"sampling factors of {blocks} blocks in an MCU, of which baseline allows {MAX_BLOCKS}")
     if len(sos) < 6 or len(sos) != 4 + 2 * sos[0]:
         raise RegionError("a damaged scan header")
-    if kind != _PROGRESSIVE and sos[0] == count:
+    if kind in (_BASELINE, _EXTENDED) and sos[0] == count:
         if sos[-3:] != b"\0\x3f\0" or any(sos[1 + 2 * i] != components[i][0] for i in range(count)):
             raise RegionError("the scan names other components than the frame")
         if any((0, sos[2 + 2 * i] >> 4) not in tables or (1, sos[2 + 2 * i] & 15) not in tables for i in range(count)):

@@ -2,8 +2,8 @@
 
 Format, version 1 (T.81 is ITU-T T.81, the JPEG standard)
 ----------------------------------------------------------
-A region-addressable JPEG is a baseline sequential Huffman JPEG (T.81 SOF0, 8 bit, one interleaved scan of 1 or 3 components). Any
-JPEG reader can open it. It has two additional properties:
+A region-addressable JPEG is a baseline sequential Huffman JPEG (T.81 SOF0, 8 bit, one interleaved scan of 1, 3 or 4 components).
+Any JPEG reader can open it. It has two additional properties:
 
 1. A restart interval (T.81 B.2.4.4) that divides the number of MCUs in a row of MCUs. The entropy-coded data between two restart
    markers, a *segment*, is therefore a *tile*: `interval` MCUs wide, one MCU high. Segments come row by row, left to right.

@@ -1,4 +1,5 @@
-"""Read the coefficients of JPEGs with more than one scan: progressive ones, and those with a scan for each component.
+"""Read the coefficients of other JPEGs than those of a single Huffman-coded scan: progressive ones, those with a scan for each
+component, and arithmetic-coded ones (`arithmetic`).
 
 ITU-T T.81: B.2.3 (scan headers), F.2 (Huffman decoding), annex G (progressive coding). Each scan of a progressive JPEG has
 some of the 64 coefficients of each block ("spectral selection"), and of these some bits ("successive approximation").
@@ -11,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from ..jit import Int, jit
+from . import arithmetic
 from .blocks import Blocks, Coefficients, Component, components_of, fill_edges, scan_order
 from .entropy import (
     BAD_CODE,
@@ -24,7 +26,7 @@ from .entropy import (
     refill,
     unstuff,
 )
-from .header import Header, read_segment, read_tables
+from .header import Header, read_conditioning, read_segment, read_tables
 from .huffman import DecodingTables, decoding_tables, lookup
 from .region import Bytes, Ints, RegionError
 
@@ -46,6 +48,8 @@ def read_coefficients(data: bytes, header: Header) -> Coefficients:
             position = scans.read(payload, position)
         elif marker == 0xC4:
             read_tables(payload, scans.tables)
+        elif marker == 0xCC:
+            read_conditioning(payload, scans.conditioning)
         elif marker == 0xDD and len(payload) == 2:
             scans.interval = int.from_bytes(payload, "big")
         elif not 0xE0 <= marker <= 0xEF and marker != 0xFE:  # APPn and COM
@@ -61,10 +65,10 @@ class _Scans:
     """Reads scan after scan. known: (components, 64), the lowest bit that was read of each coefficient, or -1."""
 
     def __init__(self, data: bytes, header: Header, components: list[Component], coefficients: Coefficients) -> None:
-        self.tables, self.interval = dict(header.tables), header.interval
+        self.tables, self.conditioning, self.interval = dict(header.tables), dict(header.conditioning), header.interval
         self.known = [[-1] * 64 for _ in components]
         self._orders: dict[tuple[int, ...], Blocks] = {}
-        self._progressive, self._components = header.progressive, components
+        self._progressive, self._arithmetic, self._components = header.progressive, header.arithmetic, components
         self._ids = list(header.frame[6::3])
         self._stream = np.frombuffer(data, np.uint8)
         self._buffer = np.empty(len(data) + PADDING, np.uint8)
@@ -73,21 +77,36 @@ class _Scans:
     def read(self, sos: bytes, position: int) -> int:
         """Read the entropy-coded data at `position`. Returns its end."""
         chosen, selectors, bounds = self._parse(sos)
-        used = {(0, dc) for dc, _ in selectors.tolist()} | {(1, ac) for _, ac in selectors.tolist()}
-        decoding = decoding_tables({key: self.tables[key] for key in used & self.tables.keys()})
-        if decoding is None:
-            raise RegionError("an impossible Huffman table")
         numbers = tuple(one.number for one in chosen)
         if numbers not in self._orders:
             self._orders[numbers] = scan_order(chosen)
         places = np.array([i for i, one in enumerate(chosen) for _ in range(one.h * one.v if len(chosen) > 1 else 1)])
-        end: int = read_scan(
-            self._stream, position, self.interval, self._orders[numbers], places, selectors, *bounds, self._progressive, decoding,
-            self._buffer, self._coefficients, self._ends,
-        )  # fmt: skip
+        begin = (self._stream, position, self.interval, self._orders[numbers], places, selectors, *bounds)
+        end: int
+        if self._arithmetic:
+            end = arithmetic.read_scan(*begin, self._conditioning(), self._buffer, self._coefficients)
+        else:
+            end = read_scan(*begin, self._progressive, self._decoding(selectors), self._buffer, self._coefficients, self._ends)
         if end < 0:
             raise RegionError(REASONS[end])
         return end
+
+    def _decoding(self, selectors: Ints) -> DecodingTables:
+        used = {(0, dc) for dc, _ in selectors.tolist()} | {(1, ac) for _, ac in selectors.tolist()}
+        decoding = decoding_tables({key: self.tables[key] for key in used & self.tables.keys()})
+        if decoding is None:
+            raise RegionError("an impossible Huffman table")
+        return decoding
+
+    def _conditioning(self) -> Ints:
+        """L and U of each DC table, and K of each AC table (T.81 F.1.4.4.1.4, F.1.4.4.2.1): int64 (arithmetic.TABLES, 3)."""
+        found = np.full((arithmetic.TABLES, 3), (0, 1, 5), np.int64)
+        for (kind, number), value in self.conditioning.items():
+            if kind:
+                found[number, 2] = value
+            else:
+                found[number, :2] = value & 15, value >> 4
+        return found
 
     def _parse(self, sos: bytes) -> tuple[list[Component], Ints, tuple[int, int, int, int]]:
         """The components of a scan, their DC and AC tables, int64 (components, 2), and Ss, Se, Ah, Al (T.81 B.2.3)."""
@@ -105,7 +124,8 @@ class _Scans:
         if not valid or known != {high or -1} or (high and low != high - 1):
             raise RegionError("an impossible sequence of scans")
         for one, (dc, ac) in zip(chosen, selectors.tolist(), strict=True):
-            if (start == 0 and not high and (0, dc) not in self.tables) or (end > 0 and (1, ac) not in self.tables):
+            lacking = (start == 0 and not high and (0, dc) not in self.tables) or (end > 0 and (1, ac) not in self.tables)
+            if lacking and not self._arithmetic:
                 raise RegionError("a Huffman table is missing")
             self.known[one.number][start : end + 1] = [low] * (end + 1 - start)
         return chosen, selectors, (start, end, high, low)

@@ -1,9 +1,9 @@
 """Write region-addressable JPEGs from other JPEGs, losslessly. `region` describes the format.
 
-`transcode` decodes the Huffman codes of a JPEG, recomputes the DC differences at the start of each tile, and writes the same
-coefficients with optimal Huffman tables (T.81 K.2). From a single interleaved scan, it copies tokens. A JPEG with several scans,
-such as a progressive one, is first read into coefficients, see `scans`. Metadata (EXIF, ICC, XMP, comments) is dropped, as the
-pixels do not depend on it. This includes the orientation tag, which no published ImageNet result applies.
+`transcode` decodes the entropy coding of a JPEG, recomputes the DC differences at the start of each tile, and writes the same
+coefficients with optimal Huffman tables (T.81 K.2). From a single interleaved scan, it copies tokens. Other JPEGs, such as
+progressive and arithmetic-coded ones, are first read into coefficients, see `scans`. Metadata (EXIF, ICC, XMP, comments) is
+dropped, as the pixels do not depend on it. This includes the orientation tag, which no published ImageNet result applies.
 """
 
 from __future__ import annotations
@@ -27,18 +27,18 @@ _MAX_LENGTHS = 65533 - TABLE.size  # bytes of lengths in one APP11 segment
 Tokens = npt.NDArray[np.uint32]
 
 
-def choose_interval(mcus: int, mcu_width: int) -> int:
-    """MCUs in a tile: the divisor of a row's MCUs with the width nearest to TILE_WIDTH in ratio, and at least 0.4 of it.
+def choose_interval(mcus: int, mcu_width: int, least: int = 1) -> int:
+    """MCUs in a tile: the divisor of a row's MCUs with the width nearest to TILE_WIDTH in ratio, at least 0.4 of it and `least`.
 
     If there is no such divisor, a tile is a whole row: for a prime number of MCUs, and for narrow images.
     """
     target = TILE_WIDTH / mcu_width
-    divisors = [d for d in range(1, mcus + 1) if mcus % d == 0 and d >= 0.4 * target]
+    divisors = [d for d in range(1, mcus + 1) if mcus % d == 0 and d >= max(0.4 * target, least)]
     return min(divisors, key=lambda d: max(d / target, target / d), default=mcus)
 
 
 def transcode(data: bytes, check: Callable[[bytes], object] | None = None) -> bytes:
-    """A Huffman-coded JPEG with 8 bits and 1 or 3 components as a region-addressable one with the same coefficients.
+    """A DCT-based JPEG with 8 bits and 1, 3 or 4 components as a region-addressable one with the same coefficients.
 
     check: is called with the first tile, as a JPEG of its own with the header of the result, so that a decoder can try it.
     Raises NotBaselineError for other JPEGs, which need re-encoding, RegionError for damaged data, and what `check` raises.
@@ -48,14 +48,15 @@ def transcode(data: bytes, check: Callable[[bytes], object] | None = None) -> by
         raise RegionError("no end-of-image marker, so it is truncated")
     mcu_width, mcu_height = 8 * max(h for h, _ in header.sampling), 8 * max(v for _, v in header.sampling)
     columns, rows = -(-header.width // mcu_width), -(-header.height // mcu_height)
-    interval = choose_interval(columns, mcu_width)
+    # libjpeg interpolates halved chroma only if it is wider than 2 samples. So must be the cut of an image's last tile.
+    interval = choose_interval(columns, mcu_width, least=2 if mcu_width == 32 and any(h == 2 for h, _ in header.sampling) else 1)
     tiles = columns // interval
     scan = (_OneScan if header.is_one_scan else _ManyScans).of(data, header, columns * rows, interval)
     counts = np.zeros(4 << 8, np.int64)
     pieces: Iterable[tuple[Tokens, Ints]] = [(scan.tokens, scan.starts)]
     if sum(1 for _ in scan.pieces(counts)) > 1:  # only the last piece is in memory: read the scan again
         pieces = scan.pieces(np.zeros_like(counts))
-    coded = [huffman.optimal_table(counts[i << 8 : (i + 1) << 8]) for i in range(4 if len(header.sampling) == 3 else 2)]
+    coded = [huffman.optimal_table(counts[i << 8 : (i + 1) << 8]) for i in range(4 if len(header.sampling) > 1 else 2)]
     lengths = np.empty(tiles * rows, np.int64)
     capacity = 8 * len(scan.tokens)  # a token takes at most 4 bytes, stuffed 8
     if header.is_one_scan:
@@ -105,7 +106,7 @@ class _OneScan(NamedTuple):
         """Read the scan in pieces of at most `_MAX_TOKENS`: the tokens and the start of each tile, as returned by
         `entropy.read_scan`. Each piece overwrites the one before it. counts: the number of each symbol is added.
         """
-        state = np.zeros(9, np.int64)
+        state = np.zeros(10, np.int64)
         while (first := int(state[0])) < self.mcus:
             total = entropy.read_scan(*self[:8], state, self.tokens, self.starts, counts)
             if total < 0:
@@ -114,7 +115,7 @@ class _OneScan(NamedTuple):
 
 
 class _ManyScans(NamedTuple):
-    """The coefficients of several scans, and the memory for their tokens. For the names see `blocks.tokenize`."""
+    """The coefficients of all scans, and the memory for their tokens. For the names see `blocks.tokenize`."""
 
     coefficients: blocks.Coefficients
     order: blocks.Blocks

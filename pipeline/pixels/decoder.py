@@ -2,7 +2,8 @@
 
 Three decoders are tried in turn:
 1. `jpeg.decode`, for region-addressable JPEGs, in one call without the GIL;
-2. libjpeg-turbo, from the simplejpeg wheel, on the cut region if the image has a table of segments, else on the whole image;
+2. libjpeg-turbo, from the simplejpeg wheel, or Pillow for the JPEGs that simplejpeg decodes differently or not at all: on the cut
+   region if the image has a table of segments, else on the whole image;
 3. Pillow, on the whole image.
 An image that Pillow cannot decode either is corrupt.
 """
@@ -12,7 +13,7 @@ from __future__ import annotations
 import io
 import re
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import numpy as np
@@ -85,20 +86,17 @@ class Decoder:
         check_scans(data)
         piece = np.empty(len(data), np.uint8)
         length = cut_windows(data, height, width, windows, *size, kernel.support, piece, self._place)
-        try:
-            if length < 0:
-                found_height, found_width, colorspace = jpeg_header(data)
-                _check_size(found_height, found_width, height, width)
-                if colorspace == "CMYK":
-                    raise ValueError("libjpeg-turbo converts CMYK to RGB differently from Pillow")
-            pixels: Pixels = simplejpeg.decode_jpeg(piece[:length] if length > 0 else data, buffer=self._scratch_for_place())
-        except CorruptImageError:
-            raise
-        except ValueError:  # CMYK, not a JPEG, or damaged
-            pixels = decode_by_pillow(data, (height, width))
-            self._place[:] = 0, 0, height, width
-        _check_size(*pixels.shape[:2], *self._place[2:].tolist())
-        return pixels
+        stream = piece[:length] if length > 0 else data
+        if is_plain_jpeg(stream):
+            _check_size(*jpeg_header(stream)[:2], *self._place[2:].tolist())
+            with suppress(ValueError):  # damaged
+                pixels: Pixels = simplejpeg.decode_jpeg(stream, buffer=self._scratch_for_place())
+                return pixels
+        elif length > 0:
+            with suppress(CorruptImageError):
+                return decode_by_pillow(stream, tuple(self._place[2:].tolist()))
+        self._place[:] = 0, 0, height, width
+        return decode_by_pillow(data, (height, width))
 
     def _scratch_for_place(self) -> Bytes:
         needed = 3 * int(self._place[2] * self._place[3])
@@ -185,6 +183,22 @@ def jpeg_header(data: Bytes | bytes) -> tuple[int, int, str]:
         raise ValueError("sampling factors that simplejpeg has no name for") from error
 
 
+def is_plain_jpeg(data: Bytes | bytes) -> bool:
+    """Whether simplejpeg decodes a JPEG to the pixels that Pillow does. It converts CMYK to RGB differently, and decodes only the
+    common sampling factors."""
+    try:
+        return jpeg_header(data)[2] not in ("CMYK", "YCCK")
+    except ValueError:
+        return False
+
+
+def decode_jpeg(data: bytes) -> Pixels:
+    """Decode a whole JPEG, also a damaged one: uint8 (H, W, 3). Raises ValueError if that fails."""
+    if is_plain_jpeg(data):
+        return np.asarray(simplejpeg.decode_jpeg(data, strict=False))
+    return decode_by_pillow(np.frombuffer(data, np.uint8))
+
+
 def why_corrupt(data: Bytes) -> str | None:
     """Why an image cannot be decoded, or None if it can. All engines use this, so that they agree."""
     try:
@@ -195,15 +209,29 @@ def why_corrupt(data: Bytes) -> str | None:
 
 
 @jit
-def has_size(data: Bytes, height: Int, width: Int) -> bool:
-    """Whether the header (SOF) of a JPEG says this size, for which the windows were drawn. False for data without one."""
+def _frame(data: Bytes) -> Int:
+    """The position of a JPEG's frame header (SOF), or -1."""
     at = np.int64(2) if len(data) > 2 and data[0] == 0xFF and data[1] == 0xD8 else np.int64(len(data))
-    while at + 9 <= len(data) and data[at] == 0xFF:
+    while at + 10 <= len(data) and data[at] == 0xFF:
         marker = data[at + 1]
         if marker >> 4 == 0xC and marker != 0xC4 and marker != 0xC8 and marker != 0xCC:  # these three are no frame headers
-            return big16(data, at + 5) == height and big16(data, at + 7) == width
+            return at
         at += 1 if marker == 0xFF else 2 + big16(data, at + 2)  # 0xFF may be repeated before a marker
-    return False
+    return np.int64(-1)
+
+
+@jit
+def has_size(data: Bytes, height: Int, width: Int) -> bool:
+    """Whether the header of a JPEG says this size, for which the windows were drawn. False for data without one."""
+    at = _frame(data)
+    return bool(at >= 0 and big16(data, at + 5) == height and big16(data, at + 7) == width)
+
+
+@jit
+def has_4_components(data: Bytes) -> bool:
+    """Whether it is a CMYK or YCCK JPEG."""
+    at = _frame(data)
+    return bool(at >= 0 and data[at + 9] == 4)
 
 
 @jit

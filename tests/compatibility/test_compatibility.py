@@ -32,10 +32,13 @@ HAS_FFCV = "ffcv" not in os.environ.get("CROPFEED_WITHOUT", "").split(",")
 
 
 def convert(out: Path, profile: str) -> Path:
-    """Convert as that commit did: it re-encoded JPEGs with several scans, which are lossless since."""
+    """Convert as that commit did: it re-encoded JPEGs with several scans or 4 components, which are lossless since."""
 
     def transcode_one_scan(data: bytes) -> bytes:
-        if not parse(data).is_one_scan:
+        header = parse(data)
+        if len(header.sampling) == 4:
+            raise NotBaselineError("8 bits, 4 components")
+        if not header.is_one_scan:
             raise NotBaselineError("progressive coding")
         return transcode(data)
 

@@ -71,6 +71,21 @@ def non_interleaved() -> bytes:
     return header + frame + tables + scans + b"\xff\xd9"
 
 
+def many_blocks() -> bytes:
+    """The same with sampling factors of 3 x 3 for each component, which are legal because no scan is interleaved."""
+    data = non_interleaved()
+    return data.replace(b"\1\x11\0\2\x11\0\3\x11\0", b"\1\x33\0\2\x33\0\3\x33\0")
+
+
+def turned_411() -> bytes:
+    """A JPEG with the sampling factors of a 4:1:1 one turned by 90 degrees, luma 1 x 4."""
+    data = bytearray(jpeg(random_image(64, 64), "411"))
+    at = data.index(b"\xff\xc0") + 11
+    assert data[at] == 0x41
+    data[at] = 0x14
+    return bytes(data)
+
+
 def damaged() -> bytes:
     """A JPEG with damaged entropy-coded data, which decoders accept with a warning."""
     data = bytearray(jpeg(IMAGE, "420"))
@@ -111,10 +126,8 @@ COLOUR, GREY = Image.fromarray(IMAGE), Image.fromarray(IMAGE).convert("L")
 DEEP = Image.fromarray((np.asarray(GREY).astype(np.uint16) << 8) + 77)
 # name -> the file, and a word of the fact that the report must contain (None: no fact)
 REENCODED: dict[str, tuple[bytes, str]] = {
-    "arithmetic": (ARITHMETIC, "arithmetic"),
-    "cmyk": (saved(COLOUR.convert("CMYK")), "4 components"),
-    "ycck": (ycck(), "4 components"),
     "damaged": (damaged(), "re-encoded"),
+    "too many blocks in an mcu": (many_blocks(), "27 blocks in an MCU"),
 }
 # images other than JPEGs that are stored as they are
 PLAIN: dict[str, bytes] = {
@@ -160,6 +173,11 @@ KEPT: dict[str, tuple[bytes, str | None]] = {
     "orientation": (saved(COLOUR, exif=exif(6)), "orientation"),
     "upright": (saved(COLOUR, exif=exif(1)), None),
     "restart markers": (saved(COLOUR, restart_marker_blocks=3), None),
+    "arithmetic": (ARITHMETIC, None),
+    "cmyk": (saved(COLOUR.convert("CMYK")), "CMYK"),
+    "ycck": (ycck(), "CMYK"),
+    "progressive cmyk": (saved(COLOUR.convert("CMYK"), progressive=True), "CMYK"),
+    "luma 1 x 4": (turned_411(), None),
     "progressive": (saved(COLOUR, quality=92, progressive=True), None),
     "progressive grey": (saved(GREY, progressive=True), None),
     "a scan a component": (non_interleaved(), None),
@@ -181,7 +199,7 @@ def test_lossless_keeps_every_pixel(name: str) -> None:
     stored = convert_image(data, "lossless")
     assert np.array_equal(pixels(stored.data), pixels(data))
     assert np.array_equal(decoded(stored), pixels(data))
-    assert (stored.height, stored.width) == IMAGE.shape[:2]
+    assert (stored.width, stored.height) == open_image(data).size
     assert len(stored.facts) == (fact is not None)
     assert fact is None or fact in stored.facts[0]
     assert_opens_at_the_crop(stored)
@@ -303,15 +321,6 @@ def test_pillow_decodes_stored_sixteen_bit_grays_in_the_same_way() -> None:
     """In shards that an earlier version has made."""
     decoded = decode_by_pillow(np.frombuffer(saved(DEEP, "PNG"), np.uint8))
     assert np.array_equal(decoded, np.asarray(GREY.convert("RGB")))
-
-
-def turned_411() -> bytes:
-    """A JPEG with the sampling factors of a 4:1:1 one turned by 90 degrees, luma 1 x 4. simplejpeg has no name for them."""
-    data = bytearray(jpeg(random_image(64, 64), "411"))
-    at = data.index(b"\xff\xc0") + 11
-    assert data[at] == 0x41
-    data[at] = 0x14
-    return bytes(data)
 
 
 @pytest.mark.parametrize("profile", PROFILES)

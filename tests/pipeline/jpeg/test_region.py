@@ -225,15 +225,15 @@ def test_metadata_is_dropped_and_the_colour_space_kept() -> None:
 def test_files_other_than_baseline_jpegs_are_refused_with_a_reason() -> None:
     image = Image.fromarray(random_image(60, 70))
 
-    def saved(kind: str, source: Image.Image = image, **options: object) -> bytes:
+    def saved(kind: str) -> bytes:
         stream = io.BytesIO()
-        source.save(stream, kind, **options)
+        image.save(stream, kind)
         return stream.getvalue()
 
     for data, words in (
-        (saved("JPEG").replace(b"\xff\xc0", b"\xff\xc9"), "arithmetic"),
+        (saved("JPEG").replace(b"\xff\xc0", b"\xff\xc5"), "hierarchical"),
         (saved("JPEG").replace(b"\xff\xc0", b"\xff\xc3"), "lossless"),
-        (saved("JPEG", image.convert("CMYK")), "4 components"),
+        (saved("JPEG").replace(b"\1\x22\0\2\x11", b"\1\x33\0\2\x11"), "11 blocks in an MCU"),
         (saved("PNG"), "not a JPEG"),
         (b"", "not a JPEG"),
     ):
