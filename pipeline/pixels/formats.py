@@ -61,7 +61,7 @@ def is_plain_png(data: bytes) -> bool:
     chunks = _png_chunks(data)
     names = {name for name, _ in chunks}
     return (
-        chunks[-1][0] == b"IEND"
+        (chunks[0][0], chunks[-1][0]) == (b"IHDR", b"IEND")
         and not names & {b"tRNS", b"acTL"}
         and all(name in _PNG_PIXELS or name[:1].islower() for name in names)
         and all(zlib.crc32(chunk[4:-4]) == int.from_bytes(chunk[-4:]) for _, chunk in chunks)

@@ -34,13 +34,13 @@ HAS_FFCV = "ffcv" not in os.environ.get("CROPFEED_WITHOUT", "").split(",")
 def convert(out: Path, profile: str) -> Path:
     """Convert as that commit did: it re-encoded JPEGs with several scans or 4 components, which are lossless since."""
 
-    def transcode_one_scan(data: bytes) -> bytes:
+    def transcode_one_scan(data: bytes, *checks: Any) -> bytes:
         header = parse(data)
         if len(header.sampling) == 4:
             raise NotBaselineError("8 bits, 4 components")
         if not header.is_one_scan:
             raise NotBaselineError("progressive coding")
-        return transcode(data)
+        return transcode(data, *checks)
 
     options = ConvertOptions(
         str(HERE / "images"), str(out), profile=profile, shard_size=8, workers=1, format="both" if HAS_FFCV else "webdataset",
