@@ -38,7 +38,7 @@ from pipeline.cli import Parser, add_cache_flags, check_writable, positive, run_
 from pipeline.errors import UserError
 from pipeline.plan import sampling
 from pipeline.plan.geometry import GEOMETRIES, choose_geometry
-from pipeline.spec import PRECISIONS, LoaderSpec
+from pipeline.spec import INTERPOLATIONS, PRECISIONS, LoaderSpec
 from pipeline.store import files
 from tools.profiler.convert import shards_of
 from tools.profiler.html import write_report
@@ -98,6 +98,8 @@ def parser() -> Parser:
                         "crops (rrc) or crops of the padded image (default: %(default)s)")  # fmt: skip
     loader.add_argument("--scale", type=positive, nargs=2, metavar=("LO", "HI"), help="jitter: range of the short side, in "
                         "pixels (default: 256 480 for crops of 224, in proportion for other sizes)")  # fmt: skip
+    loader.add_argument("--interpolation", default="bilinear", choices=INTERPOLATIONS, help="filter of the resizing (default: "
+                        "%(default)s)")  # fmt: skip
     loader.add_argument("--order", default="full", choices=("full", "blocks"), help="shuffle over the whole data set, or within "
                         "blocks of shards (default: %(default)s)")  # fmt: skip
     loader.add_argument("--engine", default="auto", help=f"what decodes and augments: {', '.join(ENGINES)}, or auto for the "
@@ -144,6 +146,7 @@ def parse(arguments: Sequence[str] | None = None) -> Command:
         batch_size=args.batch_size or (256 if args.device.startswith("cuda") else 64),
         image_size=args.image_size,
         geometry=choose_geometry(args.geometry, args.scale, args.image_size),
+        interpolation=args.interpolation,
         order=args.order,
         dtype=PRECISIONS[args.precision],
         device=args.device,

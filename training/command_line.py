@@ -112,6 +112,8 @@ def _add_images(parse: Parser) -> None:
                         "(default: 256 480 for crops of 224, in proportion for other sizes)")  # fmt: skip
     images.add_argument("--area", type=float, nargs=2, metavar=("LO", "HI"), help="rrc: range of the crop's area, as fractions "
                         "of the image's area (default: 0.08 1)")  # fmt: skip
+    images.add_argument("--interpolation", choices=CHOICES["interpolation"], help="filter of the resizing, antialiased (default: "
+                        "bilinear; for timm/NAME, the model's own)")  # fmt: skip
     images.add_argument("--alpha-std", type=float, help="PCA lighting (color augmentation): standard deviation of its "
                         "coefficients; 0 turns it off (default: %(default)s)")  # fmt: skip
     images.add_argument("--mean", choices=CHOICES["mean"], help="subtract the data set's mean image (pixel) or its mean color "

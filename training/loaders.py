@@ -20,7 +20,8 @@ from training.options import TrainOptions, make_sizes
 from training.tuned import with_tuned
 
 # The options that affect throughput; tools/profile_pipeline.py has them, too.
-PROFILED = ("batch_size", "image_size", "geometry", "scale", "order", "engine", "threads", "prefetch", "cache", "cache_gb")
+PROFILED = ("batch_size", "image_size", "geometry", "scale", "interpolation", "order", "engine", "threads", "prefetch",
+            "cache", "cache_gb")  # fmt: skip
 
 
 def open_loaders(options: TrainOptions, accelerator: Accelerator) -> tuple[Loader, Loader | None]:
@@ -38,6 +39,7 @@ def open_loaders(options: TrainOptions, accelerator: Accelerator) -> tuple[Loade
         geometry=choose_geometry(options.geometry, options.scale, options.image_size, options.area),
         seed=options.seed,
         normalization=options.mean,
+        interpolation=options.interpolation or "bilinear",
         alpha_std=options.alpha_std,
         dtype=PRECISIONS.get(accelerator.mixed_precision, torch.float32),
         corrupt=options.corrupt,

@@ -10,7 +10,7 @@ from model import ARCHS
 from pipeline.errors import UserError
 from pipeline.plan import sampling
 from pipeline.plan.geometry import GEOMETRIES
-from pipeline.spec import CORRUPT, PRECISIONS
+from pipeline.spec import CORRUPT, INTERPOLATIONS, PRECISIONS
 from training.compiling import MODES
 from training.optimizers import OPTIMIZERS, scaled_rate
 from training.schedule import MILESTONES, PATIENCE, SCHEDULES, Schedule, image_sizes
@@ -26,6 +26,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "optimizer": OPTIMIZERS,
     "schedule": SCHEDULES,
     "geometry": GEOMETRIES,
+    "interpolation": INTERPOLATIONS,
     "mean": ("pixel", "channel"),
     "order": ("full", "blocks"),
     "corrupt": CORRUPT,
@@ -79,6 +80,7 @@ class TrainOptions:
     geometry: str = "jitter"
     scale: tuple[int, int] | None = None
     area: tuple[float, float] | None = None
+    interpolation: str | None = None
     alpha_std: float = sampling.ALPHA_STD
     mean: str = "pixel"
     eval_size: int | None = None

@@ -295,7 +295,7 @@ def test_learning_rates() -> None:
     assert rates(*warmup, "--warmup-lr", 0.3)[:3] == [0.3, 0.3, 0.1]
 
 
-@covers("--geometry", "--scale", "--area", "--alpha-std", "--mean", "--order", "--block-shards", "--corrupt")
+@covers("--geometry", "--scale", "--area", "--interpolation", "--alpha-std", "--mean", "--order", "--block-shards", "--corrupt")
 def test_options_of_the_training_images_reach_the_loader(small_shards: Path) -> None:
     """Each option changes the first batch and arrives in the loader's spec."""
     plain = next(iter(opened(small_shards)[0])).images.clone()
@@ -308,6 +308,7 @@ def test_options_of_the_training_images_reach_the_loader(small_shards: Path) -> 
         (("--geometry", "rrc"), "geometry", RandomResizedCrop()),
         (("--geometry", "rrc", "--area", 0.5, 1), "geometry", RandomResizedCrop((0.5, 1.0))),
         (("--geometry", "pad"), "geometry", PaddedCrop()),
+        (("--interpolation", "bicubic"), "interpolation", "bicubic"),
         (("--scale", 40, 50), "geometry", ScaleJitter(40, 50)),
         (("--alpha-std", 0.5), "alpha_std", 0.5),
         (("--mean", "channel"), "normalization", "channel"),

@@ -135,8 +135,8 @@ class Samples:
     def resample(self, number: int) -> object:
         (plan, place), own = self.places[number], self.buffers()
         pixels, where = self.decoded[number]
-        windows, flip = (array[self._views(plan, place)] for array in (plan.views.windows, plan.views.flip))
-        return resample_windows(pixels, where, windows, flip, self.loader.kernel, own.image)
+        views, kernel = self._views(plan, place), self.loader.kernel
+        return resample_windows(pixels, where, plan.views.windows[views], plan.views.flip[views], kernel, own.image)
 
     def normalize(self, number: int) -> object:
         (plan, place), own = self.places[number], self.buffers()
