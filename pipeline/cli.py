@@ -147,7 +147,8 @@ def _exit_code(main: Callable[[], None], outputs: Outputs) -> int:
     return 2
 
 
-_MEMORY = re.compile(r"(?:tried|unable) to allocate [\d.,]+ \w+", re.IGNORECASE)
+_AMOUNT = re.compile(r"(?:tried|unable) to allocate [\d.,]+ \w+", re.IGNORECASE)
+_NO_MEMORY = re.compile(r"allocate memory|DefaultCPUAllocator|bad_alloc|CUDA error: out of memory|_STATUS_ALLOC_FAILED")
 
 
 def _explained(error: Exception) -> UserError | None:
@@ -159,11 +160,14 @@ def _explained(error: Exception) -> UserError | None:
             return storage_error(error, error.filename or "a file")
         return UserError(f"{error.filename}: {error.strerror}" if error.filename else f"the system says: {error}")
     text = str(error)
-    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" or "DefaultCPUAllocator" in text:
-        amount = _MEMORY.search(text)
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" or _NO_MEMORY.search(text):
+        amount, on_gpu = _AMOUNT.search(text), re.search("CUDA|CUBLAS|CUDNN", text)
+        names = ("batch_size", "image_size", "scales", *(() if on_gpu else ("workers", "threads")))
         known = {action.dest for action in _parser._actions} if _parser else set()
-        fewer = " or ".join(f"`{name}`" for name in ("batch_size", "image_size", "workers", "threads") if name in known)
-        return UserError("memory ran out" + (f" ({amount[0]})" if amount else ""), f"lower {fewer}" if fewer else "")
+        remedies = ["lower " + " or ".join(f"`{name}`" for name in names if name in known)] if known & {*names} else []
+        remedies += ["raise `accumulate`"] if "accumulate" in known else []
+        where = "memory of the GPU" if on_gpu else "memory"
+        return UserError(f"{where} ran out" + (f" ({amount[0]})" if amount else ""), ", or ".join(remedies))
     return None
 
 

@@ -30,6 +30,10 @@ class UserError(Exception):
         return type(self), (self.problem, self.remedy)
 
 
+class CorruptImageError(ValueError):
+    """An image that none of the decoders can decode; the message says why, in one line."""
+
+
 class StorageError(UserError):
     """A file cannot be written: its disk is full or fails, or the file system does not allow it."""
 

@@ -36,7 +36,7 @@ from .plan.order import Blocks, ByShape, Full, Order, Sequential
 from .plan.sampling import Ints
 from .plan.substitutes import Substitutes
 from .spec import LoaderSpec, check, check_device
-from .store.shards import ChecksumError, Manifest, ShardSet
+from .store.shards import Manifest, ShardSet
 
 Images = TypeVar("Images")
 
@@ -270,10 +270,7 @@ class Loader(ABC):
         """The encoded image at `index` of a plan, as `read` returns it. Puts its fields into the plan, if the spec names any."""
         if not self.spec.fields:
             return self.read(int(plan.ids[index]))
-        try:
-            image, plan.fields[index] = self.shards.read_with_fields(int(plan.ids[index]))
-        except ChecksumError as error:
-            raise CorruptImageError(str(error)) from error
+        image, plan.fields[index] = self.shards.read_with_fields(int(plan.ids[index]))
         return image
 
     def make_or_replace(self, decoder: Decoder, plan: BatchPlan, index: int, out: Pixels) -> None:
@@ -326,10 +323,7 @@ class Loader(ABC):
 
     def read(self, sample: int) -> Bytes:
         """A sample's encoded image: uint8 (bytes,). Raises CorruptImageError if `verify` is set and its checksum is wrong."""
-        try:
-            return self.shards.read(sample)
-        except ChecksumError as error:
-            raise CorruptImageError(str(error)) from error
+        return self.shards.read(sample)
 
     def locate(self, sample: int) -> str:
         """File and key of a sample, for messages."""

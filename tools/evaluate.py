@@ -46,7 +46,6 @@ from tools.reporting.evaluation import (
     EvaluateOptions,
     add_loading_flags,
     add_preprocessing_flags,
-    memory_errors,
     open_batches,
     options_from,
     with_preprocessing,
@@ -218,10 +217,9 @@ def main() -> None:
             f"--confusion: {len(eval_set.classes):,} classes squared are too many, at most {MAX_CONFUSION:,} classes",
             "use --per-class instead",
         )
-    with memory_errors():
-        members, batches = open_members(weights, saved, options, schemes, eval_set.classes)
-        writer = PredictionWriter(eval_set, schemes) if args.save else None
-        results = evaluate_ensemble(members, shares, batches, schemes, len(eval_set.classes), writer, args.confusion is not None)
+    members, batches = open_members(weights, saved, options, schemes, eval_set.classes)
+    writer = PredictionWriter(eval_set, schemes) if args.save else None
+    results = evaluate_ensemble(members, shares, batches, schemes, len(eval_set.classes), writer, args.confusion is not None)
 
     names = [member.name for member in members]
     print_table([*names, AVERAGE][: len(results)], results)

@@ -43,7 +43,7 @@ def open_loaders(options: TrainOptions, accelerator: Accelerator) -> tuple[Loade
         alpha_std=options.alpha_std,
         dtype=PRECISIONS.get(accelerator.mixed_precision, torch.float32),
         corrupt=options.corrupt,
-        verify=options.verifies_reads,
+        verify=options.verify,
         device=str(accelerator.device),
         rank=accelerator.process_index,
         world_size=accelerator.num_processes,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import InitVar, dataclass, fields
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 from model import ARCHS
@@ -100,16 +100,14 @@ class TrainOptions:
     prefetch: int | None = None
     cache: Path | None = None
     cache_gb: float | None = None
+    verify: bool = False
 
     eval_every: int = 1
     log_every: int = 20
     checkpoint_every: int = 500
     trackers: tuple[str, ...] = ("tensorboard",)
 
-    verify: InitVar[bool] = False  # not a field, as config.json's keys are fixed; its "command" has the flag
-
-    def __post_init__(self, verify: bool) -> None:
-        object.__setattr__(self, "verify", verify)
+    def __post_init__(self) -> None:
         for name in POSITIVE:
             value = getattr(self, name)
             if value is not None and value < 1:
@@ -135,11 +133,6 @@ class TrainOptions:
         if self.ramp and not self.start_size:
             raise UserError("`ramp` needs `start_size`", "set `start_size`, or leave `ramp` out")
         check_trackers(self.trackers)
-
-    @property
-    def verifies_reads(self) -> bool:
-        """The value of `verify`, for `LoaderSpec.verify`."""
-        return bool(vars(self)["verify"])
 
     def _complete_arch(self) -> None:
         if self.arch not in ARCHS:

@@ -15,7 +15,7 @@ from contextlib import suppress
 from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 from uuid import uuid4
 
 from accelerate import Accelerator
@@ -89,6 +89,13 @@ def lock(output: Path) -> IO[str] | None:
     return file
 
 
+def arguments_of(options: TrainOptions) -> dict[str, Any]:
+    """The options as in config.json, with the keys that it has had since version 0.1. Newer flags are in its "command"."""
+    arguments: dict[str, Any] = {"list": None} | asdict(options)
+    del arguments["verify"]
+    return arguments
+
+
 def write_config(output: Path, options: TrainOptions, accelerator: Accelerator, loader: Loader, step: int) -> str:
     """Write RUN/config.json, with an entry for each start of the run. Returns the run's id, which all its starts share.
 
@@ -107,8 +114,7 @@ def write_config(output: Path, options: TrainOptions, accelerator: Accelerator, 
     config = {
         "id": run_id,
         "command": sys.argv,
-        # "list" is a key that the file has had since version 0.1.
-        "arguments": {"list": None} | asdict(options) | {"scale": scale_of(loader.spec.geometry)},
+        "arguments": arguments_of(options) | {"scale": scale_of(loader.spec.geometry)},
         "precision": accelerator.mixed_precision,
         "processes": accelerator.num_processes,
         "engine": loader.engine,

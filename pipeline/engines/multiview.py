@@ -28,7 +28,7 @@ from ..plan.geometry import Geometry, Views
 from ..plan.order import ByShape
 from ..plan.sampling import Ints
 from ..spec import LoaderSpec, check, check_device
-from ..store.shards import ChecksumError, ShardSet
+from ..store.shards import ShardSet
 from .pool import WorkerPool
 
 # Limit for the views of a batch, if it has more than one image. Whole images at five scales take 7 MB per image.
@@ -144,7 +144,7 @@ class MultiViewLoader:
                     encoded = self.shards.read(sample)
                 size = int(job.heights[index]), int(job.widths[index])
                 pixels, box = decoder.decode_region(encoded, *size, window, (rows, columns))
-            except (CorruptImageError, ChecksumError) as error:
+            except CorruptImageError as error:
                 raise UserError(f"{self.shards.locate(sample)}: cannot be decoded ({error})", "make the shards again") from error
             for view_spec, views, images in zip(self.view_specs, job.views, job.images, strict=True):
                 crops = slice(index * view_spec.geometry.crops, (index + 1) * view_spec.geometry.crops)

@@ -21,6 +21,7 @@ import numpy.typing as npt
 import simplejpeg
 from PIL import Image, UnidentifiedImageError
 
+from ..errors import CorruptImageError as CorruptImageError
 from ..jit import Int, jit
 from ..jpeg.decode import REFUSED, decode
 from ..jpeg.region import NO_TABLE, Bytes, Ints, big16, cut_into
@@ -32,10 +33,6 @@ Windows = npt.NDArray[np.float64]
 
 MAX_SCANS = 100  # of a JPEG: encoders write about 10; 100 take seconds in the largest image
 _MARKER = re.compile(rb"\xff+[\x01-\xcf\xd8-\xfe]", re.DOTALL)  # a marker of a JPEG, except for restart markers
-
-
-class CorruptImageError(ValueError):
-    """An image that none of the decoders can decode; the message says why, in one line."""
 
 
 class Decoder:

@@ -35,7 +35,7 @@ from typing import Any, BinaryIO, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from ..errors import UserError
+from ..errors import CorruptImageError, UserError
 from ..progress import BYTES, progress_bar
 from . import files
 from .cache import choose_cache
@@ -63,7 +63,7 @@ Samples = npt.NDArray[Any]
 log = logging.getLogger("cropfeed")
 
 
-class ChecksumError(ValueError):
+class ChecksumError(CorruptImageError):
     """A sample whose bytes differ from those that were written."""
 
 

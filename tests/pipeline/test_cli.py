@@ -6,14 +6,18 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import psutil
 import pytest
+import torch
 
-from pipeline.cli import run_cli
+from pipeline.cli import Parser, run_cli
 from pipeline.errors import storage_error
 from tests.helpers import ROOT, assert_refused
+from tools.evaluate import parser as evaluate_parser
+from training.command_line import parser as train_parser
 
 
 def program(code: str, *, is_log: bool = False) -> list[str]:
@@ -43,6 +47,36 @@ def test_an_error_of_the_system_is_one_line(error: Exception, line: str, capsys:
         run_cli(main)
     printed = capsys.readouterr().err
     assert_refused(subprocess.CompletedProcess("", int(str(ended.value)), "", printed), line)
+
+
+ON_A_GPU = "CUDA out of memory. Tried to allocate 2.50 GiB. GPU 0 has a total capacity of 79.1 GiB of which 1.2 GiB is free."
+
+
+@pytest.mark.parametrize(
+    ("parser", "error", "line"),
+    [
+        (train_parser, torch.OutOfMemoryError(ON_A_GPU), "memory of the GPU ran out (Tried to allocate 2.50 GiB); lower "
+         "--batch-size or --image-size, or raise --accumulate"),
+        (train_parser, RuntimeError("CUDA error: out of memory\nCUDA kernel errors might be asynchronously reported"),
+         "memory of the GPU ran out; lower --batch-size or --image-size, or raise --accumulate"),
+        (evaluate_parser, torch.OutOfMemoryError(ON_A_GPU), "2.50 GiB); lower --batch-size or --scales"),
+        (evaluate_parser, None, "memory ran out (tried to allocate 1152921504606846976 bytes); lower --batch-size or --scales"),
+    ],
+)  # fmt: skip
+def test_memory_that_runs_out_is_one_line_with_advice(
+    parser: Callable[[], Parser], error: Exception | None, line: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """error: None for a real one, of torch."""
+
+    def main() -> None:
+        parser().parse_args(["--data", "/data", "run"][: 3 if parser is evaluate_parser else 2])
+        if error:
+            raise error
+        torch.empty(1 << 60, dtype=torch.uint8)
+
+    with pytest.raises(SystemExit) as ended:
+        run_cli(main)
+    assert_refused(subprocess.CompletedProcess("", int(str(ended.value)), "", capsys.readouterr().err), line)
 
 
 @pytest.mark.parametrize("bug", [RuntimeError("a bug"), OSError("without a number"), ValueError("a bug")])

@@ -28,7 +28,7 @@ from pipeline.store.shards import Manifest, ShardSet
 from tests.helpers import random_image, run_forked
 from tools import evaluate
 from tools.reporting import evaluation
-from tools.reporting.evaluation import EvaluateOptions, memory_errors, open_batches
+from tools.reporting.evaluation import EvaluateOptions, open_batches
 
 pytestmark = pytest.mark.usefixtures("one_core")
 
@@ -459,14 +459,6 @@ def test_preprocessing_is_that_of_the_file_or_the_options_and_is_printed(
     assert opened == [ViewSpec(CentreCrop(short), crop)]
     assert f"{tmp_path / file}: short side {short}, crop {crop}, mean (" in (out := capsys.readouterr().out)
     assert printed in out
-
-
-def test_a_lack_of_memory_is_one_clear_line() -> None:
-    for allocate in (lambda: np.empty(1 << 60, np.uint8), lambda: torch.empty(1 << 60, dtype=torch.uint8)):
-        with pytest.raises(UserError, match=r"^not enough memory .*; use a smaller `batch_size`"), memory_errors():
-            allocate()
-    with pytest.raises(RuntimeError, match=r"^other"), memory_errors():
-        raise RuntimeError("other")
 
 
 @pytest.mark.slow

@@ -5,8 +5,7 @@ from __future__ import annotations
 import argparse
 import logging
 import math
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
@@ -142,18 +141,6 @@ def with_preprocessing(config: ModelConfig, options: EvaluateOptions) -> ModelCo
     if not changes:
         return config
     return replace(config, **changes, origin="the options" + (f" and {config.origin}" if len(changes) < len(given) else ""))
-
-
-@contextmanager
-def memory_errors() -> Iterator[None]:
-    """A context in which a lack of memory, on the host or the device, is a UserError."""
-    try:
-        yield
-    except (MemoryError, RuntimeError) as error:
-        if not isinstance(error, MemoryError | torch.OutOfMemoryError) and "allocate memory" not in str(error):
-            raise
-        why = (str(error) or "out of memory").splitlines()[0]
-        raise UserError(f"not enough memory ({why})", "use a smaller `batch_size` or smaller `scales`") from error
 
 
 def open_batches(options: EvaluateOptions, view_specs: Sequence[ViewSpec]) -> tuple[Iterable[MultiViewBatch], int]:
