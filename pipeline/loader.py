@@ -28,7 +28,16 @@ from .buffers import BufferPool, to_device
 from .errors import UserError
 from .jpeg.region import Bytes
 from .pixels.decoder import CorruptImageError, Decoder, Pixels
-from .pixels.normalize import Floats, Normalization, Normalizer, lighting, normalize_tensor, stored_dtype, translate_tensor
+from .pixels.normalize import (
+    TORCHVISION,
+    Floats,
+    Normalization,
+    Normalizer,
+    lighting,
+    normalize_tensor,
+    stored_dtype,
+    translate_tensor,
+)
 from .pixels.resample import KERNELS
 from .plan import sampling
 from .plan.geometry import Views, WholeImage
@@ -65,7 +74,7 @@ class BatchOf(_Three[Images]):
 class Batch(BatchOf[torch.Tensor]):
     """This rank's range of a global batch: N images, with `geometry.crops` views each. A tuple of images, labels and ids.
 
-    - images: (N * crops, 3, H, W) in channels-last memory, of the spec's dtype, on its device; the views of an image are
+    - images: (N * crops, 3, H, W) in channels-last memory, unless the spec asks for contiguous, of the spec's dtype, on its device; the views of an image are
       adjacent.
     - labels: int64 (N,), same device.
     - ids: int64 (N,), NumPy: the samples' indices in the split.
@@ -185,7 +194,7 @@ class Loader(ABC):
             if self.substitutes.corrupt:
                 planned = self.order.samples(batch_range.epoch, np.arange(batch_range.low, batch_range.high))
                 self.replaced += int(np.count_nonzero(batch.ids != planned))
-            yield batch
+            yield self.spec.collate(batch) if self.spec.collate else batch
         self.epoch, self.consumed = self.epoch + 1, 0
 
     def seek(self, epoch: int, consumed: int) -> None:
@@ -194,6 +203,11 @@ class Loader(ABC):
             raise ValueError(f"no position {consumed} in epoch {epoch} of {self.total} samples")
         self.close()  # the batches in progress belong to the old position
         self.epoch, self.consumed = epoch, consumed
+
+    def set_epoch(self, epoch: int) -> None:
+        """Go to the beginning of an epoch, unless the loader is in it already: for loops written for DistributedSampler."""
+        if epoch != self.epoch:
+            self.seek(epoch, 0)
 
     def state_dict(self) -> dict[str, Any]:
         """The position, as two integers, and a fingerprint of everything that determines the following batches, as a string."""
@@ -289,7 +303,8 @@ class Loader(ABC):
         """
         labels = self._to_device(self.shards.samples["label"][plan.ids].astype(np.int64))
         fields = {name: [found.get(name, b"") for found in plan.fields] for name in self.spec.fields}
-        return Batch(self._images(pixels, plan), labels, plan.ids, fields)
+        images = self._images(pixels, plan)
+        return Batch(images if self.spec.channels_last else images.contiguous(), labels, plan.ids, fields)
 
     def _images(self, pixels: torch.Tensor, plan: BatchPlan) -> torch.Tensor:
         """A batch's images of a plan's views, see `finish`."""
@@ -382,6 +397,8 @@ def choose_normalization(spec: LoaderSpec, manifest: Manifest) -> Normalization:
     """The spec's normalization. A mean image has its stored size."""
     if isinstance(spec.normalization, Normalization):
         return spec.normalization
+    if spec.normalization == "imagenet":
+        return TORCHVISION
     return Normalization.of(manifest.mean_image() if spec.normalization == "pixel" else manifest.channel_mean())
 
 

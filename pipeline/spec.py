@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -13,10 +15,14 @@ from .pixels.normalize import Normalization
 from .plan import sampling
 from .plan.geometry import CentreCrop, Geometry, PaddedCrop, ScaleJitter, WholeImage
 
+if TYPE_CHECKING:
+    from .loader import Batch
+
 PRECISIONS = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}  # by Accelerate's names
 ORDERS = ("full", "blocks", "sequential")
 CORRUPT = ("replace", "stop")
 INTERPOLATIONS = ("bilinear", "bicubic")
+NORMALIZATIONS = ("pixel", "channel", "imagenet")
 
 
 @dataclass(frozen=True)
@@ -37,8 +43,8 @@ class LoaderSpec:
       in proportion for the others.
     - interpolation: "bilinear" or "bicubic", the antialiased filter by which views are resampled, as Pillow's.
     - seed: of the order and of every random draw, 0 <= seed < 2^64.
-    - normalization: a `Normalization` with mean and standard deviation, or "pixel" or "channel" to subtract the data set's own
-      mean, per pixel or per channel, without dividing.
+    - normalization: a `Normalization` with mean and standard deviation; "imagenet" for `TORCHVISION`; or "pixel" or "channel" to
+      subtract the data set's own mean, per pixel or per channel, without dividing.
     - alpha_std: standard deviation of the PCA lighting coefficients; 0 turns lighting off. Only random geometries use it.
     - dtype: of the images: float32, float16, bfloat16, or uint8 for pixels without lighting and normalization.
     - corrupt: "replace" a sample that cannot be decoded by another one, or "stop" with an error.
@@ -50,6 +56,9 @@ class LoaderSpec:
     These fields only determine where batches are placed and how fast they are made:
 
     - device: of the batches: "cpu", "cuda" or "cuda:N".
+    - channels_last: the memory format of images. False copies each batch to NCHW-contiguous memory.
+    - collate: a function from a `Batch` to what the loader yields, such as a dict. It is called when the batch is yielded, so it
+      may transform images on the device.
     - engine: a name in `ENGINES`, or "auto" for the fastest one, see `choose_engine`.
     - threads: decoding threads.
     - prefetch: batches prepared ahead.
@@ -76,6 +85,8 @@ class LoaderSpec:
     verify: bool = False
     fields: tuple[str, ...] = ()
     device: str = "cpu"
+    channels_last: bool = True
+    collate: Callable[[Batch], Any] | None = None
     rank: int = 0
     world_size: int = 1
     engine: str = "auto"
@@ -143,8 +154,8 @@ def check(spec: LoaderSpec) -> None:
     for name, choices in (("order", ORDERS), ("corrupt", CORRUPT), ("interpolation", INTERPOLATIONS)):
         if getattr(spec, name) not in choices:
             raise UserError(f"`{name}` is {' or '.join(choices)}, not {getattr(spec, name)!r}")
-    if isinstance(spec.normalization, str) and spec.normalization not in ("pixel", "channel"):
-        raise UserError(f"`normalization` is pixel, channel or a Normalization, not {spec.normalization!r}")
+    if isinstance(spec.normalization, str) and spec.normalization not in NORMALIZATIONS:
+        raise UserError(f"`normalization` is {', '.join(NORMALIZATIONS)} or a Normalization, not {spec.normalization!r}")
     if not 0 <= spec.rank < spec.world_size:
         raise UserError(f"`rank` {spec.rank} is not in [0, {spec.world_size})")
     if not 0 <= spec.seed < 1 << 64:

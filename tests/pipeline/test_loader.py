@@ -48,6 +48,65 @@ def ids(loader: Loader) -> list[int]:
     return [int(sample) for batch in loader for sample in batch.ids]
 
 
+def test_the_epoch_is_set_as_for_a_distributed_sampler(small_shards: Path) -> None:
+    spec = spec_for(small_shards)
+    plain = Blank(spec)
+    expected = [ids(plain) for _ in range(4)]
+    loader = Blank(spec)
+    found = []
+    for epoch in (0, 1, 3, 1):
+        loader.set_epoch(epoch)
+        found.append(ids(loader))
+    assert found == [expected[epoch] for epoch in (0, 1, 3, 1)]
+    loader.seek(2, 16)  # resumed in the middle of an epoch
+    loader.set_epoch(2)
+    assert ids(loader) == expected[2][16:]
+
+
+def test_collate_makes_what_is_yielded(small_shards: Path) -> None:
+    def as_dict(batch: Batch) -> dict[str, Any]:
+        return {"pixel_values": batch.images / 255, "labels": batch.labels, "ids": batch.ids}
+
+    plain, loader = Blank(spec_for(small_shards)), Blank(spec_for(small_shards, collate=as_dict))
+    assert loader.fingerprint() == plain.fingerprint()
+    for batch, found in zip(plain, loader, strict=True):
+        assert found["ids"].tolist() == batch.ids.tolist()  # type: ignore[call-overload]
+        assert torch.equal(found["pixel_values"], batch.images / 255)  # type: ignore[call-overload]
+    assert loader.state_dict() == plain.state_dict()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.uint8])
+def test_images_are_channels_last_or_contiguous(small_shards: Path, dtype: torch.dtype) -> None:
+    spec = spec_for(small_shards, dtype=dtype)
+    with open_loader(spec) as loader, open_loader(replace(spec, channels_last=False)) as other:
+        assert loader.fingerprint() == other.fingerprint()
+        images, contiguous = next(iter(loader)).images, next(iter(other)).images
+    assert images.is_contiguous(memory_format=torch.channels_last)
+    assert contiguous.is_contiguous()
+    assert not images.is_contiguous()
+    assert torch.equal(images, contiguous)
+
+
+def test_imagenet_normalization_is_torchvisions(small_shards: Path) -> None:
+    """ToTensor divides by 255; Normalize subtracts the mean and divides by the standard deviation of values in 0..1."""
+    spec = spec_for(small_shards, alpha_std=0.0)
+    pixels = next(iter(open_loader(replace(spec, dtype=torch.uint8)))).images.numpy()
+    images = next(iter(open_loader(replace(spec, normalization="imagenet")))).images.numpy()
+    mean, std = (np.array(one)[:, None, None] for one in ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225]))
+    assert np.allclose(images, (pixels / 255 - mean) / std, atol=1e-5)
+
+
+def test_the_interpolation_is_in_the_fingerprint(small_shards: Path) -> None:
+    """Only if it is not bilinear: tests/compatibility has the fingerprints of older checkpoints."""
+    plain, bicubic = (Blank(spec_for(small_shards, interpolation=name)) for name in ("bilinear", "bicubic"))
+    assert plain.fingerprint() != bicubic.fingerprint()
+    assert plain.fingerprint() == Blank(spec_for(small_shards)).fingerprint()
+    with pytest.raises(UserError, match="other data, seed, order, image size or augmentation"):
+        bicubic.load_state_dict(plain.state_dict())
+    with pytest.raises(UserError, match="`interpolation` is bilinear or bicubic, not 'nearest'"):
+        Blank(spec_for(small_shards, interpolation="nearest"))
+
+
 @pytest.mark.parametrize("world_size", [1, 2, 3, 4, 8])
 @pytest.mark.parametrize("batch_size", [1, 5, 8, 59, 60, 64])
 @pytest.mark.parametrize("order", ["full", "blocks", "sequential"])
