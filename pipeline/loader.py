@@ -74,8 +74,8 @@ class BatchOf(_Three[Images]):
 class Batch(BatchOf[torch.Tensor]):
     """This rank's range of a global batch: N images, with `geometry.crops` views each. A tuple of images, labels and ids.
 
-    - images: (N * crops, 3, H, W) in channels-last memory, unless the spec asks for contiguous, of the spec's dtype, on its device; the views of an image are
-      adjacent.
+    - images: (N * crops, 3, H, W) of the spec's dtype, on its device, in channels-last memory unless the spec says otherwise; the
+      views of an image are adjacent.
     - labels: int64 (N,), same device.
     - ids: int64 (N,), NumPy: the samples' indices in the split.
     - fields: for each name in the spec's `fields`, the content of that member of each sample: N bytes objects, empty where a
