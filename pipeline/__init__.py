@@ -19,7 +19,7 @@ The modules, in the order to read them:
 - `pixels`: from an encoded image to normalized pixels.
 - `engines`: implementations of `Loader` (CPU, DALI, FFCV), and `open_loader`, which chooses one.
 - `convert`: from labelled images to shards.
-- `cli`: the command `cropfeed`. `doctor`: its checks of the machine.
+- `cli`: the command `cropfeed`. `doctor`: its checks of the machine. `profile`: its measurements of any loader.
 - `errors`, `buffers`, `jit`, `progress`: user errors, recycled host buffers, the numba decorator of all compiled functions, and
   progress bars.
 

@@ -7,7 +7,7 @@ import random
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -28,6 +28,7 @@ SAMPLE = 512  # images to convert, at least one batch
 BATCHES = 16  # in a turn, if the budget allows it: an end of a turn between two batches then makes a small error
 SHORTEST, LONGEST = 0.5, 3.0  # seconds of a turn, if its batches are quick
 WARM = 2.0  # seconds of warm-up
+FIRST = 120.0  # seconds in which a first batch must come, or the budget if it is longer
 LEAST = 2  # repeats
 
 
@@ -80,21 +81,27 @@ class Measured:
             "cpu_s_per_image": median(used),
             "cores_used": median(turn.cpu_seconds / turn.seconds for turn in self.alone),
             "wait_share": spread(turn.waited / turn.seconds for turn in self.fed),
+            "fed_images_per_s": spread(turn.images / turn.seconds for turn in self.fed),
             "memory_bytes": self.runner.memory,
             "peak_rss_bytes": self.runner.peak,
             "epochs": sum(turn.epochs for turn in self.alone),
         }
 
 
-def spread(values: Any) -> dict[str, float] | None:
+def ratios(before: list[Turn], after: list[Turn]) -> Iterator[float]:
+    """How many times as many images per second, in each repeat."""
+    return (b.images / b.seconds * a.seconds / a.images for a, b in zip(before, after, strict=True))
+
+
+def spread(values: Iterable[float]) -> dict[str, float] | None:
     """Median, lowest and highest value; None if there are none."""
     found = list(values)
     return {"median": median(found), "low": min(found), "high": max(found)} if found else None
 
 
 def profile(options: ProfileOptions) -> dict[str, Any]:
-    """Measure. Returns the figures: `loader` and `cropfeed` (or None) as `Measured.json` gives them, the `gain` in images per
-    second, the options, and the machine's `cores`. Raises UserError."""
+    """Measure. Returns the figures: `loader` and `cropfeed` (or None) as `Measured.json` gives them; of Cropfeed over the loader,
+    the `gain` in images/s at full speed and the `training_gain` with the demand; options and `cores`. Raises UserError."""
     began = time.perf_counter()
     until = began + options.budget
     with ExitStack() as stack:
@@ -108,14 +115,15 @@ def profile(options: ProfileOptions) -> dict[str, Any]:
             loaders.append(_open("Cropfeed", spec, options, stack))
         repeats = _measure(loaders, options, until)
     own, ours = (one.json() for one in loaders) if len(loaders) > 1 else (loaders[0].json(), None)
-    gain = [b.images / b.seconds * a.seconds / a.images for a, b in zip(loaders[0].alone, loaders[-1].alone, strict=True)]
+    first, last = loaders[0], loaders[-1]
     return {
         "version": 1,
         "options": asdict(options) | {"repeats": repeats},
         "cores": cores(),
         "loader": own,
         "cropfeed": ours,
-        "gain": spread(gain) if ours else None,
+        "gain": spread(ratios(first.alone, last.alone)) if ours else None,
+        "training_gain": spread(ratios(first.fed, last.fed)) if ours else None,
         "seconds": time.perf_counter() - began,
     }
 
@@ -131,7 +139,7 @@ def _open(name: str, what: str | LoaderSpec, options: ProfileOptions, stack: Exi
     stack.callback(runner.close)
     label = what if isinstance(what, str) else name
     with announce_if_slow(f"waiting for the first batch of {label}"):
-        opened = runner.ask("open", what, timeout=max(options.budget, PATIENCE))
+        opened = runner.ask("open", what, timeout=max(options.budget, FIRST))
     return Measured(label, runner, opened)
 
 

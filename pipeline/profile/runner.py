@@ -28,7 +28,7 @@ class Runner:
         self.memory = self.peak = 0  # bytes, see `processes.memory`
         self._connection, other = multiprocessing.Pipe()
         code = _CODE.format(path=sys.path, package=__package__, descriptor=other.fileno())
-        self._process = subprocess.Popen(
+        self.process = subprocess.Popen(
             [sys.executable, "-c", code],
             pass_fds=[other.fileno()],
             stdin=subprocess.DEVNULL,
@@ -36,6 +36,9 @@ class Runner:
             start_new_session=True,
         )
         other.close()
+        # If we are killed, this ends the process, which may be paused.
+        guard = ["sh", "-c", f"cat > /dev/null; kill -KILL -{self.process.pid}"]
+        self._guard = subprocess.Popen(guard, stdin=subprocess.PIPE, start_new_session=True)
 
     def ask(self, *order: Any, timeout: float) -> Any:
         """Send an order, and return the answer. timeout: seconds. Raises UserError."""
@@ -50,26 +53,28 @@ class Runner:
         if isinstance(answer, UserError):
             raise answer
         self._signal(signal.SIGSTOP)
-        now, peak = processes.memory(self._process.pid)
+        now, peak = processes.memory(self.process.pid)
         self.memory, self.peak = max(self.memory, now), max(self.peak, peak)
         return answer
 
     def close(self) -> None:
         """End the process and its children."""
+        self._guard.kill()
+        self._guard.communicate()
         self._signal(signal.SIGKILL)
-        self._process.wait()
+        self.process.wait()
         self._connection.close()
 
     def _signal(self, number: int) -> None:
         """Signal the process and its descendants, of which some may have a process group of their own."""
         with suppress(ProcessLookupError):
-            os.killpg(self._process.pid, number)
-        for process in processes.family(self._process.pid):
+            os.killpg(self.process.pid, number)
+        for process in processes.family(self.process.pid):
             with suppress(ProcessLookupError, PermissionError):
                 os.kill(process, number)
 
     def _end(self) -> str:
-        code = self._process.wait(10)
+        code = self.process.wait(10)
         if code >= 0:
             return f"exit code {code}"
         full = "; the memory may be full" if code == -signal.SIGKILL else ""

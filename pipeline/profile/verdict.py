@@ -21,7 +21,7 @@ def lines(found: dict[str, Any]) -> Iterator[str]:
         yield from _figures("Cropfeed", ours, cores)
         yield _gain(found["gain"])
     if demand:
-        yield _waiting(own, ours, demand)
+        yield _waiting(own, ours, found["training_gain"], demand)
     yield from _notes(found)
 
 
@@ -45,19 +45,19 @@ def _gain(gain: dict[str, float]) -> str:
     return f"Cropfeed would be {times}." + ("" if gain["median"] >= SIMILAR else " That is not worth a change.")
 
 
-def _waiting(own: dict[str, Any], ours: dict[str, Any] | None, demand: float) -> str:
+def _waiting(own: dict[str, Any], ours: dict[str, Any] | None, gain: dict[str, float] | None, demand: float) -> str:
     now = own["wait_share"]
     text = (
         f"A training that could process {_digits(demand)} images/s waits for your loader {_percent(now['median'])} of the time "
         f"({_percent(now['low'])} to {_percent(now['high'])})"
     )
-    if ours is None:
+    if ours is None or gain is None:
         return f"{text}."
     then = ours["wait_share"]
     text += f"; for Cropfeed it would be {_percent(then['median'])} ({_percent(then['low'])} to {_percent(then['high'])})."
     if now["median"] < WAITING:
         return f"{text} Your loader is fast enough for it: faster input gains nothing but CPU time."
-    return f"{text} The training would run {(1 - then['median']) / max(1 - now['median'], 1e-9):.2f} times as fast."
+    return f"{text} The training would run {gain['median']:.2f} times as fast."
 
 
 def _notes(found: dict[str, Any]) -> Iterator[str]:

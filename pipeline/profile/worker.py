@@ -14,6 +14,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
 from multiprocessing.connection import Connection
 from typing import Any, NamedTuple
 
@@ -149,7 +150,7 @@ def main(descriptor: int) -> None:
         answer: Any
         try:
             if kind == "open":
-                name = str(values[0])
+                name = values[0] if isinstance(values[0], str) else ""
                 source, answer = open_source(*values)
             else:
                 assert source is not None
@@ -159,5 +160,8 @@ def main(descriptor: int) -> None:
         except KeyboardInterrupt:
             os._exit(130)
         except BaseException as error:  # the loader may raise anything, SystemExit too
+            if not name:
+                raise  # a bug of Cropfeed
             answer = target.explain(error, name)
-        connection.send(answer)
+        with suppress(ConnectionError):  # the runner has ended
+            connection.send(answer)

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +16,9 @@ from pipeline import cli
 from pipeline.convert.make import ConvertOptions, make_shards
 from pipeline.errors import UserError
 from pipeline.profile import measure
-from pipeline.profile.runner import Runner
 from pipeline.profile.verdict import lines
 from pipeline.store.shards import ShardSet
-from tests.helpers import assert_ends, run_script, write_image_folder
+from tests.helpers import ROOT, assert_ends, run_script, write_image_folder
 
 LOADERS = """
 import ctypes, multiprocessing, os, time
@@ -58,7 +60,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The current folder, with the module `loaders`. Turns are short."""
     (tmp_path / "loaders.py").write_text(LOADERS)
     monkeypatch.chdir(tmp_path)
-    for name, seconds in {"WARM": 0.1, "SHORTEST": 0.2, "LONGEST": 0.2, "PATIENCE": 0.5}.items():
+    for name, seconds in {"WARM": 0.1, "SHORTEST": 0.2, "LONGEST": 0.2, "FIRST": 0.5}.items():
         monkeypatch.setattr(measure, name, seconds)
     return tmp_path
 
@@ -93,16 +95,17 @@ def test_a_loader_whose_process_ends_or_hangs_is_one_line(folder: Path, name: st
     assert str(caught.value).startswith(f"`loader` loaders:{name}: {words}")
 
 
-def test_a_loader_is_paused_between_its_turns(folder: Path) -> None:
-    runner = Runner("x")
-    try:
-        runner.ask("open", "loaders:paced", timeout=60)
-        (parent,) = psutil.Process().children()
-        (child,) = parent.children()
-        assert {parent.status(), child.status()} == {psutil.STATUS_STOPPED}
-        assert runner.ask("warm", 0.05, timeout=60).images >= 4
-    finally:
-        runner.close()
+def test_a_loader_is_paused_between_its_turns_and_ends_with_a_profile_that_is_killed(folder: Path) -> None:
+    code = "import sys; from pipeline.profile.runner import Runner; r = Runner('x'); r.ask('open', 'loaders:paced', timeout=60)"
+    command = [sys.executable, "-c", f"{code}; print(r.process.pid, flush=True); sys.stdin.read()"]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment) as process:
+        assert process.stdout is not None
+        loader = psutil.Process(int(process.stdout.readline()))
+        assert loader.status() == psutil.STATUS_STOPPED
+        (child,) = loader.children()
+        process.kill()
+    assert_ends(loader.pid)
     assert_ends(child.pid)
 
 
@@ -125,7 +128,8 @@ def verdict(own: dict[str, Any], ours: dict[str, Any] | None, demand: float | No
     gain = ours and ours["images_per_s"]["median"] / own["images_per_s"]["median"]
     spread = gain and {"median": gain, "low": gain - 0.01, "high": gain + 0.01}
     options = {"demand": demand, "geometry": "rrc"}
-    return "\n".join(lines({"loader": own, "cropfeed": ours, "gain": spread, "cores": 2, "options": options}))
+    found = {"loader": own, "cropfeed": ours, "gain": spread, "training_gain": spread, "cores": 2, "options": options}
+    return "\n".join(lines(found))
 
 
 def test_the_verdict_says_what_a_change_would_gain() -> None:
@@ -167,4 +171,5 @@ def test_a_loader_with_workers_is_compared_with_cropfeed(tmp_path: Path) -> None
     assert 0.003 <= own["cpu_s_per_image"] <= 0.006
     assert ours["batch"] == own["batch"] | {"device": "cpu"}
     assert found["gain"]["median"] > 1
+    assert 1 < found["training_gain"]["median"] < found["gain"]["high"]
     assert ours["wait_share"]["median"] < own["wait_share"]["median"]
