@@ -47,7 +47,7 @@ def spec_for(data: Path, **options: Any) -> LoaderSpec:
     return LoaderSpec(**vars(spec) | options).evaluation("val")
 
 
-def expected(image: Image.Image, view_spec: ViewSpec) -> list[np.ndarray]:
+def expected(image: Image.Image, view_spec: ViewSpec, resampling: Image.Resampling) -> list[np.ndarray]:
     """The views of an image, made by Pillow from the whole image."""
     image = image.convert("RGB")
     short = view_spec.geometry.short  # type: ignore[attr-defined]
@@ -55,7 +55,7 @@ def expected(image: Image.Image, view_spec: ViewSpec) -> list[np.ndarray]:
     scale = sides.min() / short
     out = np.floor(sides / scale + 0.5)
     if isinstance(view_spec.geometry, WholeImage):
-        views = [np.asarray(image.resize(tuple(out.astype(int)), Image.Resampling.BILINEAR))]
+        views = [np.asarray(image.resize(tuple(out.astype(int)), resampling))]
         return views + [views[0][:, ::-1]] * view_spec.geometry.mirrored
     high = out - view_spec.size
     corners = [(high // 2).tolist()]
@@ -65,14 +65,15 @@ def expected(image: Image.Image, view_spec: ViewSpec) -> list[np.ndarray]:
     for corner in corners:
         low = np.maximum((corner - out / 2) * scale + sides / 2, 0)
         box = (*low, *np.minimum((corner - out / 2 + view_spec.size) * scale + sides / 2, sides))
-        views.append(np.asarray(image.resize((view_spec.size, view_spec.size), Image.Resampling.BILINEAR, box=box)))
+        views.append(np.asarray(image.resize((view_spec.size, view_spec.size), resampling, box=box)))
     return views if len(corners) == 1 else [*views, *(view[:, ::-1] for view in views)]
 
 
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
-@pytest.mark.parametrize("profile", ["original", "lossless"])
-def test_views_match_pillow(small_shards: Path, regions: Path, profile: str, device: str) -> None:
-    pass_ = MultiViewLoader(spec_for(small_shards if profile == "original" else regions, device=device), ALL)
+@pytest.mark.parametrize(("profile", "interpolation"), [("original", "bilinear"), ("lossless", "bilinear"), ("lossless", "bicubic")])
+def test_views_match_pillow(small_shards: Path, regions: Path, profile: str, interpolation: str, device: str) -> None:
+    data = small_shards if profile == "original" else regions
+    pass_ = MultiViewLoader(spec_for(data, device=device, interpolation=interpolation), ALL)
     for batch in pass_:
         assert batch.images.keys() == set(ALL)
         assert batch.labels.tolist() == pass_.shards.samples["label"][batch.ids].tolist()
@@ -80,7 +81,7 @@ def test_views_match_pillow(small_shards: Path, regions: Path, profile: str, dev
             assert (images.dtype, images.device.type) == (torch.uint8, device)
             crops = images.cpu().numpy().reshape(len(batch.ids), view_spec.geometry.crops, *images.shape[1:])
             for sample, actual in zip(batch.ids.tolist(), crops, strict=True):
-                reference = np.stack(expected(open_image(pass_.shards.read(sample).tobytes()), view_spec))
+                reference = np.stack(expected(open_image(pass_.shards.read(sample).tobytes()), view_spec, Image.Resampling[interpolation.upper()]))
                 difference = np.abs(actual.astype(float) - reference)
                 assert difference.mean(axis=(1, 2, 3)).max() <= 1, (sample, view_spec)
                 assert np.percentile(difference, 99.9) <= 4, (sample, view_spec)

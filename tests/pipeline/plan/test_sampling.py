@@ -332,6 +332,8 @@ def test_regions_contain_the_filters_support_on_each_axis() -> None:
     heights, widths = np.array([400, 50]), np.array([400, 50])
     found = sampling.regions(windows, heights, widths, (50, 100))  # heights are reduced fourfold, widths enlarged
     assert found.tolist() == [[95, 198, 306, 253], [0, 0, 50, 50]]
+    bicubic = sampling.regions(windows, heights, widths, (50, 100), support=2)
+    assert bicubic.tolist() == [[91, 197, 310, 254], [0, 0, 50, 50]]
     assert np.array_equal(sampling.regions(windows, heights, widths, 50), sampling.regions(windows, heights, widths, (50, 50)))
 
 
