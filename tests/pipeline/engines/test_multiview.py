@@ -70,7 +70,9 @@ def expected(image: Image.Image, view_spec: ViewSpec, resampling: Image.Resampli
 
 
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
-@pytest.mark.parametrize(("profile", "interpolation"), [("original", "bilinear"), ("lossless", "bilinear"), ("lossless", "bicubic")])
+@pytest.mark.parametrize(
+    ("profile", "interpolation"), [("original", "bilinear"), ("lossless", "bilinear"), ("lossless", "bicubic")]
+)
 def test_views_match_pillow(small_shards: Path, regions: Path, profile: str, interpolation: str, device: str) -> None:
     data = small_shards if profile == "original" else regions
     pass_ = MultiViewLoader(spec_for(data, device=device, interpolation=interpolation), ALL)
@@ -81,7 +83,9 @@ def test_views_match_pillow(small_shards: Path, regions: Path, profile: str, int
             assert (images.dtype, images.device.type) == (torch.uint8, device)
             crops = images.cpu().numpy().reshape(len(batch.ids), view_spec.geometry.crops, *images.shape[1:])
             for sample, actual in zip(batch.ids.tolist(), crops, strict=True):
-                reference = np.stack(expected(open_image(pass_.shards.read(sample).tobytes()), view_spec, Image.Resampling[interpolation.upper()]))
+                reference = np.stack(
+                    expected(open_image(pass_.shards.read(sample).tobytes()), view_spec, Image.Resampling[interpolation.upper()])
+                )
                 difference = np.abs(actual.astype(float) - reference)
                 assert difference.mean(axis=(1, 2, 3)).max() <= 1, (sample, view_spec)
                 assert np.percentile(difference, 99.9) <= 4, (sample, view_spec)
