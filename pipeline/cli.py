@@ -365,10 +365,18 @@ def doctor(arguments: Sequence[str]) -> None:
     examine(arguments, "cropfeed doctor")
 
 
+def profile(arguments: Sequence[str], prog: str = "cropfeed profile") -> None:
+    """`cropfeed profile`, and tools/profile_pipeline.py --loader."""
+    from .profile.command import main as measure
+
+    measure(arguments, prog)
+
+
 COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
     "shards": lambda arguments: shards(arguments, "cropfeed shards"),
     "verify": verify,
     "doctor": doctor,
+    "profile": profile,
 }
 
 
@@ -378,18 +386,10 @@ def _command() -> None:
         print(__doc__.partition("\n\n")[2].strip("\n"))
         return
     if name not in COMMANDS:
-def profile(arguments: Sequence[str], prog: str = "cropfeed profile") -> None:
-    """`cropfeed profile`, and tools/profile_pipeline.py --loader."""
-    from .profile.command import main as measure
-
-    measure(arguments, prog)
-
-
         raise UserError(f"cropfeed has no command {name!r}", f"choose from {', '.join(COMMANDS)}")
     COMMANDS[name](arguments)
 
 
-    "profile": profile,
 def main() -> None:
     """The console command `cropfeed`."""
     run_cli(_command)
