@@ -18,7 +18,7 @@ import pipeline.starting  # noqa: F401  (first: the other imports take seconds)
 import json
 import sys
 import time
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,7 @@ from tqdm import tqdm
 
 from model.checkpoints import find_last
 from model.loading import first_difference, initial_weights
+from model.resnet import pad_at_end
 from model.testing import evaluate
 from model.weights import ModelConfig, load_weights, save_weights
 from pipeline.cli import run_cli
@@ -127,6 +128,9 @@ class Run:
                 raise UserError(f"{path}: was saved {option}", f"resume {option}")
         self.loader.load_state_dict(state["loader"])
         self.learner.model.load_state_dict(weights)
+        if config.pads_at_end:  # permuted weights would give sums in another order, and other losses in their last digits
+            pad_at_end(self.learner.model)
+            self.model_config = replace(self.model_config, pads_at_end=True)
         self.progress = Progress(**state["progress"])
         return saved
 
@@ -311,7 +315,7 @@ class Run:
 
 def main() -> None:
     options = parse_arguments(__doc__, sys.argv[1:])
-    output = (options.output or Path("runs") / options.arch).absolute()
+    output = (options.output or Path("runs") / options.arch.replace("/", "-")).absolute()
     if output.is_symlink():  # runs/latest
         output = output.resolve()
     resumes = check_output(options.resume, output)

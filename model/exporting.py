@@ -3,6 +3,7 @@
 Input "images": uint8 (N, 3, H, W), RGB, decoded, resized and cropped. The graph subtracts the config's mean and divides by its
 standard deviation. Output "logits": float32 (N, classes). N is dynamic. H and W are dynamic, too, because the models are fully
 convolutional. If the config has a mean image, H and W are fixed to image_size, because a mean image fits only crops of that size.
+They are fixed for timm's models, too: some of them take one size only.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import cast
 
 import torch
 from torch import nn
@@ -44,21 +46,21 @@ class ExportedModel(nn.Module):
     mean: torch.Tensor
     std: torch.Tensor
 
-    def __init__(self, model: ResNet, config: ModelConfig) -> None:
+    def __init__(self, model: nn.Module, config: ModelConfig) -> None:
         super().__init__()
         normalization = Normalization.of(config.mean, config.std).at(config.image_size)
         mean = torch.from_numpy(normalization.mean)
-        self.has_mean_image = mean.ndim == 3
+        self.takes_one_size = mean.ndim == 3 or not isinstance(model, ResNet)
         self.net = model
-        self.register_buffer("mean", mean.permute(2, 0, 1).contiguous() if self.has_mean_image else mean.view(3, 1, 1))
+        self.register_buffer("mean", mean.permute(2, 0, 1).contiguous() if mean.ndim == 3 else mean.view(3, 1, 1))
         self.register_buffer("std", torch.from_numpy(normalization.std).view(3, 1, 1))
         self.eval()
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
-        return self.net((images.float() - self.mean) / self.std)
+        return cast(torch.Tensor, self.net((images.float() - self.mean) / self.std))
 
 
-def export_onnx(model: ResNet, config: ModelConfig, path: Path) -> float:
+def export_onnx(model: nn.Module, config: ModelConfig, path: Path) -> float:
     """Write one ONNX file. Its metadata holds arch, classes, image_size and eval_short.
 
     Returns the largest difference between ONNX Runtime's logits and torch's. Raises UserError if it exceeds TOLERANCE.
@@ -68,8 +70,8 @@ def export_onnx(model: ResNet, config: ModelConfig, path: Path) -> float:
 
     exported = ExportedModel(model, config)
     # The traced images' last feature map must have more than one pixel, otherwise the exporter would assume exactly one.
-    side = config.image_size if exported.has_mean_image else max(config.image_size, 64)
-    names = {0: "batch"} if exported.has_mean_image else {0: "batch", 2: "height", 3: "width"}
+    side = config.image_size if exported.takes_one_size else max(config.image_size, 64)
+    names = {0: "batch"} if exported.takes_one_size else {0: "batch", 2: "height", 3: "width"}
     with _quiet():
         program = torch.onnx.export(
             exported,
@@ -89,10 +91,10 @@ def export_onnx(model: ResNet, config: ModelConfig, path: Path) -> float:
     def run(images: torch.Tensor) -> torch.Tensor:
         return torch.from_numpy(session.run(None, {"images": images.numpy()})[0])
 
-    return _greatest_difference(exported, run, config.image_size, not exported.has_mean_image, "the ONNX graph")
+    return _greatest_difference(exported, run, config.image_size, not exported.takes_one_size, "the ONNX graph")
 
 
-def export_program(model: ResNet, config: ModelConfig, path: Path) -> float:
+def export_program(model: nn.Module, config: ModelConfig, path: Path) -> float:
     """Write a torch.export program (.pt2). Its extra file recipe.json holds the same metadata as the ONNX file.
 
     Returns the largest difference between the logits of the program, loaded from the file, and torch's; raises UserError as
@@ -100,7 +102,7 @@ def export_program(model: ResNet, config: ModelConfig, path: Path) -> float:
     models from 5 on). If it has one pixel at image_size, torch.export fixes H and W to image_size.
     """
     exported, side = ExportedModel(model, config), config.image_size
-    fixed = exported.has_mean_image or _last_map(exported, side) == 1
+    fixed = exported.takes_one_size or _last_map(exported, side) == 1
     dynamic = {0: Dim("batch")} if fixed else {0: Dim("batch"), 2: Dim.DYNAMIC, 3: Dim.DYNAMIC}
     with _quiet():
         program = torch.export.export(exported, (_pixels(2, side, side),), dynamic_shapes={"images": dynamic})
@@ -122,7 +124,7 @@ def _pixels(count: int, height: int, width: int) -> torch.Tensor:
 def _last_map(exported: ExportedModel, side: int) -> int:
     """The side of the last feature map, pixels, for images of `side` pixels."""
     found: list[int] = []
-    hook = exported.net.avgpool.register_forward_pre_hook(lambda _, inputs: found.append(inputs[0].shape[-1]))
+    hook = exported.net.get_submodule("avgpool").register_forward_pre_hook(lambda _, inputs: found.append(inputs[0].shape[-1]))
     exported(_pixels(1, side, side))
     hook.remove()
     return found[0]

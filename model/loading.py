@@ -4,9 +4,10 @@ A source is one of
 
 - a file that Cropfeed wrote (.safetensors with the model's config in its header), a run's folder, or a folder that
   tools/export.py wrote;
-- any .pth, .pt, .bin or .safetensors file with torchvision's keys. The architecture is `arch` or, if that is None, taken from
-  the file's name (resnet50-0676ba61.pth, resnet18.a1_in1k.safetensors). The published files of torchvision and timm are
-  recognized, see `PUBLISHED`. For others, the preprocessing of torchvision's V1 weights is assumed;
+- any .pth, .pt, .th, .bin, .pth.tar or .safetensors file with the keys of torchvision or timm. The architecture is `arch` or, if
+  that is None, taken from the checkpoint or the file's name (resnet50-0676ba61.pth, resnet18.a1_in1k.safetensors). The published
+  files of torchvision and timm are recognized, see `model.preprocessing`. For others, the preprocessing of torchvision's V1
+  weights is assumed;
 - a folder in timm's format: config.json with model.safetensors or pytorch_model.bin;
 - hf://user/repo or hf://user/repo@revision: any of these on the Hugging Face Hub, or in its local cache.
 
@@ -17,44 +18,22 @@ from __future__ import annotations
 
 import itertools
 import json
-import math
 import re
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import torch
+from torch import nn
 
 from model.checkpoints import run_weights
 from model.describe import meta_model
-from model.resnet import ARCHS, ResNet
-from model.weights import ModelConfig, load_weights
+from model.make import PREFIX, bare_name, check_arch, classifiers_of, make_model
+from model.preprocessing import config_of_json, published_config
+from model.resnet import ARCHS
+from model.weights import ModelConfig, load_weights, padded_on_both_sides
 from pipeline.errors import UserError
-from pipeline.pixels.normalize import TORCHVISION
-from pipeline.store import files
 
 Weights = dict[str, torch.Tensor]
-
-# The preprocessing of published weights: short side, crop, interpolation. Torchvision and timm put the first digits of a file's
-# SHA-256 into its name; timm also has tags. The sources are torchvision/models/resnet.py (ResNet50_Weights and its kin: V1, with
-# the files before it, and V2) and timm/models/resnet.py (default_cfgs, at the test size: mostly Wightman et al. 2021, "ResNet
-# strikes back").
-PUBLISHED = {
-    name: sizes
-    for sizes, names in {
-        (256, 224, "bilinear"): "f37072fd 5c106cde b627a593 333f7ec4 0676ba61 19c8e357 63fe2227 5d3b4d8f 394f9c45 b121ed2d "
-        ".tv_in1k",
-        (232, 224, "bilinear"): "11ad3fa6 cd907fc2 f82ba261 .tv2_in1k",
-        (224, 224, "bicubic"): "001a1197 resnet50.a1h_in1k",
-        (288, 288, "bicubic"): "d63eafa0 b61bd467 46f8f793 82d47d71 14fe96d1 a2746f79 532a802a 1ba180c1 5ba5e060 d01e05b2 "
-        "f39db8af 36d3f2aa cdcb52a9 6edb36c7 dc400468 2eee8a7a b4c6978f .a1_in1k .a1h_in1k .a2_in1k .b1k_in1k .b2k_in1k "
-        ".c1_in1k .c2_in1k .d_in1k",
-        (235, 224, "bicubic"): "40c531c8 a20cabb6 59cae1ef 1db14157 134d4688 .a3_in1k",
-        (303, 288, "bicubic"): "43635321 a26f946b 85ebb6e5 86acaeed .bt_in1k .ra_in1k .ram_in1k",
-    }.items()
-    for name in names.split()
-}
-ASSUMED = "torchvision's V1 weights, as the file does not tell"  # the origin of preprocessing that is assumed
 
 _HUB_FILES = ("model.safetensors", "pytorch_model.bin")  # names of weight files with a config.json beside them
 
@@ -75,21 +54,19 @@ def weights_file(source: str | Path) -> Path:
     )
 
 
-def load_model(source: str | Path, arch: str | None, classes: list[str] | None) -> tuple[ResNet, ModelConfig]:
+def load_model(source: str | Path, arch: str | None, classes: list[str] | None) -> tuple[nn.Module, ModelConfig]:
     """The model in a weight file, and its config.
 
-    arch: its name in ARCHS; needed if the file does not tell. classes: the classes of the data, in label order. The model must
-    have been trained on the same classes; if the file does not name its classes, their number must match. None accepts any
+    arch: a name for `make_model`; needed if the file does not tell. classes: the classes of the data, in label order. The model
+    must have been trained on the same classes; if the file does not name its classes, their number must match. None accepts any
     classes. Raises UserError for a mismatch.
     """
     path = weights_file(source)
-    weights, header = load_weights(path)
-    arch, config = _identify(path, header, arch)
-    outputs = _outputs(weights)
-    model = ARCHS[arch](**({"num_classes": outputs} if outputs else {}))
+    weights, arch, config = _read(path, arch)
+    outputs = _outputs(weights, arch)
+    model = make_model(arch, outputs, image_size=config.image_size if config else None)
     _load_state(model, weights, path, arch)
-    if config is None:
-        config = published_config(path, arch, model.image_size)
+    config = config or _config_of(path, arch)
     if config.classes and len(config.classes) != outputs:
         raise UserError(f"{path}: names {len(config.classes)} classes, but has {outputs} outputs", "give an undamaged file")
     if classes is None:
@@ -101,21 +78,21 @@ def load_model(source: str | Path, arch: str | None, classes: list[str] | None) 
     return model, replace(config, classes=classes)
 
 
-def initial_weights(source: str | Path, arch: str, model: ResNet, classes: list[str]) -> str:
+def initial_weights(source: str | Path, arch: str, model: nn.Module, classes: list[str]) -> str:
     """Load a file's weights into `model`, to fine-tune it on these classes. Returns one line that says what was loaded.
 
-    arch: the model's name in ARCHS. The model keeps its newly initialized classifier if the file's classifier is missing, has
-    another number of outputs, or belongs to other class names. Raises UserError if anything else does not match.
+    arch: the model's name. The model keeps its newly initialized classifier if the file's classifier is missing, has another
+    number of outputs, or belongs to other class names. Raises UserError if anything else does not match.
     """
     path = weights_file(source)
-    weights, header = load_weights(path)
-    _, config = _identify(path, header, arch)
-    outputs, names = _outputs(weights), config.classes if config else []
+    weights, _, config = _read(path, arch)
+    outputs, names = _outputs(weights, arch), config.classes if config else []
     if outputs == len(classes) and names in ([], classes):
         _load_state(model, weights, path, arch)
         return f"{path}: training starts from these {arch} weights, including the classifier"
     why = f"the file's is for {outputs} {'other ' if outputs == len(classes) else ''}classes" if outputs else "the file has none"
-    new = {"fc.weight": model.fc.weight.detach().clone(), "fc.bias": model.fc.bias.detach().clone()}
+    layers = tuple(f"{layer}." for layer in classifiers_of(arch))
+    new = {name: tensor.detach().clone() for name, tensor in model.state_dict().items() if name.startswith(layers)}
     _load_state(model, weights, path, arch, new)
     if names and outputs:
         why += f" ({first_difference(names, classes)})"
@@ -140,90 +117,83 @@ def arch_of_name(name: str) -> str | None:
     return max(found, key=len, default=None)
 
 
+def _read(path: Path, arch: str | None) -> tuple[Weights, str, ModelConfig | None]:
+    """A file's weights, its architecture and its config, if it has one. Weights of version 0.1 are made those of this one."""
+    weights, header = load_weights(path)
+    found, config = _identify(path, header, arch)
+    if config and config.pads_at_end:
+        weights, config = padded_on_both_sides(weights), replace(config, pads_at_end=False)
+    names = {name: f"fc.{name.removeprefix('linear.')}" for name in weights if name.startswith("linear.")}
+    if found in ARCHS and names:  # the usual implementations for CIFAR
+        weights = {names.get(name, name): tensor for name, tensor in weights.items()}
+    return weights, found, config
+
+
 def _identify(path: Path, header: dict[str, str], arch: str | None) -> tuple[str, ModelConfig | None]:
-    """A file's architecture (from its header, its config.json, `arch` or its name), and its config, if it has one."""
-    if arch is not None and arch not in ARCHS:
-        raise UserError(f"unknown `arch` {arch!r}", f"choose from {', '.join(ARCHS)}")
+    """A file's architecture (from its header, config.json, `arch`, the checkpoint or the name), and its config, if it has one."""
+    if arch is not None:
+        check_arch(arch)
     try:
-        config = ModelConfig.from_header(header) or _timm_config(path)
+        config = ModelConfig.from_header(header) or _config_beside(path)
     except UserError as error:
         raise UserError(f"{path}: {error.problem}", error.remedy) from error
     if config is None:
-        arch = arch or arch_of_name(path.name)
+        arch = arch or _arch_of_checkpoint(header) or arch_of_name(path.name)
         if arch is None:
             raise UserError(f"{path}: does not say which model it holds", "give `arch`")
         return arch, None
-    if config.arch not in ARCHS:
-        raise UserError(f"{path}: holds a {config.arch}, which is not supported", f"give one of {', '.join(ARCHS)}")
-    if arch not in (None, config.arch):
+    if arch is None:
+        try:
+            check_arch(config.arch)
+        except UserError as error:
+            problem = error.problem.replace("unknown `arch`", "unknown architecture").replace("`arch` ", "")
+            raise UserError(f"{path}: holds a {bare_name(config.arch)}: {problem}", error.remedy) from error
+        return config.arch, config
+    if bare_name(arch) != bare_name(config.arch):
         raise UserError(f"{path}: holds a {config.arch}, but `arch` is {arch}")
-    return config.arch, config
+    return arch, replace(config, arch=arch)
 
 
-def published_config(path: Path, arch: str, size: int) -> ModelConfig:
-    """The config of a file that has none: as in PUBLISHED, by its name or else by its content, or as in torchvision's V1 weights.
-
-    size: of the images that the model is designed for.
-    """
-    known = next((name for name in PUBLISHED if name in path.name), "")
-    origin = f"the file's name ({known.strip('.')})"
-    if not known:
-        known = files.sha256(str(path))[:8]
-        origin = f"the file's content (SHA-256 {known}...)"
-    short, crop, interpolation = PUBLISHED.get(known, (256, 224, "bilinear"))
-    if size != 224:  # CIFAR's images are not cropped
-        short = crop = size
-    origin = origin + _bilinear_instead_of(interpolation) if known in PUBLISHED and size == 224 else ASSUMED
-    return ModelConfig(arch, [], crop, short, TORCHVISION.mean, TORCHVISION.std, origin=origin)
+def _arch_of_checkpoint(header: dict[str, str]) -> str | None:
+    """The architecture that a checkpoint of another training script names, if there is such a model."""
+    name = header.get("checkpoint_arch", "")
+    return name if name in ARCHS else None
 
 
-def _bilinear_instead_of(interpolation: str) -> str:
-    return "" if interpolation == "bilinear" else f", but resized by bilinear instead of {interpolation} interpolation"
-
-
-def _timm_config(path: Path) -> ModelConfig | None:
-    """The config in the config.json of a folder in timm's format; None if there is none.
-
-    Preprocessing is that of timm's validation: `test_input_size` and `test_crop_pct`, where they exist, else `input_size` and
-    `crop_pct`; short side floor(size / crop_pct), mean and std times 255. Resizing is bilinear, while timm's may be bicubic.
-    """
+def _config_beside(path: Path) -> ModelConfig | None:
+    """The config in the config.json of a folder in timm's format; None if there is none."""
     file = path.with_name("config.json")
     if path.name not in _HUB_FILES or not file.is_file():
         return None
-    try:
-        content = json.loads(file.read_text("utf-8"))
-        if not isinstance(content, dict) or "architecture" not in content:  # a Cropfeed run has a config.json, too
-            return None
-        preprocessing = content.get("pretrained_cfg") or content  # timm before 0.9 has its entries at the top level
-        size = int((preprocessing.get("test_input_size") or preprocessing.get("input_size") or (3, 224, 224))[1])
-        share = float(preprocessing.get("test_crop_pct") or preprocessing.get("crop_pct") or 0.875)
-        if size < 1 or not 0 < share <= 1:
-            raise ValueError(f"a crop of {size} pixels, {share} of the short side")
-        mean, std = (
-            np.array(preprocessing.get(name) or default / 255, np.float32).reshape(3) * 255
-            for name, default in (("mean", TORCHVISION.mean), ("std", TORCHVISION.std))
+    changes = config_of_json(file, "its config.json")
+    if changes is None:  # a Cropfeed run has a config.json, too
+        return None
+    content = json.loads(file.read_text("utf-8"))
+    if "architecture" not in content:
+        return None
+    if content.get("model_args"):
+        raise UserError(
+            f"holds a {content['architecture']} with model_args, which are not supported", "give a model without model_args"
         )
-        origin = "its config.json" + _bilinear_instead_of(preprocessing.get("interpolation") or "bicubic")
-        if (mode := preprocessing.get("crop_mode") or "center") != "center":
-            origin += f", and with a central crop instead of {mode}"
-        names = [str(name) for name in content.get("label_names") or preprocessing.get("label_names") or []]
-        if content.get("model_args"):
-            raise UserError(
-                f"holds a {content['architecture']} with model_args, which are not supported", "give a model without model_args"
-            )
-        arch = str(content["architecture"]).partition(".")[0]
-        return ModelConfig(arch, names, size, math.floor(size / share), mean, std, origin=origin)
-    except (OSError, ValueError, TypeError, LookupError, AttributeError, ArithmeticError) as error:
-        raise UserError(f"its config.json is damaged ({error})", "repair it, or move the weights to another folder") from error
+    names = content.get("label_names") or (content.get("pretrained_cfg") or {}).get("label_names") or []
+    arch = bare_name(str(content["architecture"]))
+    return ModelConfig(arch if arch in ARCHS else PREFIX + arch, [str(name) for name in names], **changes)
 
 
-def _outputs(weights: Weights) -> int:
+def _config_of(path: Path, arch: str) -> ModelConfig:
+    """The config of a file that names no architecture: from transformers' preprocessor_config.json, or `published_config`."""
+    file = path.with_name("preprocessor_config.json")
+    changes = config_of_json(file, f"its {file.name}") if path.name in _HUB_FILES and file.is_file() else None
+    return ModelConfig(arch, [], **changes) if changes else published_config(path, arch)
+
+
+def _outputs(weights: Weights, arch: str) -> int:
     """The number of classes of a state dict's classifier, 0 if it has none."""
-    classifier = weights.get("fc.weight")
-    return len(classifier) if classifier is not None and classifier.ndim == 2 else 0
+    found = (weights.get(f"{layer}.weight") for layer in classifiers_of(arch))
+    return next((len(classifier) for classifier in found if classifier is not None and classifier.ndim > 1), 0)
 
 
-def _load_state(model: ResNet, weights: Weights, path: Path, arch: str, classifier: Weights | None = None) -> None:
+def _load_state(model: nn.Module, weights: Weights, path: Path, arch: str, classifier: Weights | None = None) -> None:
     """Load a state dict into a model, after checking that keys and shapes match. classifier: replaces the file's classifier.
 
     The batch counters of BN, which old files lack, become 0.
@@ -252,7 +222,7 @@ def _remedy(weights: Weights) -> str:
     """What to do about weights that do not match."""
     if any("embedder." in name for name in weights):
         return "its keys are those of Hugging Face's transformers: give a file with torchvision's or timm's"
-    outputs = _outputs(weights)
+    outputs = _outputs(weights, "resnet18")
     fitting = []
     for arch in (name for name in ARCHS if not name.endswith("_blur")):  # the same weights as without blur
         model = meta_model(arch, **({"num_classes": outputs} if outputs else {}))
@@ -277,10 +247,11 @@ def _hub_folder(source: str) -> Path:
         from huggingface_hub import snapshot_download
 
         def get(*names: str) -> Path:
-            return Path(snapshot_download(match[1], revision=match[2], allow_patterns=list(names)))
+            configs = ["config.json", "preprocessor_config.json"]
+            return Path(snapshot_download(match[1], revision=match[2], allow_patterns=[*configs, *names]))
 
-        folder = get("config.json", "model.safetensors")
-        return folder if (folder / "model.safetensors").is_file() else get("config.json", "pytorch_model.bin")
+        folder = get("model.safetensors")
+        return folder if (folder / "model.safetensors").is_file() else get("pytorch_model.bin")
     except ImportError as error:
         raise UserError(f"{source}: needs huggingface_hub", "pip install -e '.[export]'") from error
     except Exception as error:  # from the network, the server, the cache, the name

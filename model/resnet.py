@@ -33,15 +33,17 @@ Shortcut = Callable[[int, int, int], nn.Module | None]
 class ZeroPadding(nn.Module):
     """Option A's shortcut where dimensions grow: every `stride`-th pixel; the new channels are zero. No parameters.
 
-    forward: (N, C, H, W) -> (N, C + new_channels, ceil(H / stride), ceil(W / stride)).
+    forward: (N, C, H, W) -> (N, C + new_channels, ceil(H / stride), ceil(W / stride)). Half of the new channels come before the
+    others and half after them, as in published models for CIFAR.
     """
 
     def __init__(self, new_channels: int, stride: int) -> None:
         super().__init__()
-        self.new_channels, self.stride = new_channels, stride
+        self.stride = stride
+        self.before, self.after = new_channels // 2, new_channels - new_channels // 2
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return F.pad(x[:, :, :: self.stride, :: self.stride], (0, 0, 0, 0, 0, self.new_channels))
+        return F.pad(x[:, :, :: self.stride, :: self.stride], (0, 0, 0, 0, self.before, self.after))
 
 
 def option_a(channels_in: int, channels_out: int, stride: int) -> nn.Module | None:
@@ -197,7 +199,7 @@ class ResNet(nn.Module):
         if not 0 <= drop_path < 1 or (drop_path and shortcut is None):
             raise ValueError(f"drop_path must lie in [0, 1), and be 0 in a plain network, not {drop_path}")
         self.image_size = 32 if small else 224  # side of the images that the model is designed for, pixels
-        self.depths = depths
+        self.depths, self.num_classes = depths, num_classes
         self.conv1 = nn.Conv2d(3, width, 3, 1, 1, bias=False) if small else nn.Conv2d(3, width, 7, 2, 3, bias=False)
         self.bn1 = nn.BatchNorm2d(width)
         self.relu = nn.ReLU(inplace=True)
@@ -212,6 +214,7 @@ class ResNet(nn.Module):
                 channels_in = channels * block.expansion
             self.add_module(name, Stage(*blocks))
         self.avgpool = nn.AdaptiveAvgPool2d(1)
+        self.num_features = channels_in
         self.fc = nn.Linear(channels_in, num_classes)
         self.apply(init_weights)
         all_blocks = [module for module in self.modules() if isinstance(module, Block)]
@@ -240,7 +243,14 @@ def init_weights(module: nn.Module) -> None:
         nn.init.zeros_(module.bias)
 
 
-def _for_cifar(layers: int, shortcut: Shortcut | None) -> Callable[..., ResNet]:
+def pad_at_end(model: nn.Module) -> None:
+    """Let option A's shortcuts append all new channels, as in version 0.1, to continue a run that such a version started."""
+    for module in model.modules():
+        if isinstance(module, ZeroPadding):
+            module.before, module.after = 0, module.before + module.after
+
+
+def _for_cifar(layers: int, shortcut: Shortcut | None) -> partial[ResNet]:
     """A model of section 4.2: layers = 6n + 2, in three stages of 2n layers with 16, 32 and 64 channels."""
     depths = ((layers - 2) // 6,) * 3
     return partial(ResNet, BasicBlock, depths, num_classes=10, shortcut=shortcut, width=16, small=True)
@@ -248,7 +258,7 @@ def _for_cifar(layers: int, shortcut: Shortcut | None) -> Callable[..., ResNet]:
 
 _18, _34, _101, _152 = (2, 2, 2, 2), (3, 4, 6, 3), (3, 4, 23, 3), (3, 8, 36, 3)  # ResNet-50 has as many blocks as ResNet-34
 
-ARCHS: dict[str, Callable[..., ResNet]] = {
+ARCHS: dict[str, partial[ResNet]] = {
     "plain18": partial(ResNet, BasicBlock, _18, shortcut=None),
     "plain34": partial(ResNet, BasicBlock, _34, shortcut=None),
     "resnet18": partial(ResNet, BasicBlock, _18),
@@ -272,3 +282,4 @@ ARCHS: dict[str, Callable[..., ResNet]] = {
     **{f"resnet{layers}": _for_cifar(layers, option_a) for layers in (20, 32, 44, 56, 110, 1202)},
     **{f"plain{layers}": _for_cifar(layers, None) for layers in (20, 32, 44, 56, 110)},
 }
+OPTION_A = frozenset(name for name, make in ARCHS.items() if make.keywords.get("shortcut") is option_a)

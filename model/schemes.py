@@ -26,7 +26,7 @@ from model.weights import ModelConfig
 from pipeline.engines.multiview import MultiViewBatch, ViewSpec
 from pipeline.pixels.normalize import Normalization, normalize_tensor
 from pipeline.plan import sampling
-from pipeline.plan.geometry import CentreCrop, TenCrop, WholeImage
+from pipeline.plan.geometry import CentreCrop, TenCrop, TorchvisionCrop, WholeImage
 
 SCHEMES = ("centre", "centre-flip", "ten-crop", "multi-scale")
 SCALES = (224, 256, 384, 480, 640)  # short sides for models with crops of 224; in proportion for others
@@ -35,15 +35,20 @@ SCALES = (224, 256, 384, 480, 640)  # short sides for models with crops of 224; 
 def view_specs_of(scheme: str, config: ModelConfig, scales: Sequence[int] = ()) -> dict[str, ViewSpec]:
     """The views that a scheme averages, by name. scales: short sides for multi-scale, pixels; default: SCALES."""
     size, short = config.image_size, config.eval_short
-    if scheme == "centre":
-        return {"centre": ViewSpec(CentreCrop(short), size)}
-    if scheme == "centre-flip":
-        return {"centre-flip": ViewSpec(CentreCrop(short, mirrored=True), size)}
+    if scheme in ("centre", "centre-flip"):
+        return {scheme: ViewSpec(central_crop(config, mirrored=scheme == "centre-flip"), size)}
     if scheme == "ten-crop":
         return {"ten-crop": ViewSpec(TenCrop(short), size)}
     shorts = scales or [sampling.short_at(scale, size) for scale in SCALES]
     # The size of a whole image does not depend on the model's crop, so models share these views.
     return {f"scale-{short}": ViewSpec(WholeImage(short, mirrored=True), short) for short in shorts}
+
+
+def central_crop(config: ModelConfig, mirrored: bool = False) -> CentreCrop:
+    """The central crop for a model's evaluation."""
+    if config.resizing == "short":
+        return CentreCrop(config.eval_short, mirrored)
+    return TorchvisionCrop(config.eval_short, mirrored, square=config.resizing == "square")
 
 
 class MultiViewClassifier:

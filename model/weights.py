@@ -9,6 +9,7 @@ from __future__ import annotations
 import base64
 import json
 import os
+import re
 import zlib
 from argparse import Namespace
 from contextlib import suppress
@@ -22,23 +23,35 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
+from model.resnet import OPTION_A
 from pipeline.errors import UserError, writing
 from pipeline.progress import announce_if_slow
 from pipeline.store.files import sync
+
+# How images are resized before the crop: the short side to eval_short, as in `plan.sampling`; the same as torchvision rounds the
+# long side; both sides to eval_short.
+RESIZINGS = ("short", "torchvision", "square")
+_OPTIONAL = ("resizing", "interpolation")
+_BOTH_SIDES = "both sides"  # where option A's shortcuts pad, in headers
 
 
 @dataclass(frozen=True)
 class ModelConfig:
     """A model's architecture, classes and preprocessing.
 
-    - arch: its name in ARCHS.
+    - arch: its name in ARCHS, or timm/NAME.
     - classes: their IDs (folder names, wnids) in label order; empty if unknown.
     - image_size: side of the crop, pixels.
-    - eval_short: short side to which images are resized for evaluation, pixels.
+    - eval_short: short side to which images are resized for evaluation, pixels. resizing: how, see RESIZINGS.
+    - interpolation: as in `LoaderSpec`.
     - mean: float32 (3,), or (H, W, 3) for a mean image, in units of 0..255.
     - std: float32 (3,), in units of 0..255.
-    - class_names: class -> its name for people, where the data has one. Headers have this key only if it is not empty.
+    - class_names: class -> its name for people, where the data has one.
+    - pads_at_end: option A's shortcuts append all new channels, as in version 0.1. Headers of models with option A have a key
+      that says where later versions pad; files without it are older.
     - origin: where the preprocessing comes from, for messages; not in headers.
+
+    Headers have the keys resizing, interpolation and class_names only where they differ from the defaults.
     """
 
     arch: str
@@ -48,6 +61,9 @@ class ModelConfig:
     mean: npt.NDArray[np.float32]
     std: npt.NDArray[np.float32]
     class_names: dict[str, str] = field(default_factory=dict)
+    resizing: str = "short"
+    interpolation: str = "bilinear"
+    pads_at_end: bool = False
     origin: str = "the file's header"
 
     @property
@@ -57,18 +73,27 @@ class ModelConfig:
             ", ".join(f"{value:.5g}" for value in values.reshape(-1, 3).mean(axis=0)) for values in (self.mean, self.std)
         )
         kind = "mean image of average" if self.mean.ndim == 3 else "mean"
-        return f"short side {self.eval_short}, crop {self.image_size}, {kind} ({mean}), std ({std}), from {self.origin}"
+        side = "both sides" if self.resizing == "square" else "short side"
+        bicubic = " (bicubic)" if self.interpolation == "bicubic" else ""
+        crop = f"{side} {self.eval_short}{bicubic}, crop {self.image_size}"
+        return f"{crop}, {kind} ({mean}), std ({std}), from {self.origin}"
 
     def header(self) -> dict[str, str]:
         """The strings for a file's header."""
-        return {
+        header = {
             "arch": self.arch,
             "classes": json.dumps(self.classes),
             "image_size": str(self.image_size),
             "eval_short": str(self.eval_short),
             "mean": _pack(self.mean),
             "std": _pack(self.std),
-        } | ({"class_names": json.dumps(self.class_names)} if self.class_names else {})
+        }
+        header |= {name: getattr(self, name) for name in _OPTIONAL if getattr(self, name) != getattr(ModelConfig, name)}
+        if self.class_names:
+            header["class_names"] = json.dumps(self.class_names)
+        if self.arch in OPTION_A and not self.pads_at_end:
+            header["padding"] = _BOTH_SIDES
+        return header
 
     @staticmethod
     def from_header(header: dict[str, str]) -> ModelConfig | None:
@@ -84,6 +109,8 @@ class ModelConfig:
                 _unpack(header["mean"]),
                 _unpack(header["std"]),
                 json.loads(header.get("class_names", "{}")),
+                **{name: header[name] for name in _OPTIONAL if name in header},
+                pads_at_end=header["arch"] in OPTION_A and header.get("padding") != _BOTH_SIDES,
             )
         except (KeyError, ValueError, TypeError, zlib.error) as error:
             raise UserError(f"the header is damaged ({error})", "give another file") from error
@@ -125,38 +152,59 @@ _HARMLESS: list[Any] = [
 ]  # fmt: skip
 
 # Keys of checkpoints that hold a state dict. The first one present wins: a moving average of the weights is what is evaluated.
-_WRAPPERS = ("state_dict_ema", "model_ema", "state_dict", "model")
-_PREFIXES = ("module.", "_orig_mod.")  # from DistributedDataParallel (and AveragedModel), and from torch.compile
+_WRAPPERS = (
+    "state_dict_ema", "model_ema", "ema_state_dict", "state_dict", "model_state_dict", "model_state", "model", "net", "network",
+    "weights", "params",
+)  # fmt: skip
+# From DistributedDataParallel (and AveragedModel), torch.compile, Lightning, self-supervised learning, and transformers.
+_PREFIXES = ("module.", "_orig_mod.", "model.", "backbone.", "timm_model.")
 
 
 def load_weights(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
     """A file's state dict, float32 (BN's batch counters int64) on the CPU, and the strings of its header (safetensors only).
 
-    A .pth, .pt or .bin is read with weights_only. It may hold the state dict itself or a checkpoint that contains it: an
-    exponential moving average ("state_dict_ema", "model_ema") takes precedence over "state_dict" and "model", as in timm's
-    evaluation. The prefixes "module." and "_orig_mod." are removed from keys. Raises UserError for a file that cannot be read.
+    A .pth, .pt, .th, .bin or .pth.tar is read with weights_only. It may hold the state dict itself or a checkpoint that contains
+    it: an exponential moving average takes precedence, as in timm's evaluation. If the checkpoint names the architecture, the
+    header has it as "checkpoint_arch". Wrappers' prefixes are removed from keys. Raises UserError for a file that cannot be read.
     """
+    header: dict[str, str] = {}
     try:
         path.open("rb").close()  # safetensors calls a file that this user may not read missing
         with announce_if_slow(f"reading {path.stat().st_size / 1e9:.2g} GB from {path}"):
             if path.suffix == ".safetensors":
                 with safe_open(path, framework="pt") as file:
-                    metadata = file.metadata() or {}
-                return _as_float32(load_file(path)), metadata
-            with torch.serialization.safe_globals(_HARMLESS):
-                content = torch.load(path, map_location="cpu", weights_only=True)
+                    header = file.metadata() or {}
+                content = load_file(path)
+            else:
+                with torch.serialization.safe_globals(_HARMLESS):
+                    content = torch.load(path, map_location="cpu", weights_only=True)
     except (OSError, SafetensorError, RuntimeError, EOFError, ValueError) as error:
         raise UserError(f"{path}: cannot be read ({str(error).splitlines()[0]})", "give a .safetensors or .pth file") from error
     except Exception as error:  # pickle.UnpicklingError and related errors
         blocked = _blocked(path)
         what = f"holds objects of {', '.join(blocked)}" if blocked else "holds more than tensors, or is damaged"
         raise UserError(f"{path}: {what}", "give a file that holds only weights") from error
-    state = _unwrapped(content)
-    if not isinstance(state, dict) or not all(isinstance(value, torch.Tensor) for value in state.values()):
+    if isinstance(content, dict) and isinstance(content.get("arch"), str):
+        header["checkpoint_arch"] = content["arch"]
+    return _as_float32(_plain_names(_unwrapped(content), path)), header
+
+
+def _plain_names(state: Any, path: Path) -> dict[str, torch.Tensor]:
+    """A state dict without the prefixes of wrappers. Raises UserError if it is none, or if it holds several models."""
+    if not isinstance(state, dict) or not state or not all(isinstance(value, torch.Tensor) for value in state.values()):
         raise UserError(f"{path}: holds no state dict", "give a file of weights")
-    names = {_without_prefixes(str(name)): tensor for name, tensor in state.items()}
-    names.pop("n_averaged", None)  # AveragedModel's counter, next to its "module." keys
-    return _as_float32(names), {}
+    has_head = any("backbone." in str(name) for name in state)  # OpenMMLab's names: backbone.conv1.weight, head.fc.weight
+    found: dict[str, torch.Tensor] = {}
+    for name, tensor in state.items():
+        plain = str(name)
+        while plain.startswith(_PREFIXES):
+            plain = plain.split(".", 1)[1]
+        plain = plain.removeprefix("head.") if has_head and plain.startswith("head.fc.") else plain
+        if plain in found:
+            raise UserError(f"{path}: holds several models ({name} is there twice)", "give a file with one of them")
+        found[plain] = tensor
+    found.pop("n_averaged", None)  # AveragedModel's counter, next to its "module." keys
+    return found
 
 
 def _blocked(path: Path) -> list[str]:
@@ -176,11 +224,27 @@ def _unwrapped(content: Any) -> Any:
     return content
 
 
-def _without_prefixes(name: str) -> str:
-    while name.startswith(_PREFIXES):
-        name = name.split(".", 1)[1]
-    return name
-
-
 def _as_float32(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return {name: tensor.float() if tensor.is_floating_point() else tensor for name, tensor in state.items()}
+
+
+def padded_on_both_sides(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The weights of a model whose option A appends all new channels (`ModelConfig.pads_at_end`), for padding on both sides.
+
+    It is the same function: the channels between the blocks of each stage are in another order.
+    """
+    orders = [torch.arange(len(state["bn1.weight"]))]  # for each stage, the old number of each channel
+    while (norm := state.get(f"layer{len(orders)}.0.bn2.weight")) is not None:
+        new = torch.arange(len(orders[-1]), len(norm))
+        orders.append(torch.cat([new[: len(new) // 2], orders[-1], new[len(new) // 2 :]]))
+    found = dict(state)
+    for name, tensor in state.items():
+        if match := re.fullmatch(r"layer(\d+)\.(\d+)\.(conv1|conv2|bn2)\.\w+", name):
+            stage, block, layer = int(match[1]), int(match[2]), match[3]
+            if layer == "conv1":
+                found[name] = tensor[:, orders[stage if block else stage - 1]]
+            elif tensor.ndim:  # not the batch counter
+                found[name] = tensor[orders[stage]]
+    if "fc.weight" in state:
+        found["fc.weight"] = state["fc.weight"][:, orders[-1]]
+    return found

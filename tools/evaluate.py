@@ -5,8 +5,9 @@ WEIGHTS_OR_RUN is one of
   - a .safetensors or .pth file;
   - a folder in timm's format, or hf://user/repo on the Hugging Face Hub.
 Files of Cropfeed and folders in timm's format contain architecture and preprocessing. For other files, --arch or the file's name
-gives the architecture. The published files of torchvision and timm are recognized; for others, the preprocessing of torchvision's
-first weights is assumed. The script prints what it uses; --resize, --crop, --mean and --std change it. Details: model/loading.py.
+gives the architecture: one of train.py --list, or timm/NAME for a model of timm. The published files of torchvision and timm are
+recognized; for others, the preprocessing of torchvision's first weights is assumed. The script prints what it uses; --preset,
+--resize, --crop, --mean, --std and others change it. Details: model/loading.py and model/preprocessing.py.
 
 The testing schemes are those of He et al. 2015: the central crop, ten crops, and whole images at five scales (model/schemes.py).
 All schemes are computed in one pass over the data, which decodes each image once.
@@ -30,11 +31,13 @@ from typing import Any
 
 import _path  # noqa: F401
 
-from model import ARCHS
 from model.ensembles import EnsembleMember, EvalSet, PredictionWriter, SavedPredictions, evaluate_ensemble
-from model.loading import ASSUMED, load_model
+from model.loading import load_model
+from model.make import has_one_size
+from model.preprocessing import ASSUMED
 from model.schemes import SCALES, SCHEMES, MultiViewClassifier, view_specs_of
 from model.testing import Accuracy
+from model.weights import ModelConfig
 from pipeline.cli import Parser, check_writable, positive, run_cli
 from pipeline.engines.multiview import MultiViewBatch
 from pipeline.errors import UserError, writing
@@ -73,7 +76,7 @@ def parser() -> Parser:
                         "this CSV file")  # fmt: skip
     parser.add_argument("--confusion", type=Path, metavar="FILE", help="write the first scheme's confusion matrix to this "
                         "CSV file")  # fmt: skip
-    parser.add_argument("--arch", help=f"architecture, for weights that do not name it: {', '.join(ARCHS)}")
+    parser.add_argument("--arch", help="architecture, for weights that do not name it: a model of train.py --list, or timm/NAME")
     add_loading_flags(parser)
     add_preprocessing_flags(parser)
     return parser
@@ -115,12 +118,24 @@ def check_options(options: EvaluateOptions, weights: Sequence[str], schemes: Seq
         raise UserError(f"{models[0]}: running a model needs --data", "give it the folder of shards")
     if options.scales and not (models and "multi-scale" in schemes):
         raise UserError("--scales only applies to models with --schemes multi-scale", "leave it out, or add multi-scale")
-    if not models and (options.resize or options.crop or options.mean or options.std):
-        raise UserError("--resize, --crop, --mean and --std only apply to models", "leave them out")
+    if not models and options.changes_preprocessing:
+        raise UserError("--preset, --resize, --crop, --mean, --std and their like only apply to models", "leave them out")
     if save and not save.endswith(".npz"):
         raise UserError(f"--save {save}: the name must end with .npz", "the suffix distinguishes predictions from weights")
     if options.shares and len(options.shares) != len(weights):
         raise UserError(f"{len(options.shares)} --shares for {len(weights)} members", "give one for each member, in their order")
+
+
+def adapted(path: str, config: ModelConfig, options: EvaluateOptions, schemes: Sequence[str]) -> ModelConfig:
+    """A model's config with the options' preprocessing. Raises UserError if the model does not take these images."""
+    new = with_preprocessing(config, options)
+    if has_one_size(config.arch) and new.image_size != config.image_size:
+        raise UserError(f"{path}: {config.arch} takes images of {config.image_size} pixels only", "leave --crop out")
+    if "multi-scale" in schemes and has_one_size(config.arch):
+        raise UserError(f"{path}: {config.arch} takes images of one size only, so not multi-scale", "choose other --schemes")
+    if "ten-crop" in schemes and new.resizing == "square":
+        raise UserError(f"{path}: its images are resized to squares, of which no ten crops are taken", "choose other --schemes")
+    return new
 
 
 def open_members(
@@ -134,20 +149,27 @@ def open_members(
     models = {path: load_model(path, options.arch, classes) for path in weights if path not in saved}
     if not models:
         return [saved[path] for path in weights], next(iter(saved.values())).batches()
-    models = {path: (model, with_preprocessing(config, options)) for path, (model, config) in models.items()}
+    models = {path: (model, adapted(path, config, options, schemes)) for path, (model, config) in models.items()}
+    interpolations = {config.interpolation for _, config in models.values()}
+    if len(interpolations) > 1:
+        raise UserError(
+            "the models differ in their interpolation", "give --interpolation, or evaluate them one by one with --save"
+        )
     view_specs = dict.fromkeys(
         view
         for _, config in models.values()
         for scheme in schemes
         for view in view_specs_of(scheme, config, options.scales).values()
     )
-    batches, count = open_batches(options, list(view_specs))  # checks the device, so it comes before the models move there
+    batches, count = open_batches(
+        options, list(view_specs), interpolations.pop()
+    )  # checks the device, so it comes before the models move there
     classifiers = {
         path: MultiViewClassifier(path, model, config, schemes, options.scales, options.device, options.dtype, options.batch_size)
         for path, (model, config) in models.items()
     }
     for path, (_, config) in models.items():
-        remedy = "; --resize, --crop, --mean and --std change it" if ASSUMED in config.origin else ""
+        remedy = "; --preset, --resize, --crop, --mean and --std change it" if ASSUMED in config.origin else ""
         print(f"{path}: {config.preprocessing}{remedy}", flush=True)
     return [(saved | classifiers)[path] for path in weights], progress_bar(
         batches, total=count, desc="evaluating", unit=" batches"

@@ -27,11 +27,12 @@ from pathlib import Path
 
 import _path  # noqa: F401
 import numpy as np
+from torch import nn
 
 from model.card import CardDetails, model_card, timm_config
 from model.exporting import check_packages, export_onnx, export_program
 from model.loading import load_model
-from model.resnet import ARCHS, ResNet
+from model.make import classes_of
 from model.weights import ModelConfig, save_weights
 from pipeline.cli import Parser, run_cli
 from pipeline.errors import UserError, storage_error
@@ -87,7 +88,7 @@ def atomic_folder(out: Path) -> Iterator[Path]:
         shutil.rmtree(scratch, ignore_errors=True)
 
 
-def write_files(model: ResNet, config: ModelConfig, details: CardDetails, folder: Path) -> list[str]:
+def write_files(model: nn.Module, config: ModelConfig, details: CardDetails, folder: Path) -> list[str]:
     """Write all files of an export to `folder`. Returns lines to print: how much the graphs' logits differ from torch's."""
     lines = []
     if "safetensors" in details.formats:
@@ -150,7 +151,7 @@ def parser() -> Parser:
     parser.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="folder to create; required")
     parser.add_argument("--formats", nargs="+", choices=FORMATS, default=["safetensors"], metavar="FORMAT", help="formats to "
                         f"write: {', '.join(FORMATS)} (default: safetensors)")  # fmt: skip
-    parser.add_argument("--arch", help=f"architecture, for weights that do not name it: {', '.join(ARCHS)}")
+    parser.add_argument("--arch", help="architecture, for weights that do not name it: a model of train.py --list, or timm/NAME")
     parser.add_argument("--results", type=Path, metavar="FILE", help="accuracies for the model card, written by "
                         "tools/evaluate.py --json")  # fmt: skip
     parser.add_argument("--dataset", metavar="NAME", help="name of the training data on the Hub, for the model card (default: "
@@ -173,7 +174,7 @@ def main() -> None:
     with atomic_folder(args.out) as folder:
         lines = write_files(model, config, details, folder)
     names = ", ".join(sorted(path.name for path in args.out.iterdir()))
-    print("\n".join([*lines, f"{args.out}: {config.arch} of {model.fc.out_features} classes: {names}"]))
+    print("\n".join([*lines, f"{args.out}: {config.arch} of {classes_of(model)} classes: {names}"]))
     if args.push:
         print(f"pushed to {push(args.out, args.push, args.private)}")
 

@@ -32,11 +32,9 @@ from typing import Any
 import _path  # noqa: F401
 import torch
 
-from model import ARCHS
 from pipeline import ENGINES, cli
 from pipeline.cli import Parser, add_cache_flags, check_writable, positive, run_cli
 from pipeline.errors import UserError
-from pipeline.plan import sampling
 from pipeline.plan.geometry import GEOMETRIES, choose_geometry
 from pipeline.spec import INTERPOLATIONS, PRECISIONS, LoaderSpec
 from pipeline.store import files
@@ -48,6 +46,7 @@ from tools.profiler.profile import profile
 from tools.profiler.table import table
 from training import tuned
 from training.launch import cores_per_process
+from training.options import default_size
 
 
 @dataclass(frozen=True)
@@ -67,7 +66,8 @@ def parser() -> Parser:
     parser.add_argument("--split", default="train", help="split to load (default: %(default)s)")
 
     demand = parser.add_argument_group("demand")
-    demand.add_argument("--arch", help=f"measure the training speed of this model on this machine: {', '.join(ARCHS)}")
+    demand.add_argument("--arch", help="measure the training speed of this model on this machine: one of train.py --list, or "
+                        "timm/NAME")  # fmt: skip
     demand.add_argument(
         "--precision", choices=PRECISIONS, default="no", help="precision of training; no is float32 (default: %(default)s)"
     )
@@ -90,9 +90,8 @@ def parser() -> Parser:
     loader.add_argument(
         "--image-size",
         type=positive,
-        default=sampling.CROP,
         metavar="N",
-        help="side of the crop, in pixels (default: %(default)s)",
+        help="side of the crop, in pixels (default: 224; for --arch timm/NAME, the model's own)",
     )
     loader.add_argument("--geometry", default="jitter", choices=GEOMETRIES, help="training crops: scale jitter, random resized "
                         "crops (rrc) or crops of the padded image (default: %(default)s)")  # fmt: skip
@@ -140,12 +139,13 @@ def parse(arguments: Sequence[str] | None = None) -> Command:
     args = parser().parse_args(arguments)
     if args.device.startswith("cuda") and not torch.cuda.is_available():
         raise UserError(f"--device {args.device}: torch sees no CUDA GPU", "run python tools/doctor.py to find out why")
+    size = args.image_size or default_size(args.arch or "")
     spec = LoaderSpec(
         args.data,
         args.split,
         batch_size=args.batch_size or (256 if args.device.startswith("cuda") else 64),
-        image_size=args.image_size,
-        geometry=choose_geometry(args.geometry, args.scale, args.image_size),
+        image_size=size,
+        geometry=choose_geometry(args.geometry, args.scale, size),
         interpolation=args.interpolation,
         order=args.order,
         dtype=PRECISIONS[args.precision],

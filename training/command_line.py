@@ -57,7 +57,8 @@ def _add_run(parse: Parser) -> None:
 
 def _add_model(parse: Parser) -> None:
     model = parse.add_argument_group("model")
-    model.add_argument("--arch", "--model", metavar="ARCH", help="model to train; --list prints all (default: %(default)s)")
+    model.add_argument("--arch", "--model", metavar="ARCH", help="model to train: one that --list prints, or timm/NAME for "
+                       "one of timm (default: %(default)s)")  # fmt: skip
     model.add_argument("--blurpool", action="store_true", help="train the _blur variant of the model, which blurs the input of "
                        "strided convolutions")  # fmt: skip
     model.add_argument("--weights", metavar="FILE", help="start from these weights: a run's folder, a weight file, a folder in "
@@ -99,7 +100,8 @@ def _add_optimization(parse: Parser) -> None:
 
 def _add_images(parse: Parser) -> None:
     images = parse.add_argument_group("images")
-    images.add_argument("--image-size", type=positive, help="side of the training crop, in pixels (default: %(default)s)")
+    images.add_argument("--image-size", type=positive, help="side of the training crop, in pixels (default: 224; for "
+                        "timm/NAME, the model's own)")  # fmt: skip
     images.add_argument("--start-size", type=positive, help="progressive resizing: side of the crop in the first epochs, in "
                         "pixels (default: --image-size)")  # fmt: skip
     images.add_argument("--ramp", type=float, nargs=2, metavar=("FROM", "TO"), help="epochs between which the crop grows from "
@@ -117,7 +119,8 @@ def _add_images(parse: Parser) -> None:
     images.add_argument("--alpha-std", type=float, help="PCA lighting (color augmentation): standard deviation of its "
                         "coefficients; 0 turns it off (default: %(default)s)")  # fmt: skip
     images.add_argument("--mean", choices=CHOICES["mean"], help="subtract the data set's mean image (pixel) or its mean color "
-                        "(channel) (default: %(default)s)")  # fmt: skip
+                        "(channel); model: normalize as for the model's published weights, ResNets as for ImageNet (default: "
+                        "pixel; for timm/NAME: model)")  # fmt: skip
     images.add_argument("--eval-size", type=positive, help="side of the validation crop, in pixels (default: --image-size)")
     images.add_argument("--flip-test", action="store_true", help="in validation, average the predictions for the crop and its "
                         "mirror image")  # fmt: skip

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -11,8 +11,7 @@ import torch.nn.functional as F
 from accelerate import Accelerator
 from torch import nn
 
-from model import ARCHS
-from model.resnet import ResNet
+from model.make import make_model
 from pipeline.buffers import to_device
 from pipeline.loader import Batch, Loader
 from pipeline.plan import sampling
@@ -39,9 +38,8 @@ class Learner:
                 options.mixup, options.cutmix, options.seed, options.batch_size, accelerator.num_processes, options.accumulate
             )
         torch.manual_seed(options.seed)
-        drop_path = {"drop_path": options.drop_path} if options.drop_path else {}
-        model = ARCHS[options.arch](num_classes=len(loader.classes), **drop_path)
-        self.model: ResNet = model.to(accelerator.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        model = make_model(options.arch, len(loader.classes), options.drop_path, options.image_size)
+        self.model: nn.Module = model.to(accelerator.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.average: WeightEMA | None = None
 
     def prepare(self, loader: Loader, saved: dict[str, Any] | None) -> None:
@@ -124,7 +122,7 @@ class Learner:
 
     def _drop_uniforms(self, epoch: int, low: int, high: int, device: torch.device) -> torch.Tensor:
         """The random numbers that decide which blocks the images at positions [low, high) skip: float32 (high - low, blocks)."""
-        drawn = uniforms(self.options.seed, Stream.DROP, epoch, low, high, self.model.blocks)
+        drawn = uniforms(self.options.seed, Stream.DROP, epoch, low, high, cast(int, self.model.blocks))
         return to_device(drawn.astype(np.float32), device)
 
     def _loss(self, logits: torch.Tensor, labels: torch.Tensor, share: torch.Tensor | None) -> torch.Tensor:

@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
+import math
 import shlex
 from dataclasses import replace
+from typing import Any
 
 import torch
 from accelerate import Accelerator
 
+from model.make import PREFIX, timm_cfg
+from model.preprocessing import crop_share, preset
 from model.weights import ModelConfig
 from pipeline import open_loader
 from pipeline.errors import UserError
 from pipeline.loader import Loader
+from pipeline.pixels.normalize import Normalization
 from pipeline.plan import sampling
-from pipeline.plan.geometry import CentreCrop, Geometry, ScaleJitter, choose_geometry
+from pipeline.plan.geometry import CentreCrop, Geometry, ScaleJitter, TorchvisionCrop, choose_geometry
 from pipeline.spec import PRECISIONS, LoaderSpec
 from pipeline.store.shards import Manifest
-from training.options import TrainOptions, make_sizes
+from training.options import TrainOptions, default_size, make_sizes
 from training.tuned import with_tuned
 
 # The options that affect throughput; tools/profile_pipeline.py has them, too.
@@ -28,6 +33,7 @@ def open_loaders(options: TrainOptions, accelerator: Accelerator) -> tuple[Loade
     """The training loader, and the validation loader if the data has that split."""
     if options.batch_size % (accelerator.num_processes * options.accumulate):
         raise UserError(f"`batch_size` {options.batch_size} must be a multiple of processes x `accumulate`")
+    own = preprocessing_of(options.arch)
     splits = Manifest(options.data).splits
     steps_per_epoch = splits.get("train", {"images": 0})["images"] // options.batch_size or 1  # the loader refuses too few images
     spec = LoaderSpec(
@@ -39,7 +45,7 @@ def open_loaders(options: TrainOptions, accelerator: Accelerator) -> tuple[Loade
         geometry=choose_geometry(options.geometry, options.scale, options.image_size, options.area),
         seed=options.seed,
         normalization=options.mean,
-        interpolation=options.interpolation or "bilinear",
+        interpolation=options.interpolation or own["interpolation"],
         alpha_std=options.alpha_std,
         dtype=PRECISIONS.get(accelerator.mixed_precision, torch.float32),
         corrupt=options.corrupt,
@@ -51,6 +57,8 @@ def open_loaders(options: TrainOptions, accelerator: Accelerator) -> tuple[Loade
         cache=options.cache,
         cache_gb=options.cache_gb,
     )
+    if options.mean == "model":
+        spec = replace(spec, normalization=Normalization.of(own["mean"], own["std"]))
     spec = with_tuned(spec, options.threads, options.prefetch)
     if options.schedule == "plateau" and "val" not in splits:
         raise UserError(f"{options.data}: has no split val, but `schedule` plateau needs validation", "choose another schedule")
@@ -58,11 +66,16 @@ def open_loaders(options: TrainOptions, accelerator: Accelerator) -> tuple[Loade
 
 
 def eval_spec(options: TrainOptions, spec: LoaderSpec) -> LoaderSpec:
-    """The spec of the validation loader: the central crop of `eval_size`, and its mirror image if `flip_test` is set."""
+    """The spec of the validation loader: the central crop of `eval_size`, and its mirror image if `flip_test` is set. For a model
+    of timm, the crop is the share of the image that timm's is."""
     spec = spec.evaluation()
     geometry = spec.geometry
     assert isinstance(geometry, CentreCrop)
-    if options.eval_size:
+    if options.arch.startswith(PREFIX):
+        own, size = preprocessing_of(options.arch), options.eval_size or spec.final_size
+        short = math.floor(size / crop_share(timm_cfg(options.arch)))
+        spec, geometry = replace(spec, image_size=size), TorchvisionCrop(short, square=own["resizing"] == "square")
+    elif options.eval_size:
         short = sampling.short_at(geometry.short, options.eval_size, spec.final_size)
         spec, geometry = replace(spec, image_size=options.eval_size), CentreCrop(short)
     return replace(spec, geometry=replace(geometry, mirrored=options.flip_test))
@@ -75,7 +88,16 @@ def model_config_of(options: TrainOptions, loader: Loader) -> ModelConfig:
     assert isinstance(geometry, CentreCrop)
     normalization = loader.normalization_at((size, size))
     names = loader.shards.manifest.class_names
-    return ModelConfig(options.arch, loader.classes, size, geometry.short, normalization.mean, normalization.std, names)
+    own = preprocessing_of(options.arch)
+    return ModelConfig(
+        options.arch, loader.classes, size, geometry.short, normalization.mean, normalization.std, names,
+        resizing=own["resizing"], interpolation=loader.spec.interpolation,
+    )  # fmt: skip
+
+
+def preprocessing_of(arch: str) -> dict[str, Any]:
+    """The preprocessing of a model's published weights, as fields of ModelConfig; the paper's are resized as in training."""
+    return preset("timm", arch) if arch.startswith(PREFIX) else preset("torchvision-v1", arch) | {"resizing": "short"}
 
 
 def profile_command(options: TrainOptions, precision: str) -> str:
@@ -83,7 +105,7 @@ def profile_command(options: TrainOptions, precision: str) -> str:
     command = ["python", "tools/profile_pipeline.py", options.data, "--arch", options.arch, "--precision", precision]
     for name in PROFILED:
         value = getattr(options, name)
-        if value != getattr(TrainOptions, name):
+        if value != (default_size(options.arch) if name == "image_size" else getattr(TrainOptions, name)):
             command += [f"--{name.replace('_', '-')}", *(map(str, value) if name == "scale" else [str(value)])]
     return shlex.join(command)
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 
 from model import ARCHS
+from model.make import PREFIX, check_arch, has_one_size, image_size_of
 from pipeline.errors import UserError
 from pipeline.plan import sampling
 from pipeline.plan.geometry import GEOMETRIES
@@ -27,7 +28,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "schedule": SCHEDULES,
     "geometry": GEOMETRIES,
     "interpolation": INTERPOLATIONS,
-    "mean": ("pixel", "channel"),
+    "mean": ("pixel", "channel", "model"),
     "order": ("full", "blocks"),
     "corrupt": CORRUPT,
 }
@@ -42,8 +43,9 @@ POSITIVE = (
 class TrainOptions:
     """The options of a training run. `train.py --help` describes each of them.
 
-    The constructor completes them: either `epochs` or `iterations` is set, and `arch` ends in _blur if `blurpool` is set. It
-    raises UserError for a value out of range and for options that contradict each other.
+    The constructor completes them: either `epochs` or `iterations` is set, `arch` ends in _blur if `blurpool` is set, and
+    `image_size` and `mean` are set: by default 224 and pixel or, for a model of timm, its own. It raises UserError for a value
+    out of range and for options that contradict each other.
     """
 
     recipe: str | None = None
@@ -74,7 +76,7 @@ class TrainOptions:
     weight_decay: float = 1e-4
     no_norm_decay: bool = False
 
-    image_size: int = sampling.CROP
+    image_size: int = None  # type: ignore[assignment]  # completed
     start_size: int | None = None
     ramp: tuple[float, float] | None = None
     geometry: str = "jitter"
@@ -82,7 +84,7 @@ class TrainOptions:
     area: tuple[float, float] | None = None
     interpolation: str | None = None
     alpha_std: float = sampling.ALPHA_STD
-    mean: str = "pixel"
+    mean: str = None  # type: ignore[assignment]  # completed
     eval_size: int | None = None
     flip_test: bool = False
 
@@ -108,6 +110,7 @@ class TrainOptions:
     trackers: tuple[str, ...] = ("tensorboard",)
 
     def __post_init__(self) -> None:
+        self._complete_arch()
         for name in POSITIVE:
             value = getattr(self, name)
             if value is not None and value < 1:
@@ -123,7 +126,6 @@ class TrainOptions:
             value = getattr(self, name)
             if value is not None and value not in choices:
                 raise UserError(f"`{name}` must be one of {', '.join(choices)}, not {value!r}")
-        self._complete_arch()
         if self.epochs and self.iterations:
             raise UserError("`epochs` and `iterations` both set the length of the run", "leave one out")
         if self.epochs is None and self.iterations is None:
@@ -135,14 +137,23 @@ class TrainOptions:
         check_trackers(self.trackers)
 
     def _complete_arch(self) -> None:
-        if self.arch not in ARCHS:
-            raise UserError(f"unknown `arch` {self.arch!r}", f"choose from {', '.join(ARCHS)}")
+        check_arch(self.arch)
         if self.blurpool:
             arch = self.arch.removesuffix("_blur") + "_blur"
             if arch not in ARCHS:
                 blurred = ", ".join(name for name in ARCHS if name.endswith("_blur"))
                 raise UserError(f"`blurpool`: there is no {arch}", f"choose from {blurred}")
             object.__setattr__(self, "arch", arch)
+        is_timm = self.arch.startswith(PREFIX)
+        if vars(self)["image_size"] is None:
+            object.__setattr__(self, "image_size", default_size(self.arch))
+        if vars(self)["mean"] is None:
+            object.__setattr__(self, "mean", "model" if is_timm else "pixel")
+        if self.drop_path and is_timm:  # timm draws it from torch's generator, whose state a checkpoint does not hold
+            raise UserError(f"`drop_path`: {self.arch} cannot resume with the same random numbers", "leave it out")
+        sizes = {self.image_size, self.start_size or self.image_size, self.eval_size or self.image_size}
+        if len(sizes) > 1 and has_one_size(self.arch):
+            raise UserError(f"`start_size`, `eval_size`: {self.arch} takes images of one size only", "leave them out")
 
     def _check_optimization(self) -> None:
         length, unit = self.iterations or self.epochs or 0, "iterations" if self.iterations else "epochs"
@@ -165,6 +176,11 @@ class TrainOptions:
             raise UserError(f"`drop_path`: {self.arch} has no residual branches to drop", "leave it out")
         if self.mixup < 0 or self.cutmix < 0:
             raise UserError("`mixup` and `cutmix` must not be negative")
+
+
+def default_size(arch: str) -> int:
+    """The image size if none is given, pixels: that of the paper or, for a model of timm, its own."""
+    return image_size_of(arch) if arch.startswith(PREFIX) else sampling.CROP
 
 
 def _total_steps(options: TrainOptions, steps_per_epoch: int) -> int:

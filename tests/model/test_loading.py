@@ -13,16 +13,8 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 
 from model import ARCHS
-from model.loading import (
-    ASSUMED,
-    PUBLISHED,
-    _identify,
-    arch_of_name,
-    initial_weights,
-    load_model,
-    published_config,
-    weights_file,
-)  # fmt: skip
+from model.loading import _identify, arch_of_name, initial_weights, load_model, weights_file
+from model.preprocessing import ASSUMED, PUBLISHED, published_config
 from model.weights import ModelConfig, save_weights
 from pipeline.errors import UserError
 from tests.model.test_resnet import torchvision_shapes
@@ -198,25 +190,39 @@ def test_file_names_give_the_architecture() -> None:
 )
 def test_published_files_are_tested_at_their_published_size(name: str, short: int, crop: int, tmp_path: Path) -> None:
     (tmp_path / name).write_bytes(b"weights")
-    config = published_config(tmp_path / name, "resnet50", 224)
+    config = published_config(tmp_path / name, "resnet50")
     assert (config.eval_short, config.image_size) == (short, crop)
+    bicubic = " (bicubic)" if "tv" not in name and "_" in name else ""
     assert config.preprocessing.startswith(
-        f"short side {short}, crop {crop}, mean (123.68, 116.28, 103.53), std (58.395, 57.12, 57.375), from the file's name ("
+        f"short side {short}{bicubic}, crop {crop}, mean (123.68, 116.28, 103.53), std (58.395, 57.12, 57.375), "
+        "from the file's name ("
     )
-    assert ("instead of bicubic" in config.preprocessing) == ("tv" not in name and "_" in name)
+    assert config.resizing == "torchvision"
 
 
 def test_renamed_files_are_recognized_by_their_content(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "best.pth").write_bytes(b"weights")
-    config = published_config(tmp_path / "best.pth", "resnet50", 224)
+    size = 46_830_571  # of torchvision's resnet18-f37072fd.pth
+    with (tmp_path / "best.pth").open("wb") as file:
+        file.truncate(size)
+    config = published_config(tmp_path / "best.pth", "resnet18")
     assert (config.eval_short, config.image_size, config.origin) == (256, 224, ASSUMED)
-    digits = hashlib.sha256(b"weights").hexdigest()[:8]
+    digits = hashlib.sha256(bytes(size)).hexdigest()[:8]
     monkeypatch.setitem(PUBLISHED, digits, (232, 224, "bilinear"))
-    config = published_config(tmp_path / "best.pth", "resnet50", 224)
+    config = published_config(tmp_path / "best.pth", "resnet18")
     assert (config.eval_short, config.image_size) == (232, 224)
     assert config.origin == f"the file's content (SHA-256 {digits}...)"
-    small = published_config(tmp_path / "best.pth", "resnet20", 32)  # CIFAR's images are not resized
+    small = published_config(tmp_path / "best.pth", "resnet20")  # CIFAR's images are not resized
     assert (small.eval_short, small.image_size, small.origin) == (32, 32, ASSUMED)
+
+
+@pytest.mark.parametrize(("arch", "size"), [("resnet18", 46_000_000), ("resnet50", 46_830_571), ("resnet18", 200_000_000)])
+def test_files_of_another_size_are_not_read_to_compare_their_content(
+    arch: str, size: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pipeline.store.files.sha256", lambda path: pytest.fail("the file was read"))
+    with (tmp_path / "best.pth").open("wb") as file:
+        file.truncate(size)
+    assert published_config(tmp_path / "best.pth", arch).origin == ASSUMED
 
 
 @pytest.mark.parametrize(
@@ -241,10 +247,17 @@ def test_timm_folders_are_tested_as_in_timms_validation(entries: dict[str, Any],
     changed = write_timm_folder(tmp_path / "other", weights, pretrained_cfg=entries | {"x": 1, "crop_mode": "squash"})
     _, config = _identify(changed / "model.safetensors", {}, None)
     assert config is not None
-    assert "bilinear instead of bicubic interpolation, and with a central crop instead of squash" in config.preprocessing
-    for wrong in ({"crop_pct": 1.2}, {"crop_pct": float("nan")}, {"crop_pct": -1}, {"test_input_size": [3, 0, 0]}):
+    assert (config.resizing, config.interpolation) == ("square", "bicubic")
+    assert config.preprocessing.startswith(f"both sides {short} (bicubic), crop {size}, ")
+    for wrong in (
+        {"crop_pct": 1.2},
+        {"crop_pct": float("nan")},
+        {"crop_pct": -1},
+        {"test_input_size": [3, 0, 0]},
+        {"input_size": [3, 224, 168]},
+    ):
         damaged = write_timm_folder(tmp_path / str(wrong), weights, pretrained_cfg={"x": 1} | wrong)
-        with pytest.raises(UserError, match=r"config\.json is damaged"):
+        with pytest.raises(UserError, match=r"config\.json: is damaged"):
             _identify(damaged / "model.safetensors", {}, None)
 
 
@@ -273,9 +286,9 @@ def test_timm_folders(tmp_path: Path) -> None:
 
     for changes, words in (
         ({"architecture": "resnet50"}, "does not fit resnet50"),
-        ({"architecture": "resnet18d"}, "holds a resnet18d, which is not supported"),
+        ({"architecture": "resnet18q"}, "holds a resnet18q: .*timm"),
         ({"model_args": {"output_stride": 8}}, "model_args"),
-        ({"pretrained_cfg": {"input_size": 3}}, "config.json is damaged"),
+        ({"pretrained_cfg": {"input_size": 3}}, "config.json: is damaged"),
         ({"label_names": ["a"]}, "names 1 classes, but has 7 outputs"),
     ):
         other = write_timm_folder(tmp_path / words[:18], weights, **changes)

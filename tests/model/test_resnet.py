@@ -1,7 +1,10 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -9,7 +12,9 @@ from torch import nn
 
 from model import ARCHS
 from model.describe import describe, table
-from model.resnet import BasicBlock, Block, ZeroPadding, option_b
+from model.loading import initial_weights, load_model
+from model.resnet import BasicBlock, Block, ZeroPadding, option_b, pad_at_end
+from model.weights import ModelConfig, save_weights
 
 PARAMETERS = {
     "resnet18": 11_689_512,
@@ -201,7 +206,7 @@ def test_zero_padding_is_the_subsampled_input_and_zeros() -> None:
     for channel in range(7):
         for row in range(3):
             for column in range(2):
-                expected = x[:, channel, 2 * row, 2 * column] if channel < 3 else torch.zeros(2)
+                expected = x[:, channel - 2, 2 * row, 2 * column] if 2 <= channel < 5 else torch.zeros(2)
                 assert torch.equal(out[:, channel, row, column], expected)
 
 
@@ -215,34 +220,84 @@ def test_the_position_of_the_bottlenecks_stride(arch: str, strides: tuple[int, .
         assert first.downsample[0].stride == (2, 2)
 
 
-@pytest.mark.parametrize("arch", ["plain20", "resnet20"])
-def test_cifar_models_follow_section_4_2(arch: str) -> None:
-    """The reference is the section's model, written with torch.nn.functional."""
-    torch.manual_seed(0)
-    model = ARCHS[arch]().eval()
-    for module in model.modules():
-        if isinstance(module, nn.BatchNorm2d):
-            assert module.running_mean is not None
-            assert module.running_var is not None
-            nn.init.uniform_(module.running_mean, -1, 1)
-            nn.init.uniform_(module.running_var, 0.5, 2)
-    weights = model.state_dict()
+def cifar_forward(weights: dict[str, torch.Tensor], images: torch.Tensor, before: tuple[int, int] | None) -> torch.Tensor:
+    """Logits of the 20-layer model of section 4.2, written with torch.nn.functional.
+
+    before: for the two shortcuts where dimensions grow, how many of the new channels come before the others. None: no shortcuts.
+    """
 
     def conv_bn(x: torch.Tensor, conv: str, norm: str, stride: int) -> torch.Tensor:
         x = F.conv2d(x, weights[f"{conv}.weight"], stride=stride, padding=1)
-        parts = [weights[f"{norm}.{part}"] for part in ("running_mean", "running_var", "weight", "bias")]
-        return F.batch_norm(x, *parts)
+        mean, var, scale, shift = (weights[f"{norm}.{part}"] for part in ("running_mean", "running_var", "weight", "bias"))
+        return F.batch_norm(x, mean, var, scale, shift)
 
-    images = torch.randn(2, 3, 32, 32)
     x = conv_bn(images, "conv1", "bn1", 1).relu()
     for stage in (1, 2, 3):
         for block in range(3):
             stride = 2 if stage > 1 and block == 0 else 1
             name = f"layer{stage}.{block}"
             out = conv_bn(conv_bn(x, f"{name}.conv1", f"{name}.bn1", stride).relu(), f"{name}.conv2", f"{name}.bn2", 1)
-            if arch.startswith("resnet"):
-                out = out + (torch.cat([x[:, :, ::2, ::2], torch.zeros_like(x[:, :, ::2, ::2])], 1) if stride == 2 else x)
-            x = out.relu()
-    expected = F.linear(x.mean((2, 3)), weights["fc.weight"], weights["fc.bias"])
-    assert torch.allclose(model(images), expected, atol=1e-4, rtol=1e-4)
+            if before and stride == 2:
+                small = x[:, :, ::2, ::2]
+                zeros = torch.zeros_like(small).split([before[stage - 2], small.shape[1] - before[stage - 2]], 1)
+                x = torch.cat([zeros[0], small, zeros[1]], 1)
+            x = (out + x if before else out).relu()
+    return F.linear(x.mean((2, 3)), weights["fc.weight"], weights["fc.bias"])
+
+
+def cifar_weights(arch: str) -> dict[str, torch.Tensor]:
+    """Random weights, with running statistics that differ from a new model's."""
+    torch.manual_seed(0)
+    state = ARCHS[arch]().state_dict()
+    for name, tensor in state.items():
+        if name.endswith("running_mean"):
+            tensor.uniform_(-1, 1)
+        elif name.endswith(("running_var", "bn2.weight", "bn2.bias")):
+            tensor.uniform_(0.5, 2)
+    return state
+
+
+BOTH_SIDES, AT_END = (8, 16), (0, 0)
+
+
+@pytest.mark.parametrize(("arch", "before"), [("plain20", None), ("resnet20", BOTH_SIDES)])
+def test_cifar_models_follow_section_4_2(arch: str, before: tuple[int, int] | None) -> None:
+    weights, images = cifar_weights(arch), torch.randn(2, 3, 32, 32)
+    model = ARCHS[arch]().eval()
+    model.load_state_dict(weights)
+    assert torch.allclose(model(images), cifar_forward(weights, images, before), atol=1e-4, rtol=1e-4)
+
+
+def test_weights_of_version_0_1_which_appended_channels_give_the_same_logits(tmp_path: Path) -> None:
+    """Such a file has no key that says where option A pads."""
+    weights, images = cifar_weights("resnet20"), torch.randn(2, 3, 32, 32)
+    config = ModelConfig("resnet20", [], 32, 32, np.zeros(3, np.float32), np.ones(3, np.float32))
+    for name, pads_at_end, before in (("old", True, AT_END), ("new", False, BOTH_SIDES)):
+        save_weights(tmp_path / f"{name}.safetensors", weights, replace(config, pads_at_end=pads_at_end).header())
+        model, found = load_model(tmp_path / f"{name}.safetensors", None, None)
+        expected = cifar_forward(weights, images, before)
+        assert torch.allclose(model.eval()(images), expected, atol=1e-4, rtol=1e-4)
+        assert not torch.allclose(expected, cifar_forward(weights, images, BOTH_SIDES if pads_at_end else AT_END), atol=0.1)
+        assert not found.pads_at_end
+        again = ARCHS["resnet20"]()
+        initial_weights(tmp_path / f"{name}.safetensors", "resnet20", again, [str(label) for label in range(10)])
+        assert torch.allclose(again.eval()(images), expected, atol=1e-4, rtol=1e-4)
+    assert "padding" not in replace(config, pads_at_end=True).header()
+    assert "padding" not in replace(config, arch="resnet18").header()
+    continued = ARCHS["resnet20"]().eval()
+    continued.load_state_dict(weights)
+    pad_at_end(continued)
+    assert torch.allclose(continued(images), cifar_forward(weights, images, AT_END), atol=1e-4, rtol=1e-4)
+
+
+def test_published_weights_for_cifar_load(tmp_path: Path) -> None:
+    """The layout of github.com/akamaster/pytorch_resnet_cifar10: DataParallel's prefix, `linear` for the classifier."""
+    weights, images = cifar_weights("resnet20"), torch.randn(2, 3, 32, 32)
+    names = {name: f"module.{name.replace('fc.', 'linear.')}" for name in weights}
+    content = {"state_dict": {names[name]: tensor for name, tensor in weights.items()}, "best_prec1": torch.tensor(91.73)}
+    torch.save(content, tmp_path / "resnet20-12fca82f.th")
+    model, config = load_model(tmp_path / "resnet20-12fca82f.th", None, None)
+    assert torch.allclose(model.eval()(images), cifar_forward(weights, images, BOTH_SIDES), atol=1e-4, rtol=1e-4)
+    assert (config.arch, config.eval_short, config.image_size) == ("resnet20", 32, 32)
+    assert config.origin == "the file's name (12fca82f)"
     assert sum(isinstance(module, Block) for module in model.modules()) == 9

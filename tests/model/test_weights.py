@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from model import ARCHS
+from model.loading import load_model
 from model.weights import ModelConfig, load_weights, save_weights
 from pipeline.errors import UserError
 
@@ -41,12 +42,34 @@ def test_weights_and_config_round_trip(tmp_path: Path) -> None:
 def test_pth_files_in_common_layouts_load(tmp_path: Path) -> None:
     state = ARCHS["resnet18"](num_classes=2).state_dict()
     wrapped = {f"module.{name}": tensor for name, tensor in state.items()}
-    for index, content in enumerate((state, {"state_dict": wrapped, "epoch": 3}, {"model": state})):
-        torch.save(content, tmp_path / f"{index}.pth")
-        weights, header = load_weights(tmp_path / f"{index}.pth")
+    nested = {f"module.model._orig_mod.backbone.{name}": tensor for name, tensor in state.items()}
+    head = {f"head.{name}" if name.startswith("fc.") else f"backbone.{name}": tensor for name, tensor in state.items()}
+    save_file(nested, tmp_path / "nested.safetensors")
+    for name, content in {
+        "plain.pth": state, "wrapped.pth.tar": {"state_dict": wrapped, "epoch": 3}, "model.th": {"model": state},
+        "lightning.ckpt": {"state_dict": nested, "hyper_parameters": {}}, "kuangliu.pth": {"net": wrapped, "acc": 9.5},
+        "ema.bin": {"model_state_dict": {}, "state_dict_ema": state}, "openmmlab.pth": {"meta": {}, "state_dict": head},
+        "nested.safetensors": None,
+    }.items():  # fmt: skip
+        if content:
+            torch.save(content, tmp_path / name)
+        weights, header = load_weights(tmp_path / name)
         assert header == {}
         assert weights.keys() == state.keys()
         assert torch.equal(weights["conv1.weight"], state["conv1.weight"])
+
+
+def test_the_architecture_that_a_checkpoint_names_is_found(tmp_path: Path) -> None:
+    """As in the checkpoints of PyTorch's ImageNet example and of timm."""
+    torch.save({"arch": "resnet20", "state_dict": ARCHS["resnet20"]().state_dict()}, tmp_path / "model_best.pth.tar")
+    assert load_model(tmp_path / "model_best.pth.tar", None, None)[1].arch == "resnet20"
+
+
+def test_a_file_of_two_models_is_refused(tmp_path: Path) -> None:
+    state = ARCHS["resnet20"]().state_dict()
+    torch.save(state | {f"module.{name}": tensor for name, tensor in state.items()}, tmp_path / "two.pth")
+    with pytest.raises(UserError, match=r"^\S+two\.pth: holds several models \(module\.conv1\.weight is there twice\); give"):
+        load_weights(tmp_path / "two.pth")
 
 
 def test_half_precision_becomes_float32(tmp_path: Path) -> None:

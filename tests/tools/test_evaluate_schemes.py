@@ -22,7 +22,7 @@ from pipeline.convert.make import ConvertOptions, make_shards
 from pipeline.engines.multiview import MultiViewBatch, ViewSpec
 from pipeline.errors import UserError
 from pipeline.loader import Loader
-from pipeline.plan.geometry import CentreCrop, WholeImage
+from pipeline.plan.geometry import TorchvisionCrop, WholeImage
 from pipeline.spec import LoaderSpec
 from pipeline.store.shards import Manifest, ShardSet
 from tests.helpers import random_image, run_forked
@@ -434,7 +434,9 @@ def plain_weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ("file", "options", "short", "crop", "printed"),
     [
         ("resnet18.tv2_in1k.pth", (), 232, 224, "(123.68, 116.28, 103.53), std (58.395, 57.12, 57.375), from the file's name"),
-        ("resnet18.pth", (), 256, 224, "from torchvision's V1 weights, as the file does not tell; --resize, --crop, "),
+        ("resnet18.pth", (), 256, 224, "from torchvision's V1 weights, as the file does not tell; --preset, --resize, --crop, "),
+        ("resnet18.pth", ("--preset", "torchvision-v2"), 232, 224, "from the preset torchvision-v2\n"),
+        ("resnet18.pth", ("--preset", "none"), 224, 224, "mean (0, 0, 0), std (255, 255, 255), from the preset none\n"),
         ("resnet18.pth", ("--resize", 80, "--crop", 64), 80, 64, "from the options and torchvision's V1 weights"),
         ("resnet18.pth", ("--resize", 80, "--crop", 64, "--mean", 0, 0.5, 1, "--std", 0.5, 0.5, 1), 80, 64,
          "short side 80, crop 64, mean (0, 127.5, 255), std (127.5, 127.5, 255), from the options\n"),
@@ -448,7 +450,7 @@ def test_preprocessing_is_that_of_the_file_or_the_options_and_is_printed(
     (tmp_path / file).symlink_to(plain_weights)
     opened: list[ViewSpec] = []
 
-    def noted(options: EvaluateOptions, view_specs: Sequence[ViewSpec]) -> tuple[list[MultiViewBatch], int]:
+    def noted(options: EvaluateOptions, view_specs: Sequence[ViewSpec], _: str) -> tuple[list[MultiViewBatch], int]:
         opened.extend(view_specs)
         return [
             MultiViewBatch({view_specs[0]: torch.zeros(1, crop, crop, 3, dtype=torch.uint8)}, torch.tensor([0]), np.arange(1))
@@ -456,7 +458,7 @@ def test_preprocessing_is_that_of_the_file_or_the_options_and_is_printed(
 
     monkeypatch.setattr(evaluate, "open_batches", noted)
     evaluated(tmp_path / file, "--data", small_shards, *options)
-    assert opened == [ViewSpec(CentreCrop(short), crop)]
+    assert opened == [ViewSpec(TorchvisionCrop(short), crop)]
     assert f"{tmp_path / file}: short side {short}, crop {crop}, mean (" in (out := capsys.readouterr().out)
     assert printed in out
 

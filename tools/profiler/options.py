@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from model import ARCHS
+from model.make import check_arch
 from pipeline import ENGINES
 from pipeline.errors import UserError
 from pipeline.spec import PRECISIONS, LoaderSpec
@@ -48,11 +48,12 @@ class ProfileOptions:
 
     def __post_init__(self) -> None:
         choices = [("precision", self.precision, PRECISIONS), ("cache_state", self.cache_state, CACHE_STATES)]
-        choices += [("arch", self.arch, ARCHS)] if self.arch is not None else []
         choices += [("engines", engine, ENGINES) for engine in self.engines]
         for name, value, known in choices:
             if value not in known:
                 raise UserError(f"`{name}`: there is no {value!r}", f"choose from {', '.join(known)}")
+        if self.arch is not None:
+            check_arch(self.arch)
         if self.repeats < 2:
             raise UserError(f"`repeats` must be at least 2 for a confidence interval, not {self.repeats}")
         for name, number in (

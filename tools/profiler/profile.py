@@ -13,7 +13,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from model import ARCHS
+from model.make import make_model
 from pipeline import choose_engine
 from pipeline.doctor.machine import available_memory
 from pipeline.errors import UserError
@@ -236,7 +236,7 @@ class Profiler:
             copy=copy,
             pixel_bytes=pixel_bytes,
         )
-        parameters = sum(p.numel() for p in ARCHS[options.arch]().parameters()) if options.arch else None
+        parameters = sum(p.numel() for p in make_model(options.arch).parameters()) if options.arch else None
         return plan_ahead(host, options.gpus or 1, options.hosts or 1, demand, parameters, spec.batch_size)
 
     def _tune(self) -> dict[str, Any]:

@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from model import ARCHS
+from model.make import make_model
 from pipeline.loader import Batch
 from pipeline.progress import progress_bar
 from pipeline.spec import PRECISIONS, LoaderSpec
@@ -51,12 +51,12 @@ class Model:
     emulated = False
 
     def __init__(self, arch: str, precision: str, spec: LoaderSpec, classes: int, slower_ms: float = 0.0) -> None:
-        """arch: a name in ARCHS. precision: Accelerate's name. slower_ms: milliseconds to wait per image, an injected fault."""
+        """arch: for `make_model`. precision: Accelerate's name. slower_ms: milliseconds to wait per image, an injected fault."""
         self.what = f"{arch}, {precision if precision != 'no' else 'float32'}"
         self.dtype = PRECISIONS[precision]
         self._slower = slower_ms / 1e3
         self._kind = torch.device(spec.device).type
-        model = ARCHS[arch](num_classes=classes).to(spec.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        model = make_model(arch, classes, image_size=spec.final_size).to(spec.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.module = model.train()
         self._optimizer = make_optimizer("sgd", model, 1e-3, MOMENTUM, WEIGHT_DECAY, norm_and_bias=True)
         self._scaler = torch.amp.GradScaler(self._kind, enabled=precision == "fp16")

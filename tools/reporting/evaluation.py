@@ -13,7 +13,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from model import ARCHS
+from model.make import check_arch
+from model.preprocessing import PRESETS, preset
 from model.schemes import SCHEMES
 from model.weights import ModelConfig
 from pipeline import open_loader
@@ -21,7 +22,7 @@ from pipeline.cli import Parser, add_cache_flags, add_verify_flag, positive
 from pipeline.engines.multiview import MultiViewBatch, MultiViewLoader, ViewSpec
 from pipeline.errors import UserError
 from pipeline.plan.geometry import MAX_ASPECT, WholeImage
-from pipeline.spec import PRECISIONS, LoaderSpec
+from pipeline.spec import INTERPOLATIONS, PRECISIONS, LoaderSpec
 from pipeline.store.shards import ShardSet
 from training.launch import cores_per_process
 
@@ -30,6 +31,9 @@ log = logging.getLogger("cropfeed")
 MAX_CONFUSION = 10_000  # most classes of a confusion matrix, which takes 8 * classes^2 bytes
 MAX_BATCH = 1_000_000  # crops
 MAX_SIDE = 4096  # pixels of a short side or a crop: with 64 channels, a whole image takes gigabytes in the model
+
+
+PREPROCESSING = ("preset", "resize", "resize_to", "crop", "interpolation", "mean", "std")  # options
 
 
 def _default_device() -> str:
@@ -46,7 +50,10 @@ class EvaluateOptions:
     - scales: short sides for multi-scale, pixels. Empty: the paper's.
     - shares: the weight of each member of an ensemble, in their order. Empty: equal weights.
     - arch: architecture, for weights that do not name it.
+    - preset: preprocessing instead of the models' own: a name in PRESETS, or the config.json of a model of timm or the
+      preprocessor_config.json of one of transformers. The following ones replace parts of it.
     - resize, crop: short side and side of the crop, pixels, instead of the models' own. None: their own.
+    - resize_to: "short" for the short side, "square" for both sides. interpolation: as in `LoaderSpec`. None: the models' own.
     - mean, std: of each channel, for pixels in 0..1, instead of the models' own. Empty: their own.
     - precision: "no" (float32), "fp16" or "bf16".
     - batch_size, device, engine, threads, cache, cache_gb, verify: as in `LoaderSpec`.
@@ -58,7 +65,10 @@ class EvaluateOptions:
     scales: tuple[int, ...] = ()
     shares: tuple[float, ...] = ()
     arch: str | None = None
+    preset: str | None = None
     resize: int | None = None
+    resize_to: str | None = None
+    interpolation: str | None = None
     crop: int | None = None
     mean: tuple[float, ...] = ()
     std: tuple[float, ...] = ()
@@ -85,14 +95,20 @@ class EvaluateOptions:
                 raise UserError(f"unknown scheme {scheme!r} in `schemes`", f"choose from {', '.join(SCHEMES)}")
         if self.precision not in PRECISIONS:
             raise UserError(f"`precision` is {', '.join(PRECISIONS)}, not {self.precision!r}")
-        if self.arch is not None and self.arch not in ARCHS:
-            raise UserError(f"unknown `arch` {self.arch!r}", f"choose from {', '.join(ARCHS)}")
+        if self.arch is not None:
+            check_arch(self.arch)
+        if self.preset is not None and self.preset not in PRESETS and not self.preset.endswith(".json"):
+            raise UserError(f"unknown `preset` {self.preset!r}", f"choose from {', '.join(PRESETS)}, or give a .json file")
         if not all(share > 0 and math.isfinite(share) for share in self.shares):
             raise UserError("`shares` must be above 0", "leave out members that should have no weight")
         if not all(0 <= value <= 1 for value in self.mean):
             raise UserError("`mean` must lie in 0..1", "divide values for 0..255 by 255")
         if not all(0 < value <= 1 for value in self.std):
             raise UserError("`std` must be above 0 and at most 1", "divide values for 0..255 by 255")
+
+    @property
+    def changes_preprocessing(self) -> bool:
+        return any(getattr(self, name) for name in PREPROCESSING)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -119,7 +135,12 @@ def add_loading_flags(parser: Parser) -> None:
 def add_preprocessing_flags(parser: Parser) -> None:
     """Add the flags that replace the models' own preprocessing."""
     group = parser.add_argument_group("preprocessing, instead of the models' own")
+    group.add_argument("--preset", metavar="NAME", help="that of torchvision-v1 or torchvision-v2 weights; timm: of the model's "
+                       "weights in timm; none: resized to the model's size, pixels in 0..1; or a config.json of timm or "
+                       "preprocessor_config.json of transformers. The other options replace parts of it")  # fmt: skip
     group.add_argument("--resize", type=positive, metavar="N", help="short side to which images are resized, in pixels")
+    group.add_argument("--resize-to", choices=("short", "square"), help="resize the short side, or both sides to a square")
+    group.add_argument("--interpolation", choices=INTERPOLATIONS, help="filter of the resizing, antialiased in any case")
     group.add_argument("--crop", type=positive, metavar="N", help="side of the crop, in pixels")
     for flag, what in (("--mean", "mean"), ("--std", "standard deviation")):
         group.add_argument(flag, type=float, nargs=3, metavar=("R", "G", "B"), help=f"{what} of each channel, for pixels in 0..1")
@@ -135,15 +156,23 @@ def options_from(args: argparse.Namespace) -> EvaluateOptions:
 
 def with_preprocessing(config: ModelConfig, options: EvaluateOptions) -> ModelConfig:
     """The config with the preprocessing that the options give."""
+    if options.preset:
+        config = replace(config, **preset(options.preset, config.arch))
     mean, std = (np.array(values, np.float32) * 255 if values else None for values in (options.mean, options.std))
-    given = {"eval_short": options.resize, "image_size": options.crop, "mean": mean, "std": std}
-    changes: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
+    given: dict[str, Any] = {"eval_short": options.resize, "image_size": options.crop, "mean": mean, "std": std}
+    given |= {"interpolation": options.interpolation, "resizing": options.resize_to}
+    if options.resize_to == "short" and config.resizing == "torchvision":
+        del given["resizing"]  # the short side already, with torchvision's rounding
+    changes = {name: value for name, value in given.items() if value is not None}
     if not changes:
         return config
-    return replace(config, **changes, origin="the options" + (f" and {config.origin}" if len(changes) < len(given) else ""))
+    is_all = {"eval_short", "image_size", "mean", "std"} <= changes.keys()
+    return replace(config, **changes, origin="the options" + ("" if is_all else f" and {config.origin}"))
 
 
-def open_batches(options: EvaluateOptions, view_specs: Sequence[ViewSpec]) -> tuple[Iterable[MultiViewBatch], int]:
+def open_batches(
+    options: EvaluateOptions, view_specs: Sequence[ViewSpec], interpolation: str = "bilinear"
+) -> tuple[Iterable[MultiViewBatch], int]:
     """Batches of uint8 views, and their number. One view per image can come from any engine, several only from the CPU engine."""
     assert options.data is not None
     spec = LoaderSpec(
@@ -157,6 +186,7 @@ def open_batches(options: EvaluateOptions, view_specs: Sequence[ViewSpec]) -> tu
         cache=options.cache,
         cache_gb=options.cache_gb,
         verify=options.verify,
+        interpolation=interpolation,
     ).evaluation(options.split)
     if len(view_specs) > 1:
         multi = MultiViewLoader(spec, view_specs)

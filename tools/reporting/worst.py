@@ -87,6 +87,7 @@ class RunEvaluator:
     scheme: str
     meter: AccuracyMeter
     limit: int
+    interpolation: str
     worst: list[WorstImage] = field(default_factory=list)
 
     def update(self, batch: MultiViewBatch) -> None:
@@ -148,10 +149,12 @@ def _evaluate_group(
             found[run.name] = with_flags(str(error))
     if not evaluators:
         return found
-    view_specs = list(dict.fromkeys(view for one in evaluators.values() for view in one.classifier.view_specs))
-    batches, count = open_batches(replace(options, data=data), view_specs)
-    label = f"evaluating {', '.join(evaluators)}"
-    found |= _update_all(evaluators, progress_bar(batches, total=count, desc=label, unit=" batches"))
+    for interpolation in sorted({one.interpolation for one in evaluators.values()}):
+        some = {name: one for name, one in evaluators.items() if one.interpolation == interpolation}
+        view_specs = list(dict.fromkeys(view for one in some.values() for view in one.classifier.view_specs))
+        batches, count = open_batches(replace(options, data=data), view_specs, interpolation)
+        label = f"evaluating {', '.join(some)}"
+        found |= _update_all(some, progress_bar(batches, total=count, desc=label, unit=" batches"))
     shards = ShardSet(data, options.split, options.cache, options.cache_gb, tars=False)
     for run, weights in members:
         if run.name not in found:
@@ -186,7 +189,7 @@ def _evaluator(run: Run, weights: Path, classes: list[str], options: EvaluateOpt
     how = [scheme], (), options.device, options.dtype, options.batch_size
     classifier = MultiViewClassifier(run.name, model, config, *how)
     meter = AccuracyMeter(len(classes), torch.device(options.device), len(classes) <= MAX_CONFUSION)
-    return RunEvaluator(classifier, scheme, meter, worst)
+    return RunEvaluator(classifier, scheme, meter, worst, config.interpolation)
 
 
 def _update_all(evaluators: dict[str, RunEvaluator], batches: Iterable[MultiViewBatch]) -> dict[str, str]:

@@ -331,7 +331,8 @@ def test_the_crop_of_torchvision_is_that_of_the_whole_image_resized_by_pillow(he
     """torchvision.transforms: Resize(72) gives int(72 * long / short) pixels for the long side, CenterCrop(65) rounds half to
     even."""
     image = Image.fromarray(random_image(height, width))
-    sides = (72, 72) if square else tuple(int(72 * side / min(height, width)) for side in (width, height))
+    short = min(height, width)
+    sides = (72, 72) if square else (int(72 * width / short), int(72 * height / short))
     left, top = (round((side - 65) / 2.0) for side in sides)
     expected = np.asarray(image.resize(sides, Image.Resampling.BILINEAR))[top : top + 65, left : left + 65]
     (low_y, low_x, high_y, high_x), *_ = views(TorchvisionCrop(72, square=square), height, width, 65).windows
