@@ -201,7 +201,7 @@ def runnable(words: list[str]) -> list[str] | None:
 
 @pytest.fixture(scope="module")
 def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with images, data/shards, and runs/resnet50, a run that can be resumed."""
+    """A folder with images, data/shards, data/tagged with fields, and runs/resnet50, a run that can be resumed."""
     folder = tmp_path_factory.mktemp("docs")
     write_image_folder(folder / "images", classes=4, train=70, val=6)  # enough for a batch of 256
     result = run_script("tools/make_shards.py", folder / "images", "--out", folder / "data" / "shards", "--workers", 2)
@@ -209,12 +209,15 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
     photos = sorted((folder / "images" / "train").rglob("*.JPEG"))
     (folder / "crawled").mkdir()
     with tarfile.open(folder / "crawled" / "00000.tar", "w") as tar, (folder / "labels.csv").open("w") as labels:
-        labels.write("path,species\n")
+        labels.write("path,species,caption\n")
         for number, path in enumerate(photos):
-            labels.write(f"{path.relative_to(folder / 'images' / 'train')},{path.parent.name}\n")
+            labels.write(f"{path.relative_to(folder / 'images' / 'train')},{path.parent.name},number {number}\n")
             tar.add(path, f"{number:05}.jpg")
-            (folder / "one.json").write_text(json.dumps({"category": path.parent.name}))
+            (folder / "one.json").write_text(json.dumps({"category": path.parent.name, "tags": ["dog", "tree"]}))
             tar.add(folder / "one.json", f"{number:05}.json")
+    tagged = ("--out", folder / "data" / "tagged", "--label-column", "category", "--workers", 2)
+    result = run_script("tools/make_shards.py", folder / "crawled", *tagged)
+    assert result.returncode == 0, result.stderr
     for other in ("imagenette", "cifar"):
         (folder / "data" / other).symlink_to("shards")
     result = run(folder, ["train.py", *small_training(["--data", f"{folder}/data/shards", "--output", "runs/resnet50"])])

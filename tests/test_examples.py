@@ -40,6 +40,16 @@ def test_quickstart() -> None:
     assert int(found[1]) >= 95
 
 
+@pytest.mark.slow
+def test_multi_label() -> None:
+    """Tags of other samples, or in another order, could not be learned: at random, half of them are right."""
+    result = run_script("examples/multi_label.py")
+    assert result.returncode == 0, result.stderr
+    found = re.search(r"(\d+)% of 192 tags of validation images are right", result.stdout)
+    assert found, result.stdout
+    assert int(found[1]) >= 90
+
+
 @pytest.fixture(scope="module")
 def shards(image_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The images as tars and as .beton files."""
