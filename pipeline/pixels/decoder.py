@@ -135,6 +135,8 @@ def has_many_scans(data: Any) -> bool:
     while (found := _MARKER.search(view, position)) and (marker := found[0][-1]) != 0xD9:
         if marker in (0xC0, 0xC1):  # sequential: each scan has bits for each block, so the file's size bounds the time
             return False
+        if marker == 0xDA and scans == 0 and len(re.findall(rb"\xff\xda", view)) <= MAX_SCANS:  # faster than to go on
+            return False
         scans += marker == 0xDA
         position = found.end()
         if marker != 0x01 and not 0xD0 <= marker <= 0xD8:  # those have no length

@@ -53,6 +53,7 @@ CONVERTERS = (  # label, engine in convert.csv
     ("**Cropfeed**, compact", "cropfeed compact"),
     ("**Cropfeed**, original", "cropfeed original"),
     ("**Cropfeed**, lossless, with every image in the statistics", "cropfeed lossless, all in the statistics"),
+    ("**Cropfeed**, lossless, from progressive JPEGs", "cropfeed lossless, progressive JPEGs"),
     ("FFCV's DatasetWriter (JPEG, 500 px, quality 90)", "ffcv DatasetWriter, jpg, 500 px, q90"),
     ("WebDataset's ShardWriter (copies files without a check)", "webdataset ShardWriter, bytes as they are"),
 )

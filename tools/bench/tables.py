@@ -126,9 +126,12 @@ def converter(results: Path) -> list[str]:
     for label, engine in labels.CONVERTERS:
         metrics = "images_per_s", "times_ffcv_writer", "bytes_ratio"
         rate, speedup, size = (pick(run, engine=engine, metric=metric) for metric in metrics)
-        lines.append((label, show(rate), show(speedup, "{:.2f} ×"), show(size, "{:.3f}")))
+        if rate:
+            lines.append((label, show(rate), show(speedup, "{:.2f} ×"), show(size, "{:.3f}")))
     head = "", "images/s", "over FFCV's writer", "size over the source"
-    return table(head, lines, run, f"{run[0]['spec']}; medians of repeats")
+    memory = [f"{show(row)} MB for {row['spec'].split(', ')[1]}" for row in run if row["metric"] == "peak_memory_mb"]
+    peak = f"; peak memory with one worker: {', '.join(memory)}" if memory else ""
+    return table(head, lines, run, f"{run[0]['spec']}; medians of repeats{peak}")
 
 
 def profiler(results: Path) -> list[str]:
