@@ -156,6 +156,8 @@ def _lossless(data: bytes, facts: tuple[str, ...]) -> ConvertedImage:
     header = parse(data)
     if header.height * header.width > MAX_PIXELS:
         raise ValueError("too many pixels")
+    if len(header.sampling) == 4 and "CMYK" not in facts:  # with no metadata, it was not opened
+        facts = ("CMYK", *facts)
     return ConvertedImage(transcode(data, decode_jpeg), header.height, header.width, facts, None)
 
 

@@ -288,6 +288,14 @@ PROFILES_OF_COLOR = {
 }
 
 
+def test_cmyk_without_an_adobe_marker_is_reported() -> None:
+    data = saved(COLOUR.convert("CMYK"))
+    at = data.index(b"\xff\xee")
+    data = data[:at] + data[at + 2 + int.from_bytes(data[at + 2 : at + 4]) :]
+    for profile in PROFILES:
+        assert convert_image(data, profile).facts == ("CMYK",)
+
+
 @pytest.mark.parametrize("name", PROFILES_OF_COLOR)
 def test_color_profiles_other_than_srgb_are_reported_and_ignored(name: str) -> None:
     profile, is_srgb = PROFILES_OF_COLOR[name]
