@@ -56,7 +56,7 @@ def varied(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
 
     @cache
     def of_profile(profile: str) -> Path:
-        mode = "jpg" if profile == "original" else "region"  # region takes only JPEGs
+        mode = "jpg" if profile == "original" else "region"  # so that both are tested
         return make(root / "images", root / profile, profile=profile, beton=BetonSettings(mode))
 
     return of_profile
