@@ -35,7 +35,10 @@ class Outputs:
         self._raw: dict[str, _Output] = {}
         for name in ("stdout", "stderr"):
             stream = getattr(sys, name)
-            if stream is None or stream is not getattr(sys, f"__{name}__"):
+            if stream is None:  # closed by `>&-`; this also keeps files that are opened later from its number
+                setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
+                continue
+            if stream is not getattr(sys, f"__{name}__"):
                 continue
             stream.flush()
             raw = self._raw[name] = _Output(stream.fileno(), "w", closefd=False)

@@ -70,7 +70,7 @@ def _sources(src: str, path: str, found: dict[str, str], numbers: dict[str, int]
         if not files.is_remote(place):
             try:
                 size = os.stat(files.absolute(place)).st_size
-            except OSError:
+            except (OSError, ValueError):  # the latter for a null byte
                 missing.append(place)
         name = place.removeprefix(f"{src}/")
         parts = [part for part in re.sub(r"^\w+://", "", name).split("/") if part not in ("", ".", "..")]
@@ -90,7 +90,7 @@ def _rows(path: str, options: SourceOptions) -> Iterator[_Row]:
         rows = _parquet_rows(path, options)
     else:
         text = read_text(path)
-        rows = _json_rows(path, text) if "json" in extension else _text_rows(text)
+        rows = _json_rows(path, text) if "json" in extension else _text_rows(path, text)
     columns: list[str | None] | None = None
     for number, row in enumerate(rows, 1):
         columns = columns or _columns(path, list(row), options)
@@ -108,9 +108,12 @@ def _text(value: Any) -> str:
     return str(value).strip() if isinstance(value, str | int) and not isinstance(value, bool) else ""
 
 
-def _text_rows(text: str) -> Iterator[dict[str, Any]]:
+def _text_rows(path: str, text: str) -> Iterator[dict[str, Any]]:
     header = text.partition("\n")[0]
-    return csv.DictReader(text.splitlines(), delimiter="\t" if "\t" in header else ";" if ";" in header else ",")
+    try:
+        yield from csv.DictReader(text.splitlines(), delimiter="\t" if "\t" in header else ";" if ";" in header else ",")
+    except csv.Error as error:
+        raise UserError(f"{path}: cannot be read as a table ({error})", _FORMATS) from error
 
 
 def _json_rows(path: str, text: str) -> Iterator[dict[str, Any]]:
@@ -120,7 +123,7 @@ def _json_rows(path: str, text: str) -> Iterator[dict[str, Any]]:
             if not isinstance(row, dict):
                 raise UserError(f"{path}: row {number} is no object", 'expected {"path": ..., "label": ...}')
             yield row
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path}: not valid JSON lines ({error})", 'expected {"path": ..., "label": ...} in each line') from error
 
 

@@ -51,7 +51,7 @@ def _by_class(path: str, names: dict[str, str] | list[str], classes: Sequence[st
 def _json(path: str) -> dict[str, str] | list[str]:
     try:
         content = json.loads(read_text(path))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path}: not valid JSON ({error})", _JSON) from error
     if not isinstance(content, dict | list):
         raise UserError(f"{path}: is neither an object nor a list", _JSON)

@@ -155,7 +155,7 @@ def _label(where: str, extension: str, content: bytes, label_column: str) -> str
             text = str(value).strip() if isinstance(value, str | int) and not isinstance(value, bool) else ""
             if value is None:
                 return None
-    except (ValueError, AttributeError) as error:
+    except (ValueError, AttributeError, RecursionError) as error:
         raise UserError(f"{where}.{extension} cannot be read ({error})", _EXPECTED) from error
     if not text or "\n" in text or re.fullmatch(r"-\d+", text):
         raise UserError(f"{where}.{extension}: {text[:20]!r} is not a label", "labels are names, or numbers that begin at 0")

@@ -114,6 +114,14 @@ def test_output_that_nobody_reads(tmp_path: Path) -> None:
             assert process.wait() == (0 if is_log else 1)
 
 
+def test_closed_output_ends_no_work(tmp_path: Path) -> None:
+    """`>&- 2>&-`, as some job systems start programs. Files that are opened later must not get its number."""
+    code = "f = open(sys.argv[1], 'w'); print('lost', flush=True); print('lost', file=sys.stderr, flush=True); f.write('done')"
+    command = ["sh", "-c", 'exec "$@" >&- 2>&-', "sh", *program(code), str(tmp_path / "file")]
+    assert subprocess.run(command, check=False).returncode == 0
+    assert (tmp_path / "file").read_text() == "done"
+
+
 @pytest.mark.parametrize(
     ("text", "cause"),
     [

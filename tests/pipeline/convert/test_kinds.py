@@ -324,11 +324,19 @@ def test_lists_of_urls_numbers_and_other_columns(photos: Path, tmp_path: Path) -
         ([("a.jpg", "cat", "test")], ("path", "label", "split"), "lists no images for training or validation"),
         ([("a.jpg", "cat")], ("photo", "label"), "has no column path, only photo, label; name it"),
         ([], ("path", "label"), "lists no images"),
+        ([("a.jpg", "cat"), ("b\0.jpg", "dog")], ("path", "label"), "1 of 2 images do not exist"),
+        ([("a" * 200_000, "cat")], ("path", "label"), "cannot be read as a table .field larger"),
     ],
 )
 def test_bad_lists_are_refused(photos: Path, tmp_path: Path, rows: Any, names: tuple[str, ...], words: str) -> None:
     with pytest.raises(UserError, match=words):
         listed(photos, list=str(write_list(tmp_path / "list.csv", rows, names)))
+
+
+def test_a_list_of_deeply_nested_json_is_refused(photos: Path, tmp_path: Path) -> None:
+    (tmp_path / "list.jsonl").write_text('{"path": ' + 100_000 * "[")
+    with pytest.raises(UserError, match=r"list.jsonl: not valid JSON lines \(maximum recursion depth"):
+        listed(photos, list=str(tmp_path / "list.jsonl"))
 
 
 def test_what_a_list_repeats_is_told(photos: Path, tmp_path: Path) -> None:

@@ -58,6 +58,7 @@ def test_kaggles_file_lies_above_its_images(tmp_path: Path) -> None:
         ("classes.txt", b"tench\nSchl\xe4fer\nx\n", "line 2 is not UTF-8"),
         ("classes.txt", "tench\ngoldfish\nshark\n".encode("utf-16"), "line 1 is not UTF-8"),
         ("classes.json", b'{"n01440764": "tench",\n}', "not valid JSON.*line 2|not valid JSON.*line 1"),
+        ("classes.json", b"[" * 100_000, "not valid JSON .maximum recursion depth"),
         ("classes.json", b'{"n01440764": 0}', "0 is not a name"),
         ("classes.json", b'["a", " ", "c"]', '" " is not a name'),
         ("classes.json", b'["a", "b", "c", "d"]', "has 4 names, the images have 3 classes"),
