@@ -179,7 +179,8 @@ def load_weights(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
                 with torch.serialization.safe_globals(_HARMLESS):
                     content = torch.load(path, map_location="cpu", weights_only=True)
     except (OSError, SafetensorError, RuntimeError, EOFError, ValueError) as error:
-        raise UserError(f"{path}: cannot be read ({str(error).splitlines()[0]})", "give a .safetensors or .pth file") from error
+        reason = str(error).partition("\n")[0] or type(error).__name__
+        raise UserError(f"{path}: cannot be read ({reason})", "give a .safetensors or .pth file") from error
     except Exception as error:  # pickle.UnpicklingError and related errors
         blocked = _blocked(path)
         what = f"holds objects of {', '.join(blocked)}" if blocked else "holds more than tensors, or is damaged"
