@@ -70,6 +70,8 @@ class BatchOf(_Three[Images]):
         """A copy with other images, labels, ids or fields."""
         return type(self)(**{"images": self.images, "labels": self.labels, "ids": self.ids, "fields": self.fields, **changes})
 
+    __replace__ = _replace  # of copy.replace, since Python 3.13
+
 
 class Batch(BatchOf[torch.Tensor]):
     """This rank's range of a global batch: N images, with `geometry.crops` views each. A tuple of images, labels and ids.
