@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from ..spec import LoaderSpec
 
 SAMPLE = 512  # images to convert, at least one batch
-BATCHES = 16  # in a turn, if the budget allows it: an end of a turn between two batches then makes a small error
+BATCHES = 32  # in a turn, if the budget allows it: an end of a turn between two batches then makes a small error
 SHORTEST, LONGEST = 0.5, 3.0  # seconds of a turn, if its batches are quick
 WARM = 2.0  # seconds of warm-up
 FIRST = 120.0  # seconds in which a first batch must come, or the budget if it is longer

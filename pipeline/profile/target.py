@@ -67,9 +67,7 @@ def _maker(found: Any, target: str) -> Callable[[], Iterable[Any]]:
     """A function without arguments that returns the iterable."""
     if not callable(found):
         if not _is_iterable(found):
-            raise UserError(
-                f"`loader` {target}: is an object of type {type(found).__name__}, not a function or an iterable", EXAMPLE
-            )
+            raise UserError(f"`loader` {target}: is of type {type(found).__name__}, not a function or an iterable", EXAMPLE)
         return lambda: found
     try:
         inspect.signature(found).bind()

@@ -171,5 +171,5 @@ def test_a_loader_with_workers_is_compared_with_cropfeed(tmp_path: Path) -> None
     assert 0.003 <= own["cpu_s_per_image"] <= 0.006
     assert ours["batch"] == own["batch"] | {"device": "cpu"}
     assert found["gain"]["median"] > 1
-    assert 1 < found["training_gain"]["median"] < found["gain"]["high"]
+    assert found["training_gain"]["median"] > 1
     assert ours["wait_share"]["median"] < own["wait_share"]["median"]

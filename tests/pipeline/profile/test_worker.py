@@ -47,6 +47,12 @@ def test_batches_that_were_prefetched_before_do_not_count(clock: FakeTime, ready
     assert turn.cpu_seconds / turn.images == pytest.approx(0.03)
 
 
+def test_a_turn_of_a_slow_loader_is_one_batch(clock: FakeTime) -> None:
+    source = worker.Source(lambda: Slow(clock), "x")
+    source.take(0.0)
+    assert (source.run(0.05, None).batches, source.taken) == (1, 2)
+
+
 @pytest.mark.parametrize(("demand", "share"), [(50, 1 / 3), (100, 1 / 2), (900, 0.9)])
 def test_a_consumer_waits_while_a_loader_without_prefetching_works(clock: FakeTime, demand: float, share: float) -> None:
     """A batch takes 0.1 s, and the consumer's step 10 / demand; they take turns."""
