@@ -9,7 +9,8 @@ Two rare cases are handled on the CPU:
 - A view at the border of its image that is downscaled more than fourfold. Where the filter reaches beyond the image, DALI repeats
   the last pixel and Pillow leaves it out. The outermost pixels of the view differ by up to 1/8 of the step from the last pixel to
   its neighbours. Such views are made by `pixels.decoder` and pass DALI's graph unchanged, as binary PPM. (For less downscaling,
-  only images with a high-contrast frame of one or two pixels exceed a difference of 4 of 255.)
+  only images with a high-contrast frame of one or two pixels exceed a difference of 4 of 255.) With bicubic interpolation, this
+  also holds for views at the border that are enlarged.
 - A sample that DALI cannot decode. DALI then fails the whole batch, without naming the sample. The engine finds the sample,
   replaces it, and restarts the pipeline. If it finds no corrupt sample, DALI has rejected one that the other engines accept. The
   views of all batches in flight are then made on the CPU.
@@ -252,7 +253,7 @@ class _BatchInputs:
 
     def _needs_cpu(self) -> npt.NDArray[np.bool_]:
         """For which images the views are made on the CPU: bool (N,)."""
-        return at_border(self._plan) | (self._plan.batch_range in self._loader.failed)
+        return at_border(self._plan, self._loader.spec.interpolation) | (self._plan.batch_range in self._loader.failed)
 
     def _views(self, index: int) -> slice:
         return slice(index * self._loader.crops, (index + 1) * self._loader.crops)
@@ -297,13 +298,16 @@ class _BatchInputs:
         return np.stack(starts, axis=1), np.stack(ends, axis=1), sizes
 
 
-def at_border(plan: BatchPlan) -> npt.NDArray[np.bool_]:
-    """Which images have a view at the image's border that is downscaled by more than `MAX_REDUCTION`: bool (N,)."""
+def at_border(plan: BatchPlan, interpolation: str) -> npt.NDArray[np.bool_]:
+    """Which images have a view at the image's border that DALI makes differently: bool (N,). It is downscaled by more than
+    `MAX_REDUCTION`, or enlarged by the bicubic filter, which reaches two pixels far."""
     crops = len(plan.views.flip) // len(plan.ids)
     low, high = plan.views.windows[:, :2], plan.views.windows[:, 2:]
     scale = (high - low) / plan.size
     sides = np.stack([plan.heights, plan.widths], axis=1).repeat(crops, axis=0)
     reaches: npt.NDArray[np.bool_] = (scale > MAX_REDUCTION) & ((low < scale) | (high > sides - scale))
+    if interpolation == "bicubic":
+        reaches |= (scale < 0.99) & ((low < 2) | (high > sides - 2))
     return np.asarray(reaches.reshape(len(plan.ids), -1).any(axis=1))
 
 
