@@ -53,7 +53,8 @@ def scan_order(components: list[Component]) -> Blocks:
     """
     if len(components) == 1:
         (one,) = components
-        return (one.first + np.arange(one.height)[:, None] * one.columns + np.arange(one.width)).astype(np.int32).reshape(-1, 1)
+        columns = np.arange(one.first, one.first + one.width, dtype=np.int32)
+        return (np.arange(one.height, dtype=np.int32)[:, None] * one.columns + columns).reshape(-1, 1)
     return mcu_order(components)
 
 
@@ -61,7 +62,7 @@ def mcu_order(components: list[Component]) -> Blocks:
     """The indices of the blocks, MCU by MCU: int32 (MCUs, blocks of an MCU)."""
     parts = []
     for one in components:
-        blocks = one.first + np.arange(one.columns * one.rows, dtype=np.int32)
+        blocks = np.arange(one.first, one.first + one.columns * one.rows, dtype=np.int32)
         grid = blocks.reshape(one.rows // one.v, one.v, one.columns // one.h, one.h)
         parts.append(grid.transpose(0, 2, 1, 3).reshape(-1, one.h * one.v))
     return np.ascontiguousarray(np.concatenate(parts, axis=1))
@@ -87,6 +88,7 @@ def tokenize(
     order: from `mcu_order`. places: the component of each block of an MCU.
     """
     total = np.uint64(0)
+    words = coefficients.view(np.uint64)  # (blocks, 16), to find the last coefficient that is not zero
     dc = np.zeros(4, np.int64)
     most = 64 * tile * len(places)
     done = len(order)
@@ -100,14 +102,18 @@ def tokenize(
         for place in range(len(places)):
             component = places[place]
             table = 2 if component else 0
-            block = coefficients[np.uint64(order[mcu, place])]
+            index = np.uint64(order[mcu, place])
+            block = coefficients[index]
             difference = block[0] - dc[component]
             dc[component] = block[0]
             if abs(difference) >= len(CATEGORIES):
                 return np.int64(BAD_VALUE), mcu
             total = _add(tokens, total, counts, table, 0, difference)
             zeros = 0
-            for k in range(np.uint64(1), np.uint64(64)):
+            end = np.uint64(16)
+            while end > 0 and words[index, end - np.uint64(1)] == 0:
+                end -= np.uint64(1)
+            for k in range(np.uint64(1), end * np.uint64(4)):
                 if block[k] == 0:
                     zeros += 1
                     continue
@@ -118,7 +124,7 @@ def tokenize(
                     zeros -= 16
                 total = _add(tokens, total, counts, table + 1, zeros, np.int64(block[k]))
                 zeros = 0
-            if zeros:  # end of block
+            if zeros or end < 16:  # end of block
                 total = _add(tokens, total, counts, table + 1, 0, 0)
     starts[(done - first) // tile] = total
     return np.int64(total), done

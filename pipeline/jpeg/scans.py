@@ -27,7 +27,7 @@ from .entropy import (
     unstuff,
 )
 from .header import Header, read_conditioning, read_segment, read_tables
-from .huffman import DecodingTables, decoding_tables, lookup
+from .huffman import DecodingTables, empty_tables, fill_decoding_table, lookup
 from .region import Bytes, Ints, RegionError
 
 _AC_LIMIT = 1 << 10  # baseline has no code for larger AC coefficients (T.81 table F.2)
@@ -71,6 +71,7 @@ class _Scans:
         self._progressive, self._arithmetic, self._components = header.progressive, header.arithmetic, components
         self._ids = list(header.frame[6::3])
         self._stream = np.frombuffer(data, np.uint8)
+        self._decoding_tables = empty_tables()
         self._buffer = np.empty(len(data) + PADDING, np.uint8)
         self._coefficients, self._ends = coefficients, np.zeros(len(coefficients), np.uint8)
 
@@ -86,17 +87,22 @@ class _Scans:
         if self._arithmetic:
             end = arithmetic.read_scan(*begin, self._conditioning(), self._buffer, self._coefficients)
         else:
-            end = read_scan(*begin, self._progressive, self._decoding(selectors), self._buffer, self._coefficients, self._ends)
+            decoding = self._decoding(selectors, bounds)
+            end = read_scan(*begin, self._progressive, decoding, self._buffer, self._coefficients, self._ends)
         if end < 0:
             raise RegionError(REASONS[end])
         return end
 
-    def _decoding(self, selectors: Ints) -> DecodingTables:
-        used = {(0, dc) for dc, _ in selectors.tolist()} | {(1, ac) for _, ac in selectors.tolist()}
-        decoding = decoding_tables({key: self.tables[key] for key in used & self.tables.keys()})
-        if decoding is None:
-            raise RegionError("an impossible Huffman table")
-        return decoding
+    def _decoding(self, selectors: Ints, bounds: tuple[int, int, int, int]) -> DecodingTables:
+        """The tables that a scan uses. Others in the result are those of earlier scans."""
+        start, end, high, _ = bounds
+        kinds = [kind for kind, used in enumerate((start == 0 and not high, end > 0)) if used]
+        for kind, number in {(kind, int(pair[kind])) for pair in selectors for kind in kinds}:
+            row = 4 * kind + number
+            self._decoding_tables.lookup[row], self._decoding_tables.limits[row] = 0, -1
+            if not fill_decoding_table(np.frombuffer(self.tables[kind, number], np.uint8), row, self._decoding_tables):
+                raise RegionError("an impossible Huffman table")
+        return self._decoding_tables
 
     def _conditioning(self) -> Ints:
         """L and U of each DC table, and K of each AC table (T.81 F.1.4.4.1.4, F.1.4.4.2.1): int64 (arithmetic.TABLES, 3)."""
@@ -117,7 +123,7 @@ class _Scans:
         start, end, high, low = sos[-3], sos[-2], sos[-1] >> 4, sos[-1] & 15
         if not self._progressive:
             start, end, high, low = 0, 63, 0, 0  # as decoders assume
-        known = {bit for one in chosen for bit in self.known[one.number][start : end + 1]}
+        known = set().union(*(self.known[one.number][start : end + 1] for one in chosen))
         valid = len({one.number for one in chosen}) == len(chosen) and start <= end <= 63 and low <= 13
         if self._progressive:
             valid &= end == 0 if start == 0 else len(chosen) == 1 and self.known[chosen[0].number][0] >= 0
