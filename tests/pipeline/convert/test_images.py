@@ -498,6 +498,15 @@ def test_dali_reads_what_is_stored_of_a_malformed_header(profile: str) -> None:
         assert np.array_equal(decoded, pixels(jpeg(IMAGE)))
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("profile", ["lossless", "original"])
+def test_dali_decodes_unusual_jpegs_as_pillow_does(profile: str) -> None:
+    names = ("arithmetic", "cmyk", "ycck", "progressive cmyk", "luma 1 x 4", "a scan a component")
+    stored = [convert_image(KEPT[name][0], profile).data for name in names]
+    for name, found in zip(names, dali_pixels(stored), strict=True):
+        assert np.array_equal(found, pixels(KEPT[name][0])), name
+
+
 def many_scans(scans: int, metadata: bytes = b"") -> bytes:
     """A progressive JPEG with its last scan repeated."""
     data = saved(GREY, progressive=True)

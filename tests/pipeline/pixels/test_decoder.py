@@ -45,11 +45,10 @@ def assert_regions_are_pillows(original: bytes, count: int = 8) -> None:
     assert np.array_equal(decode_jpeg(stored.data), whole)
     decoder, data = Decoder(), np.frombuffer(stored.data, np.uint8)
     decoded = []
-    for window in windows(*whole.shape[:2], count, seed=0):
+    height, width = whole.shape[:2]
+    for window in windows(height, width, count, seed=0):
         top, left, bottom, right = window
-        pixels, place = decoder.decode_region(
-            data, *whole.shape[:2], np.array([window], np.float64), (bottom - top, right - left)
-        )
+        pixels, place = decoder.decode_region(data, height, width, np.array([window], np.float64), (bottom - top, right - left))
         inside = pixels[top - place[0] :, left - place[1] :][: bottom - top, : right - left]
         assert np.array_equal(inside, whole[top:bottom, left:right]), window
         decoded.append(pixels.size)
@@ -69,7 +68,7 @@ def test_unusual_sampling_factors(sampling: str) -> None:
 @needs_cjpeg
 @pytest.mark.slow
 def test_all_sampling_factors_that_libjpeg_supports() -> None:
-    sides = list(itertools.product(range(1, 5), repeat=2))
+    sides = [(h, v) for h in range(1, 5) for v in range(1, 5)]
     supported = [factors for factors in itertools.product(sides, repeat=3) if legal(factors)]
     for number, factors in enumerate(supported):
         name = ",".join(f"{h}x{v}" for h, v in factors)
