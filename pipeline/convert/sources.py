@@ -114,7 +114,7 @@ def row_json(where: str, row: dict[str, Any], columns: Sequence[str]) -> str:
     for name in columns:
         if name not in row:
             raise UserError(f"{where}: has no column {name}", "choose another `field_column`")
-    return json.dumps({name: row[name] for name in columns}, ensure_ascii=False, default=as_text) if columns else ""
+    return json.dumps({name: row[name] for name in columns}, default=as_text) if columns else ""
 
 
 class Keys:
