@@ -298,7 +298,7 @@ class _BatchInputs:
         return np.stack(starts, axis=1), np.stack(ends, axis=1), sizes
 
 
-def at_border(plan: BatchPlan, interpolation: str) -> npt.NDArray[np.bool_]:
+def at_border(plan: BatchPlan, interpolation: str = "bilinear") -> npt.NDArray[np.bool_]:
     """Which images have a view at the image's border that DALI makes differently: bool (N,). It is downscaled by more than
     `MAX_REDUCTION`, or enlarged by the bicubic filter, which reaches two pixels far."""
     crops = len(plan.views.flip) // len(plan.ids)
