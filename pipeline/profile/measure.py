@@ -28,6 +28,7 @@ SAMPLE = 512  # images to convert, at least one batch
 BATCHES = 32  # in a turn, if the budget allows it: an end of a turn between two batches then makes a small error
 SHORTEST, LONGEST = 0.5, 3.0  # seconds of a turn, if its batches are quick
 WARM = 2.0  # seconds of warm-up
+EXPECTED = "give the folder above train/ and val/"
 FIRST = 120.0  # seconds in which a first batch must come, or the budget if it is longer
 LEAST = 2  # repeats
 
@@ -59,6 +60,8 @@ class ProfileOptions:
             raise UserError(f"`budget` must be above 0, not {self.budget:g}")
         if self.repeats < LEAST:
             raise UserError(f"`repeats` must be at least {LEAST}, not {self.repeats}", "one repeat shows no spread")
+        if self.images is not None and not files.is_remote(self.images) and not files.is_folder(files.absolute(self.images)):
+            raise UserError(f"`images` {self.images}: no such folder", EXPECTED)
 
 
 @dataclass
@@ -207,6 +210,9 @@ def shards_of(images: str, count: int) -> Iterator[str]:
 
     with tempfile.TemporaryDirectory(prefix="cropfeed-profile-") as folder:
         out = str(Path(folder) / "shards")
-        make_shards(ConvertOptions(images, out, shard_size=max(1, count // 8)), tell, count)
+        try:
+            make_shards(ConvertOptions(images, out, shard_size=max(1, count // 8)), tell, count)
+        except UserError as error:
+            raise UserError(error.problem, f"{EXPECTED}, or convert it (cropfeed shards --help) and give the shards") from error
         warm_up()  # compiling, which happens once on a machine, is not part of the first batch
         yield out

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -79,6 +80,8 @@ def main() -> None:
     parser.add_argument("--results", type=Path, default=RESULTS / "profile.csv")
     args = parser.parse_args()
     options = CompareOptions(args.images, args.results, repeats=args.repeats, seconds=args.seconds)
+    # sys.exit raises an exception, so that loaders are stopped and temporary files removed.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     chosen = [BY_KEY[f"{name}:original"] for name in args.only]
     with tempfile.TemporaryDirectory(prefix="cropfeed-foreign-") as name:
         folder, kinds = Path(name), {"original", "lossless"}

@@ -109,6 +109,14 @@ def test_a_loader_is_paused_between_its_turns_and_ends_with_a_profile_that_is_ki
     assert_ends(child.pid)
 
 
+def test_images_that_cannot_be_converted_are_one_line(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="`images` /no/such/folder: no such folder; give the folder above"):
+        measure.ProfileOptions("a:b", images="/no/such/folder")
+    refused = pytest.raises(UserError, match=f"{tmp_path}: .*empty folder; give the folder above train/ and val/, or convert it")
+    with refused, measure.shards_of(str(tmp_path), 8):
+        pass
+
+
 @pytest.mark.parametrize("options", [{"demand": 0.0}, {"demand": float("nan")}, {"budget": -1.0}, {"repeats": 1}])
 def test_options_outside_their_ranges_are_refused(options: dict[str, Any]) -> None:
     with pytest.raises(UserError, match=f"`{next(iter(options))}` must be"):
