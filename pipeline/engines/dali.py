@@ -76,11 +76,13 @@ def graph(sources: Any, crops: int, gpu: bool, slices: bool, hw_decoder_load: fl
         "output_type": types.RGB,
         "adjust_orientation": False,
         "jpeg_fancy_upsampling": True,  # nvJPEG's default repeats chroma instead of interpolating it as libjpeg-turbo does
+        "hw_decoder_load": hw_decoder_load,
+        "affine": False,  # DALI would pin its threads to cores by NVML, which fails in virtual machines
     }
     if slices:
         pixels = fn.decoders.image_slice(encoded, start=region[0], end=region[1], axes=[0, 1], **options)
     else:
-        pixels = fn.decoders.image(encoded, hw_decoder_load=hw_decoder_load, **options)
+        pixels = fn.decoders.image(encoded, **options)
     views = [pixels] * crops
     for view in range(crops):
         for i in range(2 if bicubic else 1):

@@ -55,9 +55,9 @@ def test_finished_views_pass_the_graph_unchanged(decoder: str) -> None:
     pipe = Pipeline(1, 1, None)
     with pipe:
         values = [
-            np.stack([tops, tops * 0], axis=1),
-            np.stack([tops + 37, tops * 0 + 41], axis=1),
-            np.array([37, 41], np.float32),
+            np.stack([tops, tops * 0], axis=1)[:, None],
+            np.stack([tops + 37, tops * 0 + 41], axis=1)[:, None],
+            np.array([[37, 41]], np.float32),
         ]
         if slices := decoder == "image_slice":
             values += [np.array([0, 0], np.int32), np.array([74, 41], np.int32)]
@@ -149,6 +149,21 @@ def test_the_gpu_graph_runs_on_the_gpu(geometry: ScaleJitter | TenCrop, slices: 
     assert operators["ImageSlice" if slices else "Image"] == {"mixed"}
     assert operators["Resize"] == {"gpu"}
     assert operators["ExternalSource"] == {"cpu"}
+
+
+@pytest.mark.parametrize("slices", [True, False])
+def test_both_decoders_get_the_share_of_the_hardware_and_pin_no_threads(slices: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By default, DALI's decoder pins its threads to cores by NVML, which fails in virtual machines; a pipeline does not."""
+    found = []
+    name = "image_slice" if slices else "image"
+    decoder = getattr(fn.decoders, name)
+    monkeypatch.setattr(fn.decoders, name, lambda *inputs, **options: (found.append(options), decoder(*inputs, **options))[1])
+    for device in ("cpu", "cuda:0"):
+        pipe = dali.build_pipeline(lambda: None, 8, LoaderSpec("nowhere", device=device, hw_decoder_load=0.3), slices)
+        assert pipe._set_affinity is False
+    assert [(options["device"], options["hw_decoder_load"], options["affine"]) for options in found] == [
+        ("cpu", 0.3, False), ("mixed", 0.3, False),
+    ]  # fmt: skip
 
 
 def reachable(outputs: Any) -> dict[str, set[str]]:
