@@ -10,7 +10,8 @@ from torch import nn
 
 from pipeline.progress import announce_if_slow
 
-MODES = ("default", "reduce-overhead", "max-autotune")  # of torch.compile; reduce-overhead uses CUDA graphs
+GRAPHED = ("reduce-overhead", "max-autotune")  # modes with CUDA graphs, whose outputs each call overwrites
+MODES = ("default", *GRAPHED)  # of torch.compile
 
 
 def compile_model(

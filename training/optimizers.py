@@ -50,7 +50,11 @@ def parameter_groups(model: nn.Module, weight_decay: float, norm_and_bias: bool)
 def make_optimizer(
     name: str, model: nn.Module, lr: float, momentum: float, weight_decay: float, norm_and_bias: bool
 ) -> torch.optim.Optimizer:
-    """One of OPTIMIZERS. norm_and_bias: see `parameter_groups`. A step does not synchronize with the device."""
+    """One of OPTIMIZERS. norm_and_bias: see `parameter_groups`.
+
+    A step does not synchronize with the device, with one exception: in fp16, a gradient scaler waits for the device before each
+    step of LARS, to leave out steps with infinite gradients. A fused SGD leaves them out on the device.
+    """
     groups = parameter_groups(model, weight_decay, norm_and_bias)
     if name == "sgd":
         fused = all(parameter.device.type in _FUSED for parameter in model.parameters())

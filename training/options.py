@@ -12,7 +12,7 @@ from pipeline.errors import UserError
 from pipeline.plan import sampling
 from pipeline.plan.geometry import GEOMETRIES
 from pipeline.spec import CORRUPT, INTERPOLATIONS, PRECISIONS
-from training.compiling import MODES
+from training.compiling import GRAPHED, MODES
 from training.optimizers import OPTIMIZERS, scaled_rate
 from training.schedule import MILESTONES, PATIENCE, SCHEDULES, Schedule, image_sizes
 from training.trackers import check_trackers
@@ -130,6 +130,9 @@ class TrainOptions:
             raise UserError("`epochs` and `iterations` both set the length of the run", "leave one out")
         if self.epochs is None and self.iterations is None:
             object.__setattr__(self, "epochs", DEFAULT_EPOCHS)
+        if self.accumulate > 1 and self.compile in GRAPHED:  # the next part's pass would overwrite the outputs of this one
+            remedy = "set `accumulate` 1, or `compile` default"
+            raise UserError(f"`compile` {self.compile} uses CUDA graphs, which do not work with `accumulate`", remedy)
         self._check_optimization()
         self._check_regularization()
         if self.ramp and not self.start_size:

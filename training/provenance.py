@@ -34,9 +34,11 @@ def hardware() -> str:
 
 @cache
 def commit() -> str:
-    """The checkout's commit, with a + if tracked files have changed; "unknown" outside git. Cached at the first call, so that
-    results which a program then writes to a tracked file do not count as a change.
+    """The checkout's commit, with a + if tracked files have changed. A copy without git has that of $CROPFEED_COMMIT, or
+    "unknown". Cached at the first call, so that results which a program then writes to a tracked file do not count as a change.
     """
+    if given := os.environ.get("CROPFEED_COMMIT"):
+        return given
     try:
         found = subprocess.run(
             ["git", "describe", "--always", "--dirty=+", "--exclude=*"], cwd=ROOT, capture_output=True, text=True, check=False

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,8 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from model import ARCHS
 from training.averaging import WeightEMA
+from training.compiling import compile_model
+from training.optimizers import make_optimizer
 
 
 def small_model() -> nn.Module:
@@ -104,6 +107,29 @@ def test_the_average_of_a_model_prepared_by_accelerate_uses_its_own_weights() ->
         assert not torch.equal(model.eval()(images), before)
     finally:
         AcceleratorState._reset_state(True)
+
+
+@pytest.mark.parametrize("mode", ["default", "reduce-overhead"])
+def test_the_average_of_a_compiled_model_is_that_of_the_eager_one(mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """CUDA graphs reuse the memory of a call's outputs, but not that of weights and statistics, which alone are averaged."""
+    compile_ = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda module, mode: compile_(module, backend="aot_eager"))
+    found = []
+    for compiled in (False, True):
+        model = small_model()
+        average = WeightEMA(model, 0.9)
+        images, messages = torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(1)), list[str]()
+        trained = compile_model(model, mode, [images], nullcontext, messages.append) if compiled else model
+        optimizer = make_optimizer("sgd", model, 0.1, 0.9, 1e-4, norm_and_bias=True)
+        for _ in range(3):
+            trained(images).square().mean().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            average.update(model)
+        assert messages == []
+        found.append(average.model.state_dict())
+    torch.testing.assert_close(found[1], found[0])
+    assert not torch.equal(found[0]["0.weight"], small_model().state_dict()["0.weight"])
 
 
 @pytest.mark.parametrize("decay", [1.0, -0.1])

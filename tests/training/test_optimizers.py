@@ -194,6 +194,13 @@ def test_gradients_scaled_for_float16_give_the_same_step(name: str) -> None:
     assert all(torch.equal(old, parameter.detach()) for old, parameter in zip(before, scaled.parameters(), strict=True))
 
 
+def test_only_a_fused_optimizer_lets_a_scaler_leave_out_steps_on_the_device() -> None:
+    """torch.amp.GradScaler waits for the device before each step of an optimizer without this attribute."""
+    for name, fused in (("sgd", True), ("lars", False)):
+        optimizer = make_optimizer(name, small_model(), 1.0, 0.9, 0.1, norm_and_bias=True)
+        assert hasattr(optimizer, "_step_supports_amp_scaling") == fused
+
+
 def test_rates_are_proportional_to_the_batch_size() -> None:
     """Goyal et al. 2017: 0.1 for 256 images, 3.2 for 8192."""
     assert [scaled_rate(0.1, batch) for batch in (256, 8192, 64)] == pytest.approx([0.1, 3.2, 0.025])

@@ -104,12 +104,19 @@ def test_every_recipe_can_be_read_and_starts_with_its_command(name: str) -> None
         (("--ramp", "1", "2"), "`ramp` needs `start_size`"),
         (("--trackers", "neptune"), "unknown tracker 'neptune'"),
         (("--mixup", "-1"), "`mixup` and `cutmix` must not be negative"),
+        (("--compile", "reduce-overhead", "--accumulate", "2"), "do not work with `accumulate`; set `accumulate` 1, or"),
+        (("--compile", "max-autotune", "--accumulate", "4"), "`compile` max-autotune uses CUDA graphs"),
     ],
 )
 def test_contradictory_options_are_refused(words: tuple[str, ...], message: str) -> None:
     with pytest.raises(UserError) as caught:
         parse_arguments(None, [*DATA, *words])
     assert message in str(caught.value)
+
+
+def test_compilation_without_cuda_graphs_allows_accumulation_and_with_them_an_average() -> None:
+    assert parse_arguments(None, [*DATA, "--compile", "--accumulate", "2"]).accumulate == 2
+    assert parse_arguments(None, [*DATA, "--compile", "reduce-overhead", "--ema", "0.9"]).accumulate == 1
 
 
 def test_a_custom_recipe(tmp_path: Path) -> None:
