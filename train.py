@@ -34,12 +34,13 @@ from model.resnet import pad_at_end
 from model.testing import evaluate
 from model.weights import ModelConfig, load_weights, save_weights
 from pipeline.cli import run_cli
+from pipeline.cores import cores_per_process
 from pipeline.errors import StorageError, UserError
 from pipeline.progress import progress_bar
 from pipeline.store import files
 from training.checkpoint import load_checkpoint, save_checkpoint
 from training.command_line import parse_arguments
-from training.launch import check_launch, cores_per_process, launcher_settings, rejoin_process_group, terminate_with_launcher
+from training.launch import check_launch, launcher_settings, rejoin_process_group, terminate_with_launcher
 from training.learner import Learner
 from training.loaders import model_config_of, open_loaders, profile_command
 from training.metrics import Meter, MetricsFile, NonFiniteLoss

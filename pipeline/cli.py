@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from . import starting
+from .cores import usable_cores
 from .errors import FULL, StorageError, UserError, storage_error
 from .outputs import Outputs
 
@@ -259,9 +260,7 @@ def _shards_parser(prog: str, verify: str) -> Parser:
         help="with the mode proportion: fraction of the images that are stored as JPEG, the others raw (default: 0.5)",
     )
     how = parser.add_argument_group("how it runs")
-    how.add_argument(
-        "--workers", type=positive, default=len(os.sched_getaffinity(0)), help="worker processes (default: one per core)"
-    )
+    how.add_argument("--workers", type=positive, default=usable_cores(), help="worker processes (default: one per core)")
     how.add_argument(
         "--engine", choices=ENGINES, default="local", help="make shards on this machine or on a Ray cluster (default: local)"
     )
@@ -343,7 +342,7 @@ def verify(arguments: Sequence[str]) -> None:
     """`cropfeed verify`."""
     parser = Parser("Verify a data set against its manifest, and name damaged files.", "cropfeed verify")
     parser.add_argument("data", metavar="SHARDS", help="folder or URL of shards")
-    parser.add_argument("--workers", type=positive, default=len(os.sched_getaffinity(0)), help="threads (default: one per core)")
+    parser.add_argument("--workers", type=positive, default=usable_cores(), help="threads (default: one per core)")
     args = parser.parse_args(arguments)
     _verify(args.data, args.workers)
 

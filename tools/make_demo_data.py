@@ -10,7 +10,6 @@ from __future__ import annotations
 import io
 import math
 import multiprocessing
-import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -21,6 +20,7 @@ from PIL import Image, ImageDraw
 
 from pipeline.cli import Parser, positive, run_cli
 from pipeline.convert.run import end_with_parent
+from pipeline.cores import usable_cores
 from pipeline.errors import UserError
 from pipeline.progress import progress_bar
 
@@ -152,7 +152,7 @@ def main() -> None:
     parser.add_argument("--train", type=positive, default=120, metavar="N", help="training images per class (default: 120)")
     parser.add_argument("--val", type=positive, default=32, metavar="N", help="validation images per class (default: 32)")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="seed of the random numbers (default: 0)")
-    parser.add_argument("--workers", type=positive, default=len(os.sched_getaffinity(0)), metavar="N",
+    parser.add_argument("--workers", type=positive, default=usable_cores(), metavar="N",
                         help="processes that draw images (default: one per usable core)")  # fmt: skip
     args = parser.parse_args()
     make_demo_data(args.out.absolute(), args.train, args.val, args.seed, args.workers)

@@ -34,6 +34,7 @@ import torch
 
 from pipeline import ENGINES, cli
 from pipeline.cli import Parser, add_cache_flags, check_writable, positive, run_cli
+from pipeline.cores import cores_per_process
 from pipeline.errors import UserError
 from pipeline.plan.geometry import GEOMETRIES, choose_geometry
 from pipeline.spec import INTERPOLATIONS, PRECISIONS, LoaderSpec
@@ -45,7 +46,6 @@ from tools.profiler.planted import Planted
 from tools.profiler.profile import profile
 from tools.profiler.table import table
 from training import tuned
-from training.launch import cores_per_process
 from training.options import default_size
 
 

@@ -29,11 +29,6 @@ def launcher_settings() -> Iterator[None]:
         raise UserError(f"the launcher's settings do not fit ({found}): {text}", "use accelerate launch or torchrun") from error
 
 
-def cores_per_process() -> int:
-    """This process's share of the CPU cores: the usable ones, divided by the number of training processes on the machine."""
-    return max(1, len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
-
-
 def check_launch(processes: int) -> None:
     """Raise UserError if several processes were requested but would train independently, or only one was started.
 

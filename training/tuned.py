@@ -18,11 +18,11 @@ from typing import Any
 import torch
 
 from pipeline import choose_engine
+from pipeline.cores import cores_per_process
 from pipeline.errors import UserError
 from pipeline.spec import LoaderSpec
 from pipeline.store import files
 from pipeline.store.shards import Manifest
-from training.launch import cores_per_process
 
 
 def file() -> Path:

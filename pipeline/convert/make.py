@@ -16,6 +16,7 @@ from typing import Any
 
 from tqdm.utils import CallbackIOWrapper
 
+from ..cores import usable_cores
 from ..errors import UserError
 from ..progress import BYTES, progress_bar
 from ..store import files
@@ -66,7 +67,7 @@ class ConvertOptions:
     strict: bool = False
     images: SourceOptions = field(default_factory=SourceOptions)
     beton: BetonSettings = field(default_factory=BetonSettings)
-    workers: int = field(default_factory=lambda: len(os.sched_getaffinity(0)))
+    workers: int = field(default_factory=usable_cores)
     engine: str = "local"
     ray_address: str = "auto"
     shards: range | None = None

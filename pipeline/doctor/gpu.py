@@ -7,8 +7,9 @@ import re
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
+from ..cores import read
 from ..errors import PIP_CONSTRAINT, install_command
-from .lines import PACKAGES, DoctorOptions, Line, Status, has_gpu, probe, read
+from .lines import PACKAGES, DoctorOptions, Line, Status, has_gpu, probe
 
 TORCH = (2, 11)
 # CUDA major version -> the oldest driver branch that runs its builds, from DALI's installation guide and support matrix.

@@ -62,14 +62,6 @@ def probe(code: str, **environment: str) -> tuple[Any, str]:
     return json.loads(child.stdout.splitlines()[-1]), ""
 
 
-def read(path: Path) -> str:
-    """The content of a file in /proc or /sys; "" if it does not exist."""
-    try:
-        return path.read_text(errors="replace").strip()
-    except OSError:
-        return ""
-
-
 def has_gpu(root: Path) -> bool:
     """Whether an NVIDIA GPU is accessible on this machine or in this container."""
     return any((root / "dev").glob("nvidia[0-9]*"))

@@ -9,7 +9,8 @@ import resource
 import shutil
 from pathlib import Path
 
-from .lines import DoctorOptions, Line, has_gpu, read
+from ..cores import cgroups, core_quota, numbers, read
+from .lines import DoctorOptions, Line, has_gpu
 
 GB, GIB = 10**9, 2**30
 
@@ -42,35 +43,10 @@ def check_cores(options: DoctorOptions) -> list[Line]:
     return [Line("ok", "cores", found)]
 
 
-def core_quota(root: Path) -> float:
-    """The CPU time quota of this process's control groups, in cores."""
-    quotas = []
-    for folder in cgroups(root, "cpu"):
-        old = f"{read(folder / 'cpu.cfs_quota_us')} {read(folder / 'cpu.cfs_period_us')}"
-        for text in (read(folder / "cpu.max"), old):
-            if re.fullmatch(r"\d+ \d+", text):  # otherwise "max", -1 or empty
-                quota, period = map(int, text.split())
-                quotas.append(quota / period)
-    return min(quotas, default=float("inf"))
-
-
-def cgroups(root: Path, controller: str) -> list[Path]:
-    """The folders of this process's control group and its parents, in cgroup v1 and v2. In a container some do not exist."""
-    folders = []
-    for line in read(root / "proc" / "self" / "cgroup").splitlines():
-        _, controllers, path = line.split(":", 2)
-        if controllers and controller not in controllers.split(","):
-            continue
-        top = root / "sys" / "fs" / "cgroup" / (controller if controllers else "")  # version 2 names no controllers
-        place = top / path.lstrip("/")
-        folders += [folder for folder in (place, *place.parents) if folder.is_relative_to(top)]
-    return folders
-
-
 def check_numa(options: DoctorOptions) -> list[Line]:
     system, usable = options.root / "sys", os.sched_getaffinity(0)
     nodes = {
-        int(folder.name.removeprefix("node")): _numbers(read(folder / "cpulist"))
+        int(folder.name.removeprefix("node")): numbers(read(folder / "cpulist"))
         for folder in (system / "devices" / "system" / "node").glob("node[0-9]*")
     }
     if len(nodes) < 2:
@@ -88,15 +64,6 @@ def check_numa(options: DoctorOptions) -> list[Line]:
         remedy = f"numactl --cpunodebind={far[0]} --membind={far[0]} before the command"
         return [Line("warning", "numa", found, remedy)]
     return [Line("ok", "numa", found)]
-
-
-def _numbers(text: str) -> set[int]:
-    """The numbers of a list of the kernel, such as 0-3,8. A node without cores has an empty list."""
-    numbers: set[int] = set()
-    for part in filter(None, text.split(",")):
-        first, _, last = part.partition("-")
-        numbers |= set(range(int(first), int(last or first) + 1))
-    return numbers
 
 
 def check_shm(options: DoctorOptions) -> list[Line]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import random
 import sys
 import tempfile
@@ -14,6 +13,7 @@ from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
+from ..cores import usable_cores
 from ..errors import UserError
 from ..progress import announce_if_slow, progress_bar
 from ..store import files
@@ -133,7 +133,7 @@ def profile(options: ProfileOptions) -> dict[str, Any]:
 
 def cores() -> int:
     """The number of cores that this process and its loaders may use."""
-    return len(os.sched_getaffinity(0))
+    return usable_cores()
 
 
 def _open(name: str, what: str | LoaderSpec, options: ProfileOptions, stack: ExitStack) -> Measured:

@@ -198,12 +198,14 @@ def test_an_unknown_engine_is_refused(small_shards: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("device", "dali", "tars", "engine", "words"),
+    ("device", "dali", "tars", "cores", "engine", "words"),
     [
-        ("cpu", True, True, "cpu", "stay on the CPU"),
-        ("cuda", True, True, "dali", "decodes on the GPU"),
-        ("cuda:1", False, True, "cpu", "DALI, which would decode on the GPU, is not installed"),
-        ("cuda", True, False, "ffcv", "only FFCV files"),
+        ("cpu", True, True, 2, "cpu", "stay on the CPU"),
+        ("cuda", True, True, 3, "dali", "decodes on the GPU, as this process has only 3 cores"),
+        ("cuda:1", True, True, 4, "cpu", "this process has 4 cores to decode with"),
+        ("cuda", False, True, 16, "cpu", "this process has 16 cores to decode with"),
+        ("cuda:1", False, True, 1, "cpu", "decode on the GPU as this process has only 1 core, is not installed"),
+        ("cuda", True, False, 16, "ffcv", "only FFCV files"),
     ],
 )
 def test_auto_chooses_the_fastest_engine_and_says_why(
@@ -213,6 +215,7 @@ def test_auto_chooses_the_fastest_engine_and_says_why(
     device: str,
     dali: bool,
     tars: bool,
+    cores: int,
     engine: str,
     words: str,
 ) -> None:
@@ -225,6 +228,9 @@ def test_auto_chooses_the_fastest_engine_and_says_why(
     (tmp_path / "manifest.json").write_text(json.dumps(manifest))
     if not dali:
         monkeypatch.setitem(sys.modules, "nvidia.dali", None)
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: set(range(2 * cores)))
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    monkeypatch.setattr("pipeline.cores.core_quota", lambda _: float("inf"))
     name, reason = choose_engine(spec_for(tmp_path, device=device))
     assert name == engine
     assert words in reason

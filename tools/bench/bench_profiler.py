@@ -22,13 +22,13 @@ from typing import Any
 import _path  # noqa: F401
 
 from pipeline.cli import Parser, run_cli
+from pipeline.cores import cores_per_process
 from pipeline.errors import UserError
 from pipeline.spec import LoaderSpec
 from tools import ROOT
 from tools.bench.recording import RESULTS, Figure, record
 from tools.profiler.loaders import grid, measure_loaders
 from tools.profiler.profile import PREFETCHES
-from training.launch import cores_per_process
 
 PREDICTED = 0.2  # goal: predicted over measured gain differs from 1 by at most this
 TUNED = 0.95  # goal: throughput of the chosen setting over that of the best

@@ -41,6 +41,7 @@ from model import ARCHS
 from pipeline import open_loader
 from pipeline.cli import Parser, positive, run_cli
 from pipeline.convert.make import ConvertOptions, make_shards
+from pipeline.cores import cores_per_process
 from pipeline.errors import UserError
 from pipeline.loader import Loader
 from pipeline.pixels.reference import apply
@@ -55,7 +56,6 @@ from tools.make_demo_data import make_demo_data
 from tools.profiler.options import ProfileOptions
 from tools.profiler.profile import profile
 from tools.profiler.table import table
-from training.launch import cores_per_process
 
 MEAN_LIMIT, PERCENTILE_LIMIT = 1.0, 4.0  # of 255; JPEG decoders differ in their inverse DCT
 REPEATS = 5

@@ -27,11 +27,11 @@ from model.loading import load_model
 from model.weights import ModelConfig
 from pipeline import open_loader
 from pipeline.cli import Parser, positive, run_cli
+from pipeline.cores import cores_per_process
 from pipeline.pixels.normalize import Normalization
 from pipeline.plan.geometry import CentreCrop
 from pipeline.spec import PRECISIONS, LoaderSpec
 from pipeline.store.shards import Manifest
-from training.launch import cores_per_process
 
 
 class Response(NamedTuple):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 import random
 import threading
 import time
@@ -16,6 +15,7 @@ from typing import Any, TypeVar
 import psutil
 from scipy.special import stdtrit
 
+from pipeline.cores import usable_cores
 from pipeline.progress import progress_bar
 
 K = TypeVar("K")
@@ -78,7 +78,7 @@ def in_turns(ways: Sequence[K], repeats: int, turn: Callable[[K], None], label: 
 
 def cores() -> int:
     """The number of cores that this process may use."""
-    return len(os.sched_getaffinity(0))
+    return usable_cores()
 
 
 @dataclass

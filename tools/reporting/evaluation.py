@@ -19,12 +19,12 @@ from model.schemes import SCHEMES
 from model.weights import ModelConfig
 from pipeline import open_loader
 from pipeline.cli import Parser, add_cache_flags, add_verify_flag, positive
+from pipeline.cores import cores_per_process
 from pipeline.engines.multiview import MultiViewBatch, MultiViewLoader, ViewSpec
 from pipeline.errors import UserError
 from pipeline.plan.geometry import MAX_ASPECT, WholeImage
 from pipeline.spec import INTERPOLATIONS, PRECISIONS, LoaderSpec
 from pipeline.store.shards import ShardSet
-from training.launch import cores_per_process
 
 log = logging.getLogger("cropfeed")
 
