@@ -12,8 +12,10 @@ import re
 import runpy
 import sys
 from pathlib import Path
+from typing import Any
 
 FOLDER = Path(sys.prefix) / "timm"
+_declared: list[Any] = []  # operators are declared as long as their library exists
 
 
 def add_timm() -> None:
@@ -25,10 +27,10 @@ def add_timm() -> None:
     if found is None or not found.submodule_search_locations:
         raise ImportError(f"torchvision is not in {FOLDER}: sh tools/install.sh installs it")
     registrations = (Path(found.submodule_search_locations[0]) / "_meta_registrations.py").read_text()
-    global library  # the operators are declared as long as it exists
     library = torch.library.Library("torchvision", "FRAGMENT")
     for name in sorted(set(re.findall(r'"torchvision::(\w+)"|register_meta\("(\w+)"', registrations))):
         library.define(f"{''.join(name)}() -> ()")
+    _declared.append(library)
 
 
 if __name__ == "__main__":
