@@ -12,12 +12,14 @@ Two rare cases are handled on the CPU:
   only images with a high-contrast frame of one or two pixels exceed a difference of 4 of 255.) With bicubic interpolation, this
   also holds for views at the border that are enlarged.
 - A sample that DALI cannot decode. DALI then fails the whole batch, without naming the sample. The engine finds the sample,
-  replaces it, and restarts the pipeline. If it finds no corrupt sample, DALI has rejected one that the other engines accept. The
-  views of all batches in flight are then made on the CPU.
+  replaces it, and restarts the pipeline. If it finds no corrupt sample, DALI has rejected one that the other engines accept, or
+  the GPU has a fault. The views of all batches in flight are then made on the CPU, up to `MAX_RESTARTS` times in succession.
 """
 
 from __future__ import annotations
 
+import logging
+import re
 from collections import deque
 from collections.abc import Iterator
 from itertools import pairwise
@@ -54,7 +56,10 @@ INPUTS = (
 )
 SLICE_INPUTS = (("region_start", types.INT32, 1), ("region_end", types.INT32, 1))
 CUT_PROFILES = ("lossless", "compact")  # profiles of the manifest with region-addressable images
+MAX_RESTARTS = 3  # for failures without a corrupt sample, unless `CALM` batches lie between two of them
+CALM = 1000
 MAX_REDUCTION = 4  # views at an image's border that are downscaled further are made on the CPU
+log = logging.getLogger("cropfeed")
 
 
 def open(spec: LoaderSpec) -> DaliLoader:
@@ -129,6 +134,7 @@ class DaliLoader(Loader):
         self.cuts = self.shards.manifest.profile in CUT_PROFILES if cuts is None else cuts
         self.slices = not (gpu and self.cuts) if slices is None else slices
         self.failed: set[BatchRange] = set()  # DALI failed on these ranges: their views are made on the CPU
+        self._restarts, self._calm = 0, 0  # after failures without a corrupt sample; batches since the last one
         self._pipe: Pipeline | None = None
         self._schedule: Iterator[BatchRange] = iter(())
         self._in_flight: deque[BatchPlan] = deque()
@@ -150,20 +156,31 @@ class DaliLoader(Loader):
         return self.finish(pixels.reshape(-1, *plan.size, 3), plan)
 
     def _run(self, batch_range: BatchRange) -> Any:
-        """DALI's next batch. If it fails, corrupt samples are marked and the pipeline restarts at `batch_range`."""
+        """DALI's next batch. If it fails, corrupt samples are marked and the pipeline restarts at `batch_range`. Raises DALI's
+        RuntimeError if that does not help."""
         while True:
             pipe = self._pipe or self._start(batch_range)
             stream = torch.cuda.current_stream(self.spec.device) if pipe.device_id is not None else None
             try:
-                return pipe.run(stream)[0]
-            except RuntimeError:
+                views = pipe.run(stream)[0]
+            except RuntimeError as error:
+                log.warning("%s, %s: DALI has failed: %s", self.spec.data, self.spec.split, _in_one_line(error))
                 failed = list(self._in_flight)
                 self._drop_pipeline()
-                if not self._mark_corrupt_of(failed):
-                    ranges = {plan.batch_range for plan in failed}
-                    if ranges <= self.failed:
-                        raise
-                    self.failed = ranges
+                if not self._mark_corrupt_of(failed) and not self._restart_without(failed):
+                    raise
+            else:
+                self._calm += 1
+                return views
+
+    def _restart_without(self, plans: list[BatchPlan]) -> bool:
+        """Have the views of these batches made on the CPU, as none of their samples is corrupt. Returns whether to restart."""
+        ranges = {plan.batch_range for plan in plans}
+        self._restarts = 1 if self._calm >= CALM else self._restarts + 1
+        if self._restarts > MAX_RESTARTS or ranges <= self.failed:
+            return False
+        self.failed, self._calm = ranges, 0
+        return True
 
     def _mark_corrupt_of(self, plans: list[BatchPlan]) -> bool:
         """Mark the samples that cannot be decoded. Returns whether there are any."""
@@ -298,6 +315,12 @@ class _BatchInputs:
         ends = [decoded.repeat(self._loader.crops), roi_end[:, 1], roi_end[:, 0], zero + columns]
         sizes = np.array([[[tall, columns], [rows, columns]] for tall in decoded.tolist()], np.float32)
         return np.stack(starts, axis=1), np.stack(ends, axis=1), sizes
+
+
+def _in_one_line(error: RuntimeError) -> str:
+    """DALI's error without the places in its code and in ours."""
+    text = " ".join(str(error).partition("Stacktrace")[0].split())
+    return re.sub(r", which was used in the pipeline definition .*? encountered", "", text)
 
 
 def at_border(plan: BatchPlan, interpolation: str = "bilinear") -> npt.NDArray[np.bool_]:

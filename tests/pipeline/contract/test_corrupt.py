@@ -25,6 +25,11 @@ SECOND = sampling.substitute(0, 0, VICTIM, 0, 60)  # the first substitute in epo
 TRUNCATED = 31
 
 
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def device(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
 @pytest.fixture
 def damaged(small: Path, tmp_path: Path) -> Path:
     """A copy of the data with three damaged training samples: two are zeros, and one has only its first bytes."""
@@ -71,10 +76,10 @@ def expected_ids(epoch: int, corrupt: set[int]) -> list[int]:
 
 @pytest.mark.parametrize("threads", [1, 3])
 def test_corrupt_samples_are_replaced_by_the_plans_substitutes(
-    damaged: Path, engine: str, threads: int, caplog: pytest.LogCaptureFixture
+    damaged: Path, engine: str, device: str, threads: int, caplog: pytest.LogCaptureFixture
 ) -> None:
     corrupt = {VICTIM, SECOND, TRUNCATED}
-    loader = open_loader(spec_for(damaged, engine, threads=threads))
+    loader = open_loader(spec_for(damaged, engine, device=device, threads=threads))
     replaced = 0
     for epoch in range(3):
         expected = expected_ids(epoch, corrupt)
@@ -89,8 +94,8 @@ def test_corrupt_samples_are_replaced_by_the_plans_substitutes(
 
 
 @pytest.mark.parametrize("geometry", [ScaleJitter(36, 68), PaddedCrop(12)])
-def test_a_substitute_has_its_own_draws_and_label(damaged: Path, engine: str, geometry: Geometry) -> None:
-    loader = open_loader(spec_for(damaged, engine, geometry=geometry))
+def test_a_substitute_has_its_own_draws_and_label(damaged: Path, engine: str, device: str, geometry: Geometry) -> None:
+    loader = open_loader(spec_for(damaged, engine, device=device, geometry=geometry))
     for batch_range, batch in zip(loader.batch_ranges(0, 0), loader, strict=True):
         plan = loader.plan(batch_range)
         assert differences(loader, plan, batch).mean(axis=(1, 2, 3)).max() <= 1
@@ -98,10 +103,10 @@ def test_a_substitute_has_its_own_draws_and_label(damaged: Path, engine: str, ge
     loader.close()
 
 
-def test_resuming_with_corrupt_samples_gives_the_same_batches(damaged: Path, engine: str) -> None:
-    loader = open_loader(spec_for(damaged, engine))
+def test_resuming_with_corrupt_samples_gives_the_same_batches(damaged: Path, engine: str, device: str) -> None:
+    loader = open_loader(spec_for(damaged, engine, device=device))
     batches = list(loader)
-    resumed = open_loader(spec_for(damaged, engine, threads=2))
+    resumed = open_loader(spec_for(damaged, engine, device=device, threads=2))
     resumed.seek(0, 24)
     for actual, reference in zip(resumed, batches[3:], strict=True):
         assert np.array_equal(actual.ids, reference.ids)
@@ -111,8 +116,8 @@ def test_resuming_with_corrupt_samples_gives_the_same_batches(damaged: Path, eng
 
 
 @pytest.mark.parametrize("threads", [1, 3])
-def test_the_policy_stop_names_the_sample(damaged: Path, engine: str, threads: int) -> None:
-    loader = open_loader(spec_for(damaged, engine, corrupt="stop", threads=threads))
+def test_the_policy_stop_names_the_sample(damaged: Path, engine: str, device: str, threads: int) -> None:
+    loader = open_loader(spec_for(damaged, engine, device=device, corrupt="stop", threads=threads))
     names = "|".join(re.escape(loader.locate(sample)) for sample in (VICTIM, SECOND, TRUNCATED))
     with pytest.raises(UserError, match=rf"({names}): cannot be decoded \(.+\); make the shards again") as caught:
         ids(loader)
@@ -120,7 +125,7 @@ def test_the_policy_stop_names_the_sample(damaged: Path, engine: str, threads: i
     loader.close()
 
 
-def test_an_image_whose_header_has_another_size_is_replaced(small: Path, engine: str, tmp_path: Path) -> None:
+def test_an_image_whose_header_has_another_size_is_replaced(small: Path, engine: str, device: str, tmp_path: Path) -> None:
     """The table of segments still fits: the height changes by less than a row of MCUs. Crops would be of other pixels."""
     copy = tmp_path / "copy"
     shutil.copytree(small, copy)
@@ -134,13 +139,13 @@ def test_an_image_whose_header_has_another_size_is_replaced(small: Path, engine:
     if engine == "ffcv":
         content = (copy / "train.beton").read_bytes()
         replace_bytes(copy / "train.beton", content.index(stored), change)
-    loader = open_loader(spec_for(copy, engine))
+    loader = open_loader(spec_for(copy, engine, device=device))
     assert ids(loader) == expected_ids(0, {sample})
     assert loader.substitutes.corrupt.keys() == {sample}
     loader.close()
 
 
-def test_a_jpeg_of_too_many_scans_is_replaced(small: Path, engine: str, tmp_path: Path) -> None:
+def test_a_jpeg_of_too_many_scans_is_replaced(small: Path, engine: str, device: str, tmp_path: Path) -> None:
     """It could take minutes. The converter leaves it out, but shards can be changed."""
     copy = tmp_path / "copy"
     shutil.copytree(small, copy)
@@ -154,27 +159,27 @@ def test_a_jpeg_of_too_many_scans_is_replaced(small: Path, engine: str, tmp_path
     replace_bytes(shards.shards[record["shard"]], int(record["offset"]), change)
     if engine == "ffcv":
         replace_bytes(copy / "train.beton", (copy / "train.beton").read_bytes().index(stored), change)
-    loader = open_loader(spec_for(copy, engine))
+    loader = open_loader(spec_for(copy, engine, device=device))
     assert ids(loader) == expected_ids(0, {sample})
     assert "more than 100 scans" in loader.substitutes.corrupt[sample]
     loader.close()
 
 
-def test_data_without_any_decodable_sample_is_refused(small: Path, engine: str, tmp_path: Path) -> None:
+def test_data_without_any_decodable_sample_is_refused(small: Path, engine: str, device: str, tmp_path: Path) -> None:
     copy = tmp_path / "copy"
     shutil.copytree(small, copy)
     for sample in range(60):
         damage(copy, sample, 0)
-    loader = open_loader(spec_for(copy, engine))
+    loader = open_loader(spec_for(copy, engine, device=device))
     with pytest.raises(UserError, match="nor its substitutes can be decoded"):
         ids(loader)
     loader.close()
 
 
-def test_a_truncated_file_is_named(small: Path, engine: str, tmp_path: Path) -> None:
+def test_a_truncated_file_is_named(small: Path, engine: str, device: str, tmp_path: Path) -> None:
     copy = tmp_path / "copy"
     shutil.copytree(small, copy)
     file, words = ("train.beton", "is damaged") if engine == "ffcv" else ("train/000002.tar", "has 9000 bytes")
     (copy / file).write_bytes((copy / file).read_bytes()[:9000])
     with pytest.raises(UserError, match=f"{copy / file}: {words}"):
-        ids(open_loader(spec_for(copy, engine)))
+        ids(open_loader(spec_for(copy, engine, device=device)))

@@ -57,13 +57,14 @@ def test_a_changed_sample_is_replaced_only_if_reads_are_verified(
         assert ids(intact) == order
 
 
-def test_a_changed_sample_is_named_in_evaluation(changed: Path, engine: str) -> None:
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_a_changed_sample_is_named_in_evaluation(changed: Path, engine: str, device: str) -> None:
     if engine == "ffcv":
         return
-    spec = spec_for(changed, engine, verify=True).evaluation()
+    spec = spec_for(changed, engine, verify=True, device=device).evaluation()
     message = rf"{changed}/val/.*tar: .*: cannot be decoded \(its checksum is not the one in samples.npy\)"
     with open_loader(spec) as loader, pytest.raises(UserError, match=message):
         ids(loader)
-    if engine == "cpu":
+    if engine == "cpu" and device == "cpu":
         with pytest.raises(UserError, match=message):
             list(MultiViewLoader(spec, [ViewSpec(CentreCrop(32), 32), ViewSpec(CentreCrop(48), 32)]))

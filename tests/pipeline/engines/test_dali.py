@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -91,7 +92,10 @@ def test_dali_receives_cuts(large_shards: Path) -> None:
 
 
 def test_images_that_only_dali_cannot_decode_are_decoded_on_the_cpu(
-    small_shards: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+    small_shards: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     """A JPEG with a stray byte before a marker, which Pillow and libjpeg-turbo accept."""
     loader = dali.open(spec_for(small_shards, "dali"))
@@ -110,6 +114,10 @@ def test_images_that_only_dali_cannot_decode_are_decoded_on_the_cpu(
         assert (actual.images - reference.images).abs().mean() < 1
     assert not loader.substitutes.corrupt
     assert "Invalid marker" in capfd.readouterr().err + capfd.readouterr().out
+    (message,) = caplog.messages
+    assert message.startswith(f"{small_shards}, train: DALI has failed: ")
+    assert "image_slice`: nvImageCodec failure" in message
+    assert "\n" not in message
     loader.close()
 
 
@@ -120,6 +128,30 @@ def test_other_failures_of_dali_are_raised(small_shards: Path, monkeypatch: pyte
     monkeypatch.setattr(Pipeline, "run", broken)
     with pytest.raises(RuntimeError, match="out of memory"):
         next(iter(dali.open(spec_for(small_shards, "dali"))))
+
+
+@pytest.mark.parametrize(("calm", "raised"), [(dali.CALM, True), (5, False)])
+def test_failures_that_return_are_raised_after_three_restarts_but_rare_ones_are_not(
+    calm: int, raised: bool, small_shards: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A GPU that fails every seventh batch must not become a loader that mostly decodes on the CPU."""
+    calls, run = iter(range(1000)), Pipeline.run
+
+    def failing(self: Pipeline, stream: object) -> Any:
+        if next(calls) % 7 == 6:
+            raise RuntimeError("CUDA error: an illegal\n  address. Stacktrace (3 entries): ...")
+        return run(self, stream)
+
+    monkeypatch.setattr(Pipeline, "run", failing)
+    monkeypatch.setattr(dali, "CALM", calm)
+    loader = dali.open(spec_for(small_shards, "dali"))
+    with pytest.raises(RuntimeError, match="illegal") if raised else nullcontext():
+        for _ in range(6):
+            list(loader)
+    failures = [message for message in caplog.messages if message.endswith("DALI has failed: CUDA error: an illegal address.")]
+    assert (len(failures), loader.epoch) == ((4, 3) if raised else (6, 6))
+    assert not loader.substitutes.corrupt
+    loader.close()
 
 
 def test_pixels_leave_dali_without_a_copy(small_shards: Path, monkeypatch: pytest.MonkeyPatch) -> None:
