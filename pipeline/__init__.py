@@ -41,6 +41,7 @@ if TYPE_CHECKING:
     from .plan.geometry import (
         CentreCrop,
         Geometry,
+        MultiCrop,
         PaddedCrop,
         RandomResizedCrop,
         ScaleJitter,
@@ -56,7 +57,7 @@ _HOMES = {
     ".loader": ("Batch", "Loader"),
     ".pixels.normalize": ("Normalization", "TORCHVISION"),
     ".plan.geometry": (
-        "CentreCrop", "Geometry", "PaddedCrop", "RandomResizedCrop", "ScaleJitter", "TenCrop", "TorchvisionCrop",
+        "CentreCrop", "Geometry", "MultiCrop", "PaddedCrop", "RandomResizedCrop", "ScaleJitter", "TenCrop", "TorchvisionCrop",
         "WholeImage",
     ),
     ".spec": ("LoaderSpec",),
@@ -64,8 +65,9 @@ _HOMES = {
 _HOME = {name: home for home, names in _HOMES.items() for name in names}
 
 __all__ = [
-    "ENGINES", "TORCHVISION", "Batch", "CentreCrop", "Geometry", "Loader", "LoaderSpec", "Normalization", "PaddedCrop",
-    "RandomResizedCrop", "ScaleJitter", "TenCrop", "TorchvisionCrop", "UserError", "WholeImage", "choose_engine", "open_loader",
+    "ENGINES", "TORCHVISION", "Batch", "CentreCrop", "Geometry", "Loader", "LoaderSpec", "MultiCrop", "Normalization",
+    "PaddedCrop", "RandomResizedCrop", "ScaleJitter", "TenCrop", "TorchvisionCrop", "UserError", "WholeImage", "choose_engine",
+    "open_loader",
 ]  # fmt: skip
 
 

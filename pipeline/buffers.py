@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 import threading
 import weakref
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -21,6 +22,12 @@ def to_device(array: npt.NDArray[Any], device: torch.device | str) -> torch.Tens
     if torch.device(device).type != "cuda":
         return tensor
     return tensor.pin_memory().to(device, non_blocking=True)  # copies from pageable memory block the host
+
+
+def split(memory: Any, shapes: Sequence[tuple[int, ...]]) -> list[Any]:
+    """Consecutive parts of a flat array or tensor, in the given shapes."""
+    ends = np.cumsum([math.prod(shape) for shape in shapes]).tolist()
+    return [memory[end - math.prod(shape) : end].reshape(shape) for end, shape in zip(ends, shapes, strict=True)]
 
 
 class BufferPool:
@@ -50,6 +57,13 @@ class BufferPool:
             array = memory[:wanted].view(dtype).reshape(shape)
             self._in_use.append((weakref.ref(array), memory))  # tensors on `array` keep it alive
         return array, torch.from_numpy(array)
+
+    def acquire_parts(
+        self, shapes: Sequence[tuple[int, ...]], dtype: npt.DTypeLike
+    ) -> tuple[list[npt.NDArray[Any]], torch.Tensor]:
+        """Arrays of several shapes in one piece of memory, and the flat tensor of all: one copy moves them to a device."""
+        memory, tensor = self.acquire((sum(map(math.prod, shapes)),), dtype)
+        return split(memory, shapes), tensor
 
     def to_device(self, tensor: torch.Tensor) -> torch.Tensor:
         """An acquired tensor on the device. The copy runs on a stream of its own; the current stream waits for it."""

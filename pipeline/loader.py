@@ -17,7 +17,7 @@ from __future__ import annotations
 import hashlib
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, Generic, NamedTuple, Self, TypeVar
 
 import numpy as np
@@ -40,7 +40,7 @@ from .pixels.normalize import (
 )
 from .pixels.resample import KERNELS
 from .plan import sampling
-from .plan.geometry import Views, WholeImage
+from .plan.geometry import MultiCrop, ViewGroup, Views, WholeImage
 from .plan.order import Blocks, ByShape, Full, Order, Sequential
 from .plan.sampling import Ints
 from .plan.substitutes import Substitutes
@@ -73,11 +73,11 @@ class BatchOf(_Three[Images]):
     __replace__ = _replace  # of copy.replace, since Python 3.13
 
 
-class Batch(BatchOf[torch.Tensor]):
+class Batch(BatchOf[Any]):
     """This rank's range of a global batch: N images, with `geometry.crops` views each. A tuple of images, labels and ids.
 
     - images: (N * crops, 3, H, W) of the spec's dtype, on its device, in channels-last memory unless the spec says otherwise; the
-      views of an image are adjacent.
+      views of an image are adjacent. With `MultiCrop`, a tuple of such tensors, one for each of its groups.
     - labels: int64 (N,), same device.
     - ids: int64 (N,), NumPy: the samples' indices in the split.
     - fields: for each name in the spec's `fields`, the content of that member of each sample: N bytes objects, empty where a
@@ -97,7 +97,7 @@ class BatchRange(NamedTuple):
 class BatchPlan(NamedTuple):
     """What an engine has to make for a batch range.
 
-    ids: int64 (N,). views: V = N * crops. heights, widths: int64 (N,), source pixels. size: height and width of each view.
+    ids: int64 (N,). views: V = N * crops. heights, widths: int64 (N,), source pixels. groups: the views of each image by size.
     fields: of each sample, by name; empty until its image is read.
     """
 
@@ -106,8 +106,46 @@ class BatchPlan(NamedTuple):
     views: Views
     heights: Ints
     widths: Ints
-    size: tuple[int, int]
+    groups: tuple[ViewGroup, ...]
     fields: list[dict[str, bytes]]
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Height and width of each view; with `MultiCrop`, of those of the first group."""
+        return self.groups[0].height, self.groups[0].width
+
+    @property
+    def shapes(self) -> list[tuple[int, int, int, int]]:
+        """The shapes of the groups' pixels: (N * crops, H, W, 3) each."""
+        return [(len(self.ids) * crops, height, width, 3) for crops, height, width in self.groups]
+
+    @property
+    def sizes(self) -> Ints:
+        """Height and width of each view: int64 (V, 2)."""
+        of_one = [group[1:] for group in self.groups for _ in range(group.crops)]
+        return np.tile(np.array(of_one, np.int64), (len(self.ids), 1))
+
+    def rows(self, index: int) -> list[slice]:
+        """The rows of `views` that belong to one image, by group."""
+        ends = np.cumsum([group.crops for group in self.groups])
+        first = index * int(ends[-1])
+        return [slice(first + int(end) - group.crops, first + int(end)) for end, group in zip(ends, self.groups, strict=True)]
+
+    def empty_views(self) -> list[Pixels]:
+        """Memory for the views of one image: for each group, uint8 (crops, H, W, 3)."""
+        return [np.empty((*group, 3), np.uint8) for group in self.groups]
+
+    def images_of(self, index: int, images: Sequence[Any]) -> list[Any]:
+        """The part of the groups' images, (N * crops, ...) each, that belongs to one image of the plan."""
+        return [all_[index * group.crops : (index + 1) * group.crops] for all_, group in zip(images, self.groups, strict=True)]
+
+    def by_group(self) -> list[Views]:
+        """The views of each group, of all images."""
+        if len(self.groups) == 1:
+            return [self.views]
+        rows = [np.arange(its.start, its.stop) for its in self.rows(0)]
+        crops, starts = sum(map(len, rows)), np.arange(len(self.ids))[:, None]
+        return [Views(*(column[(starts * crops + its).reshape(-1)] for column in self.views.arrays)) for its in rows]
 
 
 class Loader(ABC):
@@ -275,12 +313,13 @@ class Loader(ABC):
         for array, its in zip(plan.views.arrays, one.views.arrays, strict=True):
             array[views] = its
 
-    def make_views(self, decoder: Decoder, plan: BatchPlan, index: int, out: Pixels) -> None:
-        """Make the views of one image of a plan on the CPU. out: uint8 (crops, H, W, 3). Raises CorruptImageError."""
+    def make_views(self, decoder: Decoder, plan: BatchPlan, index: int, out: Sequence[Pixels]) -> None:
+        """Make the views of one image of a plan on the CPU. out: for each group, uint8 (crops, H, W, 3). Raises
+        CorruptImageError."""
         views = slice(index * self.crops, (index + 1) * self.crops)
         windows, flip = plan.views.windows[views], plan.views.flip[views]
         encoded = self.read_planned(plan, index)
-        decoder.make_views(encoded, int(plan.heights[index]), int(plan.widths[index]), windows, flip, out, self.kernel)
+        decoder.make_groups(encoded, int(plan.heights[index]), int(plan.widths[index]), windows, flip, out, self.kernel)
 
     def read_planned(self, plan: BatchPlan, index: int) -> Bytes:
         """The encoded image at `index` of a plan, as `read` returns it. Puts its fields into the plan, if the spec names any."""
@@ -289,7 +328,7 @@ class Loader(ABC):
         image, plan.fields[index] = self.shards.read_with_fields(int(plan.ids[index]))
         return image
 
-    def make_or_replace(self, decoder: Decoder, plan: BatchPlan, index: int, out: Pixels) -> None:
+    def make_or_replace(self, decoder: Decoder, plan: BatchPlan, index: int, out: Sequence[Pixels]) -> None:
         """Like `make_views`, but replaces an image that cannot be decoded in `plan`, until a substitute can be decoded."""
         while True:
             try:
@@ -297,32 +336,34 @@ class Loader(ABC):
             except CorruptImageError as error:
                 self.replace(plan, index, str(error))
 
-    def finish(self, pixels: torch.Tensor, plan: BatchPlan) -> Batch:
+    def finish(self, pixels: Sequence[torch.Tensor], plan: BatchPlan) -> Batch:
         """The batch of a plan's views, without waiting for the device.
 
-        pixels: (V, H, W, 3) on the spec's device. If they are uint8, shift, lighting and normalization are applied here. If they
-        have the spec's floating-point dtype, the engine has applied them.
+        pixels: for each group, (N * crops, H, W, 3) on the spec's device. If they are uint8, shift, lighting and normalization
+        are applied here. If they have the spec's floating-point dtype, the engine has applied them.
         """
         labels = self._to_device(self.shards.samples["label"][plan.ids].astype(np.int64))
         fields = {name: [found.get(name, b"") for found in plan.fields] for name in self.spec.fields}
-        images = self._images(pixels, plan)
-        return Batch(images if self.spec.channels_last else images.contiguous(), labels, plan.ids, fields)
+        images = [self._images(*group) for group in zip(pixels, plan.by_group(), strict=True)]
+        if not self.spec.channels_last:
+            images = [one.contiguous() for one in images]
+        return Batch(tuple(images) if isinstance(self.spec.geometry, MultiCrop) else images[0], labels, plan.ids, fields)
 
-    def _images(self, pixels: torch.Tensor, plan: BatchPlan) -> torch.Tensor:
-        """A batch's images of a plan's views, see `finish`."""
-        if plan.views.shift is not None and pixels.dtype == torch.uint8:
-            pixels = translate_tensor(pixels, self._to_device(plan.views.shift))
+    def _images(self, pixels: torch.Tensor, views: Views) -> torch.Tensor:
+        """A batch's images of views of one size, see `finish`."""
+        if views.shift is not None and pixels.dtype == torch.uint8:
+            pixels = translate_tensor(pixels, self._to_device(views.shift))
         if pixels.dtype == self.spec.dtype:
             return pixels.permute(0, 3, 1, 2)
-        shift = lighting(plan.views.alphas, self.lighting_basis)
+        shift, size = lighting(views.alphas, self.lighting_basis), (pixels.shape[1], pixels.shape[2])
         if pixels.device.type == "cpu":
             out, images = self.buffers.acquire(tuple(pixels.shape), stored_dtype(self.spec.dtype))
-            self.normalizer(plan.size).batch(pixels.numpy(), shift, out)
+            self.normalizer(size).batch(pixels.numpy(), shift, out)
             return images.view(self.spec.dtype).permute(0, 3, 1, 2)
-        if plan.size not in self._on_device:
-            normalization = self.normalization_at(plan.size)
-            self._on_device[plan.size] = self._to_device(normalization.mean), self._to_device(normalization.std)
-        return normalize_tensor(pixels, self._to_device(shift), *self._on_device[plan.size], self.spec.dtype)
+        if size not in self._on_device:
+            normalization = self.normalization_at(size)
+            self._on_device[size] = self._to_device(normalization.mean), self._to_device(normalization.std)
+        return normalize_tensor(pixels, self._to_device(shift), *self._on_device[size], self.spec.dtype)
 
     def normalizer(self, size: tuple[int, int]) -> Normalizer:
         """Lighting and normalization on the CPU for views of `size` (height, width). Thread-safe."""
@@ -367,8 +408,8 @@ class Loader(ABC):
         size = spec.size_at(batch_range.epoch)
         geometry = spec.geometry_at(size)
         views = geometry.views(spec.seed, batch_range.epoch, ids, heights, widths, size, spec.alpha_std)
-        height, width = geometry.shapes(heights[:1], widths[:1], size)[0].tolist()  # equal for all samples, see ByShape
-        return BatchPlan(batch_range, ids, views, heights, widths, (height, width), [{} for _ in ids])
+        groups = geometry.groups_of(heights, widths, size)  # equal for all samples, see ByShape
+        return BatchPlan(batch_range, ids, views, heights, widths, groups, [{} for _ in ids])
 
     def _open_order(self, count: int) -> Order:
         spec = self.spec

@@ -13,7 +13,7 @@ import torch
 from .errors import UserError
 from .pixels.normalize import Normalization
 from .plan import sampling
-from .plan.geometry import CentreCrop, Geometry, PaddedCrop, ScaleJitter, WholeImage
+from .plan.geometry import CentreCrop, Geometry, MultiCrop, PaddedCrop, ScaleJitter, WholeImage
 
 if TYPE_CHECKING:
     from .loader import Batch
@@ -38,7 +38,7 @@ class LoaderSpec:
     - order: "full", "blocks" or "sequential", see `plan.order`.
     - block_shards: shards in a block, for the order "blocks".
     - image_size: side of the crop, pixels. For progressive resizing, steps of (first epoch, size), such as
-      ((0, 128), (6, 160), (12, 224)).
+      ((0, 128), (6, 160), (12, 224)). Not used with `MultiCrop`, which has sizes of its own.
     - geometry: which views (crops) are taken of an image, see `plan.geometry`. It refers to the final image size, and is scaled
       in proportion for the others.
     - interpolation: "bilinear" or "bicubic", the antialiased filter by which views are resampled, as Pillow's.
@@ -98,7 +98,9 @@ class LoaderSpec:
 
     @property
     def sizes(self) -> tuple[tuple[int, int], ...]:
-        """The steps of `image_size`: (first epoch, size), at least one."""
+        """The steps of `image_size`: (first epoch, size), at least one. For `MultiCrop`, the size of its largest views."""
+        if isinstance(self.geometry, MultiCrop):
+            return ((0, self.geometry.largest),)
         return ((0, self.image_size),) if isinstance(self.image_size, int) else self.image_size
 
     @property
@@ -170,6 +172,12 @@ def check(spec: LoaderSpec) -> None:
 
 def _check_sizes(spec: LoaderSpec) -> None:
     """Raise UserError for invalid image sizes, or a geometry that does not fit them."""
+    if isinstance(spec.geometry, MultiCrop):
+        spec.geometry.check(0)  # before its sizes are used
+        if not isinstance(spec.image_size, int):
+            raise UserError(
+                "`image_size` cannot have steps with `geometry` MultiCrop, which has sizes of its own", "leave it out"
+            )
     first_epochs = [first for first, _ in spec.sizes]
     if not first_epochs or first_epochs[0] != 0 or first_epochs != sorted(set(first_epochs)):
         raise UserError(f"`image_size` {spec.image_size}: steps must be (epoch, size), from epoch 0 on, in ascending order")

@@ -15,9 +15,11 @@ from typing import Any
 import numpy as np
 import torch
 
+from ..buffers import split
 from ..loader import Batch, BatchPlan, BatchRange, Loader, check_in_order
 from ..pixels.decoder import Decoder, Pixels
 from ..pixels.normalize import lighting, stored_dtype, translate
+from ..plan.geometry import Views
 from ..spec import LoaderSpec
 from .pool import WorkerPool
 from .warm_up import warm_up
@@ -34,19 +36,19 @@ def open(spec: LoaderSpec) -> CpuLoader:
 
 @dataclass
 class _Job:
-    """A batch in progress. images: the buffer of its views, (V, H, W, 3). tensor: shares its memory."""
+    """A batch in progress. images: the buffers of its views, (N * crops, H, W, 3) for each group. tensor: shares their memory."""
 
     plan: BatchPlan
-    images: Any
+    images: list[Any]
     tensor: torch.Tensor
 
 
 @dataclass
 class _Worker:
-    """The memory of one thread. pixels: uint8 (crops, H, W, 3), the views of one image before normalization."""
+    """The memory of one thread. pixels: for each group, uint8 (crops, H, W, 3), the views of one image before normalization."""
 
     decoder: Decoder = field(default_factory=Decoder)
-    pixels: Pixels = field(default_factory=lambda: np.empty(0, np.uint8))
+    pixels: list[Pixels] = field(default_factory=list)
 
 
 class CpuLoader(Loader):
@@ -75,27 +77,30 @@ class CpuLoader(Loader):
         job = self._pool.next()
         check_in_order(job.plan, batch_range)
         images = job.tensor.view(self.spec.dtype) if self._normalize_in_threads else self.buffers.to_device(job.tensor)
-        return self.finish(images, job.plan)
+        return self.finish(split(images, job.plan.shapes), job.plan)
 
     def _start(self, batch_range: BatchRange) -> None:
         """Plan a batch and hand it to the threads."""
         plan = self.plan(batch_range)
-        shape = (len(plan.views.flip), *plan.size, 3)
         dtype = stored_dtype(self.spec.dtype) if self._normalize_in_threads else np.uint8
-        self._pool.submit(_Job(plan, *self.buffers.acquire(shape, dtype)), len(plan.ids))
+        self._pool.submit(_Job(plan, *self.buffers.acquire_parts(plan.shapes, dtype)), len(plan.ids))
 
     def _fill(self, worker: _Worker, job: _Job, indices: range) -> None:
         """Make the views of some images of a batch. Runs in a thread."""
-        plan, crops = job.plan, self.crops
-        shape = (crops, *plan.size, 3)
-        if self._normalize_in_threads and worker.pixels.shape != shape:
-            worker.pixels = np.empty(shape, np.uint8)
+        plan = job.plan
+        shapes = [(*group, 3) for group in plan.groups]
+        if self._normalize_in_threads and [pixels.shape for pixels in worker.pixels] != shapes:
+            worker.pixels = [np.empty(shape, np.uint8) for shape in shapes]
         for index in indices:
-            views = slice(index * crops, (index + 1) * crops)
-            pixels = worker.pixels if self._normalize_in_threads else job.images[views]
-            self.make_or_replace(worker.decoder, plan, index, pixels)
+            images = plan.images_of(index, job.images)
+            self.make_or_replace(worker.decoder, plan, index, worker.pixels if self._normalize_in_threads else images)
             if self._normalize_in_threads:
-                if plan.views.shift is not None:
-                    pixels = translate(pixels, plan.views.shift[views])
-                shift = lighting(plan.views.alphas[views], self.lighting_basis)
-                self.normalizer(plan.size).batch(pixels, shift, job.images[views])
+                for pixels, views, out in zip(worker.pixels, plan.rows(index), images, strict=True):
+                    self._normalize(pixels, plan.views, views, out)
+
+    def _normalize(self, pixels: Pixels, views: Views, rows: slice, out: Any) -> None:
+        """Shift, lighting and normalization of an image's views of one size. rows: of `views`."""
+        if views.shift is not None:
+            pixels = translate(pixels, views.shift[rows])
+        size = pixels.shape[1], pixels.shape[2]
+        self.normalizer(size).batch(pixels, lighting(views.alphas[rows], self.lighting_basis), out)

@@ -21,8 +21,8 @@ from __future__ import annotations
 import logging
 import re
 from collections import deque
-from collections.abc import Iterator
-from itertools import pairwise
+from collections.abc import Iterator, Sequence
+from itertools import accumulate, pairwise
 from typing import Any
 
 import numpy as np
@@ -35,11 +35,13 @@ from ..loader import Batch, BatchPlan, BatchRange, Loader, check_in_order
 from ..pixels.decoder import (
     CorruptImageError,
     Decoder,
+    Pixels,
     check_scans,
     cut_windows,
     decode_by_pillow,
     has_4_components,
     has_size,
+    joint_window,
     why_corrupt,
 )
 from ..plan import sampling
@@ -52,7 +54,7 @@ INPUTS = (
     ("encoded", types.UINT8, 1),
     ("roi_start", types.FLOAT, 3),  # (crops, passes, 2): for each view of the image, see `_passes`
     ("roi_end", types.FLOAT, 3),
-    ("size", types.FLOAT, 2),  # (passes, 2)
+    ("size", types.FLOAT, 3),
 )
 SLICE_INPUTS = (("region_start", types.INT32, 1), ("region_end", types.INT32, 1))
 CUT_PROFILES = ("lossless", "compact")  # profiles of the manifest with region-addressable images
@@ -67,9 +69,11 @@ def open(spec: LoaderSpec) -> DaliLoader:
     return DaliLoader(spec)
 
 
-def graph(sources: Any, crops: int, gpu: bool, slices: bool, hw_decoder_load: float, bicubic: bool = False) -> Any:
-    """Define the graph. sources: its inputs, `INPUTS` and, with slices, `SLICE_INPUTS`. Returns its output: uint8
-    (height, width, 3) for one view, else (crops, height, width, 3).
+def graph(
+    sources: Any, crops: Sequence[int], gpu: bool, slices: bool, hw_decoder_load: float, bicubic: bool = False
+) -> list[Any]:
+    """Define the graph. sources: its inputs, `INPUTS` and, with slices, `SLICE_INPUTS`. crops: views of each size. Returns an
+    output for each size: uint8 (height, width, 3) for one view, else (crops, height, width, 3).
 
     slices: decode only the region between region_start and region_end; roi coordinates are then relative to region_start.
     The decoded region includes the support of the resampling filter around the windows, in whole pixels, so that resampling it
@@ -88,18 +92,19 @@ def graph(sources: Any, crops: int, gpu: bool, slices: bool, hw_decoder_load: fl
         pixels = fn.decoders.image_slice(encoded, start=region[0], end=region[1], axes=[0, 1], **options)
     else:
         pixels = fn.decoders.image(encoded, **options)
-    views = [pixels] * crops
-    for view in range(crops):
+    views = [pixels] * sum(crops)
+    for view in range(len(views)):
         for i in range(2 if bicubic else 1):
             views[view] = fn.resize(
                 views[view],
-                size=size[i],
+                size=size[view, i],
                 roi_start=roi_start[view, i],
                 roi_end=roi_end[view, i],
                 dtype=types.UINT8,
                 interp_type=types.INTERP_CUBIC if bicubic else types.INTERP_LINEAR,
             )
-    return views[0] if crops == 1 else fn.stack(*views)
+    by_size = [views[end - count : end] for count, end in zip(crops, accumulate(crops), strict=True)]
+    return [its[0] if len(its) == 1 else fn.stack(*its) for its in by_size]
 
 
 def build_pipeline(source: Any, batch_size: int, spec: LoaderSpec, slices: bool) -> Pipeline:
@@ -115,7 +120,8 @@ def build_pipeline(source: Any, batch_size: int, spec: LoaderSpec, slices: bool)
             dtype=[dtype for _, dtype, _ in inputs],
             ndim=[dimensions for _, _, dimensions in inputs],
         )
-        pipe.set_outputs(graph(sources, spec.geometry.crops, gpu, slices, spec.hw_decoder_load, spec.interpolation == "bicubic"))
+        crops = spec.geometry.counts
+        pipe.set_outputs(*graph(sources, crops, gpu, slices, spec.hw_decoder_load, spec.interpolation == "bicubic"))
     return pipe
 
 
@@ -148,12 +154,12 @@ class DaliLoader(Loader):
             threads.close()
 
     def _make_batch(self, batch_range: BatchRange) -> Batch:
-        views = self._run(batch_range)
+        outputs = self._run(batch_range)
         plan = self._in_flight.popleft()
         check_in_order(plan, batch_range)
         # from_dlpack passes torch's current stream to DALI, which makes that stream wait for its own.
-        pixels = torch.from_dlpack(views.as_tensor())
-        return self.finish(pixels.reshape(-1, *plan.size, 3), plan)
+        pixels = [torch.from_dlpack(views.as_tensor()) for views in outputs]
+        return self.finish([its.reshape(shape) for its, shape in zip(pixels, plan.shapes, strict=True)], plan)
 
     def _run(self, batch_range: BatchRange) -> Any:
         """DALI's next batch. If it fails, corrupt samples are marked and the pipeline restarts at `batch_range`. Raises DALI's
@@ -162,7 +168,7 @@ class DaliLoader(Loader):
             pipe = self._pipe or self._start(batch_range)
             stream = torch.cuda.current_stream(self.spec.device) if pipe.device_id is not None else None
             try:
-                views = pipe.run(stream)[0]
+                views = pipe.run(stream)
             except RuntimeError as error:
                 log.warning("%s, %s: DALI has failed: %s", self.spec.data, self.spec.split, _in_one_line(error))
                 failed = list(self._in_flight)
@@ -186,7 +192,7 @@ class DaliLoader(Loader):
         """Mark the samples that cannot be decoded. Returns whether there are any."""
         found = False
         for plan in plans:
-            views = np.empty((self.crops, *plan.size, 3), np.uint8)
+            views = plan.empty_views()
             for index in range(len(plan.ids)):
                 try:
                     self.make_views(Decoder(), plan, index, views)
@@ -248,10 +254,11 @@ class _BatchInputs:
         plan, box = self._plan, self._boxes[index]
         height, width = int(plan.heights[index]), int(plan.widths[index])
         if self._on_cpu[index]:
-            views = np.empty((self._loader.crops, *plan.size, 3), np.uint8)
+            views = plan.empty_views()
             self._loader.make_views(Decoder(), plan, index, views)
-            box[:] = 0, 0, views.shape[0] * views.shape[1], views.shape[2]
-            return to_ppm(views.reshape(-1, *views.shape[2:]))
+            stacked = stack_vertically([view for its in views for view in its])
+            box[:] = 0, 0, *stacked.shape[:2]
+            return to_ppm(stacked)
         data = self._loader.read_planned(plan, index)
         if has_4_components(data):  # which nvJPEG does not convert to RGB as Pillow does
             self._on_cpu[index] = True
@@ -261,8 +268,9 @@ class _BatchInputs:
             decode_by_pillow(data, (height, width))  # raises CorruptImageError
         if self._loader.cuts:
             piece = np.empty(len(data), np.uint8)
-            windows = plan.views.windows[self._views(index)]
-            length = cut_windows(data, height, width, windows, *plan.size, self._loader.kernel.support, piece, box)
+            kernel = self._loader.kernel
+            windows, size = joint_window(height, width, plan.views.windows[self._views(index)], plan.groups, kernel)
+            length = cut_windows(data, height, width, windows, *size, kernel.support, piece, box)
             if length > 0:
                 return piece[:length]
             if length != NO_TABLE and (reason := why_corrupt(data)):
@@ -280,16 +288,17 @@ class _BatchInputs:
     def arrays(self) -> tuple[Any, ...]:
         """The inputs of the graph, once all streams are made."""
         plan, crops = self._plan, self._loader.crops
-        count, (rows, columns) = len(plan.ids), plan.size
+        count, sizes = len(plan.ids), plan.sizes
         windows, flip = plan.views.windows.copy(), plan.views.flip.copy()
         heights, widths = plan.heights.copy(), plan.widths.copy()
         for index in np.flatnonzero(self._on_cpu).tolist():  # the stream is its finished views, stacked vertically
-            tops = np.arange(crops) * rows
-            windows[self._views(index)] = np.stack([tops, 0 * tops, tops + rows, 0 * tops + columns], axis=1)
+            rows, columns = sizes[self._views(index)].T
+            bottoms = np.cumsum(rows)
+            windows[self._views(index)] = np.stack([bottoms - rows, 0 * rows, bottoms, columns], axis=1)
             flip[self._views(index)] = False
-            heights[index], widths[index] = crops * rows, columns
+            heights[index], widths[index] = self._boxes[index, 2:]
         support = self._loader.kernel.support
-        regions = sampling.regions(windows, heights.repeat(crops), widths.repeat(crops), plan.size, support)
+        regions = sampling.regions(windows, heights.repeat(crops), widths.repeat(crops), sizes, support)
         regions = regions.reshape(count, crops, 4)
         corner = self._boxes[:, :2]
         start, end = regions[:, :, :2].min(axis=1) - corner, regions[:, :, 2:].max(axis=1) - corner
@@ -297,24 +306,22 @@ class _BatchInputs:
         roi_start, roi_end = (windows[:, ends] - origin for ends in (slice(0, 2), slice(2, 4)))
         roi_start[flip, 1], roi_end[flip, 1] = roi_end[flip, 1], roi_start[flip, 1]
         decoded = (end - start if self._loader.slices else self._boxes[:, 2:])[:, 0]
-        starts, ends, sizes = self._passes(roi_start, roi_end, decoded)
+        inputs = self._passes(roi_start, roi_end, sizes, decoded)
         region = (start.astype(np.int32), end.astype(np.int32)) if self._loader.slices else ()
-        return self._encoded, *(roi.astype(np.float32).reshape(count, crops, -1, 2) for roi in (starts, ends)), sizes, *region
+        return self._encoded, *(each.astype(np.float32).reshape(count, crops, -1, 2) for each in inputs), *region
 
-    def _passes(self, roi_start: Any, roi_end: Any, decoded: Ints) -> tuple[Any, Any, Any]:
-        """The start and the end of the windows, (V, passes, 2), and the sizes, float32 (N, passes, 2), of each call of fn.resize.
+    def _passes(self, roi_start: Any, roi_end: Any, sizes: Ints, decoded: Ints) -> tuple[Any, Any, Any]:
+        """The start and the end of the window and the size, each (V, passes, 2), of each call of fn.resize.
 
         Bicubic is resampled horizontally, then vertically, with 8 bits between, as by `pixels.resample`: DALI does not clip
-        between its own passes. roi_start, roi_end: (V, 2). decoded: (N,), rows of what DALI decodes.
+        between its own passes. roi_start, roi_end, sizes: (V, 2). decoded: (N,), rows of what DALI decodes.
         """
-        rows, columns = self._plan.size
-        count, zero = len(decoded), np.zeros(len(roi_start))
         if self._loader.spec.interpolation == "bilinear":
-            return roi_start, roi_end, np.full((count, 1, 2), self._plan.size, np.float32)
+            return roi_start, roi_end, sizes
+        (rows, columns), zero, tall = sizes.T, np.zeros(len(roi_start)), decoded.repeat(self._loader.crops)
         starts = [zero, roi_start[:, 1], roi_start[:, 0], zero]
-        ends = [decoded.repeat(self._loader.crops), roi_end[:, 1], roi_end[:, 0], zero + columns]
-        sizes = np.array([[[tall, columns], [rows, columns]] for tall in decoded.tolist()], np.float32)
-        return np.stack(starts, axis=1), np.stack(ends, axis=1), sizes
+        ends = [tall, roi_end[:, 1], roi_end[:, 0], columns]
+        return np.stack(starts, axis=1), np.stack(ends, axis=1), np.stack([tall, columns, rows, columns], axis=1)
 
 
 def _in_one_line(error: RuntimeError) -> str:
@@ -328,12 +335,18 @@ def at_border(plan: BatchPlan, interpolation: str = "bilinear") -> npt.NDArray[n
     `MAX_REDUCTION`, or enlarged by the bicubic filter, which reaches two pixels far."""
     crops = len(plan.views.flip) // len(plan.ids)
     low, high = plan.views.windows[:, :2], plan.views.windows[:, 2:]
-    scale = (high - low) / plan.size
+    scale = (high - low) / plan.sizes
     sides = np.stack([plan.heights, plan.widths], axis=1).repeat(crops, axis=0)
     reaches: npt.NDArray[np.bool_] = (scale > MAX_REDUCTION) & ((low < scale) | (high > sides - scale))
     if interpolation == "bicubic":
         reaches |= (scale < 0.99) & ((low < 2) | (high > sides - 2))
     return np.asarray(reaches.reshape(len(plan.ids), -1).any(axis=1))
+
+
+def stack_vertically(views: Sequence[Pixels]) -> Pixels:
+    """Views, uint8 (H, W, 3) each, in one image that is as wide as the widest."""
+    width = max(view.shape[1] for view in views)
+    return np.concatenate([np.pad(view, ((0, 0), (0, width - view.shape[1]), (0, 0))) for view in views])
 
 
 def to_ppm(pixels: npt.NDArray[np.uint8]) -> Bytes:

@@ -3,7 +3,8 @@
 FFCV reads the file and runs a compiled decoder in its threads. The plan decides which samples and windows are decoded. (FFCV's
 own random numbers come from one randomly seeded generator per thread, and its orders cannot be resumed.) JPEGs are decoded with
 libjpeg-turbo's exact inverse DCT; FFCV's own decoder uses the fast one, which is off by 1 of 255 on average. Only the crop is
-decoded if the JPEG has a table of segments (mode "region"), else the whole image. Raw images are resampled directly.
+decoded if the JPEG has a table of segments (mode "region"), else the whole image. Raw images are resampled directly. Views of
+several sizes (`MultiCrop`) are made one after the other by FFCV's thread, without its compiled code, which is slower.
 
 The engine works around three problems of FFCV:
 - After an exception in FFCV's thread, the consumer would wait forever. Here the exception is raised in the consumer.
@@ -16,7 +17,7 @@ from __future__ import annotations
 import atexit
 import ctypes
 import ctypes.util
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
@@ -38,12 +39,13 @@ from ffcv.utils import cast_int_to_byte_ptr
 from llvmlite.binding import load_library_permanently
 from numba import carray, prange, types
 
+from ..buffers import split
 from ..errors import UserError
 from ..jit import jit
 from ..jpeg.decode import REFUSED, decode
 from ..jpeg.region import Bytes
 from ..loader import Batch, BatchPlan, BatchRange, Loader, check_in_order
-from ..pixels.decoder import Decoder, Pixels, has_size, region_of, resample_windows
+from ..pixels.decoder import Decoder, Pixels, has_size, region_of, resample_groups, resample_windows
 from ..plan.sampling import Ints
 from ..spec import LoaderSpec
 from ..store import files
@@ -223,7 +225,14 @@ class _PlannedBatches(EpochIterator):
     def _make_batch(self, batch_range: BatchRange) -> tuple[BatchPlan, torch.Tensor]:
         owner = self._owner
         plan = owner.plan(batch_range)
-        images, tensor = owner.buffers.acquire((len(plan.views.flip), *plan.size, 3), np.uint8)
+        images, tensor = owner.buffers.acquire_parts(plan.shapes, np.uint8)
+        for index in self._failing(plan, images[0]) if len(images) == 1 else range(len(plan.ids)):
+            owner.make_or_replace(self._decoder, plan, index, plan.images_of(index, images))
+        return plan, tensor
+
+    def _failing(self, plan: BatchPlan, images: Pixels) -> list[int]:
+        """Make views of one size with the compiled code. Returns which images it could not decode."""
+        owner = self._owner
         (orders,) = self.memory_allocations["operation"].values()
         orders = orders[0][: len(plan.ids)]
         windows, flip = np.ascontiguousarray(plan.views.windows), np.ascontiguousarray(plan.views.flip)
@@ -232,10 +241,8 @@ class _PlannedBatches(EpochIterator):
             orders[:, column] = array.ctypes.data + stride * np.arange(len(orders))
         orders[:, _CROPS:] = owner.crops, *plan.size
         (made,) = self.run_pipeline(0, plan.ids.astype(np.uint64), 0, None)
-        for index in np.flatnonzero(made[:, _STATUS]).tolist():  # images that the compiled code could not decode
-            views = slice(index * owner.crops, (index + 1) * owner.crops)
-            owner.make_or_replace(self._decoder, plan, index, images[views])
-        return plan, tensor
+        failing: list[int] = np.flatnonzero(made[:, _STATUS]).tolist()
+        return failing
 
 
 class FfcvLoader(Loader):
@@ -260,7 +267,7 @@ class FfcvLoader(Loader):
     def locate(self, sample: int) -> str:
         return f"{self._path}: sample {sample}"
 
-    def make_views(self, decoder: Decoder, plan: BatchPlan, index: int, out: Pixels) -> None:
+    def make_views(self, decoder: Decoder, plan: BatchPlan, index: int, out: Sequence[Pixels]) -> None:
         sample = int(plan.ids[index])
         if self._beton.images["mode"][sample] != RAW:
             super().make_views(decoder, plan, index, out)
@@ -268,13 +275,13 @@ class FfcvLoader(Loader):
         views = slice(index * self.crops, (index + 1) * self.crops)
         size = int(plan.heights[index]), int(plan.widths[index])
         pixels = self.read(sample).reshape(*size, 3)
-        resample_windows(pixels, np.array([0, 0, *size]), plan.views.windows[views], plan.views.flip[views], self.kernel, out)
+        resample_groups(pixels, np.array([0, 0, *size]), plan.views.windows[views], plan.views.flip[views], self.kernel, out)
 
     def _make_batch(self, batch_range: BatchRange) -> Batch:
         self._batches = self._batches or _PlannedBatches(self, self._open_stock(), self.upcoming(batch_range))
         plan, pixels = self._batches.next()
         check_in_order(plan, batch_range)
-        return self.finish(self.buffers.to_device(pixels), plan)
+        return self.finish(split(self.buffers.to_device(pixels), plan.shapes), plan)
 
     def _open_stock(self) -> StockLoader:
         if self._stock is None:

@@ -12,19 +12,17 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 import torch
 
-from ..buffers import BufferPool, to_device
+from ..buffers import BufferPool, split, to_device
 from ..errors import UserError
 from ..loader import BatchOf
-from ..pixels.decoder import CorruptImageError, Decoder, Pixels, resample_windows
-from ..pixels.resample import BILINEAR, KERNELS, Kernel
-from ..plan import sampling
-from ..plan.geometry import Geometry, Views
+from ..pixels.decoder import CorruptImageError, Decoder, Pixels
+from ..pixels.resample import KERNELS
+from ..plan.geometry import Geometry, Views, by_image
 from ..plan.order import ByShape
 from ..plan.sampling import Ints
 from ..spec import LoaderSpec, check, check_device
@@ -126,76 +124,45 @@ class MultiViewLoader:
             (len(one.flip), *view_spec.geometry.shapes(heights[:1], widths[:1], view_spec.size)[0].tolist(), 3)
             for view_spec, one in zip(self.view_specs, views, strict=True)
         ]
-        memory, tensor = self._buffers.acquire((sum(map(math.prod, shapes)),), np.uint8)
-        regions = common_regions(views, heights, widths, [shape[1:3] for shape in shapes], self._kernel)
-        return _Job(ids, heights, widths, views, regions, _split(memory, shapes), tensor, shapes, [{} for _ in ids])
+        images, tensor = self._buffers.acquire_parts(shapes, np.uint8)
+        return _Job(ids, heights, widths, by_image(views, len(ids)), images, tensor, shapes, [{} for _ in ids])
 
     def _fill(self, decoder: Decoder, job: _Job, indices: range) -> None:
         """Make all views of some images of a batch. Runs in a thread."""
+        crops = [view_spec.geometry.crops for view_spec in self.view_specs]
         for index in indices:
-            sample = int(job.ids[index])
-            # The decoder gets the common region as a window at scale 1. It adds a margin.
-            window = job.regions[index : index + 1].astype(np.float64)
-            rows, columns = (job.regions[index, 2:] - job.regions[index, :2]).tolist()
+            sample, its = int(job.ids[index]), slice(index * sum(crops), (index + 1) * sum(crops))
+            out = [images[index * count : (index + 1) * count] for images, count in zip(job.images, crops, strict=True)]
             try:
                 if self.spec.fields:
                     encoded, job.fields[index] = self.shards.read_with_fields(sample)
                 else:
                     encoded = self.shards.read(sample)
                 size = int(job.heights[index]), int(job.widths[index])
-                pixels, box = decoder.decode_region(encoded, *size, window, (rows, columns))
+                decoder.make_groups(encoded, *size, job.views.windows[its], job.views.flip[its], out, self._kernel)
             except CorruptImageError as error:
                 raise UserError(f"{self.shards.locate(sample)}: cannot be decoded ({error})", "make the shards again") from error
-            for view_spec, views, images in zip(self.view_specs, job.views, job.images, strict=True):
-                crops = slice(index * view_spec.geometry.crops, (index + 1) * view_spec.geometry.crops)
-                resample_windows(pixels, box, views.windows[crops], views.flip[crops], self._kernel, images[crops])
 
     def _finish(self, job: _Job) -> MultiViewBatch:
         """The batch on the device, without waiting for the copy."""
         labels = to_device(self.shards.samples["label"][job.ids].astype(np.int64), self._device)
-        images = _split(self._buffers.to_device(job.tensor), job.shapes)
+        images = split(self._buffers.to_device(job.tensor), job.shapes)
         fields = {name: [found.get(name, b"") for found in job.fields] for name in self.spec.fields}
         return MultiViewBatch(dict(zip(self.view_specs, images, strict=True)), labels, job.ids, fields)
 
 
 @dataclass
 class _Job:
-    """A batch in progress. regions: int64 (N, 4), the region of each image to decode: top, left, bottom, right.
+    """A batch in progress. views: of all ViewSpecs, those of an image adjacent. images, shapes: one per ViewSpec.
 
-    views, images, shapes: one per ViewSpec. `images` are parts of the flat `tensor`, so that a single copy moves all of them to
-    the device. fields: as in `BatchPlan`.
+    `images` are parts of the flat `tensor`. fields: as in `BatchPlan`.
     """
 
     ids: Ints
     heights: Ints
     widths: Ints
-    views: list[Views]
-    regions: Ints
+    views: Views
     images: list[Pixels]
     tensor: torch.Tensor
     shapes: list[tuple[int, ...]]
     fields: list[dict[str, bytes]]
-
-
-def common_regions(
-    views: Sequence[Views], heights: Ints, widths: Ints, sizes: Sequence[tuple[int, ...]], kernel: Kernel = BILINEAR
-) -> Ints:
-    """The smallest region of each image with all source pixels that its views need: int64 (N, 4) of top, left, bottom, right.
-
-    views: of the same N images by several geometries. sizes: height and width of each geometry's views.
-    """
-    count = len(heights)
-    found: list[npt.NDArray[np.int64]] = []
-    for one, size in zip(views, sizes, strict=True):
-        crops = len(one.flip) // count
-        sides = np.repeat(heights, crops), np.repeat(widths, crops)
-        regions = sampling.regions(one.windows, *sides, (size[0], size[1]), kernel.support)
-        found.append(regions.reshape(count, crops, 4))
-    every = np.concatenate(found, axis=1)
-    return np.concatenate([every[..., :2].min(axis=1), every[..., 2:].max(axis=1)], axis=1)
-
-
-def _split(memory: Any, shapes: Sequence[tuple[int, ...]]) -> list[Any]:
-    """Consecutive parts of a flat array or tensor, in the given shapes."""
-    ends = np.cumsum([math.prod(shape) for shape in shapes]).tolist()
-    return [memory[end - math.prod(shape) : end].reshape(shape) for end, shape in zip(ends, shapes, strict=True)]

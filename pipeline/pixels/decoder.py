@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import io
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any
 
@@ -61,6 +61,25 @@ class Decoder:
             if lacking < 0:
                 pixels = self._pixels(data, height, width, windows, out.shape[1:3], kernel)
                 resample_windows(pixels, self._place, windows, flip, kernel, out)
+
+    def make_groups(
+        self,
+        data: Bytes,
+        height: int,
+        width: int,
+        windows: Windows,
+        flip: Any,
+        out: Sequence[Pixels],
+        kernel: Kernel = BILINEAR,
+    ) -> None:
+        """`make_views` for views of several sizes, from one decode. out: uint8 (c, h, w, 3) for each size; windows, flip: of all
+        these views, in this order."""
+        if len(out) == 1:
+            self.make_views(data, height, width, windows, flip, out[0], kernel)
+            return
+        window, size = joint_window(height, width, windows, [one.shape[:3] for one in out], kernel)
+        pixels, place = self.decode_region(data, height, width, window, size, kernel)
+        resample_groups(pixels, place, windows, flip, kernel, out)
 
     def decode_region(
         self, data: Bytes, height: int, width: int, windows: Windows, size: tuple[int, int], kernel: Kernel = BILINEAR
@@ -251,6 +270,38 @@ def region_of(height: Int, width: Int, windows: Windows, rows: Int, columns: Int
         bottom = max(bottom, min(np.int64(np.ceil(windows[i, 2] + y_margin)), height))
         right = max(right, min(np.int64(np.ceil(windows[i, 3] + x_margin)), width))
     return top, left, bottom, right
+
+
+def joint_window(
+    height: int, width: int, windows: Windows, groups: Sequence[tuple[int, ...]], kernel: Kernel
+) -> tuple[Windows, tuple[int, int]]:
+    """The windows of views of several sizes, in the form that `decode_region` and `cut_windows` take: windows, and their size.
+
+    groups: number, height and width of the views of each size. Of several sizes, it is one window, the smallest region with all
+    pixels that the views need, at scale 1.
+    """
+    if len(groups) == 1:
+        return windows, (groups[0][1], groups[0][2])
+    ends = np.cumsum([crops for crops, _, _ in groups]).tolist()
+    every = np.array(
+        [
+            region_of(height, width, windows[end - crops : end], rows, columns, kernel.support)
+            for end, (crops, rows, columns) in zip(ends, groups, strict=True)
+        ]
+    )
+    (top, left), (bottom, right) = every[:, :2].min(axis=0).tolist(), every[:, 2:].max(axis=0).tolist()
+    return np.array([[top, left, bottom, right]], np.float64), (bottom - top, right - left)
+
+
+def resample_groups(
+    pixels: Pixels, place: Ints, windows: Windows, flip: npt.NDArray[np.bool_], kernel: Kernel, out: Sequence[Pixels]
+) -> None:
+    """`resample_windows` for views of several sizes, see `Decoder.make_groups`."""
+    first = 0
+    for one in out:
+        its = slice(first, first + len(one))
+        resample_windows(pixels, place, windows[its], flip[its], kernel, one)
+        first += len(one)
 
 
 @jit

@@ -45,6 +45,14 @@ class Views(NamedTuple):
         return tuple(column for column in self if column is not None)
 
 
+class ViewGroup(NamedTuple):
+    """The views of one size that each image has: how many, and their height and width, pixels."""
+
+    crops: int
+    height: int
+    width: int
+
+
 class Geometry(ABC):
     """The interface of all geometries. Heights and widths are int64 (N,), source pixels; `size` is the crop's side, pixels."""
 
@@ -55,6 +63,11 @@ class Geometry(ABC):
         """Views of each image."""
         return 1
 
+    @property
+    def counts(self) -> tuple[int, ...]:
+        """Views of each image, by size."""
+        return (self.crops,)
+
     @abstractmethod
     def views(self, seed: int, epoch: int, ids: Ints, heights: Ints, widths: Ints, size: int, alpha_std: float) -> Views:
         """The views of N samples. ids: int64 (N,). alpha_std: standard deviation of alphas, unless the geometry is not random."""
@@ -62,6 +75,11 @@ class Geometry(ABC):
     def shapes(self, heights: Ints, widths: Ints, size: int) -> Ints:
         """Height and width of each image's views: int64 (N, 2)."""
         return np.full((len(heights), 2), size, np.int64)
+
+    def groups_of(self, heights: Ints, widths: Ints, size: int) -> tuple[ViewGroup, ...]:
+        """The views of each image by their size, in the order of `views`. The images' views must have equal shapes."""
+        height, width = self.shapes(heights[:1], widths[:1], size)[0].tolist()
+        return (ViewGroup(self.crops, height, width),)
 
     @abstractmethod
     def check(self, size: int) -> None:
@@ -118,6 +136,63 @@ class RandomResizedCrop(Geometry):
             raise UserError(f"aspect {self.aspect[0]} {self.aspect[1]}: needs 0 < low <= high")
 
     def scaled(self, size: int, nominal: int) -> RandomResizedCrop:
+        return self
+
+
+@dataclass(frozen=True)
+class MultiCrop(Geometry):
+    """Random resized crops of several sizes, each with draws of its own, for self-supervised learning.
+
+    Caron et al. 2020, "Unsupervised learning of visual features by contrasting cluster assignments" (SwAV), section 3.2; Caron
+    et al. 2021, "Emerging properties in self-supervised vision transformers" (DINO), which has these areas by default.
+    groups: for each size, the side in pixels, the number of views, and the range of the window's fraction of the image. Views are
+    numbered over all groups. The draws of a view depend on its number and its area, not on how many others there are.
+    """
+
+    groups: tuple[tuple[int, int, tuple[float, float]], ...] = ((224, 2, (0.4, 1.0)), (96, 8, (0.05, 0.4)))
+    random: ClassVar[bool] = True
+
+    @property
+    def counts(self) -> tuple[int, ...]:
+        return tuple(count for _, count, _ in self.groups)
+
+    @property
+    def crops(self) -> int:
+        return sum(self.counts)
+
+    @property
+    def largest(self) -> int:
+        """The side of the largest views, pixels."""
+        return max(side for side, _, _ in self.groups)
+
+    def views(self, seed: int, epoch: int, ids: Ints, heights: Ints, widths: Ints, size: int, alpha_std: float) -> Views:
+        aspect, found, first = RandomResizedCrop().aspect, [], 0
+        for _, count, area in self.groups:
+            numbers = np.tile(np.arange(first, first + count), len(ids))
+            samples, tall, wide = (array.repeat(count) for array in (ids, heights, widths))
+            windows, flip = sampling.resized_crops(seed, epoch, samples, tall, wide, area, aspect, numbers)
+            found.append(Views(windows, flip, sampling.alphas(seed, epoch, samples, alpha_std, numbers)))
+            first += count
+        return by_image(found, len(ids))
+
+    def groups_of(self, heights: Ints, widths: Ints, size: int) -> tuple[ViewGroup, ...]:
+        return tuple(ViewGroup(count, side, side) for side, count, _ in self.groups)
+
+    def check(self, size: int) -> None:
+        try:
+            valid = bool(self.groups) and all(
+                min(side, count) >= 1 and 0 < low <= high <= 1 and int(side) == side and int(count) == count
+                for side, count, (low, high) in self.groups
+            )
+        except (TypeError, ValueError):
+            valid = False
+        if not valid:
+            raise UserError(
+                f"MultiCrop {self.groups!r}: needs groups of (side, views, (low, high)) with 0 < low <= high <= 1",
+                "for example ((224, 2, (0.3, 1.0)), (96, 8, (0.05, 0.3)))",
+            )
+
+    def scaled(self, size: int, nominal: int) -> MultiCrop:
         return self
 
 
@@ -275,6 +350,16 @@ def choose_geometry(name: str, scale: Sequence[int] | None, size: int, area: Seq
     if name == "rrc":
         return RandomResizedCrop((area[0], area[1])) if area else RandomResizedCrop()
     return PaddedCrop()
+
+
+def by_image(found: Sequence[Views], count: int) -> Views:
+    """The views of N = `count` images by several geometries, with those of an image adjacent. They must not be shifted."""
+    columns = [
+        np.concatenate([one.reshape(count, -1, *one.shape[1:]) for one in arrays], axis=1)
+        for arrays in zip(*((one.windows, one.flip, one.alphas) for one in found), strict=True)
+    ]
+    windows, flip, alphas = (column.reshape(-1, *column.shape[2:]) for column in columns)
+    return Views(windows, flip, alphas)
 
 
 def _views(windows: npt.NDArray[np.float64], flip: npt.NDArray[np.bool_]) -> Views:

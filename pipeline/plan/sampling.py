@@ -22,7 +22,8 @@ from . import random
 
 Ints = npt.NDArray[np.int64]
 
-MAX_SAMPLES = 1 << 40
+_SAMPLE_BITS = 40
+MAX_SAMPLES = 1 << _SAMPLE_BITS
 SCALE = (256, 480)  # range of the short side, He et al. 2015, section 3.4
 CROP = 224
 EVAL_SHORT = 256  # the short side in evaluation
@@ -97,9 +98,12 @@ def draw(
     return Draws(short, top, left, flip, alphas(seed, epoch, samples, alpha_std))
 
 
-def alphas(seed: int, epoch: int, samples: npt.ArrayLike, std: float = ALPHA_STD) -> npt.NDArray[np.float32]:
-    """The PCA coefficients of N samples in one epoch: float32 (N, 3), normal with standard deviation `std`."""
-    samples = _samples(samples)
+def alphas(
+    seed: int, epoch: int, samples: npt.ArrayLike, std: float = ALPHA_STD, view: npt.ArrayLike = 0
+) -> npt.NDArray[np.float32]:
+    """The PCA coefficients of N samples in one epoch: float32 (N, 3), normal with standard deviation `std`. view: as in
+    `resized_crops`."""
+    samples = _samples(samples, view)
     _check_key(seed, epoch)
     drawn = np.empty((len(samples), 3), np.float32)
     random.lighting(np.uint64(seed), np.uint64(epoch), samples, float(std), drawn)
@@ -114,14 +118,16 @@ def resized_crops(
     widths: npt.ArrayLike,
     area: tuple[float, float],
     aspect: tuple[float, float],
+    view: npt.ArrayLike = 0,
 ) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.bool_]]:
     """torchvision's random resized crops of N samples in one epoch: windows, float64 (N, 4) as in `windows`, and flip, bool (N,).
 
     samples, heights, widths: as in `draw`. area: range of the window's fraction of the image, uniform, 0 < low <= high <= 1.
     aspect: range of its width divided by its height, log-uniform, 0 < low <= high. The first of ten attempts that fits into the
     image is taken; if none fits, the largest central window within the range of aspect ratios.
+    view: integer or integers (N,) >= 0, the number of a view among those of its image. Each has draws of its own.
     """
-    samples = _samples(samples)
+    samples = _samples(samples, view)
     heights, widths = _sizes(heights, widths, len(samples))
     _check_key(seed, epoch)
     if not (0 < area[0] <= area[1] <= 1 and 0 < aspect[0] <= aspect[1]):
@@ -195,14 +201,14 @@ def regions(
     windows: npt.NDArray[np.float64],
     heights: npt.ArrayLike,
     widths: npt.ArrayLike,
-    size: int | tuple[int, int],
+    size: int | tuple[int, int] | Ints,
     support: float = 1.0,
 ) -> Ints:
     """The source pixels that resampling each window needs: int64 (N, 4) of top, left, bottom, right, inside the image.
 
-    size: height and width of the output, pixels, or one integer for both. Along each axis the filter reaches `support` output
-    pixels beyond the window, which is support * max(scale, 1) source pixels: 1 for bilinear, 2 for bicubic. One more pixel is
-    added for rounding.
+    size: height and width of the outputs, pixels, one integer for both, or int64 (N, 2). Along each axis the filter reaches
+    `support` output pixels beyond the window, which is support * max(scale, 1) source pixels: 1 for bilinear, 2 for bicubic. One
+    more pixel is added for rounding.
     """
     low, high = windows[:, :2], windows[:, 2:]
     margin = support * np.maximum((high - low) / np.asarray(size), 1.0) + 1.0
@@ -226,11 +232,12 @@ def _check_key(seed: int, epoch: int) -> None:
         raise ValueError(f"epoch must lie in [0, 2^32), not {epoch}")
 
 
-def _samples(samples: npt.ArrayLike) -> Ints:
+def _samples(samples: npt.ArrayLike, view: npt.ArrayLike = 0) -> Ints:
+    """Samples as the kernels take them, int64 (N,). The number of a view is in the bits above a sample's."""
     samples = np.ascontiguousarray(samples, np.int64)
     if len(samples) and not (samples.min() >= 0 and samples.max() < MAX_SAMPLES):
         raise ValueError("samples must lie in [0, 2^40)")
-    return samples
+    return samples + (np.asarray(view, np.int64) << _SAMPLE_BITS)
 
 
 def _sizes(heights: npt.ArrayLike, widths: npt.ArrayLike, count: int | None = None) -> tuple[Ints, Ints]:

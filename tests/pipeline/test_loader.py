@@ -37,7 +37,7 @@ class Blank(Loader):
         for index in range(len(plan.ids)):
             while int(plan.ids[index]) in self.bad:
                 self.replace(plan, index, "it is bad")
-        return self.finish(torch.zeros(len(plan.views.flip), *plan.size, 3, dtype=torch.uint8), plan)
+        return self.finish([torch.zeros(len(plan.views.flip), *plan.size, 3, dtype=torch.uint8)], plan)
 
 
 def spec_for(data: Path, **changes: Any) -> LoaderSpec:

@@ -151,8 +151,9 @@ class Samples:
         """Assemble a whole batch. number: of the batch."""
         loader = self.loader
         plan = loader.plan(self.plans[number % len(self.plans)].batch_range)
-        _, tensor = loader.buffers.acquire((len(plan.views.flip), *plan.size, 3), stored_dtype(loader.spec.dtype))
-        return loader.finish(tensor.view(loader.spec.dtype), plan)
+        (shape,) = plan.shapes
+        _, tensor = loader.buffers.acquire(shape, stored_dtype(loader.spec.dtype))
+        return loader.finish([tensor.view(loader.spec.dtype)], plan)
 
 
 @njit(nogil=True, cache=True)

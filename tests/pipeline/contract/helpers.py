@@ -37,23 +37,32 @@ def stored_image(loader: Loader, sample: int) -> Image.Image:
 
 
 def differences(loader: Loader, plan: BatchPlan, batch: Batch) -> npt.NDArray[np.float32]:
-    """Absolute differences of a batch from the reference: (V, H, W, 3)."""
+    """Absolute differences of a batch of views of one size from the reference: (V, H, W, 3)."""
+    (found,) = differences_by_group(loader, plan, batch._replace(images=(batch.images,)))
+    return found
+
+
+def differences_by_group(loader: Loader, plan: BatchPlan, batch: Batch) -> list[npt.NDArray[np.float32]]:
+    """Absolute differences of a batch from the reference, for each group of views of one size: (N * crops, H, W, 3)."""
     assert batch.ids.tolist() == plan.ids.tolist()
-    normalization = loader.normalization_at(plan.size)
-    found = np.empty((len(plan.views.flip), *plan.size, 3), np.float32)
+    expected: list[list[npt.NDArray[np.float32]]] = [[] for _ in plan.groups]
     for index, sample in enumerate(plan.ids.tolist()):
-        image = stored_image(loader, sample).convert("RGB")
-        for view in range(index * loader.crops, (index + 1) * loader.crops):
-            window, flip, alphas, *shift = (array[view] for array in plan.views.arrays)
-            found[view] = apply(
-                image,
-                window,
-                bool(flip),
-                alphas,
-                plan.size,
-                loader.lighting_basis,
-                normalization,
-                shift[0] if shift else (0, 0),
-                loader.spec.interpolation,
-            )
-    return np.abs(found - batch.images.float().permute(0, 2, 3, 1).cpu().numpy())
+        image, view = stored_image(loader, sample).convert("RGB"), index * loader.crops
+        for (crops, height, width), found in zip(plan.groups, expected, strict=True):
+            normalization = loader.normalization_at((height, width))
+            for window, flip, alphas, *shift in zip(*(array[view : view + crops] for array in plan.views.arrays), strict=True):
+                made = apply(
+                    image,
+                    window,
+                    bool(flip),
+                    alphas,
+                    (height, width),
+                    loader.lighting_basis,
+                    normalization,
+                    shift[0] if shift else (0, 0),
+                    loader.spec.interpolation,
+                )
+                found.append(made)
+            view += crops
+    actual = [images.float().permute(0, 2, 3, 1).cpu().numpy() for images in batch.images]
+    return [np.abs(np.stack(found) - images) for found, images in zip(expected, actual, strict=True)]

@@ -58,14 +58,14 @@ def test_finished_views_pass_the_graph_unchanged(decoder: str) -> None:
         values = [
             np.stack([tops, tops * 0], axis=1)[:, None],
             np.stack([tops + 37, tops * 0 + 41], axis=1)[:, None],
-            np.array([[37, 41]], np.float32),
+            np.full((2, 1, 2), (37, 41), np.float32),
         ]
         if slices := decoder == "image_slice":
             values += [np.array([0, 0], np.int32), np.array([74, 41], np.int32)]
         sources = fn.external_source(
             lambda: ([dali.to_ppm(pixels)], *(value[None] for value in values)), num_outputs=1 + len(values)
         )
-        pipe.set_outputs(dali.graph(sources, 2, gpu=False, slices=slices, hw_decoder_load=0.65))
+        pipe.set_outputs(*dali.graph(sources, [2], gpu=False, slices=slices, hw_decoder_load=0.65))
     pipe.build()
     assert np.array_equal(np.array(pipe.run()[0].as_tensor())[0], pixels.reshape(2, 37, 41, 3))
 
