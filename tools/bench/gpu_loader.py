@@ -1,43 +1,71 @@
-"""For gpu_check.py: throughput of loaders into GPU memory, measured in turns.
+"""For gpu_check.py: throughput of loaders into GPU memory.
 
-The loaders are Cropfeed's engines on every kind of shards, and the stock DALI pipeline. All make the same batches: scale jitter,
-crop, flip; uint8 pixels without normalization, on the device. The stock pipeline is the one in DALI's documentation, on the
-original files: fn.readers.webdataset, fn.decoders.image, fn.resize, fn.crop_mirror_normalize.
+The loaders are Cropfeed's engines, and the stock DALI pipeline on the original files. All make the same batches: scale jitter,
+crop, flip; uint8 pixels without normalization, on the device. The stock pipeline is the one in DALI's documentation:
+fn.readers.webdataset, fn.decoders.image, fn.resize, fn.crop_mirror_normalize. Each other loader is measured in turns with it.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import replace
-from pathlib import Path
+from dataclasses import dataclass, field, replace
 from typing import Any
 
-import nvidia.dali.math as dali_math
 import torch
-from nvidia.dali import Pipeline, fn, types
 
 from pipeline import open_loader
-from pipeline.engines.dali import DaliLoader
 from pipeline.loader import Loader
 from pipeline.plan.geometry import ScaleJitter
 from pipeline.spec import LoaderSpec
 from pipeline.store.shards import ShardSet
-from tools.bench.recording import Figure, record
+from tools.bench.gpu_setting import Setting, engines, use_of
 from tools.profiler.loaders import endless, synchronise
+from tools.profiler.measuring import Usage, cores, in_turns, usage
 
+THREADS = (1, 4, 8, 14, 16)  # of the CPU engine
 SHARES = (0.0, 0.5, 0.9)  # share of the images that the GPU's hardware JPEG decoder gets
-STOCK = "stock DALI, original"
+STOCK = "stock DALI"
 NextBatch = Callable[[], int]  # waits for a batch on the device; returns its number of images
 
 
-def batches_of(loader: Loader) -> NextBatch:
-    batches = endless(loader)
-    return lambda: len(next(batches).ids)
+@dataclass
+class Measured:
+    """A loader's images/s, utilization and number of images, by repeat."""
+
+    next_batch: NextBatch
+    speeds: list[float] = field(default_factory=list)
+    usages: list[Usage] = field(default_factory=list)
+    images: list[int] = field(default_factory=list)
+
+    def warm_up(self, spec: LoaderSpec) -> None:
+        """Take the batches that may have been made before."""
+        for _ in range(spec.prefetch + 1):
+            self.next_batch()
+        synchronise(spec.device)
+
+    def measure(self, spec: LoaderSpec, seconds: float) -> None:
+        """Over about `seconds`, with an idle device at the start and at the end."""
+        self.warm_up(spec)
+        count = 0
+        with usage(spec.device) as used:
+            began = time.perf_counter()
+            while count == 0 or time.perf_counter() - began < seconds:
+                count += self.next_batch()
+            synchronise(spec.device)
+        self.speeds.append(count / used.seconds)
+        self.usages.append(used)
+        self.images.append(count)
+
+    def figures(self) -> dict[str, list[float]]:
+        return {"images_per_s": self.speeds, **use_of(self.usages, self.images)}
 
 
 def stock(spec: LoaderSpec) -> NextBatch:
     """The stock pipeline on a folder of shards of profile "original", with DALI's default share for the hardware decoder."""
+    import nvidia.dali.math as dali_math
+    from nvidia.dali import Pipeline, fn, types
+
     assert isinstance(spec.geometry, ScaleJitter)
     device = torch.device(spec.device)
     gpu, size = device.type == "cuda", spec.final_size
@@ -73,55 +101,56 @@ def stock(spec: LoaderSpec) -> NextBatch:
     return next_batch
 
 
-def loaders(data: dict[str, Path], spec: LoaderSpec) -> Iterator[tuple[str, NextBatch]]:
-    """The loaders with their names. data: profile -> folder of shards."""
-    plain = replace(spec, dtype=torch.uint8)
-    yield STOCK, stock(replace(plain, data=data["original"]))
-    for profile, folder in data.items():
-        for share in SHARES:
-            chosen = replace(plain, data=folder, engine="dali", hw_decoder_load=share)
-            yield f"dali, {profile}, hardware share {share}", batches_of(open_loader(chosen))
-    whole = replace(plain, data=data["lossless"], engine="dali")
-    yield "dali, lossless, whole streams", batches_of(DaliLoader(whole, cuts=False))
+def measure_one(setting: Setting, benchmark: str, loader: Loader, reference: NextBatch | None) -> None:
+    """Record a loader, and its ratio to the stock pipeline, if there is one. Closes the loader."""
+    batches = endless(loader)
+    measured = {"loader": Measured(lambda: len(next(batches).ids))}
+    if reference:
+        measured[STOCK] = Measured(reference)
+    for one in measured.values():
+        one.warm_up(loader.spec)
+    in_turns(list(measured), setting.repeats, lambda name: measured[name].measure(loader.spec, setting.seconds / 4))
+    figures = measured["loader"].figures()
+    if reference:
+        pairs = zip(measured["loader"].speeds, measured[STOCK].speeds, strict=True)
+        figures["ratio_to_stock_dali"] = [mine / its for mine, its in pairs]
+    setting.record(f"feed: {benchmark}", loader.engine, figures, loader.spec)
+    loader.close()
+
+
+def measure_threads(setting: Setting) -> Iterator[bool]:
+    """Record the CPU engine by its number of threads, as far as there are cores."""
+    for threads in THREADS:
+        if threads <= cores():
+            spec = replace(setting.spec, dtype=torch.uint8, engine="cpu", threads=threads)
+            measure_one(setting, f"cpu, lossless, {threads} threads", open_loader(spec), None)
+            yield True
+
+
+def measure_loaders(setting: Setting) -> Iterator[bool]:
+    """Record the stock pipeline, and all engines on every profile, by share of the hardware decoder."""
+    plain, reference = replace(setting.spec, dtype=torch.uint8), None
+    with_dali = "dali" in engines()
+    if with_dali:
+        chosen = replace(plain, data=setting.data["original"])
+        reference = stock(chosen)
+        measured = Measured(reference)
+        for _ in range(setting.repeats):
+            measured.measure(chosen, setting.seconds / 4)
+        setting.record(f"feed: {STOCK}, original", STOCK, measured.figures(), chosen)
+        yield True
+        for profile, folder in setting.data.items():
+            for share in SHARES:
+                chosen = replace(plain, data=folder, engine="dali", hw_decoder_load=share)
+                measure_one(setting, f"dali, {profile}, hardware share {share}", open_loader(chosen), reference)
+                yield True
     for profile in ("lossless", "compact"):
-        cpu = replace(plain, data=data[profile], engine="cpu")
-        yield f"cpu, {profile}", batches_of(open_loader(cpu))
+        chosen = replace(plain, data=setting.data[profile], engine="cpu")
+        measure_one(setting, f"cpu, {profile}", open_loader(chosen), reference)
+        yield True
+    if with_dali:
+        from pipeline.engines.dali import DaliLoader
 
-
-def measure_loaders(
-    data: dict[str, Path], spec: LoaderSpec, results: Path, seconds: float, repeats: int, images: str
-) -> dict[str, float]:
-    """Record images/s of every loader, in turns, and its ratio to the stock pipeline. Returns the median ratios by name.
-
-    seconds: duration of each repeat. images: their description in the rows.
-    """
-    device = torch.device(spec.device)
-    opened = dict(loaders(data, spec))
-    rates: dict[str, list[float]] = {name: [] for name in opened}
-    for repeat in range(repeats + 1):  # the first is warm-up
-        for name, next_batch in opened.items():
-            rate = images_per_second(next_batch, seconds, device, ahead=spec.prefetch + 1)
-            if repeat:
-                rates[name].append(rate)
-    medians = {}
-    low, high = (spec.geometry.low, spec.geometry.high) if isinstance(spec.geometry, ScaleJitter) else (0, 0)
-    described = f"{images}, S {low}..{high}, {spec.final_size} crop, uint8, batch {spec.batch_size}, {spec.threads} threads"
-    for name, found in rates.items():
-        ratios = [rate / stock_rate for rate, stock_rate in zip(found, rates[STOCK], strict=True)]
-        medians[name] = sorted(ratios)[len(ratios) // 2]
-        figures = Figure("images_per_s", found), Figure("ratio_to_stock_dali", ratios)
-        record(results, f"feed: {name}", *figures, engine=name.split(",")[0], spec=described, cache="warm")
-    return medians
-
-
-def images_per_second(next_batch: NextBatch, seconds: float, device: torch.device, ahead: int) -> float:
-    """Throughput over about `seconds`, with an idle device at the start and at the end. The first `ahead` batches may have been
-    prefetched and do not count."""
-    for _ in range(ahead):
-        next_batch()
-    synchronise(str(device))
-    began, count = time.perf_counter(), 0
-    while time.perf_counter() - began < seconds:
-        count += next_batch()
-    synchronise(str(device))
-    return count / (time.perf_counter() - began)
+        whole = DaliLoader(replace(plain, engine="dali"), cuts=False)
+        measure_one(setting, "dali, lossless, whole streams", whole, reference)
+        yield True

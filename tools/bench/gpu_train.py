@@ -1,6 +1,6 @@
 """For gpu_check.py: throughput of train steps on the device: from shards, and compared with the reference training scripts.
 
-All steps are compared on one synthetic batch. The reference scripts are:
+All steps are compared on one synthetic batch, in turns. The reference scripts are:
 
 - torchvision's references/classification/train.py: SGD with momentum, contiguous layout, loss and accuracies read back after
   every step;
@@ -14,9 +14,8 @@ from __future__ import annotations
 
 import gc
 import importlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -27,17 +26,19 @@ from torch import nn
 from model.describe import describe as describe_model
 from pipeline.loader import Batch
 from pipeline.spec import LoaderSpec
-from tools.bench.recording import Figure, record
+from tools.bench.gpu_setting import Setting, engines, use_of
 from tools.profiler.loaders import synchronise
 from tools.profiler.measuring import in_turns
 from tools.profiler.training import MOMENTUM, WEIGHT_DECAY, Model, measure_training, run_alone
+from training.averaging import WeightEMA
 from training.optimizers import parameter_groups
 
 CLASSES = 1000
 RATIO_GOAL, WAIT_GOAL, STEP_GOAL = 0.98, 0.01, 1.1
+MOVED_LIMIT = 0.1  # of the relative difference of two averages after three steps, which bf16 rounds differently
 # Peak operations/s of the tensor cores in dense bf16: half of the figures with sparsity in NVIDIA's data sheets.
 PEAKS = {"NVIDIA H100 80GB HBM3": 989e12, "NVIDIA H200": 989e12}
-OURS, COMPILED = "ours", "ours, compiled"
+OURS, COMPILED, GRAPHS = "ours", "ours, compiled", "reduce-overhead"
 
 
 def share_of_peak(arch: str, size: int, images_per_s: float, card: str) -> float | None:
@@ -67,30 +68,33 @@ def peak_memory(device: str) -> dict[str, list[float]]:
     return {"peak_memory_gib": [torch.cuda.max_memory_allocated(device) / 2**30]} if device.startswith("cuda") else {}
 
 
-def measure_train(spec: LoaderSpec, arch: str, results: Path, seconds: float, repeats: int, described: str) -> list[float]:
-    """Record images/s of training from shards, and of training on one batch that stays on the device. Returns their ratios.
+def measure_train(setting: Setting) -> Iterator[bool]:
+    """Record images/s of training each model from shards by each engine, and on one batch that stays on the device."""
+    for arch in setting.archs:
+        for engine in engines():
+            measure_training_of(setting, arch, replace(setting.spec, engine=engine))
+            yield True
 
-    seconds: duration of each repeat. described: the rows' spec.
-    """
+
+def measure_training_of(setting: Setting, arch: str, spec: LoaderSpec) -> list[float]:
+    """Record training from one loader, and print whether it reaches the goals. Returns the ratios to the synthetic batch."""
     reset_peak_memory(spec.device)
     consumer = Model(arch, "bf16", spec, CLASSES)
-    (found,) = measure_training([(spec, consumer)], False, repeats, seconds, f"train {arch}")
+    (found,) = measure_training([(spec, consumer)], False, setting.repeats, setting.seconds, f"train {arch}")
     from_shards = [window.images_per_s for window in found.windows]
     ratios = [rate / ideal for rate, ideal in zip(from_shards, found.alone, strict=True)]
     waits = [window.wait_share for window in found.windows]
     figures = {"images_per_s_synthetic": found.alone, "images_per_s_shards": from_shards, "ratio": ratios, "wait_share": waits}
+    figures |= use_of([window.usage for window in found.windows], [window.images for window in found.windows])
     figures |= peak_memory(spec.device)
     card = card_of(spec.device)
     if card in PEAKS:
         figures["share_of_peak"] = [share_of_peak(arch, spec.final_size, speed, card) or 0.0 for speed in found.alone]
-    rows = [Figure(metric, values) for metric, values in figures.items()]
-    record(results, f"train {arch} bf16", *rows, engine=spec.engine, spec=described, cache="warm")
+    setting.record(f"train {arch} bf16", spec.engine, figures, spec)
     ratio, wait = float(np.median(ratios)), float(np.median(waits))
     reached = "reached" if ratio >= RATIO_GOAL and wait < WAIT_GOAL else "NOT REACHED"
-    print(
-        f"train {arch}: {ratio:.3f} of synthetic ({RATIO_GOAL}), data wait {wait:.2%} ({WAIT_GOAL:.0%}): goals {reached}",
-        flush=True,
-    )
+    shown = f"{ratio:.3f} of synthetic ({RATIO_GOAL}), data wait {wait:.2%} ({WAIT_GOAL:.0%}): goals {reached}"
+    print(f"train {arch}, {spec.engine}: {shown}", flush=True)
     return ratios
 
 
@@ -119,27 +123,33 @@ class PlainStep:
         loss.item()
 
 
-def contenders(arch: str, spec: LoaderSpec) -> Iterator[tuple[str, Any, torch.dtype, torch.memory_format]]:
-    """Name, consumer, and dtype and layout of its images. Prints which contenders are left out because they are not installed or
-    fail."""
+Contender = tuple[Any, torch.dtype, torch.memory_format]  # a consumer, and dtype and layout of its images
+
+
+def ours(arch: str, spec: LoaderSpec) -> Iterator[tuple[str, Contender]]:
+    """Our step, eager and compiled, with their names. Prints why the latter is left out, if compiling fails."""
     channels_last = torch.channels_last
-    yield OURS, Model(arch, "bf16", spec, CLASSES), torch.bfloat16, channels_last
+    yield OURS, (Model(arch, "bf16", spec, CLASSES), torch.bfloat16, channels_last)
     model = Model(arch, "bf16", spec, CLASSES)
     failure = model.compile("default", synthetic(spec, torch.bfloat16, channels_last).images)
     if failure is None:
-        yield COMPILED, model, torch.bfloat16, channels_last
+        yield COMPILED, (model, torch.bfloat16, channels_last)
     else:
         print(f"train step: {failure}", flush=True)
+
+
+def others(arch: str, spec: LoaderSpec) -> Iterator[tuple[str, Contender]]:
+    """The steps of the reference scripts. Prints which are left out because they are not installed."""
     for package, make in (("torchvision", "torchvision.models"), ("timm", "timm")):
         try:
             module = importlib.import_module(make)
         except ImportError:
             print(f"train step: {package} is not installed, nothing to compare with", flush=True)
             continue
-        layouts = {"": torch.contiguous_format} | ({", channels-last": channels_last} if package == "timm" else {})
+        layouts = {"": torch.contiguous_format} | ({", channels-last": torch.channels_last} if package == "timm" else {})
         for suffix, layout in layouts.items():
             other = module.create_model(arch, num_classes=CLASSES) if package == "timm" else getattr(module, arch)()
-            yield package + suffix, PlainStep(other, spec.device, layout, package), torch.float32, layout
+            yield package + suffix, (PlainStep(other, spec.device, layout, package), torch.float32, layout)
 
 
 def synthetic(spec: LoaderSpec, dtype: torch.dtype, layout: torch.memory_format) -> Batch:
@@ -150,39 +160,93 @@ def synthetic(spec: LoaderSpec, dtype: torch.dtype, layout: torch.memory_format)
     return Batch(images, torch.randint(CLASSES, (count,)).to(spec.device), np.arange(count))
 
 
-def measure_steps(
-    spec: LoaderSpec, arch: str, results: Path, seconds: float, repeats: int, described: str
-) -> dict[str, list[float]]:
-    """Record images/s of each contender's train step on one batch, in turns, and the ratios of our throughput to the others'.
-    Returns images/s by name and repeat. described: the rows' spec."""
+def measure_steps(setting: Setting) -> Iterator[bool]:
+    """Record images/s of our train steps on one batch, then of each other one in turns with ours, and the ratios to it."""
+    arch, spec = setting.archs[0], replace(setting.spec, dtype=torch.bfloat16)
     reset_peak_memory(spec.device)
-    spec = replace(spec, dtype=torch.bfloat16)
-    steps: dict[str, tuple[Any, Batch]] = {}
-    for name, consumer, dtype, layout in contenders(arch, spec):
-        batch = synthetic(spec, dtype, layout)
-        for _ in range(3):  # the first steps allocate and choose algorithms
-            consumer.step(batch)
-        synchronise(spec.device)
-        steps[name] = consumer, batch
+    mine = {name: ready(contender, spec) for name, contender in ours(arch, spec)}
+    speeds = speeds_in_turns(setting, mine)
+    for name, values in speeds.items():
+        figures = {"images_per_s": values}
+        if name == COMPILED:
+            figures["ratio_to_ours"] = [fast / eager for fast, eager in zip(values, speeds[OURS], strict=True)]
+        setting.record(f"train step, {arch} bf16", name, figures, spec)
+    yield True
+    for name, contender in others(arch, spec):
+        speeds = speeds_in_turns(setting, mine | {name: ready(contender, spec)})
+        figures = {"images_per_s": speeds[name]}
+        for own in mine:
+            ratios = [one / other for one, other in zip(speeds[own], speeds[name], strict=True)]
+            figures[f"ratio_of_{own}".replace(", ", "_")] = ratios
+        setting.record(f"train step, {arch} bf16", name, figures, spec)
+        best = max(mine, key=lambda own: np.median(speeds[own]))
+        ratio = float(np.median(speeds[best]) / np.median(speeds[name]))
+        reached = "reached" if ratio >= STEP_GOAL else "NOT REACHED"
+        print(f"train step: {best} is {ratio:.2f} x {name} (goal {STEP_GOAL}): {reached}", flush=True)
+        yield True
+
+
+def ready(contender: Contender, spec: LoaderSpec) -> tuple[Any, Batch]:
+    """A consumer after its first steps, which allocate and choose algorithms, and its batch."""
+    consumer, dtype, layout = contender
+    batch = synthetic(spec, dtype, layout)
+    for _ in range(3):
+        consumer.step(batch)
+    synchronise(spec.device)
+    return consumer, batch
+
+
+def speeds_in_turns(setting: Setting, steps: Mapping[str, tuple[Any, Batch]]) -> dict[str, list[float]]:
+    """Images/s of each consumer on its batch, by repeat."""
     speeds: dict[str, list[float]] = {name: [] for name in steps}
 
     def turn(name: str) -> None:
-        speeds[name].append(run_alone(*steps[name], spec.device, seconds).images_per_s)
+        speeds[name].append(run_alone(*steps[name], setting.spec.device, setting.seconds / 4).images_per_s)
 
-    in_turns(list(steps), repeats, turn)
-    best = max((name for name in (OURS, COMPILED) if name in speeds), key=lambda name: np.median(speeds[name]))
-    for name, values in speeds.items():
-        figures = {"images_per_s": values}
-        if not name.startswith(OURS):
-            for mine in (OURS, COMPILED):
-                if mine in speeds:
-                    ratios = [own / other for own, other in zip(speeds[mine], values, strict=True)]
-                    figures[f"ratio_of_{mine}".replace(", ", "_")] = ratios
-            ratio = float(np.median(speeds[best]) / np.median(values))
-            reached = "reached" if ratio >= STEP_GOAL else "NOT REACHED"
-            print(f"train step: {best} is {ratio:.2f} x {name} (goal {STEP_GOAL}): {reached}", flush=True)
-        elif name == COMPILED:
-            figures["ratio_to_ours"] = [fast / eager for fast, eager in zip(values, speeds[OURS], strict=True)]
-        rows = [Figure(metric, found) for metric, found in figures.items()]
-        record(results, f"train step, {arch} bf16", *rows, engine=name, spec=described, cache="warm")
+    in_turns(list(steps), setting.repeats, turn)
     return speeds
+
+
+class Averaged:
+    """A model in training, with a moving average of its weights."""
+
+    def __init__(self, model: Model) -> None:
+        self._model, self._module = model, model.module  # before it is compiled
+        self._before = self._weights(self._module)
+        self._average = WeightEMA(self._module, 0.9)
+
+    def step(self, batch: Batch) -> None:
+        self._model.step(batch)
+        self._average.update(self._module)
+
+    def moved(self) -> torch.Tensor:
+        """How far the average has moved: a vector."""
+        return self._weights(self._average.model) - self._before
+
+    @staticmethod
+    def _weights(module: nn.Module) -> torch.Tensor:
+        return torch.cat([value.detach().float().flatten() for value in module.parameters()])
+
+
+def measure_graphs(setting: Setting) -> Iterator[bool]:
+    """Record the train step with an average of the weights, eager and with CUDA graphs (reduce-overhead). Both averages must move
+    alike from the same weights and batch."""
+    arch, spec = setting.archs[0], replace(setting.spec, dtype=torch.bfloat16)
+    reset_peak_memory(spec.device)
+    steps, moved = {}, {}
+    for name in ("eager", GRAPHS):
+        torch.manual_seed(0)
+        model = Model(arch, "bf16", spec, CLASSES)
+        averaged = Averaged(model)
+        failure = model.compile(GRAPHS, synthetic(spec, spec.dtype, torch.channels_last).images) if name == GRAPHS else None
+        if failure:
+            print(f"train step, {GRAPHS}: {failure}", flush=True)
+            return
+        steps[name] = ready((averaged, spec.dtype, torch.channels_last), spec)
+        moved[name] = averaged.moved()
+    speeds = speeds_in_turns(setting, steps)
+    difference = float((moved[GRAPHS] - moved["eager"]).norm() / moved["eager"].norm())
+    figures = {"images_per_s": speeds[GRAPHS], "relative_difference_of_average": [difference]}
+    figures["ratio_to_eager"] = [fast / eager for fast, eager in zip(speeds[GRAPHS], speeds["eager"], strict=True)]
+    setting.record(f"train step with EMA, {arch} bf16", GRAPHS, figures, spec)
+    yield difference < MOVED_LIMIT

@@ -189,7 +189,12 @@ def test_both_decoders_get_the_share_of_the_hardware_and_pin_no_threads(slices: 
     found = []
     name = "image_slice" if slices else "image"
     decoder = getattr(fn.decoders, name)
-    monkeypatch.setattr(fn.decoders, name, lambda *inputs, **options: (found.append(options), decoder(*inputs, **options))[1])
+
+    def decodes(*inputs: Any, **options: Any) -> Any:
+        found.append(options)
+        return decoder(*inputs, **options)
+
+    monkeypatch.setattr(fn.decoders, name, decodes)
     for device in ("cpu", "cuda:0"):
         pipe = dali.build_pipeline(lambda: None, 8, LoaderSpec("nowhere", device=device, hw_decoder_load=0.3), slices)
         assert pipe._set_affinity is False

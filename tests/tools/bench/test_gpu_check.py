@@ -2,56 +2,188 @@
 
 from __future__ import annotations
 
+import ast
 import csv
-import importlib.util
+import re
+import signal
+import struct
 import sys
+import time
+from collections.abc import Iterator
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
 import pytest
+import simplejpeg
 import torch
 
 from model import ARCHS
 from pipeline.errors import UserError
+from pipeline.loader import Batch, Loader
 from pipeline.plan.geometry import ScaleJitter
 from pipeline.spec import LoaderSpec
-from tests.helpers import run_forked
-from tools.bench import bench_accuracy, gpu_check
-from tools.bench.gpu_train import CLASSES, PlainStep, measure_steps, share_of_peak, synthetic
+from tests.helpers import ROOT, open_image, run_forked
+from tools.bench import bench_accuracy, gpu_check, gpu_pixels
+from tools.bench.gpu_check import PROFILES
+from tools.bench.gpu_loader import measure_loaders
+from tools.bench.gpu_setting import Setting
+from tools.bench.gpu_train import CLASSES, PlainStep, measure_graphs, measure_steps, share_of_peak, synthetic
+from tools.profiler.measuring import Budget
 from tools.profiler.training import Model
 from training.options import make_sizes
 
 
 @pytest.mark.slow
-def test_all_parts_run_on_a_cpu(image_folder: Path, tmp_path: Path) -> None:
+def test_all_parts_run_on_a_cpu_within_the_budget(image_folder: Path, tmp_path: Path) -> None:
+    """On two cores, the run takes about a minute. Compiled steps run eagerly."""
     result = run_forked(
-        "tools/bench/gpu_check.py", "--device", "cpu", "--arch", "resnet18", "--batch-size", 8, "--image-size", 64,
-        "--source", image_folder, "--seconds", 0.02, "--results", tmp_path / "rows.csv",
-        "--parts", "models", "profile", "loader", "train", "pixels",
+        "tools/bench/gpu_check.py", "--device", "cpu", "--arch", "resnet20", "--batch-size", 8, "--image-size", 32,
+        "--source", image_folder, "--seconds", 0.02, "--budget", 280, "--results", tmp_path / "rows.csv",
+        TORCHDYNAMO_DISABLE="1", CROPFEED_COMMIT="abc1234",
     )  # fmt: skip
     assert result.returncode == 0, result.stdout + result.stderr
+    assert not re.findall("skipped|stopped in the middle|FAILED", result.stdout), result.stdout
     rows = list(csv.DictReader((tmp_path / "rows.csv").open()))
-    benchmarks = [row["benchmark"] for row in rows]
-    assert benchmarks[:6] == ["pixels, training"] * 2 + ["pixels, evaluation"] * 2 + ["pixels, padded crops"] * 2
-    assert benchmarks[6:10] == ["train resnet18 bf16"] * 4  # peak memory and the share of the peak need a GPU
-    assert [row["metric"] for row in rows[6:10]] == ["images_per_s_synthetic", "images_per_s_shards", "ratio", "wait_share"]
-    compared = ["nets, " + arch for arch in ("resnet18", "resnet34", "resnet50", "resnet101", "resnet152")]
-    if importlib.util.find_spec("torchvision"):
-        assert benchmarks[-5:] == compared
-        benchmarks = benchmarks[:-5]
-    else:
-        assert "models: torchvision is not installed" in result.stdout
-    loaders = benchmarks[10::2]
-    assert loaders[0] == "feed: stock DALI, original"
-    for profile in ("original", "lossless", "compact"):
-        assert {f"feed: dali, {profile}, hardware share {share}" for share in (0.0, 0.5, 0.9)} <= set(loaders)
-    assert {"feed: dali, lossless, whole streams", "feed: cpu, lossless", "feed: cpu, compact"} <= set(loaders)
-    ratios = {row["benchmark"]: float(row["value"]) for row in rows if row["metric"] == "ratio_to_stock_dali"}
-    assert ratios.pop("feed: stock DALI, original") == 1
-    assert all(ratio > 0 for ratio in ratios.values())
+    assert {row["commit"] for row in rows} == {"abc1234"}
+    found: dict[tuple[str, str], list[dict[str, str]]] = {}
+    for row in rows:
+        found.setdefault((row["benchmark"], row["engine"]), []).append(row)
+    loaders = [f"{name}, hardware share {share}" for name in PROFILES for share in (0.0, 0.5, 0.9)]
+    expected = [
+        ("probe", "none"),
+        *(("train resnet20 bf16", engine) for engine in ("cpu", "dali")),
+        ("feed: cpu, lossless, 1 threads", "cpu"),
+        *((f"pixels, {profile}, hardware share {share}, held batches", "dali") for profile in PROFILES for share in (0, 1)),
+        *((f"feed: dali, {name}", "dali") for name in loaders),
+        ("feed: cpu, compact", "cpu"),
+        ("train step, resnet20 bf16", "ours"),
+        ("tail, eager", "torch"),
+        ("train step with EMA, resnet20 bf16", "reduce-overhead"),
+    ]
+    assert [key for key in found if key in expected] == expected
+    for (benchmark, engine), figures in found.items():
+        metrics = [figure["metric"] for figure in figures]
+        if benchmark.startswith("train resnet20"):  # peak memory and the share of the peak need a GPU
+            assert metrics == [
+                "images_per_s_synthetic", "images_per_s_shards", "ratio", "wait_share", "cpu_seconds_per_image",
+            ]  # fmt: skip
+        if benchmark.startswith("feed"):
+            assert "cpu_seconds_per_image" in metrics
+            with_ratio = engine != "stock DALI" and not benchmark.endswith("threads")
+            assert ("ratio_to_stock_dali" in metrics) == with_ratio
+        assert all(int(figure["repeats"]) == 5 for figure in figures if "ratio" in figure["metric"])
     assert all(float(row["low"]) <= float(row["value"]) <= float(row["high"]) for row in rows)
-    assert int(rows[6]["repeats"]) == 5
+
+
+def rows_of(*rows: bool, seconds: float = 0.0) -> gpu_check.Part:
+    def part(setting: Setting) -> Iterator[bool]:
+        for row in rows:
+            time.sleep(seconds)
+            yield row
+
+    return part
+
+
+def failing(setting: Setting) -> Iterator[bool]:
+    yield True
+    raise RuntimeError("no kernel image is available")
+
+
+def hanging(setting: Setting) -> Iterator[bool]:
+    try:
+        time.sleep(9)
+    except Exception:
+        yield True
+
+
+def test_parts_keep_their_order_and_the_budget(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    parts = {
+        "long": (rows_of(True, True, True, True, seconds=0.1), 20),
+        "broken": (failing, 20),
+        "bad": (rows_of(True, False), 20),
+        "hanging": (hanging, 20),
+        "last": (rows_of(True), 20),
+    }
+    monkeypatch.setattr(gpu_check, "PARTS", parts)
+    setting = Setting({}, SPEC, Path(), Path(), 1.0, 5, "images")
+    handler = signal.getsignal(signal.SIGALRM)
+    for name in ("dump_traceback_later", "cancel_dump_traceback_later"):  # pytest replaces stderr, and uses them itself
+        monkeypatch.setattr(gpu_check.faulthandler, name, lambda *_, **__: None)
+    gpu_check.limit_time(0.8)
+    try:
+        assert not gpu_check.run_parts(setting, ["last", "hanging", "bad", "broken", "long"], Budget(0.8))
+    finally:
+        gpu_check.end_limit()
+        signal.signal(signal.SIGALRM, handler)
+    lines = [line for line in capsys.readouterr().out.splitlines() if not re.search(r": \d+ s$", line)]
+    assert lines == [
+        "long: stopped, its time is used up; what it would measure next is left out",
+        "broken: FAILED with an error",
+        "bad: FAILED",
+        "hanging: stopped in the middle, the budget is used up",
+        "last: skipped, the budget of 1 s is used up",
+    ]
+
+
+def test_no_module_of_the_check_imports_dali_at_its_start() -> None:
+    for file in (ROOT / "tools" / "bench").glob("gpu_*.py"):
+        imports = [node for node in ast.parse(file.read_text()).body if isinstance(node, ast.Import | ast.ImportFrom)]
+        names = {name.name for node in imports for name in node.names} | {str(getattr(node, "module", "")) for node in imports}
+        assert not [name for name in names if "dali" in name], file
+
+
+@pytest.mark.slow
+def test_loaders_are_measured_without_dali(
+    small_shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "nvidia.dali", None)
+    spec = replace(SPEC, data=small_shards)
+    setting = Setting(dict.fromkeys(PROFILES, small_shards), spec, tmp_path, tmp_path / "rows.csv", 0.02, 2, "images")
+    assert all(measure_loaders(setting))
+    with (tmp_path / "rows.csv").open(newline="") as stream:
+        rows = list(csv.DictReader(stream))
+    assert {(row["benchmark"], row["engine"]) for row in rows} == {
+        (f"feed: cpu, {name}", "cpu") for name in ("lossless", "compact")
+    }
+    assert "ratio_to_stock_dali" not in {row["metric"] for row in rows}
+    assert "DALI cannot be imported" in capsys.readouterr().out
+
+
+def test_unusual_images_have_every_subsampling_and_restart_intervals(tmp_path: Path) -> None:
+    count = gpu_pixels.write_unusual_images(tmp_path / "a")
+    files = {file.stem: file.read_bytes() for file in (tmp_path / "a").iterdir()}
+    assert count == len(files) == 30
+    sampled = {simplejpeg.decode_jpeg_header(data)[3] for data in files.values()}
+    assert sampled == {"444", "422", "420", "440", "411", "Gray"}
+    assert {
+        struct.unpack(">H", data[data.index(b"\xff\xdd\0\4") + 4 :][:2])[0] for name, data in files.items() if "restart" in name
+    } == {1, 5}
+    assert {open_image(data).size for data in files.values()} == {(1, 1), (7, 9), (65, 33), (501, 375)}
+
+
+@pytest.mark.slow
+def test_wrong_pixels_and_overwritten_batches_are_found(
+    small_shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    spec = replace(SPEC, data=small_shards, engine="cpu")
+    setting = Setting({}, spec, tmp_path, tmp_path / "rows.csv", 0.02, 2, "images")
+    assert gpu_pixels.check(setting, "good", spec, 8, 3)
+    batches = gpu_pixels.endless
+
+    def reusing(loader: Loader) -> Iterator[Batch]:
+        """Batches in the memory of the first one, from the fifth on."""
+        first = None
+        for number, batch in enumerate(batches(loader)):
+            first = batch if first is None else first
+            if number > 3:
+                first.images.copy_(batch.images)
+            yield batch
+
+    monkeypatch.setattr(gpu_pixels, "endless", reusing)
+    assert not gpu_pixels.check(setting, "reused", spec, 8, 3)
+    assert "pixels, reused (cpu): FAILED" in capsys.readouterr().out
 
 
 def test_imagenette_is_trained_with_options_that_the_scripts_have(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -83,9 +215,23 @@ def install(monkeypatch: pytest.MonkeyPatch, torchvision: ModuleType | None, tim
 
 
 def measured_steps(tmp_path: Path) -> dict[tuple[str, str], dict[str, str]]:
-    measure_steps(SPEC, "resnet20", tmp_path / "rows.csv", 0.01, 3, "SPEC")
+    setting = Setting({}, SPEC, tmp_path, tmp_path / "rows.csv", 0.04, 3, "images", ("resnet20",))
+    assert all(measure_steps(setting))
     with (tmp_path / "rows.csv").open(newline="") as stream:
         return {(row["engine"], row["metric"]): row for row in csv.DictReader(stream)}
+
+
+@pytest.mark.slow
+def test_an_average_that_does_not_follow_a_compiled_model_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    setting = Setting({}, SPEC, tmp_path, tmp_path / "rows.csv", 0.004, 1, "images", ("resnet20",))
+    monkeypatch.setattr(Model, "compile", lambda *_: None)
+    assert list(measure_graphs(setting)) == [True]
+
+    def compiles_a_copy(model: Model, *_: object) -> None:
+        model.module = ARCHS["resnet20"](num_classes=CLASSES)  # whose weights no optimizer updates
+
+    monkeypatch.setattr(Model, "compile", compiles_a_copy)
+    assert list(measure_graphs(setting)) == [False]
 
 
 @pytest.mark.slow
@@ -105,10 +251,7 @@ def test_steps_are_compared_with_other_packages(
     for name in others:
         for metric in ("ratio_of_ours", "ratio_of_ours_compiled"):
             assert int(rows[(name, metric)]["repeats"]) == 3
-        low, high = (float(rows[(name, "ratio_of_ours")][which]) for which in ("low", "high"))
-        mine, other = rows[("ours", "images_per_s")], rows[(name, "images_per_s")]
-        assert float(mine["low"]) / float(other["high"]) <= low * 1.001
-        assert high <= float(mine["high"]) / float(other["low"]) * 1.001
+        assert 0.05 < float(rows[(name, "ratio_of_ours")]["value"]) < 20
         assert f" x {name} (goal 1.1)" in printed
 
 
@@ -185,6 +328,5 @@ def test_everything_on_the_gpu(tmp_path: Path) -> None:
     result = run_forked("tools/bench/gpu_check.py", "--seconds", 2, "--results", tmp_path / "rows.csv")
     assert result.returncode == 0, result.stdout + result.stderr
     rows = {(row["benchmark"], row["metric"]): float(row["value"]) for row in csv.DictReader((tmp_path / "rows.csv").open())}
-    for arch in ("resnet18", "resnet50", "resnet152"):
-        assert rows[(f"train {arch} bf16", "ratio")] > 0.5
-        assert rows[(f"train {arch} bf16", "peak_memory_gib")] > 1
+    assert rows[("train resnet50 bf16", "ratio")] > 0.5
+    assert rows[("train resnet50 bf16", "peak_memory_gib")] > 1

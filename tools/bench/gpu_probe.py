@@ -1,0 +1,71 @@
+"""For gpu_check.py: what the GPU and its machine are, and how fast lighting and normalization run there."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+
+import torch
+
+from pipeline.doctor.gpu import check_nvjpeg, driver_version
+from pipeline.doctor.lines import DoctorOptions
+from pipeline.pixels.normalize import normalize_tensor
+from tools import ROOT
+from tools.bench.gpu_setting import Setting
+from tools.profiler.loaders import synchronise
+from tools.profiler.measuring import cores
+
+COPIED = 2**28  # bytes of a copy
+GPU_RATE = "pinned_copy_gb_per_s"
+
+
+def probe(setting: Setting) -> Iterator[bool]:
+    """Print the doctor's report. Record the number of usable cores and the speed of copies to the device, with the driver and
+    nvJPEG in the rows."""
+    subprocess.run([sys.executable, str(ROOT / "tools" / "doctor.py")], check=False)
+    device = setting.spec.device
+    source = torch.empty(COPIED if setting.gpu else COPIED // 16, dtype=torch.uint8, pin_memory=setting.gpu)
+    target = torch.empty_like(source, device=device)
+    rates = []
+    for _ in range(setting.repeats):
+        rates.append(len(source) / 1e9 * per_second(lambda: target.copy_(source, non_blocking=True), 0.1, device))
+    nvjpeg = "; ".join(line.found for line in check_nvjpeg(DoctorOptions()))
+    more = f"driver {driver_version(Path('/')) or 'none'}, nvJPEG: {nvjpeg}"
+    figures = {"cores": [float(cores())], GPU_RATE if setting.gpu else "copy_gb_per_s": rates}
+    setting.record("probe", "none", figures, more=more)
+    yield True
+
+
+def per_second(call: Callable[[], object], seconds: float, device: str) -> float:
+    """How often a call runs in a second, with an idle device at the start and at the end."""
+    call()
+    synchronise(device)
+    began, count = time.perf_counter(), 0
+    while count == 0 or time.perf_counter() - began < seconds:
+        call()
+        count += 1
+    synchronise(device)
+    return count / (time.perf_counter() - began)
+
+
+def measure_tail(setting: Setting) -> Iterator[bool]:
+    """Record lighting and normalization of a batch on the device, with a mean image: eager, and compiled to one kernel."""
+    spec = setting.spec
+    count, size, device = spec.batch_size, spec.final_size, spec.device
+    pixels = torch.randint(256, (count, size, size, 3), dtype=torch.uint8).to(device)
+    shift, mean, std = torch.randn(count, 3).to(device), torch.rand(size, size, 3).to(device), torch.ones(3).to(device)
+    for name, tail in {"eager": normalize_tensor, "compiled": torch.compile(normalize_tensor)}.items():
+        try:
+            tail(pixels, shift, mean, std, spec.dtype)  # compiles it
+        except Exception as error:  # compilers and drivers raise all kinds
+            print(f"tail, {name}: does not work here ({str(error).strip().splitlines()[0][:200]})", flush=True)
+            continue
+        call = partial(tail, pixels, shift, mean, std, spec.dtype)
+        speeds = [per_second(call, setting.seconds / 8, device) for _ in range(setting.repeats)]
+        figures = {"milliseconds": [1e3 / speed for speed in speeds], "images_per_s": [count * speed for speed in speeds]}
+        setting.record(f"tail, {name}", "torch", figures)
+        yield True
