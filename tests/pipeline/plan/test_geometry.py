@@ -17,6 +17,7 @@ from pipeline.plan import random, sampling
 from pipeline.plan.geometry import (
     CentreCrop,
     Geometry,
+    MultiCrop,
     PaddedCrop,
     RandomResizedCrop,
     ScaleJitter,
@@ -33,9 +34,14 @@ AREA, ASPECT = (0.08, 1.0), (3 / 4, 4 / 3)
 GOLDEN_WINDOWS = [[16.0, 104.0, 339.0, 404.0], [140.0, 4.0, 488.0, 284.0], [0.0, 1433.0, 100.0, 1566.0]]
 GOLDEN_FLIPS = [True, True, False]
 
+BAD_GROUPS: tuple[Any, ...] = (
+    (), ((224, 2),), ((0, 2, (0.3, 1.0)),), ((224, 0, (0.3, 1.0)),), ((224, 2, (0.3, 1.2)),), ((224, 2, (0.5, 0.3)),),
+    (224, 2, (0.3, 1.0)), ((224, 2.5, (0.3, 1.0)),),
+)  # fmt: skip
+
 GEOMETRIES = (
     ScaleJitter(), RandomResizedCrop(), PaddedCrop(28), CentreCrop(), TenCrop(), WholeImage(), WholeImage(mirrored=True),
-    TorchvisionCrop(), TorchvisionCrop(256, True, square=True),
+    TorchvisionCrop(), TorchvisionCrop(256, True, square=True), MultiCrop(),
 )  # fmt: skip
 
 
@@ -103,6 +109,7 @@ def test_bad_settings_are_refused_in_one_line() -> None:
         (CentreCrop(200), "at least the image size"),
         (TenCrop(223), "at least the image size"),
         (RandomResizedCrop(area=(0, 1)), "area 0 1"),
+        *((MultiCrop(groups), "MultiCrop .* needs groups of") for groups in BAD_GROUPS),
         (RandomResizedCrop(aspect=(2, 1)), "aspect 2 1"),
         (WholeImage(0), "at least 1"),
         (PaddedCrop(-1), "padding -1: needs 0 <= padding"),
@@ -239,6 +246,54 @@ def test_random_resized_crops_golden_values() -> None:
     found, flip = sampling.resized_crops(2**63 + 5, 89, [0, 1, 2**40 - 1], [375, 500, 100], [500, 333, 3000], AREA, ASPECT)
     assert found.tolist() == GOLDEN_WINDOWS
     assert flip.tolist() == GOLDEN_FLIPS
+
+
+# --- Several views
+
+GROUPS = ((224, 2, (0.3, 1.0)), (96, 2, (0.05, 0.3)))
+
+
+def view_of(found: Views, number: int) -> list[npt.NDArray[Any]]:
+    """The windows, flips and alphas of a view of all images. found: of a geometry with four views."""
+    return [column[number::4] for column in found.arrays]
+
+
+def test_the_draws_of_a_view_depend_on_its_number_and_area_alone() -> None:
+    heights, widths = np.full(500, 375), np.full(500, 500)
+    four = views(MultiCrop(GROUPS), heights, widths)
+    alone = views(RandomResizedCrop(GROUPS[0][2]), heights, widths)
+    large = views(MultiCrop(GROUPS[:1]), heights, widths)
+    for actual, first, second, reference in zip(view_of(four, 0), alone.arrays, view_of(four, 1), large.arrays, strict=True):
+        assert np.array_equal(actual, first)
+        assert np.array_equal(reference[::2], actual)
+        assert np.array_equal(reference[1::2], second)
+
+
+@pytest.mark.parametrize(("number", "area"), [(0, (0.3, 1.0)), (1, (0.3, 1.0)), (2, (0.05, 0.3)), (3, (0.05, 0.3))])
+def test_each_view_has_draws_of_its_own_within_its_groups_area(number: int, area: tuple[float, float]) -> None:
+    found = many(MultiCrop(GROUPS), 1000, 1000)
+    windows, flip, alphas = view_of(found, number)
+    share = (windows[:, 2:] - windows[:, :2]).prod(axis=1) / 1000**2
+    assert area[0] - 0.002 < share.min() < area[0] + 0.01
+    assert share.max() < area[1] + 0.002
+    assert abs(flip.mean() - 0.5) < 0.015
+    columns = np.column_stack([windows[:, 0], share, flip, alphas])
+    for other in set(range(4)) - {number}:
+        its, mirrored, lit = view_of(found, other)
+        shares = (its[:, 2:] - its[:, :2]).prod(axis=1)
+        for column, reference in zip(columns.T, np.column_stack([its[:, 0], shares, mirrored, lit]).T, strict=True):
+            assert abs(np.corrcoef(column, reference)[0, 1]) < 4.5 / math.sqrt(MANY)
+
+
+def test_several_views_golden_values() -> None:
+    """A change of these values changes every user's epochs and needs a new major version."""
+    found = MultiCrop(GROUPS).views(2**63 + 5, 89, np.array([0, 2**40 - 1]), np.array([375, 500]), np.array([500, 333]), 224, 0.1)
+    assert found.windows.tolist() == [
+        [5, 88, 363, 419], [61, 89, 372, 448], [43, 152, 202, 343], [13, 62, 248, 265],
+        [120, 13, 363, 327], [93, 3, 437, 267], [22, 65, 150, 170], [249, 125, 413, 279],
+    ]  # fmt: skip
+    assert found.flip.tolist() == [True, False, True, True, False, False, True, False]
+    assert found.alphas[1] == pytest.approx([-0.0078218197, 0.0562108345, 0.1479354948])
 
 
 # --- Padded crops
