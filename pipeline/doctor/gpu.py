@@ -117,18 +117,46 @@ def check_dali(options: DoctorOptions) -> list[Line]:
     return [Line(status, "dali", f"cannot be imported: {error}", f"pip uninstall -y {dali.split()[0]} && {DALI}")]
 
 
-# Asks nvJPEG, DALI's JPEG decoder, for the hardware engines that it can use.
+# Asks nvJPEG, DALI's JPEG decoder, for its version, for the hardware engines that it can use, and whether it would decode a
+# baseline JPEG on them (0: yes). It opens them through libnvcuvid. Versions of nvJPEG may lack some of the functions.
 _NVJPEG_PROBE = """
 import ctypes, glob, json, sys
 here = [path for folder in sys.path for path in glob.glob(folder + "/nvidia/*/lib/libnvjpeg.so.*")]
 library = ctypes.CDLL([*here, "libnvjpeg.so.13"][0])
-handle, engines, cores = ctypes.c_void_p(), ctypes.c_uint(), ctypes.c_uint()
-status = library.nvjpegCreateEx(3, None, None, 0, ctypes.byref(handle))  # 3: NVJPEG_BACKEND_HARDWARE
-if status == 0:
-    status = library.nvjpegGetHardwareDecoderInfo(handle, ctypes.byref(engines), ctypes.byref(cores))
-print(json.dumps({"status": status, "engines": engines.value, "cores": cores.value}))
+number, engines, cores, unsupported = ctypes.c_int(), ctypes.c_uint(), ctypes.c_uint(), ctypes.c_int(-1)
+handle, stream = ctypes.c_void_p(), ctypes.c_void_p()
+found = {"version": "", "engines": 0, "cores": 0, "unsupported": None, "cuvid": ""}
+try:
+    ctypes.CDLL("libnvcuvid.so.1")
+except OSError as error:
+    found["cuvid"] = str(error)
+try:
+    parts = []
+    for part in range(3):
+        library.nvjpegGetProperty(part, ctypes.byref(number))
+        parts.append(str(number.value))
+    found["version"] = ".".join(parts)
+except AttributeError:
+    pass
+found["status"] = library.nvjpegCreateEx(3, None, None, 0, ctypes.byref(handle))  # 3: NVJPEG_BACKEND_HARDWARE
+if found["status"] == 0:
+    found["status"] = library.nvjpegGetHardwareDecoderInfo(handle, ctypes.byref(engines), ctypes.byref(cores))
+    found |= {"engines": engines.value, "cores": cores.value}
+    try:
+        import numpy, simplejpeg
+        jpeg = simplejpeg.encode_jpeg(numpy.zeros((256, 256, 3), numpy.uint8), 90, "RGB", "420")
+        calls = [
+            library.nvjpegJpegStreamCreate(handle, ctypes.byref(stream)),
+            library.nvjpegJpegStreamParseHeader(handle, jpeg, ctypes.c_size_t(len(jpeg)), stream),
+            library.nvjpegDecodeBatchedSupported(handle, stream, ctypes.byref(unsupported)),
+        ]
+        found["unsupported"] = unsupported.value if not any(calls) else max(calls)
+    except (AttributeError, ImportError):
+        pass
+print(json.dumps(found))
 """
 _ARCH_MISMATCH, _NOT_SUPPORTED = 7, 9  # nvjpeg.h
+_CUVID = "install the driver's libnvcuvid; in a container: docker run --gpus all -e NVIDIA_DRIVER_CAPABILITIES=all ..."
 
 
 def check_nvjpeg(options: DoctorOptions) -> list[Line]:
@@ -137,9 +165,18 @@ def check_nvjpeg(options: DoctorOptions) -> list[Line]:
     found, error = probe(_NVJPEG_PROBE)
     if error:
         return [Line("warning", "nvjpeg", f"cannot report its hardware engine: {error}", DALI)]
-    if found["status"] == 0 and found["engines"]:
-        return [Line("ok", "nvjpeg", f"hardware: {found['engines']} engines of {found['cores']} cores")]
-    if found["status"] in (0, _ARCH_MISMATCH, _NOT_SUPPORTED):
-        return [Line("ok", "nvjpeg", "this GPU has no JPEG engine that nvJPEG can use: it decodes on the CUDA cores")]
-    remedy = "first fix what the lines torch and driver report"
-    return [Line("warning", "nvjpeg", f"nvJPEG cannot start (status {found['status']})", remedy)]
+    name, status = f"nvJPEG {found['version']}".strip(), found["status"]
+    if status not in (0, _ARCH_MISMATCH, _NOT_SUPPORTED):
+        remedy = "first fix what the lines torch and driver report"
+        return [Line("warning", "nvjpeg", f"{name} cannot start (status {status})", remedy)]
+    if found["cuvid"]:
+        return [Line("warning", "nvjpeg", f"{name} cannot use a JPEG engine without libnvcuvid ({found['cuvid']})", _CUVID)]
+    if status or not found["engines"]:
+        return [Line("ok", "nvjpeg", f"{name}; this GPU has no JPEG engine that it can use: it decodes on the CUDA cores")]
+    hardware = f"{name}, hardware: {found['engines']} engines of {found['cores']} cores"
+    if found["unsupported"] is None:
+        return [Line("ok", "nvjpeg", f"{hardware}, not tried")]
+    if found["unsupported"]:
+        remedy = "update the driver; until then, LoaderSpec(hw_decoder_load=0) spares the attempts"
+        return [Line("warning", "nvjpeg", f"{hardware}, which do not decode a baseline JPEG", remedy)]
+    return [Line("ok", "nvjpeg", f"{hardware}, which decode baseline JPEGs; libnvcuvid found")]

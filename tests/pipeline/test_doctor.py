@@ -220,22 +220,42 @@ def test_dali_missing_or_broken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 
 
 ENGINE = """
+#include <stddef.h>
 int nvjpegCreateEx(int backend, void *a, void *b, unsigned flags, void **handle) { return backend == 3 ? CREATE : 2; }
 int nvjpegGetHardwareDecoderInfo(void *handle, unsigned *engines, unsigned *cores) { *engines = ENGINES; *cores = 5; return 0; }
+int nvjpegGetProperty(int type, int *value) { *value = 13 - type; return 0; }
+#ifdef UNSUPPORTED
+int nvjpegJpegStreamCreate(void *handle, void **stream) { return 0; }
+int nvjpegJpegStreamParseHeader(void *handle, const unsigned char *data, size_t length, void *stream)
+{ return data[0] != 0xff || data[length - 1] != 0xd9; }
+int nvjpegDecodeBatchedSupported(void *handle, void *stream, int *result) { *result = UNSUPPORTED; return 0; }
+#endif
 """
 
 
 @pytest.mark.skipif(shutil.which("cc") is None, reason="needs a C compiler")
 def test_nvjpeg_engine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    options = plant(tmp_path, dev__nvidia0="", **{"engine.c": ENGINE})
+    options = plant(tmp_path, dev__nvidia0="", **{"engine.c": ENGINE, "cuvid.c": ""})
     library = tmp_path / "nvidia" / "cu99" / "lib" / "libnvjpeg.so.13"
     library.parent.mkdir(parents=True)
+    subprocess.run(["cc", "-shared", "-fPIC", "-o", tmp_path / "libnvcuvid.so.1", tmp_path / "cuvid.c"], check=True)
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
-    none = "no JPEG engine"
-    cases = ((0, 7, "ok", "7 engines of 5 cores"), (0, 0, "ok", none), (7, 7, "ok", none), (1, 7, "warning", "status 1"))
-    for create, engines, status, found in cases:
+    none, cuvid = "no JPEG engine", "without libnvcuvid (libnvcuvid.so.1: cannot open"
+    cases: tuple[tuple[int, int, int | None, bool, str, str], ...] = (
+        (0, 7, 0, True, "ok", "nvJPEG 13.12.11, hardware: 7 engines of 5 cores, which decode baseline JPEGs"),
+        (0, 7, 1, True, "warning", "7 engines of 5 cores, which do not decode"),
+        (0, 7, None, True, "ok", "7 engines of 5 cores, not tried"),  # an nvJPEG that lacks the function
+        (0, 7, 0, False, "warning", cuvid),
+        (9, 7, 0, False, "warning", cuvid),
+        (0, 0, 0, True, "ok", none),
+        (7, 7, 0, True, "ok", none),
+        (1, 7, 0, True, "warning", "nvJPEG 13.12.11 cannot start (status 1)"),
+    )
+    for create, engines, unsupported, has_cuvid, status, found in cases:
         defined = [f"-DCREATE={create}", f"-DENGINES={engines}"]
+        defined += [f"-DUNSUPPORTED={unsupported}"] if unsupported is not None else []
         subprocess.run(["cc", *defined, "-shared", "-fPIC", "-o", library, tmp_path / "engine.c"], check=True)
+        monkeypatch.setenv("LD_LIBRARY_PATH", str(tmp_path) if has_cuvid else "")
         expect(gpu.check_nvjpeg(options), status, found)
 
 
