@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import os
 import re
 import signal
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 
 from pipeline import LoaderSpec, open_loader
@@ -26,7 +27,7 @@ EXAMPLES: dict[str, tuple[str, tuple[str, ...], int]] = {
     "ddp.py": ("--checkpoint", torchrun(29655), 2),
     "ffcv_loop.py": ("--checkpoint", (), 1),
     "lightning_module.py": ("--output", (), 1),
-    "timm_models.py": ("--checkpoint", ("tests/with_timm.py",), 1),
+    "timm_models.py": ("--checkpoint", (str(ROOT / "tests/with_timm.py"),), 1),
     "transformers_trainer.py": ("--output", (), 1),
 }
 
@@ -90,14 +91,16 @@ def _samples(command: list[str], folder: Path, killed: bool) -> dict[tuple[int, 
     errors = folder / "stderr"
     with errors.open("w") as stream, subprocess.Popen(
         command, cwd=folder, env=clean_environment() | {"OMP_NUM_THREADS": "1"}, text=True,
-        stdout=subprocess.PIPE, stderr=stream, start_new_session=True,
+        stdout=subprocess.PIPE, stderr=stream,
     ) as process:  # fmt: skip
         assert process.stdout is not None
         for line in process.stdout:
-            if match := re.fullmatch(r"step (\d+)(?:, rank (\d+))?:.* samples \[(.*)\]\n", line):
-                step, rank, samples = match.groups()
+            # Processes share the pipe, so a line may hold the output of two.
+            for step, rank, samples in re.findall(r"step (\d+)(?:, rank (\d+))?:[^\[]* samples \[([\d, ]+)\]", line):
                 found[int(step), int(rank or 0)] = [int(sample) for sample in samples.split(",")]
-                if killed and int(step) == KILLED and not int(rank or 0):
-                    os.killpg(process.pid, signal.SIGKILL)
+                if killed and int(step) == KILLED:
+                    for one in [*psutil.Process(process.pid).children(recursive=True), process]:
+                        with suppress(psutil.NoSuchProcess):
+                            one.kill()
     assert process.returncode == (-signal.SIGKILL if killed else 0), errors.read_text()
     return found
