@@ -217,7 +217,8 @@ def _shards_parser(prog: str, verify: str) -> Parser:
     from .convert.images import PROFILES
     from .convert.make import ENGINES, FORMATS
 
-    parser = Parser(SHARDS.format(prog=prog, verify=verify), prog, {"check_md5": "--skip-md5", "mode": "--ffcv-mode"})
+    flags = {"check_md5": "--skip-md5", **{name: f"--ffcv-{name}" for name in ("mode", "quality", "proportion")}}
+    parser = Parser(SHARDS.format(prog=prog, verify=verify), prog, flags)
     parser.add_argument("src", metavar="SRC", nargs="?", help="images to convert")
     parser.add_argument("--out", help="folder or URL for the shards")
     _add_source_flags(parser)

@@ -52,7 +52,7 @@ class BetonSettings:
     whole, `engines.ffcv_field` only the crop. The other modes are those of FFCV's RGBImageField, applied to the RGB pixels that
     Pillow decodes: "jpg" (re-encoded with `quality`), "raw" (pixels), "proportion" (the fraction `proportion` of images, drawn
     per sample, as jpg, the others raw). max_resolution: larger images are shrunk to this longest side, pixels; not for "region".
-    Raises UserError for an unknown mode.
+    Raises UserError for an unknown mode, or other values outside their ranges.
     """
 
     mode: str = "region"
@@ -63,6 +63,8 @@ class BetonSettings:
     def __post_init__(self) -> None:
         if self.mode not in MODES:
             raise UserError(f"`mode` {self.mode}: not a mode of .beton files", f"choose from {', '.join(MODES)}")
+        if not 1 <= self.quality <= 100 or not 0 <= self.proportion <= 1:
+            raise UserError("`quality` must lie in [1, 100], and `proportion` in [0, 1]")
 
 
 def write_beton(

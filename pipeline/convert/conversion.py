@@ -20,7 +20,7 @@ from ..errors import UserError
 from ..plan import sampling
 from ..progress import announce_if_slow, progress_bar
 from ..store import files, shards
-from ..store.manifest import FORMAT, VERSION
+from ..store.manifest import FORMAT, VERSION, manifest_problem
 from . import statistics
 from .report import make_report
 from .sources import Listing
@@ -72,9 +72,12 @@ def begin(out: str, expected: dict[str, Any]) -> None:
     """Claim the output folder, or validate it. Raises UserError if it has other content."""
     path = files.join(out, RECORDS, "plan.json")
     if is_complete(out):
-        found = json.loads(files.read(files.join(out, "manifest.json"))).get("conversion")
+        found = _read(files.join(out, "manifest.json"))
+        if manifest_problem(found):
+            raise UserError(f"{out}: its manifest.json is damaged ({manifest_problem(found)})", "give another `out`")
+        found = found.get("conversion")
     elif files.exists(path):
-        found = json.loads(files.read(path))
+        found = _read(path)
     elif any(entry.name != RECORDS for entry in files.list_folder(out)):  # another job may be writing plan.json just now
         raise UserError(f"{out}: exists already and is not a conversion", "give another `out`")
     else:
@@ -84,6 +87,13 @@ def begin(out: str, expected: dict[str, Any]) -> None:
         known = found if isinstance(found, dict) else {}
         differs = [name for name in expected | known if name not in known or known[name] != expected.get(name)]
         raise UserError(f"{out}: holds a conversion with another {', '.join(differs)}", "give another `out`")
+
+
+def _read(path: str) -> Any:
+    try:
+        return json.loads(files.read(path))
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path}: is damaged ({error})", "give another `out`") from error
 
 
 def complete(out: str, listing: Listing, settings: Settings, tasks: dict[str, list[ShardTask]], alone: bool) -> int:

@@ -34,19 +34,20 @@ def class_folders(folder: str) -> list[str]:
 
 def image_splits(src: str) -> dict[str, str]:
     """The folders of the splits, by split. None if they are class folders themselves, such as a class "train" of vehicles."""
-    named = split_folders(src) or _splits_by_words(src)
+    named = split_folders(src)
+    named |= _splits_by_words(src, set(named))
     others = set(class_folders(src)) - set(named.values())
     if len(others) > 1 and not any(class_folders(files.join(src, name)) for name in named.values()):
         return {}
     return dict(sorted(named.items()))
 
 
-def _splits_by_words(src: str) -> dict[str, str]:
-    """The folders of class folders with a split's word in their names, such as train2012, by split."""
+def _splits_by_words(src: str, known: set[str]) -> dict[str, str]:
+    """The folders of class folders with a split's word in their names, such as train2012, by split, but those of `known`."""
     found: dict[str, str] = {}
     for name in class_folders(src):
         split = split_of(name) if set(re.split("[^a-z]+", name.lower())) & SPLITS.keys() else None
-        if split and class_folders(files.join(src, name)):  # a class may be called "test tube"
+        if split and split not in known and class_folders(files.join(src, name)):  # a class may be called "test tube"
             if split in found:
                 raise UserError(f"{src}: {name} and {found[split]} are both the split {split}", "move one of them elsewhere")
             found[split] = name
@@ -61,7 +62,7 @@ def has_class_folders(src: str) -> bool:
         return True
     inside = entries(src)
     folders = {entry.name for entry in inside if entry.is_folder} - set(named.values())
-    tars = {entry.name.removesuffix(".tar") for entry in inside if entry.name.endswith(".tar")}
+    tars = {entry.name[:-4] for entry in inside if entry.name.lower().endswith(".tar")}
     return bool(folders) and (tars <= folders or sum(_holds_images(src, name) for name in sorted(folders)[:3]) > 1)
 
 
@@ -92,7 +93,9 @@ def list_splits(src: str, named: dict[str, str]) -> Listing:
     """The class folders of splits; the first of them has all classes. named: split -> its folder below SRC, or "" for SRC."""
     skipped = Skipped()
     folders = {split: files.join(src, name) if name else src for split, name in named.items()}
-    listed = {split: find_images(folder, skipped) for split, folder in folders.items()}
+    listed = {
+        split: find_images(folder, skipped, (*IMAGES, *PACKED) if named[split] else IMAGES) for split, folder in folders.items()
+    }
     first = next(iter(folders))
     classes = sorted(listed[first], key=os.fsencode)
     for split, found in listed.items():
@@ -106,12 +109,15 @@ def list_splits(src: str, named: dict[str, str]) -> Listing:
     return Listing([as_shown(src)(name) for name in classes], splits, notes=skipped.notes())
 
 
-def find_images(folder: str, skipped: Skipped) -> Found:
-    """The images of each class below a folder. Raises UserError for a folder that is neither a class nor holds any."""
+def find_images(folder: str, skipped: Skipped, told: tuple[str, ...]) -> Found:
+    """The images of each class below a folder. told: extensions of files beside the class folders that are told of.
+
+    Raises UserError for a folder that is neither a class nor holds any.
+    """
     found: Found = {}
     inside = entries(folder, skipped)
-    if beside := [entry.name for entry in inside if entry.name.lower().endswith(IMAGES) and not entry.is_folder]:
-        skipped.others.append(f"not used: {len(beside)} images beside the class folders, such as {files.join(folder, beside[0])}")
+    if beside := [entry.name for entry in inside if entry.name.lower().endswith(told) and not entry.is_folder]:
+        skipped.others.append(f"not used: {len(beside)} files beside the class folders, such as {files.join(folder, beside[0])}")
     for entry in progress_bar([entry for entry in inside if entry.is_folder], desc=f"listing {folder}", unit=" classes"):
         _walk(folder, entry.name, (os.path.realpath(folder),), skipped, found)
     if not inside:

@@ -8,6 +8,7 @@ ILSVRC2012_ID.
 
 from __future__ import annotations
 
+import csv
 import re
 from dataclasses import replace
 
@@ -99,11 +100,12 @@ def _read_labels(path: str, images: list[str], classes: list[str]) -> list[int]:
     if isinstance(found, list):
         if len(found) != len(images):
             raise UserError(f"{path}: has {len(found)} labels for {len(images)} images", "give the file that belongs to them")
-        found = dict(zip((name.rsplit(".", 1)[0] for name in images), found, strict=True))
-    for name in images:
-        if name.rsplit(".", 1)[0] not in found:
-            raise UserError(f"{path}: has no label for {name}", "give the file that belongs to the images (`val_labels`)")
-    labels = [found[name.rsplit(".", 1)[0]] for name in images]
+        labels = found
+    else:
+        for name in images:
+            if name.rsplit(".", 1)[0] not in found:
+                raise UserError(f"{path}: has no label for {name}", "give the file that belongs to the images (`val_labels`)")
+        labels = [found[name.rsplit(".", 1)[0]] for name in images]
     if not path.endswith((_TRUTH, DEVKIT)) and not set(labels) & {*classes, "0"} and str(len(classes)) in labels:
         raise UserError(f"{path}: labels are numbers from 1 to {len(classes)}", "number the sorted class folders from 0")
     numbers = number_labels(path, labels, classes)[1]
@@ -128,10 +130,7 @@ def _devkit_labels(path: str) -> list[str]:
 def _parse(path: str, stems: set[str], classes: set[str]) -> list[str] | dict[str, str]:
     """The labels in a text file by image, without its extension, or in order."""
     lines = [line.strip() for line in read_text(path).splitlines() if line.strip()]
-    rows = [
-        [field.strip() for field in (re.split(r"[\t,]", line) if re.search(r"[\t,]", line) else line.split(None, 1))]
-        for line in lines
-    ]
+    rows = [[field.strip() for field in (_cells(line) if re.search(r"[\t,]", line) else line.split(None, 1))] for line in lines]
     if rows and len(rows[0]) > 1 and _HEADER.search(rows[0][0]) and _stem(rows[0][0]) not in stems:
         rows = rows[1:]
     if not any(_stem(row[0]) in stems for row in rows[:100]):
@@ -144,6 +143,13 @@ def _parse(path: str, stems: set[str], classes: set[str]) -> list[str] | dict[st
         if found.setdefault(_stem(row[0]), label) != label:
             raise UserError(f"{path}: {row[0]} has two labels, {found[_stem(row[0])]} and {label}", "leave one")
     return found
+
+
+def _cells(line: str) -> list[str]:
+    try:
+        return next(csv.reader([line], delimiter="\t" if "\t" in line else ","))
+    except csv.Error:  # too long for a cell
+        return [line]
 
 
 def _stem(name: str) -> str:

@@ -92,7 +92,7 @@ def _is_source(folder: str) -> bool:
     inside = entries(folder)
     if any(entry.name.lower().endswith(IMAGES) for entry in inside):
         return False  # a class folder, which is the usual case
-    if not any(entry.is_folder or entry.name.endswith((".tar", ".parquet")) for entry in inside):
+    if not any(entry.is_folder or entry.name.lower().endswith((".tar", ".parquet")) for entry in inside):
         return False
     kind = recognise(folder)
     return kind not in ("", "folders") or (kind == "folders" and bool(image_splits(folder)))

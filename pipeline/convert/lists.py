@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
 import os
 import re
+import stat
 from collections.abc import Iterator
 from typing import Any
 
@@ -69,16 +71,20 @@ def _sources(src: str, path: str, found: dict[str, str], numbers: dict[str, int]
         size = 0  # of remote files it is not known without a request for each
         if not files.is_remote(place):
             try:
-                size = os.stat(files.absolute(place)).st_size
+                status = os.stat(files.absolute(place))
+                size = status.st_size
+                if stat.S_ISDIR(status.st_mode):
+                    missing.append(place)
             except (OSError, ValueError):  # the latter for a null byte
                 missing.append(place)
         name = place.removeprefix(f"{src}/")
-        parts = [part for part in re.sub(r"^\w+://", "", name).split("/") if part not in ("", ".", "..")]
+        parts = [part for part in re.sub(r"^\w+://", "", name).split("/") if part not in ("", ".", "..")] or [""]
         key = keys.make(*parts[:-1], parts[-1].rsplit(".", 1)[0])
         yield Source(place, 0, None, key, numbers[label], name, size, json=fields.get(image, ""))
     if missing:
         raise UserError(
-            f"{path}: {len(missing)} of {len(found)} images do not exist, such as {missing[0]}", f"paths are relative to {src}"
+            f"{path}: {len(missing)} of {len(found)} images do not exist or are folders, such as {missing[0]}",
+            f"paths are relative to {src}",
         )
 
 
@@ -111,14 +117,16 @@ def _text(value: Any) -> str:
 def _text_rows(path: str, text: str) -> Iterator[dict[str, Any]]:
     header = text.partition("\n")[0]
     try:
-        yield from csv.DictReader(text.splitlines(), delimiter="\t" if "\t" in header else ";" if ";" in header else ",")
+        yield from csv.DictReader(
+            io.StringIO(text, newline=""), delimiter="\t" if "\t" in header else ";" if ";" in header else ","
+        )
     except csv.Error as error:
         raise UserError(f"{path}: cannot be read as a table ({error})", _FORMATS) from error
 
 
 def _json_rows(path: str, text: str) -> Iterator[dict[str, Any]]:
     try:
-        found = json.loads(text) if text.lstrip().startswith("[") else map(json.loads, filter(str.strip, text.splitlines()))
+        found = json.loads(text) if text.lstrip().startswith("[") else map(json.loads, filter(str.strip, text.split("\n")))
         for number, row in enumerate(found, 1):
             if not isinstance(row, dict):
                 raise UserError(f"{path}: row {number} is no object", 'expected {"path": ..., "label": ...}')

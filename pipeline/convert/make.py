@@ -17,7 +17,7 @@ from typing import Any
 from tqdm.utils import CallbackIOWrapper
 
 from ..cores import usable_cores
-from ..errors import UserError
+from ..errors import StorageError, UserError
 from ..progress import BYTES, progress_bar
 from ..store import files
 from ..store.shards import ShardSet
@@ -28,7 +28,7 @@ from .images import PROFILES
 from .kinds import list_sources
 from .names import find_names
 from .report import summary
-from .sources import Listing, SourceOptions
+from .sources import PACKED, Listing, SourceOptions
 from .task import RECORDS, ShardTask
 
 log = logging.getLogger("cropfeed")
@@ -103,10 +103,7 @@ def unused(src: str, listing: Listing) -> list[str]:
     """The folders and tars in SRC that hold no image of the listing."""
     used = {source.name.partition("/")[0] for split in listing.splits.values() for source in split}
     others = (entry for entry in sources.entries(listing.root or src) if entry.name not in used)
-    return [entry.name for entry in others if entry.is_folder or entry.name.endswith(_DATA) or ".tar" in entry.name]
-
-
-_DATA = (".zip", ".parquet", ".tgz")
+    return [entry.name for entry in others if entry.is_folder or entry.name.lower().endswith(PACKED)]
 
 
 def _describe(src: str, kind: str, listing: Listing) -> str:
@@ -159,9 +156,14 @@ def _convert(options: ConvertOptions, out: str, listing: Listing, tasks: dict[st
         wanted = f"{options.shards.start}-{options.shards.stop - 1}"
         raise UserError(f"`shards` {wanted}: there are only shards 0-{len(every) - 1}")
     started = time.perf_counter()
-    _run_tasks(options, chosen)
+    missing = 0
+    try:
+        _run_tasks(options, chosen)
+        missing = conversion.complete(out, listing, options.settings, tasks, alone=options.shards is None)
+    except StorageError:
+        if not conversion.is_complete(out):  # another process of the same command has finished, and has removed partial files
+            raise
     seconds = time.perf_counter() - started
-    missing = conversion.complete(out, listing, options.settings, tasks, alone=options.shards is None)
     images = sum(len(task.sources) for task in chosen)
     lines = [f"{out}: {len(chosen)} shards, {images} images in {seconds:.1f} s, {images / seconds:.0f} images/s"]
     if missing:

@@ -138,8 +138,8 @@ PACKED = (".tar", ".parquet", ".zip", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", 
 IMAGES = (".jpeg", ".jpg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm")
 SPLITS = {
     **dict.fromkeys(("train", "training", "trainset"), "train"),
-    **dict.fromkeys(("val", "valid", "validation", "valset"), "val"),
-    **dict.fromkeys(("test", "testing", "testset"), "test"),  # never converted, so that nobody trains on it
+    **dict.fromkeys(("val", "valid", "validation", "valset", "dev", "eval", "evaluation"), "val"),
+    **dict.fromkeys(("test", "testing", "testset", "holdout"), "test"),  # never converted, so that nobody trains on it
 }
 
 
@@ -177,13 +177,13 @@ def files_by_split(src: str, suffix: str) -> dict[str, list[str]]:
     """
 
     def inside(folder: str) -> list[str]:
-        found = (entry for entry in entries(folder) if entry.name.endswith(suffix) and not entry.is_folder)
+        found = (entry for entry in entries(folder) if entry.name.lower().endswith(suffix) and not entry.is_folder)
         return [files.join(folder, entry.name) for entry in found]
 
     splits: dict[str, list[str]] = {"train": [], "val": [], "test": []}
     for folder_split, name in sorted(split_folders(src).items()):
         splits[folder_split] += inside(files.join(src, name))
-    named = {path: split_of(path.rsplit("/", 1)[1].removesuffix(suffix)) for path in inside(src)}
+    named = {path: split_of(path.rsplit("/", 1)[1][: -len(suffix)]) for path in inside(src)}
     unnamed = [path for path, split in named.items() if split is None]
     if unnamed and (len(unnamed) < len(named) or any(splits.values())):
         raise UserError(f"{unnamed[0]}: is it for training or validation?", 'rename it, with the word "train" or "val"')
@@ -251,6 +251,8 @@ def number_labels(where: str, found: Iterable[str], known: list[str]) -> tuple[l
     for label in labels:
         if re.fullmatch(r"-\d+", label):
             raise UserError(f"{where}: label {label}; labels begin at 0")
+    if labels and all(re.fullmatch(r"\d+\.\d*", label) for label in labels):  # as names, "10.0" would come before "2.0"
+        raise UserError(f"{where}: label {labels[0]} is a fraction", "write labels as integers from 0 on, or as names")
     if not all(re.fullmatch(r"\d+", label, re.ASCII) for label in labels):
         if known:
             raise UserError(f"{where}: label {unknown[0]!r} is none of the {len(known)} classes, such as {known[0]!r}")

@@ -74,8 +74,13 @@ def members(path: str, stream: Any, skipped: Skipped | None = None) -> Iterator[
     try:
         with tarfile.open(fileobj=stream, mode="r:", encoding="utf-8", errors="backslashreplace") as tar:
             for member in tar:
-                if member.isreg() and not skipped.skips(member.name, path):
-                    yield tar, member
+                if skipped.skips(member.name, path) or member.isdir():
+                    continue
+                if not member.isreg() or member.issparse():
+                    raise UserError(
+                        f"{path}: {member.name} is a link, or no plain file", "pack it with tar -h --hard-dereference"
+                    )
+                yield tar, member
             stream.seek(tar.offset)
             if stream.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):  # a tar that was cut between two members
                 raise tarfile.ReadError("its end is missing")

@@ -17,8 +17,10 @@ import numpy.typing as npt
 import pytest
 from PIL import Image
 
+from pipeline.convert import run
+from pipeline.convert.conversion import begin
 from pipeline.convert.make import ConvertOptions, make_shards
-from pipeline.errors import UserError
+from pipeline.errors import StorageError, UserError
 from pipeline.store.shards import ShardSet
 from tests.helpers import (
     ROOT,
@@ -30,6 +32,7 @@ from tests.helpers import (
     random_image,
     run_script,
     without_progress,
+    write_image_folder,
 )
 
 
@@ -161,6 +164,28 @@ def test_bad_folders_are_refused_and_leave_nothing(image_folder: Path, tmp_path:
     assert [path.name for path in tmp_path.iterdir()] == ["src"]
 
 
+def test_the_same_command_twice_at_a_time_succeeds_twice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_image_folder(tmp_path / "src", classes=2, train=2, val=1)
+    options = ConvertOptions(str(tmp_path / "src"), str(tmp_path / "out"), "original", workers=1)
+
+    def is_overtaken(tasks: Any, workers: int) -> None:
+        monkeypatch.undo()
+        make_shards(options)
+        raise StorageError("000000.tar: cannot be written: No such file or directory")  # it removed our partial file
+
+    monkeypatch.setattr(run, "run_local", is_overtaken)
+    make_shards(options)
+    assert len(ShardSet(tmp_path / "out", "train")) == 4
+
+
+@pytest.mark.parametrize(("file", "text"), [("manifest.json", "{"), ("manifest.json", "[]"), ("conversion/plan.json", "{")])
+def test_a_damaged_record_of_a_conversion_is_named(tmp_path: Path, file: str, text: str) -> None:
+    (tmp_path / file).parent.mkdir(exist_ok=True)
+    (tmp_path / file).write_text(text)
+    with pytest.raises(UserError, match=f"{file}.* is damaged .*; give another `out`"):
+        begin(str(tmp_path), {"version": 2})
+
+
 @pytest.mark.slow
 def test_bad_arguments_are_refused(image_folder: Path, lossless: Path, tmp_path: Path) -> None:
     before = digests(lossless)
@@ -175,6 +200,7 @@ def test_bad_arguments_are_refused(image_folder: Path, lossless: Path, tmp_path:
         ((image_folder / "val", "--out", lossless, "--shard-size", 16), "another source"),
         ((image_folder, "--out", tmp_path / "out", "--workers", 0), "at least 1"),
         ((image_folder, "--out", tmp_path / "out", "--shards", "5-2"), "FIRST-LAST"),
+        ((image_folder, "--out", tmp_path / "out", "--ffcv-proportion", "nan"), "--ffcv-proportion in [0, 1]"),
         ((image_folder,), "--out"),
         (("--verify", tmp_path / "nowhere"), "no such folder"),
     ):

@@ -100,6 +100,19 @@ def test_labels_of_flat_validation_images(kaggle: Path, how: str) -> None:
     assert content(listed(kaggle), "val") == EXPECTED
 
 
+def test_flat_validation_images_whose_names_differ_in_the_extension(kaggle: Path) -> None:
+    flat = write_images(kaggle / "flat" / "val", "1.jpg", "1.png", "2,a.jpg")
+    for wnid in ("n01", "n02"):
+        write_images(kaggle / "flat" / "train", f"{wnid}/0.jpg")
+    labels = {"val.txt": "n01\nn02\nn01\n", "val.csv": '"image","label"\n"2,a.jpg","n02"\n1.jpg,n01\n'}
+    for name, text in labels.items():
+        (flat.parent / name).write_text(text)
+    assert [image.label for image in listed(flat.parent).splits["val"]] == [0, 1, 0]
+    (flat.parent / "val.txt").unlink()
+    (flat / "1.png").unlink()
+    assert [image.label for image in listed(flat.parent).splits["val"]] == [0, 1]
+
+
 @pytest.mark.parametrize(
     ("content", "words"),
     [
@@ -133,7 +146,7 @@ def test_tiny_imagenet(tmp_path: Path) -> None:
 
 def test_images_beside_class_folders_are_named(tmp_path: Path) -> None:
     found = listed(write_images(tmp_path, "train/n1/a.jpg", "train/n2/a.jpg", "train/b.jpg", "train/c.jpg"))
-    assert found.notes == [f"not used: 2 images beside the class folders, such as {tmp_path}/train/b.jpg"]
+    assert found.notes == [f"not used: 2 files beside the class folders, such as {tmp_path}/train/b.jpg"]
 
 
 # Parquet
@@ -316,21 +329,32 @@ def test_lists_of_urls_numbers_and_other_columns(photos: Path, tmp_path: Path) -
         (
             [("a.jpg", "cat"), ("b.jpg", "dog"), ("c.jpg", "dog")],
             ("path", "label"),
-            "2 of 3 images do not exist, such as .*b.jpg",
+            "2 of 3 images do not exist or are folders, such as .*b.jpg",
         ),
         ([("a.jpg", "cat"), ("a.jpg", "dog")], ("path", "label"), "row 2: a.jpg has two labels, cat and dog"),
         ([("a.jpg", "")], ("path", "label"), "row 1 has no label"),
-        ([("a.jpg", "cat", "dev")], ("path", "label", "split"), "row 1 has the split 'dev'"),
+        ([("a.jpg", "cat", "fold 1")], ("path", "label", "split"), "row 1 has the split 'fold 1'"),
         ([("a.jpg", "cat", "test")], ("path", "label", "split"), "lists no images for training or validation"),
         ([("a.jpg", "cat")], ("photo", "label"), "has no column path, only photo, label; name it"),
         ([], ("path", "label"), "lists no images"),
         ([("a.jpg", "cat"), ("b\0.jpg", "dog")], ("path", "label"), "1 of 2 images do not exist"),
+        ([("b", "cat"), ("/", "dog"), ("a.jpg", "dog")], ("path", "label"), "2 of 3 images do not exist or are folders"),
         ([("a" * 200_000, "cat")], ("path", "label"), "cannot be read as a table .field larger"),
     ],
 )
 def test_bad_lists_are_refused(photos: Path, tmp_path: Path, rows: Any, names: tuple[str, ...], words: str) -> None:
     with pytest.raises(UserError, match=words):
         listed(photos, list=str(write_list(tmp_path / "list.csv", rows, names)))
+
+
+@pytest.mark.parametrize(("extension", "label"), [("csv", "a\nb"), ("tsv", 'a "b"'), ("jsonl", "a\u2028b")])
+def test_labels_with_line_breaks_and_quotes(photos: Path, tmp_path: Path, extension: str, label: str) -> None:
+    path = tmp_path / f"list.{extension}"
+    if extension == "jsonl":
+        path.write_text(json.dumps({"path": "a.jpg", "label": label}, ensure_ascii=False))
+    else:
+        write_list(path, [("a.jpg", label)], ("path", "label"))
+    assert listed(photos, list=str(path)).classes == [label]
 
 
 def test_a_list_of_deeply_nested_json_is_refused(photos: Path, tmp_path: Path) -> None:

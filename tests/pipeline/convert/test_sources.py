@@ -259,7 +259,8 @@ def tar_of(labels: range) -> bytes:
 
 
 @pytest.mark.parametrize(
-    ("train", "val"), [("train", "validation"), ("Train", "Val"), ("training", "valid"), ("TRAIN", "VALIDATION")]
+    ("train", "val"),
+    [("train", "validation"), ("Train", "Val"), ("training", "valid"), ("TRAIN", "VALIDATION"), ("training_set", "dev")],
 )
 def test_split_folders_have_many_names(image_folder: Path, tmp_path: Path, train: str, val: str) -> None:
     shutil.copytree(image_folder / "train", tmp_path / train)
@@ -284,6 +285,7 @@ def test_a_test_split_is_named_and_not_converted(image_folder: Path, tmp_path: P
         (["imagenet-train-0.tar", "imagenet-test-0.tar"], {"train": 1}),
         (["train-0.tar", "VAL-0.tar"], {"train": 1, "val": 1}),
         (["train-0.tar", "valset_0.tar"], {"train": 1, "val": 1}),
+        (["train-0.tar", "DEV-0.TAR", "holdout-0.tar"], {"train": 1, "val": 1}),
         (["medieval-train-0.tar", "medieval-train-1.tar"], {"train": 2}),
         (["a-0.tar", "a-1.tar"], {"train": 2}),
         (["train/0.tar", "validation/0.tar"], {"train": 1, "val": 1}),
@@ -311,6 +313,38 @@ def test_doubtful_splits_are_refused(tmp_path: Path, names: list[str], words: st
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_bytes(tar_of(range(4)))
     with pytest.raises(UserError, match=words):
+        listed(tmp_path)
+
+
+@pytest.mark.parametrize(("names", "train"), [(("training_set", "test"), "training_set"), (("train", "train_old"), "train")])
+def test_splits_in_whole_names_and_in_words_are_found_together(tmp_path: Path, names: tuple[str, str], train: str) -> None:
+    for name in names:
+        write_images(tmp_path, f"{name}/cat/0.jpg")
+    assert [[image.path for image in found] for found in listed(tmp_path).splits.values()] == [[f"{tmp_path}/{train}/cat/0.jpg"]]
+
+
+def test_tars_beside_class_folders_of_a_split_are_told(tmp_path: Path) -> None:
+    write_images(tmp_path, "train/cat/0.jpg")
+    (tmp_path / "train" / "x.tar").write_bytes(tar_of(range(2)))
+    assert f"not used: 1 files beside the class folders, such as {tmp_path}/train/x.tar" in listed(tmp_path).notes
+
+
+@pytest.mark.parametrize("kind", [tarfile.LNKTYPE, tarfile.SYMTYPE])
+def test_links_in_a_tar_are_not_skipped(tmp_path: Path, kind: bytes) -> None:
+    (tmp_path / "train.tar").write_bytes(tar_of(range(2)))
+    with tarfile.open(tmp_path / "train.tar", "a") as tar:
+        for extension in ("jpg", "cls"):
+            link = tarfile.TarInfo(f"twin.{extension}")
+            link.type, link.linkname = kind, f"s1.{extension}"
+            tar.addfile(link)
+    with pytest.raises(UserError, match=r"train.tar: twin.jpg is a link"):
+        listed(tmp_path)
+
+
+def test_labels_that_are_fractions_are_refused(tmp_path: Path) -> None:
+    files = {f"s{i}.{kind}": f"{i}.0".encode() if kind == "cls" else b"jpg" for i in range(11) for kind in ("jpg", "cls")}
+    (tmp_path / "train.tar").write_bytes(packed(files))
+    with pytest.raises(UserError, match=r"label 0.0 is a fraction"):  # as names, they would be numbered 0, 1, 10, 2, ...
         listed(tmp_path)
 
 
