@@ -274,7 +274,7 @@ class FfcvLoader(Loader):
             return
         views = slice(index * self.crops, (index + 1) * self.crops)
         size = int(plan.heights[index]), int(plan.widths[index])
-        pixels = self.read(sample).reshape(*size, 3)
+        pixels = self.read(sample).reshape(*size, 3).copy()  # numba miscompiles the bicubic filter of read-only arrays
         resample_groups(pixels, np.array([0, 0, *size]), plan.views.windows[views], plan.views.flip[views], self.kernel, out)
 
     def _make_batch(self, batch_range: BatchRange) -> Batch:

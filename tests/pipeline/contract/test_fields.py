@@ -16,7 +16,7 @@ from pipeline.convert.make import ConvertOptions, make_shards
 from pipeline.engines.multiview import MultiViewLoader, ViewSpec
 from pipeline.errors import UserError
 from pipeline.plan import sampling
-from pipeline.plan.geometry import CentreCrop
+from pipeline.plan.geometry import CentreCrop, MultiCrop
 from pipeline.store.shards import ShardSet
 from tests.helpers import jpeg, random_image
 from tests.pipeline.contract.helpers import ids, spec_for
@@ -123,6 +123,17 @@ def test_several_views_with_fields(data: Path) -> None:
         assert batch.fields == {"json": [expected[i] for i in samples.tolist()]}
         seen += samples.tolist()
     assert sorted(seen) == list(range(9))
+
+
+def test_several_views_for_training_with_fields(data: Path, engine: str) -> None:
+    if engine == "ffcv":
+        return
+    expected = in_stored_order(data, "train", "json")
+    geometry = MultiCrop(((32, 2, (0.3, 1.0)), (16, 1, (0.1, 0.3))))
+    with open_loader(spec_for(data, engine, fields=("json",), geometry=geometry)) as loader:
+        for batch in loader:
+            assert batch.fields == {"json": [expected[i] for i in batch.ids.tolist()]}
+            assert [len(images) for images in batch.images] == [16, 8]
 
 
 def test_fields_that_samples_do_not_have_are_named(data: Path, small: Path, engine: str) -> None:
