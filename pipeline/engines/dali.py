@@ -21,7 +21,7 @@ from __future__ import annotations
 import logging
 import re
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from itertools import accumulate, pairwise
 from typing import Any
 
@@ -29,6 +29,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from nvidia.dali import Pipeline, fn, types
+from nvidia.dali.tensors import TensorCPU, TensorListCPU
 
 from ..jpeg.region import NO_TABLE, Bytes
 from ..loader import Batch, BatchPlan, BatchRange, Loader, check_in_order
@@ -119,6 +120,7 @@ def build_pipeline(source: Any, batch_size: int, spec: LoaderSpec, slices: bool)
             num_outputs=len(inputs),
             dtype=[dtype for _, dtype, _ in inputs],
             ndim=[dimensions for _, _, dimensions in inputs],
+            no_copy=True,  # `_Feed` keeps the memory
         )
         crops = spec.geometry.counts
         pipe.set_outputs(*graph(sources, crops, gpu, slices, spec.hw_decoder_load, spec.interpolation == "bicubic"))
@@ -142,20 +144,19 @@ class DaliLoader(Loader):
         self.failed: set[BatchRange] = set()  # DALI failed on these ranges: their views are made on the CPU
         self._restarts, self._calm = 0, 0  # after failures without a corrupt sample; batches since the last one
         self._pipe: Pipeline | None = None
-        self._schedule: Iterator[BatchRange] = iter(())
-        self._in_flight: deque[BatchPlan] = deque()
-        self._threads: DaemonPool | None = None
+        self._feed: _Feed | None = None
 
     def close(self) -> None:
-        super().close()
+        feed = self._feed
         self._drop_pipeline()
-        threads, self._threads = self._threads, None  # first, as closing can be interrupted
-        if threads:
-            threads.close()
+        if feed:
+            feed.close()
+        super().close()  # last, as the feed's thread can begin to prefetch a block of shards
 
     def _make_batch(self, batch_range: BatchRange) -> Batch:
         outputs = self._run(batch_range)
-        plan = self._in_flight.popleft()
+        assert self._feed
+        plan = self._feed.in_flight.popleft()
         check_in_order(plan, batch_range)
         # from_dlpack passes torch's current stream to DALI, which makes that stream wait for its own.
         pixels = [torch.from_dlpack(views.as_tensor()) for views in outputs]
@@ -171,8 +172,10 @@ class DaliLoader(Loader):
                 views = pipe.run(stream)
             except RuntimeError as error:
                 log.warning("%s, %s: DALI has failed: %s", self.spec.data, self.spec.split, _in_one_line(error))
-                failed = list(self._in_flight)
+                assert self._feed
+                failed, feed = list(self._feed.in_flight), self._feed
                 self._drop_pipeline()
+                feed.close()
                 if not self._mark_corrupt_of(failed) and not self._restart_without(failed):
                     raise
             else:
@@ -203,30 +206,59 @@ class DaliLoader(Loader):
 
     def _start(self, batch_range: BatchRange) -> Pipeline:
         """A new pipeline whose first batch is `batch_range`."""
-        self._schedule = self.upcoming(batch_range)
         largest = -(-self.spec.batch_size // self.spec.world_size)
-        self._pipe = build_pipeline(self._source, largest, self.spec, self.slices)
+        self._feed = _Feed(self, batch_range)
+        self._pipe = build_pipeline(self._feed, largest, self.spec, self.slices)
         self._pipe.build()
         return self._pipe
 
     def _drop_pipeline(self) -> None:
-        self._pipe = None
-        self._in_flight.clear()
+        self._pipe = self._feed = None
 
-    def _source(self) -> tuple[Any, ...]:
-        """The inputs of the graph for the next batch: a list of N byte arrays, then arrays with N rows."""
-        plan = self.plan(next(self._schedule))
-        inputs = _BatchInputs(self, plan)
-        count = len(plan.ids)
-        if self.spec.threads == 1:
-            inputs.encode(0, count)
-        else:
-            self._threads = threads = self._threads or DaemonPool(self.spec.threads, "cropfeed-cut")
-            bounds = [count * i // self.spec.threads for i in range(self.spec.threads + 1)]
-            for part in [threads.submit(inputs.encode, *ends) for ends in pairwise(bounds)]:
+
+class _Feed:
+    """What DALI calls for its inputs, in the thread that trains. They are made one batch ahead, in another thread, and passed
+    without a copy. DALI reads their memory until it has returned the batch, but does not keep it alive. The pipeline owns its
+    feed, so the memory also outlives a pipeline that is dropped while it runs.
+
+    in_flight: the plans of the batches that DALI has not returned yet.
+    """
+
+    def __init__(self, loader: DaliLoader, batch_range: BatchRange) -> None:
+        threads, self._loader = loader.spec.threads, loader
+        self._schedule = loader.upcoming(batch_range)
+        self._thread = DaemonPool(1, "cropfeed-feed")
+        self._cutters = DaemonPool(threads, "cropfeed-cut") if threads > 1 else None
+        self.in_flight: deque[BatchPlan] = deque()
+        self._kept: deque[Any] = deque(maxlen=2 * loader.spec.prefetch + 1)
+        self._next = self._thread.submit(self._make, next(self._schedule))
+
+    def __call__(self) -> tuple[Any, ...]:
+        """The inputs of the graph for the next batch: N tensors of bytes, then tensors with N rows."""
+        plan, inputs, memory = self._next.result()
+        self._next = self._thread.submit(self._make, next(self._schedule))
+        self.in_flight.append(plan)
+        self._kept.append(memory)
+        return inputs
+
+    def close(self) -> None:
+        """End the threads."""
+        self._thread.close()
+        if self._cutters:
+            self._cutters.close()
+
+    def _make(self, batch_range: BatchRange) -> tuple[BatchPlan, tuple[Any, ...], tuple[Any, ...]]:
+        """The plan of a batch, its inputs as DALI's tensors, and the memory that these use."""
+        plan = self._loader.plan(batch_range)
+        inputs, count, threads = _BatchInputs(self._loader, plan), len(plan.ids), self._loader.spec.threads
+        if self._cutters:
+            bounds = [count * i // threads for i in range(threads + 1)]
+            for part in [self._cutters.submit(inputs.encode, *ends) for ends in pairwise(bounds)]:
                 part.result()  # raises errors of the threads
-        self._in_flight.append(plan)
-        return inputs.arrays()
+        else:
+            inputs.encode(0, count)
+        encoded, *arrays = memory = inputs.arrays()
+        return plan, ([TensorCPU(data, "") for data in encoded], *(TensorListCPU(array, "") for array in arrays)), memory
 
 
 class _BatchInputs:

@@ -117,7 +117,8 @@ def _work(calls: SimpleQueue[tuple[Any, ...] | None]) -> None:
 def _close(calls: SimpleQueue[tuple[Any, ...] | None], threads: list[threading.Thread]) -> None:
     with suppress(Empty):
         while True:
-            calls.get_nowait()
+            if call := calls.get_nowait():
+                call[0].cancel()  # another thread may wait for it
     for _ in threads:
         calls.put(None)
     join(threads)

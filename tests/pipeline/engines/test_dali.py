@@ -80,15 +80,15 @@ def test_whole_cuts_and_their_slices_give_the_same_views(large_shards: Path) -> 
 
 def test_dali_receives_cuts(large_shards: Path) -> None:
     loader = dali.open(LoaderSpec(large_shards, batch_size=4, threads=2))
-    loader._schedule = loader.batch_ranges(0, 0)
-    streams = loader._source()[0]
-    for data, sample in zip(streams, loader._in_flight[0].ids.tolist(), strict=True):
+    feed = dali._Feed(loader, next(loader.batch_ranges(0, 0)))
+    streams = [np.asarray(tensor) for tensor in feed()[0]]
+    for data, sample in zip(streams, feed.in_flight[0].ids.tolist(), strict=True):
         stored = loader.shards.read(sample)
         if stored[0] == 0xFF and len(data) and data[0] == 0xFF:  # a JPEG, not views made on the CPU
             cut, whole = (open_image(encoded.tobytes()).size for encoded in (data, stored))
             assert cut[0] * cut[1] < 0.9 * whole[0] * whole[1]
             assert len(data) < 0.9 * len(stored)
-    loader.close()
+    feed.close()
 
 
 def test_images_that_only_dali_cannot_decode_are_decoded_on_the_cpu(

@@ -12,6 +12,7 @@ import tarfile
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import CancelledError
 from pathlib import Path
 from typing import Any
 
@@ -210,3 +211,19 @@ def test_remote_tars_are_read_member_by_member(hang: Callable[[], object], monke
         with tarfile.open(fileobj=remote) as tar:
             found = {member.name: tar.extractfile(member).read() for member in tar}  # type: ignore[union-attr]
     assert found == {name: name.encode() * 2000 for name in "abc"}
+
+
+def test_calls_that_a_closed_pool_drops_are_cancelled() -> None:
+    """A thread that waits for one would wait forever."""
+    both = threading.Barrier(2)
+    pool = waiting.DaemonPool(1)
+    first, second = pool.submit(both.wait, 10), pool.submit(int)
+    while not both.n_waiting:
+        time.sleep(0.001)
+    closing = threading.Thread(target=pool.close)
+    closing.start()
+    with pytest.raises(CancelledError):
+        second.result(10)
+    both.wait(10)
+    closing.join(10)
+    assert first.done()
