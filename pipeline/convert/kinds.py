@@ -10,7 +10,7 @@ from ..store import files
 from .folders import has_class_folders, image_splits, list_folders
 from .kaggle import find_root, list_kaggle
 from .lists import list_file
-from .parquet import has_images, list_parquet
+from .parquet import has_images, list_parquet, parquet_files
 from .sources import IMAGES, PACKED, SPLITS, Listing, SourceOptions, check, entries, split_folders, split_off
 from .tars import TRAIN, VAL, list_official, official_files
 from .webdataset import has_tars, list_webdataset
@@ -78,8 +78,8 @@ def _recognised(src: str) -> str:
         folders = [files.join(src, entry.name) for entry in inside if entry.is_folder][:_LOOKED_AT]
         if below := [folder for folder in folders if _is_source(folder)]:
             raise UserError(f"{src}: the images are in {' and '.join(below)}", f"give {'one of them' if below[1:] else below[0]}")
-    if kind:
-        return kind
+    if kind or parquet_files(src):
+        return kind or "parquet"  # list_parquet says what is wrong with the columns
     if packed := [entry.name for entry in inside if entry.name.lower().endswith(_ARCHIVES)]:
         raise UserError(f"{src}: holds {packed[0]}", "unpack it first, and give the folder of train/ and val/ in it")
     if any(entry.name.lower().endswith(IMAGES) for entry in inside):

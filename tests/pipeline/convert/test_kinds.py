@@ -269,6 +269,12 @@ def test_bad_parquet_files_are_refused(tmp_path: Path) -> None:
             listed(tmp_path / name)
 
 
+def test_parquet_files_without_images_are_named(tmp_path: Path) -> None:
+    pq.write_table(pa.table({"image": pa.array([[b"jpg"]], pa.list_(pa.binary())), "label": [0]}), tmp_path / "train.parquet")
+    with pytest.raises(UserError, match=r"train.parquet: has no column of encoded images, of image, label"):
+        listed(tmp_path)
+
+
 def test_parquet_without_pyarrow(parquet: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "pyarrow.parquet", None)
     with pytest.raises(UserError, match=r"pyarrow is not installed; install it: pip install .*parquet"):
