@@ -13,7 +13,6 @@ divided by that of their union. Rows go to tools/bench/results/views.csv.
 from __future__ import annotations
 
 import time
-from typing import Any
 
 import _path  # noqa: F401
 import numpy as np
@@ -22,8 +21,9 @@ import torch
 
 from pipeline.cli import Parser, positive, run_cli
 from pipeline.engines import cpu
-from pipeline.loader import BatchPlan
-from pipeline.pixels.normalize import stored_dtype
+from pipeline.loader import BatchPlan, Loader
+from pipeline.pixels.decoder import Decoder
+from pipeline.pixels.normalize import lighting, stored_dtype
 from pipeline.plan.geometry import MultiCrop, RandomResizedCrop
 from pipeline.spec import LoaderSpec
 from tools.bench.recording import RESULTS, Figure, record
@@ -47,28 +47,33 @@ def overlaps(plan: BatchPlan) -> Times:
     return np.asarray(shared / ((windows[..., 2:] - windows[..., :2]).prod(axis=-1).sum(axis=1) - shared))
 
 
-def times(loader: cpu.CpuLoader, plan: BatchPlan, worker: Any) -> Times:
+def times(loader: Loader, plan: BatchPlan, decoder: Decoder) -> Times:
     """Seconds of CPU time for the views of each image of a batch, (N,)."""
-    job = cpu._Job(plan, *loader.buffers.acquire_parts(plan.shapes, stored_dtype(loader.spec.dtype)))
-    for images in job.images:
+    memory, _ = loader.buffers.acquire_parts(plan.shapes, stored_dtype(loader.spec.dtype))
+    for images in memory:
         images.fill(0)  # the kernel's work on new memory is not measured
-    found = np.empty(len(plan.ids))
+    found, views, as_pixels = np.empty(len(plan.ids)), plan.empty_views(), loader.spec.dtype == torch.uint8
     for index in range(len(plan.ids)):
         start = time.thread_time()
-        loader._fill(worker, job, range(index, index + 1))
+        out = plan.images_of(index, memory)
+        loader.make_or_replace(decoder, plan, index, out if as_pixels else views)
+        if not as_pixels:
+            for pixels, rows, images in zip(views, plan.rows(index), out, strict=True):
+                shift = lighting(plan.views.alphas[rows], loader.lighting_basis)
+                loader.normalizer((pixels.shape[1], pixels.shape[2])).batch(pixels, shift, images)
         found[index] = time.thread_time() - start
     return found
 
 
-def measure(loaders: dict[str, cpu.CpuLoader], epoch: int) -> tuple[dict[str, Times], Times]:
+def measure(loaders: dict[str, Loader], epoch: int) -> tuple[dict[str, Times], Times]:
     """For an epoch, the seconds per image for each geometry, and the overlap of each image's two views."""
-    workers = {name: cpu._Worker() for name in loaders}
+    decoders = {name: Decoder() for name in loaders}
     found: dict[str, list[Times]] = {name: [] for name in loaders}
     shared = []
     for batch_range in loaders[ONE].batch_ranges(epoch, 0):
         for name, loader in loaders.items():
             plan = loader.plan(batch_range)
-            found[name].append(times(loader, plan, workers[name]))
+            found[name].append(times(loader, plan, decoders[name]))
         shared.append(overlaps(plan))
     return {name: np.concatenate(parts) for name, parts in found.items()}, np.concatenate(shared)
 
@@ -81,7 +86,9 @@ def main() -> None:
     parser.add_argument("--repeats", type=positive, default=5, help="epochs (default: %(default)s)")
     args = parser.parse_args()
     spec = LoaderSpec(args.shards, batch_size=args.batch_size, dtype=OUT[args.out], normalization="imagenet", threads=1)
-    loaders = {name: cpu.open(LoaderSpec(**{**vars(spec), "geometry": each})) for name, each in GEOMETRIES.items()}
+    loaders: dict[str, Loader] = {
+        name: cpu.open(LoaderSpec(**{**vars(spec), "geometry": each})) for name, each in GEOMETRIES.items()
+    }
     measure(loaders, 0)
     figures: dict[str, list[float]] = {}
     for epoch in range(1, args.repeats + 1):
