@@ -34,7 +34,7 @@ from model.resnet import pad_at_end
 from model.testing import evaluate
 from model.weights import ModelConfig, load_weights, save_weights
 from pipeline.cli import run_cli
-from pipeline.cores import cores_per_process
+from pipeline.cores import bind_to_gpu, cores_per_process, local_processes
 from pipeline.errors import StorageError, UserError
 from pipeline.progress import progress_bar
 from pipeline.store import files
@@ -304,6 +304,8 @@ class Run:
             if self.loader.consumed == 0:  # seek back to the end of the epoch, so that a resumed run validates first
                 self.loader.seek(self.loader.epoch - 1, self.loader.total)
             raise
+        finally:
+            loader.close()  # training gets its threads and its memory
         self.log({"val_top1": result.top1_rate, "val_top5": result.top5_rate})
         if self.accelerator.is_main_process:
             epoch = f"{self.progress.step / len(self.loader):.4g}"
@@ -333,6 +335,10 @@ def main() -> None:
     check_launch(accelerator.num_processes)
     if accelerator.device.type == "cuda":
         torch.backends.cudnn.benchmark = True
+        devices = range(min(local_processes(), torch.cuda.device_count()))
+        found = [torch.cuda.get_device_properties(device) for device in devices]
+        gpus = [f"{gpu.pci_domain_id:04x}:{gpu.pci_bus_id:02x}:{gpu.pci_device_id:02x}.0" for gpu in found]  # type: ignore[attr-defined]
+        bind_to_gpu(gpus, accelerator.local_process_index % len(gpus))  # before the loaders start threads
     elif accelerator.device.type == "cpu":
         torch.set_num_threads(cores_per_process())  # accelerate launch and torchrun set OMP_NUM_THREADS=1
     run = Run(options, accelerator, output, resumes)

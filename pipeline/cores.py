@@ -10,13 +10,54 @@ import re
 from pathlib import Path
 
 ROOT = Path("/")
+_bound = 0  # this process's share of the cores of the NUMA node that it is bound to
 
 
 def cores_per_process(root: Path = ROOT) -> int:
     """This process's share of the cores: the usable ones, divided by the number of training processes on the machine, which the
     launcher puts into LOCAL_WORLD_SIZE. At least 1."""
+    return _bound or max(1, usable_cores(root) // local_processes())
+
+
+def local_processes() -> int:
+    """The number of training processes on this machine, according to the launcher."""
     processes = os.environ.get("LOCAL_WORLD_SIZE", "")
-    return max(1, usable_cores(root) // max(1, int(processes) if processes.isdigit() else 1))
+    return max(1, int(processes) if processes.isdigit() else 1)
+
+
+def bind_to_gpu(gpus: list[str], own: int, root: Path = ROOT) -> set[int]:
+    """Restrict this process, and the threads that it starts from now on, to the cores of its GPU's NUMA node. Returns them.
+
+    It is not bound, and the result is empty, if it is the machine's only process, if somebody has set its CPU affinity, if the
+    GPU's node is unknown, or if CROPFEED_BIND is 0.
+
+    gpus: PCI addresses of the GPUs of this machine's processes, such as "0000:41:00.0". own: the index of this process's GPU.
+    """
+    global _bound
+    allowed = os.sched_getaffinity(0)
+    if len(gpus) < 2 or os.environ.get("CROPFEED_BIND") == "0" or allowed != _allowed_by_machine(root):
+        return set()
+    near = [_cores_near(gpu, root) & allowed for gpu in gpus]
+    if not near[own] or near[own] == allowed:
+        return set()
+    _bound = max(1, int(min(len(near[own]) // near.count(near[own]), core_quota(root) / len(gpus))))
+    os.sched_setaffinity(0, near[own])
+    return near[own]
+
+
+def _cores_near(address: str, root: Path) -> set[int]:
+    """The cores of a GPU's NUMA node; none if it is unknown."""
+    device = root / "sys" / "bus" / "pci" / "devices" / address
+    return numbers(read(device / "local_cpulist")) if read(device / "numa_node") not in ("", "-1") else set()
+
+
+def _allowed_by_machine(root: Path) -> set[int]:
+    """The cores that a process has if nobody sets its affinity: those of its control group, or all."""
+    for folder in cgroups(root, "cpuset"):
+        for name in ("cpuset.cpus.effective", "cpuset.effective_cpus"):
+            if cores := numbers(read(folder / name)):
+                return cores
+    return numbers(read(root / "sys" / "devices" / "system" / "cpu" / "online"))
 
 
 def usable_cores(root: Path = ROOT) -> int:

@@ -5,15 +5,19 @@ from __future__ import annotations
 import json
 import shlex
 import shutil
+import threading
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
+import train
 from model import ARCHS
 from model.weights import ModelConfig, load_weights
+from pipeline import open_loader
 from pipeline.plan import sampling
 from pipeline.plan.geometry import ScaleJitter
 from pipeline.spec import LoaderSpec
@@ -244,3 +248,23 @@ def test_bad_input_is_refused_and_writes_nothing(small_shards: Path, finished: P
         "was saved without --ema; resume without --ema",
     )
     assert {path: path.stat().st_mtime_ns for path in finished.rglob("*")} == before
+
+
+def test_the_validation_loader_holds_no_threads_while_training_runs(small_shards: Path, tmp_path: Path) -> None:
+    """Two validations in a row: the second one starts new threads."""
+    loader = open_loader(LoaderSpec(small_shards, batch_size=8, image_size=32).evaluation())
+    run, seen = train.Run.__new__(train.Run), list[int]()
+    run.val_loader, run.progress, run.output = loader, train.Progress(), tmp_path
+    run.loader = SimpleNamespace(classes=loader.classes)  # type: ignore[assignment]
+    run.learner = SimpleNamespace(eval_model=None)  # type: ignore[assignment]
+    run.stop = SimpleNamespace(checked=lambda batches, _: batches)  # type: ignore[assignment]
+    run.accelerator = SimpleNamespace(device="cpu", autocast=None, is_main_process=False)
+    run.log = lambda values: None  # type: ignore[method-assign]
+    result = SimpleNamespace(top1_rate=0.5, top5_rate=0.9, images=21)
+    threads = [thread.name for thread in threading.enumerate()]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train, "evaluate", lambda _, batches, *__: seen.extend([len(list(batches))]) or result)  # type: ignore[func-returns-value]
+        run.validate()
+        run.validate()
+    assert seen == [3, 3]
+    assert [thread.name for thread in threading.enumerate()] == threads

@@ -68,10 +68,11 @@ def save(spec: LoaderSpec, threads: int, prefetch: int, images_per_s: float) -> 
 
 def with_tuned(spec: LoaderSpec, threads: int | None, prefetch: int | None) -> LoaderSpec:
     """The spec with the given threads and prefetch depth. None stands for the tuned value or, without one, for this process's
-    share of the cores and the default depth.
+    share of the cores, less two with a GPU, and the default depth.
     """
     found = load(spec) if threads is None or prefetch is None else None
-    best_threads, best_prefetch = found or (cores_per_process(), spec.prefetch)
+    host = 2 if spec.device.startswith("cuda") else 0  # cores for the training thread and the rest
+    best_threads, best_prefetch = found or (max(1, cores_per_process() - host), spec.prefetch)
     return replace(spec, threads=threads or best_threads, prefetch=prefetch or best_prefetch)
 
 
