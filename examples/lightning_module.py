@@ -7,8 +7,7 @@ import argparse
 from pathlib import Path
 
 import torch
-from cropfeed import Batch, LoaderSpec, open_loader
-from cropfeed.loader import Loader
+from cropfeed import Batch, Loader, LoaderSpec, open_loader
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import nn

@@ -8,8 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from cropfeed import Batch, LoaderSpec, open_loader
-from cropfeed.loader import Loader
+from cropfeed import Batch, Loader, LoaderSpec, open_loader
 from transformers import ResNetConfig, ResNetForImageClassification, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
 

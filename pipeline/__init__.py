@@ -12,7 +12,7 @@ any number of workers and ranks, and any restart therefore give the same samples
 The modules, in the order to read them:
 
 - `spec`: what to load, `LoaderSpec`.
-- `loader`: what a loader returns, `Batch`, and the contract of all engines, `Loader`.
+- `loader`: the contract of all engines, `Loader`. `batch`: what a loader returns, `Batch`.
 - `plan`: which sample comes when, and the random draws of its augmentation.
 - `store`: shards on a local disk or in an object store, with a cache and prefetching.
 - `jpeg`: the region-addressable JPEG format, its transcoder and its decoder.
@@ -20,8 +20,8 @@ The modules, in the order to read them:
 - `engines`: implementations of `Loader` (CPU, DALI, FFCV), and `open_loader`, which chooses one.
 - `convert`: from labelled images to shards.
 - `cli`: the command `cropfeed`. `doctor`: its checks of the machine. `profile`: its measurements of any loader.
-- `errors`, `buffers`, `jit`, `progress`: user errors, recycled host buffers, the numba decorator of all compiled functions, and
-  progress bars.
+- `errors`, `buffers`, `cores`, `jit`, `progress`: user errors, recycled host buffers, usable cores, the numba decorator of all
+  compiled functions, and progress bars.
 
 In a checkout of the repository, this package is named `pipeline`.
 
@@ -34,9 +34,10 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from .batch import Batch
     from .engines import ENGINES, choose_engine, open_loader
     from .errors import UserError
-    from .loader import Batch, Loader
+    from .loader import Loader
     from .pixels.normalize import TORCHVISION, Normalization
     from .plan.geometry import (
         CentreCrop,
@@ -54,7 +55,8 @@ if TYPE_CHECKING:
 _HOMES = {
     ".engines": ("ENGINES", "choose_engine", "open_loader"),
     ".errors": ("UserError",),
-    ".loader": ("Batch", "Loader"),
+    ".batch": ("Batch",),
+    ".loader": ("Loader",),
     ".pixels.normalize": ("Normalization", "TORCHVISION"),
     ".plan.geometry": (
         "CentreCrop", "Geometry", "MultiCrop", "PaddedCrop", "RandomResizedCrop", "ScaleJitter", "TenCrop", "TorchvisionCrop",

@@ -1,4 +1,4 @@
-"""What a loader returns (`Batch`), and the contract of all engines (`Loader`). `LoaderSpec` in `spec` describes what to load.
+"""The contract of all engines (`Loader`). `LoaderSpec` in `spec` describes what to load, `Batch` in `batch` what comes out.
 
 The sequence of global batches depends only on the data and on the spec's seed, order, geometry and batch size. Each rank gets
 its range of every global batch, so the sequence does not depend on the number of ranks. Training drops the incomplete batch at
@@ -18,12 +18,13 @@ import hashlib
 import json
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
-from typing import Any, Generic, NamedTuple, Self, TypeVar
+from typing import Any, Self
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
+from .batch import Batch, BatchPlan, BatchRange
 from .buffers import BufferPool, to_device
 from .errors import UserError
 from .jpeg.region import Bytes
@@ -40,112 +41,12 @@ from .pixels.normalize import (
 )
 from .pixels.resample import KERNELS
 from .plan import sampling
-from .plan.geometry import MultiCrop, ViewGroup, Views, WholeImage
+from .plan.geometry import MultiCrop, Views, WholeImage
 from .plan.order import Blocks, ByShape, Full, Order, Sequential
 from .plan.sampling import Ints
 from .plan.substitutes import Substitutes
 from .spec import LoaderSpec, check, check_device
 from .store.shards import Manifest, ShardSet
-
-Images = TypeVar("Images")
-
-
-class _Three(NamedTuple, Generic[Images]):
-    images: Images
-    labels: torch.Tensor
-    ids: Ints
-
-
-class BatchOf(_Three[Images]):
-    """A tuple of images, labels and ids. `fields` is an attribute only, so that it can be unpacked into three."""
-
-    fields: dict[str, list[bytes]]
-
-    def __new__(cls, images: Images, labels: torch.Tensor, ids: Ints, fields: dict[str, list[bytes]] | None = None) -> Self:
-        batch = super().__new__(cls, images, labels, ids)  # type: ignore[type-var]
-        batch.fields = fields or {}
-        return batch
-
-    def _replace(self, **changes: Any) -> Self:
-        """A copy with other images, labels, ids or fields."""
-        return type(self)(**{"images": self.images, "labels": self.labels, "ids": self.ids, "fields": self.fields, **changes})
-
-    __replace__ = _replace  # of copy.replace, since Python 3.13
-
-
-class Batch(BatchOf[Any]):
-    """This rank's range of a global batch: N images, with `geometry.crops` views each. A tuple of images, labels and ids.
-
-    - images: (N * crops, 3, H, W) of the spec's dtype, on its device, in channels-last memory unless the spec says otherwise; the
-      views of an image are adjacent. With `MultiCrop`, a tuple of such tensors, one for each of its groups.
-    - labels: int64 (N,), same device.
-    - ids: int64 (N,), NumPy: the samples' indices in the split.
-    - fields: for each name in the spec's `fields`, the content of that member of each sample: N bytes objects, empty where a
-      sample lacks it.
-    """
-
-
-class BatchRange(NamedTuple):
-    """One rank's range of one global batch: positions [low, high) of the epoch. stop: where the global batch ends."""
-
-    epoch: int
-    low: int
-    high: int
-    stop: int
-
-
-class BatchPlan(NamedTuple):
-    """What an engine has to make for a batch range.
-
-    ids: int64 (N,). views: V = N * crops. heights, widths: int64 (N,), source pixels. groups: the views of each image by size.
-    fields: of each sample, by name; empty until its image is read.
-    """
-
-    batch_range: BatchRange
-    ids: Ints
-    views: Views
-    heights: Ints
-    widths: Ints
-    groups: tuple[ViewGroup, ...]
-    fields: list[dict[str, bytes]]
-
-    @property
-    def size(self) -> tuple[int, int]:
-        """Height and width of each view; with `MultiCrop`, of those of the first group."""
-        return self.groups[0].height, self.groups[0].width
-
-    @property
-    def shapes(self) -> list[tuple[int, int, int, int]]:
-        """The shapes of the groups' pixels: (N * crops, H, W, 3) each."""
-        return [(len(self.ids) * crops, height, width, 3) for crops, height, width in self.groups]
-
-    @property
-    def sizes(self) -> Ints:
-        """Height and width of each view: int64 (V, 2)."""
-        of_one = [group[1:] for group in self.groups for _ in range(group.crops)]
-        return np.tile(np.array(of_one, np.int64), (len(self.ids), 1))
-
-    def rows(self, index: int) -> list[slice]:
-        """The rows of `views` that belong to one image, by group."""
-        ends = np.cumsum([group.crops for group in self.groups])
-        first = index * int(ends[-1])
-        return [slice(first + int(end) - group.crops, first + int(end)) for end, group in zip(ends, self.groups, strict=True)]
-
-    def empty_views(self) -> list[Pixels]:
-        """Memory for the views of one image: for each group, uint8 (crops, H, W, 3)."""
-        return [np.empty((*group, 3), np.uint8) for group in self.groups]
-
-    def images_of(self, index: int, images: Sequence[Any]) -> list[Any]:
-        """The part of the groups' images, (N * crops, ...) each, that belongs to one image of the plan."""
-        return [all_[index * group.crops : (index + 1) * group.crops] for all_, group in zip(images, self.groups, strict=True)]
-
-    def by_group(self) -> list[Views]:
-        """The views of each group, of all images."""
-        if len(self.groups) == 1:
-            return [self.views]
-        rows = [np.arange(its.start, its.stop) for its in self.rows(0)]
-        crops, starts = sum(map(len, rows)), np.arange(len(self.ids))[:, None]
-        return [Views(*(column[(starts * crops + its).reshape(-1)] for column in self.views.arrays)) for its in rows]
 
 
 class Loader(ABC):
@@ -443,9 +344,3 @@ def choose_normalization(spec: LoaderSpec, manifest: Manifest) -> Normalization:
     if spec.normalization == "imagenet":
         return TORCHVISION
     return Normalization.of(manifest.mean_image() if spec.normalization == "pixel" else manifest.channel_mean())
-
-
-def check_in_order(plan: BatchPlan, batch_range: BatchRange) -> None:
-    """Raise RuntimeError unless the engine's next batch is the requested one, which it is not if two iterations take turns."""
-    if plan.batch_range != batch_range:
-        raise RuntimeError("two iterations run over one loader at the same time; open a loader for each")

@@ -16,7 +16,7 @@ from .plan import sampling
 from .plan.geometry import CentreCrop, Geometry, MultiCrop, PaddedCrop, ScaleJitter, WholeImage
 
 if TYPE_CHECKING:
-    from .loader import Batch
+    from .batch import Batch
 
 PRECISIONS = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}  # by Accelerate's names
 ORDERS = ("full", "blocks", "sequential")

@@ -19,8 +19,9 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import train
+from pipeline.batch import Batch, BatchPlan, BatchRange
 from pipeline.cli import run_cli
-from pipeline.loader import Batch, BatchPlan, BatchRange, Loader
+from pipeline.loader import Loader
 
 given: dict[tuple[int, ...], BatchPlan] = {}
 original_plan, original_iter = Loader.plan, Loader.__iter__

@@ -12,8 +12,9 @@ from accelerate import Accelerator
 from torch import nn
 
 from model.make import make_model
+from pipeline.batch import Batch
 from pipeline.buffers import to_device
-from pipeline.loader import Batch, Loader
+from pipeline.loader import Loader
 from pipeline.plan import sampling
 from training.averaging import WeightEMA
 from training.compiling import compile_model

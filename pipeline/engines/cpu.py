@@ -15,8 +15,9 @@ from typing import Any
 import numpy as np
 import torch
 
+from ..batch import Batch, BatchPlan, BatchRange, check_in_order
 from ..buffers import split
-from ..loader import Batch, BatchPlan, BatchRange, Loader, check_in_order
+from ..loader import Loader
 from ..pixels.decoder import Decoder, Pixels
 from ..pixels.normalize import lighting, stored_dtype, translate
 from ..plan.geometry import Views

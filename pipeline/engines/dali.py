@@ -31,8 +31,9 @@ import torch
 from nvidia.dali import Pipeline, fn, types
 from nvidia.dali.tensors import TensorCPU, TensorListCPU
 
+from ..batch import Batch, BatchPlan, BatchRange, check_in_order
 from ..jpeg.region import NO_TABLE, Bytes
-from ..loader import Batch, BatchPlan, BatchRange, Loader, check_in_order
+from ..loader import Loader
 from ..pixels.decoder import (
     CorruptImageError,
     Decoder,

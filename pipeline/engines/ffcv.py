@@ -39,12 +39,13 @@ from ffcv.utils import cast_int_to_byte_ptr
 from llvmlite.binding import load_library_permanently
 from numba import carray, prange, types
 
+from ..batch import Batch, BatchPlan, BatchRange, check_in_order
 from ..buffers import split
 from ..errors import UserError
 from ..jit import jit
 from ..jpeg.decode import REFUSED, decode
 from ..jpeg.region import Bytes
-from ..loader import Batch, BatchPlan, BatchRange, Loader, check_in_order
+from ..loader import Loader
 from ..pixels.decoder import Decoder, Pixels, has_size, region_of, resample_groups, resample_windows
 from ..plan.sampling import Ints
 from ..spec import LoaderSpec

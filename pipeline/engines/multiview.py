@@ -17,9 +17,9 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
+from ..batch import BatchOf
 from ..buffers import BufferPool, split, to_device
 from ..errors import UserError
-from ..loader import BatchOf
 from ..pixels.decoder import CorruptImageError, Decoder, Pixels
 from ..pixels.resample import KERNELS
 from ..plan.geometry import Geometry, Views, by_image

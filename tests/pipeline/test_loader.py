@@ -17,9 +17,10 @@ import pytest
 import torch
 
 from pipeline import choose_engine, open_loader
+from pipeline.batch import Batch, BatchRange
 from pipeline.convert.beton import BetonSettings
 from pipeline.errors import UserError
-from pipeline.loader import Batch, BatchRange, Loader
+from pipeline.loader import Loader
 from pipeline.plan import sampling
 from pipeline.plan.geometry import CentreCrop, Geometry, PaddedCrop, ScaleJitter, WholeImage
 from pipeline.spec import LoaderSpec

@@ -23,8 +23,9 @@ import _path  # noqa: F401
 import numpy as np
 import torch
 
+from pipeline.batch import Batch, BatchRange
 from pipeline.cli import Parser, run_cli
-from pipeline.loader import Batch, BatchRange, Loader
+from pipeline.loader import Loader
 from pipeline.plan.sampling import Ints
 from pipeline.spec import LoaderSpec
 from pipeline.store.shards import SAMPLE, Manifest

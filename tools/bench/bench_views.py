@@ -19,9 +19,10 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from pipeline.batch import BatchPlan
 from pipeline.cli import Parser, positive, run_cli
 from pipeline.engines import cpu
-from pipeline.loader import BatchPlan, Loader
+from pipeline.loader import Loader
 from pipeline.pixels.decoder import Decoder
 from pipeline.pixels.normalize import lighting, stored_dtype
 from pipeline.plan.geometry import MultiCrop, RandomResizedCrop

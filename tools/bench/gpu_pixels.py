@@ -20,8 +20,9 @@ from PIL import Image
 
 from model import ARCHS
 from pipeline import open_loader
+from pipeline.batch import Batch, BatchPlan
 from pipeline.convert.make import ConvertOptions, make_shards
-from pipeline.loader import Batch, BatchPlan, Loader
+from pipeline.loader import Loader
 from pipeline.pixels.reference import apply
 from pipeline.plan.geometry import PaddedCrop
 from pipeline.spec import LoaderSpec

@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from model.describe import describe as describe_model
-from pipeline.loader import Batch
+from pipeline.batch import Batch
 from pipeline.spec import LoaderSpec
 from tools.bench.gpu_setting import Setting, engines, use_of
 from tools.profiler.loaders import synchronise

@@ -12,9 +12,10 @@ from typing import Any
 import torch
 
 from pipeline import open_loader
+from pipeline.batch import Batch
 from pipeline.cli import with_flags
 from pipeline.errors import UserError
-from pipeline.loader import Batch, Loader
+from pipeline.loader import Loader
 from pipeline.progress import progress_bar
 from pipeline.spec import LoaderSpec
 from tools.profiler.measuring import NEVER, Estimate, Usage, in_turns, usage

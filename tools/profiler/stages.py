@@ -25,9 +25,9 @@ import numpy.typing as npt
 import torch
 from numba import njit
 
+from pipeline.batch import BatchPlan
 from pipeline.engines.cpu import CpuLoader
 from pipeline.errors import UserError
-from pipeline.loader import BatchPlan
 from pipeline.pixels.decoder import CorruptImageError, Decoder, cut_windows, resample_windows
 from pipeline.pixels.normalize import lighting, stored_dtype, translate
 from pipeline.spec import LoaderSpec

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from model.make import make_model
-from pipeline.loader import Batch
+from pipeline.batch import Batch
 from pipeline.progress import progress_bar
 from pipeline.spec import PRECISIONS, LoaderSpec
 from tools.profiler.loaders import PausableLoader, synchronise

@@ -10,7 +10,8 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from pipeline.loader import Batch, BatchPlan, Loader
+from pipeline.batch import Batch, BatchPlan
+from pipeline.loader import Loader
 from pipeline.pixels.reference import apply
 from pipeline.plan.geometry import ScaleJitter
 from pipeline.spec import LoaderSpec

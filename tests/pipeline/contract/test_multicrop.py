@@ -12,8 +12,8 @@ import pytest
 import torch
 
 from pipeline import open_loader
+from pipeline.batch import Batch
 from pipeline.errors import UserError
-from pipeline.loader import Batch
 from pipeline.plan.geometry import CentreCrop, MultiCrop, RandomResizedCrop
 from pipeline.spec import LoaderSpec
 from tests.pipeline.contract.helpers import differences_by_group, spec_for

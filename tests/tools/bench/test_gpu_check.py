@@ -20,8 +20,9 @@ import simplejpeg
 import torch
 
 from model import ARCHS
+from pipeline.batch import Batch
 from pipeline.errors import UserError
-from pipeline.loader import Batch, Loader
+from pipeline.loader import Loader
 from pipeline.plan.geometry import ScaleJitter
 from pipeline.spec import LoaderSpec
 from tests.helpers import ROOT, open_image, run_forked

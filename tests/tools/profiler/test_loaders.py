@@ -15,8 +15,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from pipeline.batch import Batch
 from pipeline.errors import UserError
-from pipeline.loader import Batch, Loader
+from pipeline.loader import Loader
 from pipeline.plan.geometry import ScaleJitter
 from pipeline.spec import LoaderSpec
 from tests.helpers import FakeTime
