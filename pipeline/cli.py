@@ -73,7 +73,7 @@ def add_cache_flags(parser: argparse._ActionsContainer) -> None:
     parser.add_argument(
         "--cache",
         type=Path,
-        help="folder for copies of remote shards, or of shards on a slow disk (default: $CROPFEED_CACHE, else ~/.cache/cropfeed)",
+        help="folder for copies of remote or slow shards (default: $CROPFEED_CACHE, else ~/.cache/cropfeed)",
     )
     parser.add_argument(
         "--cache-gb", type=float, help="size limit of the cache in GB (default: $CROPFEED_CACHE_GB, else 80 %% of the free disk)"

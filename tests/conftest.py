@@ -9,6 +9,7 @@ import fsspec
 import pytest
 import torch
 
+from pipeline import cli
 from pipeline.store import files
 from tests.helpers import run_forked, run_script, s3_client, s3_server, write_image_folder
 from tests.runs import arguments
@@ -16,6 +17,12 @@ from tests.runs import arguments
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--engine", help="run the contract suite for this engine alone")
+
+
+@pytest.fixture(autouse=True)
+def no_flags_in_messages(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Messages name no flags of a command line that another test has parsed."""
+    monkeypatch.setattr(cli, "_parser", None)
 
 
 @pytest.fixture(scope="module")

@@ -111,16 +111,15 @@ def _add_images(parse: Parser) -> None:
                         "random length and crops (scale jitter); rrc is the random resized crop; pad crops from the image "
                         "padded by 4 pixels, as for CIFAR (default: %(default)s)")  # fmt: skip
     images.add_argument("--scale", type=int, nargs=2, metavar=("LO", "HI"), help="jitter: range of the short side, in pixels "
-                        "(default: 256 480 for crops of 224, in proportion for other sizes)")  # fmt: skip
+                        "(default: in proportion to 256 480 for crops of 224)")  # fmt: skip
     images.add_argument("--area", type=float, nargs=2, metavar=("LO", "HI"), help="rrc: range of the crop's area, as fractions "
                         "of the image's area (default: 0.08 1)")  # fmt: skip
     images.add_argument("--interpolation", choices=CHOICES["interpolation"], help="filter of the resizing, antialiased (default: "
                         "bilinear; for timm/NAME, the model's own)")  # fmt: skip
     images.add_argument("--alpha-std", type=float, help="PCA lighting (color augmentation): standard deviation of its "
                         "coefficients; 0 turns it off (default: %(default)s)")  # fmt: skip
-    images.add_argument("--mean", choices=CHOICES["mean"], help="subtract the data set's mean image (pixel) or its mean color "
-                        "(channel); model: normalize as for the model's published weights, ResNets as for ImageNet (default: "
-                        "pixel; for timm/NAME: model)")  # fmt: skip
+    images.add_argument("--mean", choices=CHOICES["mean"], help="subtract the data's mean image or color, or normalize as for the "
+                        "model's published weights (default: pixel; for timm/NAME: model)")  # fmt: skip
     images.add_argument("--eval-size", type=positive, help="side of the validation crop, in pixels (default: --image-size)")
     images.add_argument("--flip-test", action="store_true", help="in validation, average the predictions for the crop and its "
                         "mirror image")  # fmt: skip

@@ -371,7 +371,7 @@ def test_mismatches_are_refused(
         ([models["a"]], (*data, "--schemes", "centre", "ten-crop", "--engine", "dali"), "`engine` dali makes only one kind"),
         (list(models.values()), (*data, "--engine", "ffcv"), "`engine` ffcv makes only one kind"),
         ([models["a"]], (*data, "--schemes", "five-crop"), "invalid choice: 'five-crop'"),
-        (["a.npz"], ("--resize", 64), "--resize, --crop, --mean and --std only apply to models"),
+        (["a.npz"], ("--resize", 64), "--preset, --resize, --crop, .* only apply to models"),
         ([models["a"]], (*data, "--resize", 40), r"short side \(40\) must be at least the image size \(48\)"),
         ([models["a"]], (*data, "--mean", 124, 116, 104), "`mean` must lie in 0..1; divide"),
         ([models["a"]], (*data, "--std", 0.2, "nan", 0.2), "`std` must be above 0 and at most 1"),

@@ -204,7 +204,7 @@ def test_wrong_command_lines_are_refused(small_shards: Path, tmp_path: Path) -> 
 def test_options_are_validated() -> None:
     spec = LoaderSpec("shards")
     wrong: list[tuple[dict[str, Any], str]] = [
-        ({"arch": "resnet19"}, "`arch`: there is no 'resnet19'; choose from plain18"),
+        ({"arch": "resnet19"}, "unknown `arch` 'resnet19'; choose from plain18"),
         ({"precision": "fp8"}, "`precision`: there is no 'fp8'; choose from no, fp16, bf16"),
         ({"cache_state": "tepid"}, "`cache_state`: there is no 'tepid'"),
         ({"engines": ("cpu", "gpu")}, "`engines`: there is no 'gpu'"),
