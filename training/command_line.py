@@ -118,8 +118,8 @@ def _add_images(parse: Parser) -> None:
                         "bilinear; for timm/NAME, the model's own)")  # fmt: skip
     images.add_argument("--alpha-std", type=float, help="PCA lighting (color augmentation): standard deviation of its "
                         "coefficients; 0 turns it off (default: %(default)s)")  # fmt: skip
-    images.add_argument("--mean", choices=CHOICES["mean"], help="subtract the data's mean image or color, or normalize as for the "
-                        "model's published weights (default: pixel; for timm/NAME: model)")  # fmt: skip
+    images.add_argument("--mean", choices=CHOICES["mean"], help="subtract the data's mean image or color, or normalize as for "
+                        "the model's published weights (default: pixel; for timm/NAME: model)")  # fmt: skip
     images.add_argument("--eval-size", type=positive, help="side of the validation crop, in pixels (default: --image-size)")
     images.add_argument("--flip-test", action="store_true", help="in validation, average the predictions for the crop and its "
                         "mirror image")  # fmt: skip
