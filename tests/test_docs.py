@@ -203,7 +203,7 @@ def runnable(words: list[str]) -> list[str] | None:
 def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with images, data/shards, data/tagged with fields, and runs/resnet50, a run that can be resumed."""
     folder = tmp_path_factory.mktemp("docs")
-    write_image_folder(folder / "images", classes=4, train=70, val=6)  # enough for a batch of 256
+    write_image_folder(folder / "images", classes=4, train=70, val=2)  # enough for a batch of 256
     result = run_script("tools/make_shards.py", folder / "images", "--out", folder / "data" / "shards", "--workers", 2)
     assert result.returncode == 0, result.stderr
     photos = sorted((folder / "images" / "train").rglob("*.JPEG"))
