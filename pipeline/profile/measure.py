@@ -122,18 +122,13 @@ def profile(options: ProfileOptions) -> dict[str, Any]:
     return {
         "version": 1,
         "options": asdict(options) | {"repeats": repeats},
-        "cores": cores(),
+        "cores": usable_cores(),
         "loader": own,
         "cropfeed": ours,
         "gain": spread(ratios(first.alone, last.alone)) if ours else None,
         "training_gain": spread(ratios(first.fed, last.fed)) if ours else None,
         "seconds": time.perf_counter() - began,
     }
-
-
-def cores() -> int:
-    """The number of cores that this process and its loaders may use."""
-    return usable_cores()
 
 
 def _open(name: str, what: str | LoaderSpec, options: ProfileOptions, stack: ExitStack) -> Measured:
@@ -192,7 +187,7 @@ def _spec(data: str, batch: Images, options: ProfileOptions) -> LoaderSpec:
         alpha_std=0.0,
         dtype=next((dtype for dtype in dtypes if str(dtype) == f"torch.{batch.dtype}"), torch.float32),
         device=batch.device if batch.device.startswith("cuda") else "cpu",
-        threads=cores(),
+        threads=usable_cores(),
     )
 
 

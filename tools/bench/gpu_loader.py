@@ -15,13 +15,14 @@ from typing import Any
 import torch
 
 from pipeline import open_loader
+from pipeline.cores import usable_cores
 from pipeline.loader import Loader
 from pipeline.plan.geometry import ScaleJitter
 from pipeline.spec import LoaderSpec
 from pipeline.store.shards import ShardSet
 from tools.bench.gpu_setting import Setting, engines, use_of
 from tools.profiler.loaders import endless, synchronise
-from tools.profiler.measuring import Usage, cores, in_turns, usage
+from tools.profiler.measuring import Usage, in_turns, usage
 
 THREADS = (1, 4, 8, 14, 16)  # of the CPU engine
 SHARES = (0.0, 0.5, 0.9)  # share of the images that the GPU's hardware JPEG decoder gets
@@ -121,7 +122,7 @@ def measure_one(setting: Setting, benchmark: str, loader: Loader, reference: Nex
 def measure_threads(setting: Setting) -> Iterator[bool]:
     """Record the CPU engine by its number of threads, as far as there are cores."""
     for threads in THREADS:
-        if threads <= cores():
+        if threads <= usable_cores():
             spec = replace(setting.spec, dtype=torch.uint8, engine="cpu", threads=threads)
             measure_one(setting, f"cpu, lossless, {threads} threads", open_loader(spec), None)
             yield True

@@ -11,13 +11,13 @@ from pathlib import Path
 
 import torch
 
+from pipeline.cores import usable_cores
 from pipeline.doctor.gpu import check_nvjpeg, driver_version
 from pipeline.doctor.lines import DoctorOptions
 from pipeline.pixels.normalize import normalize_tensor
 from tools import ROOT
 from tools.bench.gpu_setting import Setting
 from tools.profiler.loaders import synchronise
-from tools.profiler.measuring import cores
 
 COPIED = 2**28  # bytes of a copy
 GPU_RATE = "pinned_copy_gb_per_s"
@@ -35,7 +35,7 @@ def probe(setting: Setting) -> Iterator[bool]:
         rates.append(len(source) / 1e9 * per_second(lambda: target.copy_(source, non_blocking=True), 0.1, device))
     nvjpeg = "; ".join(line.found for line in check_nvjpeg(DoctorOptions()))
     more = f"driver {driver_version(Path('/')) or 'none'}, nvJPEG: {nvjpeg}"
-    figures = {"cores": [float(cores())], GPU_RATE if setting.gpu else "copy_gb_per_s": rates}
+    figures = {"cores": [float(usable_cores())], GPU_RATE if setting.gpu else "copy_gb_per_s": rates}
     setting.record("probe", "none", figures, more=more)
     yield True
 

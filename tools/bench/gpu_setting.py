@@ -7,9 +7,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from pipeline.cores import usable_cores
 from pipeline.spec import LoaderSpec
 from tools.bench.recording import Figure, record
-from tools.profiler.measuring import Usage, cores
+from tools.profiler.measuring import Usage
 
 
 @dataclass(frozen=True)
@@ -58,6 +59,6 @@ def engines() -> tuple[str, ...]:
 
 def use_of(usages: Sequence[Usage], images: Sequence[int]) -> dict[str, list[float]]:
     """CPU seconds for each image, and the utilization of the JPEG engine (empty if unknown), by repeat. images: their number."""
-    seconds = [used.cpu_share * used.seconds * cores() / count for used, count in zip(usages, images, strict=True)]
+    seconds = [used.cpu_share * used.seconds * usable_cores() / count for used, count in zip(usages, images, strict=True)]
     jpeg = [used.jpeg_share for used in usages if used.jpeg_share is not None]
     return {"cpu_seconds_per_image": seconds, "jpeg_engine_share": jpeg}

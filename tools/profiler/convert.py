@@ -3,7 +3,6 @@ profile."""
 
 from __future__ import annotations
 
-import os
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -15,6 +14,7 @@ import numpy as np
 
 from pipeline.convert.beton import BetonSettings
 from pipeline.convert.make import ConvertOptions, find_images, make_shards, write_betons
+from pipeline.cores import usable_cores
 from pipeline.errors import UserError
 from pipeline.spec import LoaderSpec
 from pipeline.store import files
@@ -49,7 +49,7 @@ def convert(source: Path, out: Path, profile: str, count: int, beton: bool) -> N
     make_shards(ConvertOptions(str(source), str(out), profile, shard_size=max(1, count // SHARDS)))
     if beton:
         with suppress(UserError):  # then the FFCV engine reports what is missing
-            write_betons(str(out), BetonSettings(), len(os.sched_getaffinity(0)))
+            write_betons(str(out), BetonSettings(), usable_cores())
 
 
 def convert_sample(spec: LoaderSpec, profile: str, folder: Path, repeats: int, seconds: float, budget: Budget) -> Converted:

@@ -76,11 +76,6 @@ def in_turns(ways: Sequence[K], repeats: int, turn: Callable[[K], None], label: 
                 bar.update()
 
 
-def cores() -> int:
-    """The number of cores that this process may use."""
-    return usable_cores()
-
-
 @dataclass
 class Usage:
     """Utilization during a measurement. seconds: wall time. cpu_share: CPU time of this process and its children, as a share of
@@ -101,7 +96,7 @@ def usage(device: str) -> Iterator[Usage]:
         began, cpu = time.perf_counter(), cpu_seconds()
         yield found
         found.seconds = time.perf_counter() - began
-        found.cpu_share = (cpu_seconds() - cpu) / (found.seconds * cores())
+        found.cpu_share = (cpu_seconds() - cpu) / (found.seconds * usable_cores())
     found.gpu_share, found.jpeg_share = gpu.shares()
 
 

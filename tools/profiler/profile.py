@@ -15,6 +15,7 @@ from typing import Any
 
 from model.make import make_model
 from pipeline import choose_engine
+from pipeline.cores import usable_cores
 from pipeline.doctor.machine import available_memory
 from pipeline.errors import UserError
 from pipeline.spec import LoaderSpec
@@ -24,7 +25,7 @@ from tools.profiler.ahead import Host, plan_ahead
 from tools.profiler.apply import apply
 from tools.profiler.convert import convert_sample
 from tools.profiler.loaders import LoaderSpeed, PausableLoader, grid, measure_loaders
-from tools.profiler.measuring import LEAST, Budget, cores
+from tools.profiler.measuring import LEAST, Budget
 from tools.profiler.options import ProfileOptions
 from tools.profiler.planted import slow_reader
 from tools.profiler.remedies import Situation
@@ -120,9 +121,9 @@ class Profiler:
     def _threads(self) -> list[int]:
         """Numbers of threads to try: powers of two, the number of cores, and as configured. With a cold page cache, up to twice
         the number of cores."""
-        most = cores() * (2 if self.cold else 1)
+        most = usable_cores() * (2 if self.cold else 1)
         powers = [1 << bits for bits in range(most.bit_length()) if 1 << bits <= most]
-        return sorted({*powers, cores(), self.spec.threads})
+        return sorted({*powers, usable_cores(), self.spec.threads})
 
     def _planned(self, seconds: float) -> float:
         """About how long storage, stages and loaders take, if each measurement takes `seconds`."""
@@ -179,7 +180,7 @@ class Profiler:
 
     def _situation(self, now: LoaderSpeed, loaders: list[LoaderSpeed], stages: Stages, training: Training | None) -> Situation:
         situation = Situation(
-            now, loaders, stages, self._used(stages), training, cores(), self.mean_bytes, self.bytes,
+            now, loaders, stages, self._used(stages), training, usable_cores(), self.mean_bytes, self.bytes,
             min(self.memory, free_bytes(MEMORY)), cached_read_ms(self.mean_bytes),
         )  # fmt: skip
         options = self.options
@@ -227,8 +228,8 @@ class Profiler:
         pixel_bytes = 3 * spec.final_size**2
         copy = stages.measured["copy"].at(1).mean * pixel_bytes if "copy" in stages.measured else None
         host = Host(
-            cores=cores(),
-            per_core=decoding["images_per_s"] / cores(),
+            cores=usable_cores(),
+            per_core=decoding["images_per_s"] / usable_cores(),
             stored_bytes=(stages.cold_bytes if self.bytes >= self.memory else None) or self.mean_bytes,
             data_bytes=self.bytes,
             memory=self.memory,
@@ -281,7 +282,7 @@ class Profiler:
                 "geometry": str(spec.geometry),
                 "dtype": str(spec.dtype).removeprefix("torch."),
                 "device": spec.device,
-                "cores": cores(),
+                "cores": usable_cores(),
             },
             "engine": spec.engine,
         }

@@ -16,8 +16,9 @@ import scipy.stats
 import torch
 
 from pipeline import progress
+from pipeline.cores import usable_cores
 from tests.helpers import FakeTime
-from tools.profiler.measuring import Estimate, GpuSampler, cores, cpu_seconds, in_turns, usage
+from tools.profiler.measuring import Estimate, GpuSampler, cpu_seconds, in_turns, usage
 
 # --- Intervals and turns
 
@@ -120,8 +121,8 @@ def test_cpu_share() -> None:
         time.sleep(0.1)
         cpu, wall = time.process_time() - cpu, time.perf_counter() - began
     assert used.seconds == pytest.approx(wall, abs=0.05)
-    assert used.cpu_share * cores() * used.seconds == pytest.approx(cpu, abs=0.05)
-    assert 0 < used.cpu_share < 1.05 / cores()  # one busy thread
+    assert used.cpu_share * usable_cores() * used.seconds == pytest.approx(cpu, abs=0.05)
+    assert 0 < used.cpu_share < 1.05 / usable_cores()  # one busy thread
     assert used.gpu_share is used.jpeg_share is None
 
 
