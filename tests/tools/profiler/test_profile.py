@@ -39,7 +39,7 @@ NEAR = 0.2  # tolerance of predicted over measured gain
 @pytest.fixture(autouse=True)
 def two_cores(monkeypatch: pytest.MonkeyPatch) -> None:
     """Two cores on any machine, and fewer loaders, to save time."""
-    monkeypatch.setattr(profiling, "cores", lambda: 2)
+    monkeypatch.setattr(profiling, "usable_cores", lambda: 2)
     monkeypatch.setattr(profiling, "PREFETCHES", (2,))
 
 
