@@ -189,11 +189,17 @@ class Loader(ABC):
             start = stop
 
     def upcoming(self, batch_range: BatchRange) -> Iterator[BatchRange]:
-        """This range and all that follow, epoch after epoch without end, so that engines can prefetch across epochs."""
-        yield batch_range
+        """This range and all that follow, epoch after epoch without end, so that engines can prefetch across epochs.
+
+        The images of a range are read ahead, one range earlier than it is yielded.
+        """
+        self._read_range_ahead(batch_range)
         epoch, start = batch_range.epoch, batch_range.stop
         while True:
-            yield from self.batch_ranges(epoch, start)
+            for following in self.batch_ranges(epoch, start):
+                self._read_range_ahead(following)
+                yield batch_range
+                batch_range = following
             epoch, start = epoch + 1, 0
 
     def plan(self, batch_range: BatchRange) -> BatchPlan:
@@ -284,6 +290,10 @@ class Loader(ABC):
         """A sample's encoded image: uint8 (bytes,). Raises CorruptImageError if `verify` is set and its checksum is wrong."""
         return self.shards.read(sample)
 
+    def read_ahead(self, samples: Ints) -> None:
+        """Have the kernel read what `read_planned` will read into the page cache, in the background. samples: int64 (N,)."""
+        self.shards.read_ahead(samples, bool(self.spec.fields))
+
     def locate(self, sample: int) -> str:
         """File and key of a sample, for messages."""
         return self.shards.locate(sample)
@@ -301,6 +311,10 @@ class Loader(ABC):
         return self.shards.manifest.fingerprint
 
     # --- Implementation
+
+    def _read_range_ahead(self, batch_range: BatchRange) -> None:
+        """Read the images of a range ahead, without looking for substitutes, which are rare."""
+        self.read_ahead(self.order.samples(batch_range.epoch, np.arange(batch_range.low, batch_range.high)))
 
     def _plan(self, batch_range: BatchRange, positions: Ints) -> BatchPlan:
         spec = self.spec

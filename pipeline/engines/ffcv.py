@@ -20,6 +20,7 @@ import ctypes.util
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
+from io import FileIO
 from pathlib import Path
 from queue import Empty, Full
 from typing import Any
@@ -50,6 +51,7 @@ from ..pixels.decoder import Decoder, Pixels, has_size, region_of, resample_grou
 from ..plan.sampling import Ints
 from ..spec import LoaderSpec
 from ..store import files
+from ..store.prefetch import ReadAhead
 from ..store.shards import ShardSet
 from .ffcv_field import RAW
 from .ffcv_file import open_beton
@@ -261,6 +263,7 @@ class FfcvLoader(Loader):
         if self._batches:
             self._batches.stop()
             self._batches = None
+        self._reader.close()
 
     def ready(self) -> int:
         return self._batches.output_queue.qsize() if self._batches else 0
@@ -321,12 +324,18 @@ class FfcvLoader(Loader):
             raise UserError(f"{root}: has no FFCV file of {spec.split}", "make the shards again with `format` both")
         self._path, self._entry = Path(root) / entry["file"], entry
         self._beton = open_beton(self._path, shards.samples, entry["settings"])
+        stream = FileIO(self._path)
+        self._reader = ReadAhead(lambda _: stream)
         return shards
 
     def read(self, sample: int) -> Bytes:
         content, images, sizes = self._beton
         start = int(images["data_ptr"][sample])
         return np.asarray(content[start : start + int(sizes[sample])])
+
+    def read_ahead(self, samples: Ints) -> None:
+        starts = self._beton.images["data_ptr"][samples]
+        self._reader.request(np.zeros(len(samples), np.int64), starts, self._beton.sizes[samples])
 
     def _sizes(self, ids: Ints) -> tuple[Ints, Ints]:
         records = self._beton.images[ids]  # not the shards' sizes: the file may have smaller images

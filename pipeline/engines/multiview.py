@@ -117,7 +117,8 @@ class MultiViewLoader:
         return records["height"].astype(np.int64), records["width"].astype(np.int64)
 
     def _plan(self, ids: Ints) -> _Job:
-        """The windows and the buffer of a batch."""
+        """The windows and the buffer of a batch. Its images are read ahead."""
+        self.shards.read_ahead(ids, bool(self.spec.fields))
         heights, widths = self._sizes(ids)
         views = [view_spec.geometry.views(0, 0, ids, heights, widths, view_spec.size, 0.0) for view_spec in self.view_specs]
         shapes = [

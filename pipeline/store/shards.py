@@ -25,7 +25,7 @@ import sys
 import tarfile
 import weakref
 import zlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from io import FileIO
 from pathlib import Path
@@ -41,7 +41,7 @@ from . import files
 from .cache import choose_cache
 from .checks import BackgroundCheck, hash_problem, samples_problem
 from .manifest import Manifest as Manifest
-from .prefetch import Prefetcher, download_bar, fetcher
+from .prefetch import Prefetcher, ReadAhead, download_bar, fetcher
 
 # offset, bytes: of the encoded image in its tar. height, width: pixels, as stored (orientation tags are ignored). crc32: zlib's,
 # of the sample's whole range in its tar, from the end of the previous sample on, including tar headers and padding.
@@ -194,10 +194,12 @@ class ShardSet:
         else:
             self.shards = [Path(url) for url in self._urls]
         self.sizes = [int(shard["images"]) for shard in self._entry["shards"]]
-        self._open_files: dict[int, FileIO] = {}
         self._downloads = download_bar(split, self.shards, self._entry["shards"])
         self._prefetcher = Prefetcher(fetcher(self.cache, self._urls, self._entry["shards"], self._downloads))
         weakref.finalize(self, self._prefetcher.close)
+        self._local = _OpenFiles(self._urls)
+        paths = self.shards
+        self._reader = ReadAhead((lambda shard: FileIO(paths[shard])) if self.cache else self._local.open)
         self._samples_file = files.join(root, self._entry["samples"])
         self.samples: Samples = self._open_samples(self._samples_file)
         self._check = self._start_check()
@@ -263,9 +265,20 @@ class ShardSet:
             fitting.append(shard)
         self._prefetcher.request(fitting)
 
+    def read_ahead(self, ids: npt.NDArray[np.int64], fields: bool = False) -> None:
+        """Have the kernel read samples into the page cache, in this order, in a background thread: what `read` will read, or
+        `read_with_fields` if `fields`. Samples of shards that are still to be downloaded are left out. ids: (N,)."""
+        records, before = self.samples[ids], self.samples[ids - 1]
+        starts = offsets = records["offset"].astype(np.int64)
+        if fields or self._verify:
+            follows = (ids > 0) & (before["shard"] == records["shard"])
+            starts = np.where(follows, _end(before["offset"].astype(np.int64), before["bytes"]), 0)
+        self._reader.request(records["shard"], starts, offsets + records["bytes"] - starts)
+
     def close(self) -> None:
         """End the background threads. Images that were read stay valid, and `read` still works."""
         self._prefetcher.close()
+        self._reader.close()
         self._downloads.close()
 
     def key(self, index: int) -> str:
@@ -322,18 +335,25 @@ class ShardSet:
     def _read_range(self, shard: int, start: int, count: int) -> npt.NDArray[np.uint8]:
         """Bytes of a shard: uint8 (count,). With a cache, the file is closed again, to free the disk space of evicted files."""
         if not self.cache:
-            return _read_from(self._open(shard), self._urls[shard], self._entry["shards"][shard]["bytes"], start, count)
+            return _read_from(self._local.open(shard), self._urls[shard], self._entry["shards"][shard]["bytes"], start, count)
         entry, report = self._entry["shards"][shard], self._downloads.update
         with self.cache.open(self._urls[shard], entry["bytes"], entry["sha256"], report=report) as stream:
             return _read_from(stream, self._urls[shard], entry["bytes"], start, count)
 
-    def _open(self, shard: int) -> FileIO:
-        """A local shard, which stays open: on network file systems, opening takes longer than reading."""
-        stream = self._open_files.get(shard)
+
+class _OpenFiles:
+    """Local shards, which stay open: on network file systems, opening takes longer than reading. Thread-safe."""
+
+    def __init__(self, paths: Sequence[str]) -> None:
+        self._paths = paths
+        self._open: dict[int, FileIO] = {}
+
+    def open(self, shard: int) -> FileIO:
+        stream = self._open.get(shard)
         if stream is None:
-            with files.explained(self._urls[shard]):
-                stream = _open_file(self.shards[shard])
-            stream = self._open_files.setdefault(shard, stream)
+            with files.explained(self._paths[shard]):
+                stream = _open_file(self._paths[shard])
+            stream = self._open.setdefault(shard, stream)
         return stream
 
 
@@ -362,7 +382,7 @@ def _read_or_map(file: Path) -> Samples:
         return samples
 
 
-def _open_file(path: Path) -> FileIO:
+def _open_file(path: str) -> FileIO:
     """Open one more file. The usual limit of a process, 1024, is less than ImageNet's 1282 shards, and is raised if need be."""
     try:
         return FileIO(path)
