@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+import math
 import os
 import re
 import signal
@@ -24,6 +25,7 @@ from . import starting
 from .cores import usable_cores
 from .errors import FULL, StorageError, UserError, storage_error
 from .outputs import Outputs
+from .store.waiting import TIMEOUT_S, set_timeout
 
 _parser: Parser | None = None  # the parser of this process's arguments
 
@@ -68,8 +70,17 @@ def positive(text: str) -> int:
     return value
 
 
+def _timeout(text: str) -> float:
+    """The argparse type of --read-timeout. It holds from now on, as manifests are read before a loader opens."""
+    value = float(text)
+    if not 0 < value < math.inf:
+        raise argparse.ArgumentTypeError(f"must be a positive number of seconds, not {text}")
+    set_timeout(value)
+    return value
+
+
 def add_cache_flags(parser: argparse._ActionsContainer) -> None:
-    """Add the flags of `LoaderSpec.cache` and `cache_gb` to a parser or an argument group."""
+    """Add the flags of `LoaderSpec.cache`, `cache_gb` and `read_timeout` to a parser or an argument group."""
     parser.add_argument(
         "--cache",
         type=Path,
@@ -78,6 +89,10 @@ def add_cache_flags(parser: argparse._ActionsContainer) -> None:
     parser.add_argument(
         "--cache-gb", type=float, help="size limit of the cache in GB (default: $CROPFEED_CACHE_GB, else 80 %% of the free disk)"
     )
+    parser.add_argument(
+        "--read-timeout", type=_timeout, default=TIMEOUT_S, metavar="S",
+        help="seconds after which a read is repeated, in case the storage hangs (default: %(default)g)",
+    )  # fmt: skip
 
 
 def add_verify_flag(parser: argparse._ActionsContainer) -> None:

@@ -47,6 +47,7 @@ from .plan.sampling import Ints
 from .plan.substitutes import Substitutes
 from .spec import LoaderSpec, check, check_device
 from .store.shards import Manifest, ShardSet
+from .store.waiting import set_timeout
 
 
 class Loader(ABC):
@@ -64,6 +65,7 @@ class Loader(ABC):
 
     def __init__(self, spec: LoaderSpec) -> None:
         check(spec)
+        set_timeout(spec.read_timeout)
         self.spec = spec
         check_device(spec.device)
         self.shards = self._open_shards()

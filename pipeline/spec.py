@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -14,6 +15,7 @@ from .errors import UserError
 from .pixels.normalize import Normalization
 from .plan import sampling
 from .plan.geometry import CentreCrop, Geometry, MultiCrop, PaddedCrop, ScaleJitter, WholeImage
+from .store.waiting import TIMEOUT_S
 
 if TYPE_CHECKING:
     from .batch import Batch
@@ -66,6 +68,8 @@ class LoaderSpec:
       the best value has to be measured.
     - cache: folder for local copies of remote shards. Defaults: see `store.cache.choose_cache`.
     - cache_gb: size limit of the cache, in gigabytes (10^9 bytes).
+    - read_timeout: seconds after which a read of a shard is repeated, in case the storage hangs. The second attempt may take
+      twice and the third four times as long; then an error names the shard. It applies to all reads of the process.
     """
 
     data: str | Path
@@ -95,6 +99,7 @@ class LoaderSpec:
     hw_decoder_load: float = 0.65
     cache: str | Path | None = None
     cache_gb: float | None = None
+    read_timeout: float = TIMEOUT_S
 
     @property
     def sizes(self) -> tuple[tuple[int, int], ...]:
@@ -164,6 +169,8 @@ def check(spec: LoaderSpec) -> None:
         raise UserError(f"`seed` must lie in [0, 2^64), not {spec.seed}")
     if not 0 <= spec.hw_decoder_load <= 1:
         raise UserError(f"`hw_decoder_load` must lie in [0, 1], not {spec.hw_decoder_load}")
+    if not 0 < spec.read_timeout < math.inf:
+        raise UserError(f"`read_timeout` must be a positive number of seconds, not {spec.read_timeout}")
     if not isinstance(spec.fields, tuple):
         raise UserError(f"`fields` is a tuple of names, such as ('json',), not {spec.fields!r}")
     if spec.dtype not in (*PRECISIONS.values(), torch.uint8):

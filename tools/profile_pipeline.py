@@ -153,6 +153,7 @@ def parse(arguments: Sequence[str] | None = None) -> Command:
         engine=args.engine,
         cache=args.cache,
         cache_gb=args.cache_gb,
+        read_timeout=args.read_timeout,
     )
     same = ("arch", "precision", "demand", "cache_state", "repeats", "seconds", "budget", "apply", "tune", "gpus", "hosts")
     fields: dict[str, Any] = {name: getattr(args, name) for name in same}

@@ -104,9 +104,8 @@ def _add_images(parse: Parser) -> None:
                         "timm/NAME, the model's own)")  # fmt: skip
     images.add_argument("--start-size", type=positive, help="progressive resizing: side of the crop in the first epochs, in "
                         "pixels (default: --image-size)")  # fmt: skip
-    images.add_argument("--ramp", type=float, nargs=2, metavar=("FROM", "TO"), help="epochs between which the crop grows from "
-                        "--start-size to --image-size; values below 1 are fractions of the run (default: "
-                        f"{RAMP[0]:g} {RAMP[1]:g})")  # fmt: skip
+    images.add_argument("--ramp", type=float, nargs=2, metavar=("FROM", "TO"), help="epochs between which the crop grows to "
+                        f"--image-size; below 1: as fractions of the run (default: {RAMP[0]:g} {RAMP[1]:g})")  # fmt: skip
     images.add_argument("--geometry", choices=CHOICES["geometry"], help="training crops: jitter resizes the short side to a "
                         "random length and crops (scale jitter); rrc is the random resized crop; pad crops from the image "
                         "padded by 4 pixels, as for CIFAR (default: %(default)s)")  # fmt: skip
@@ -141,17 +140,16 @@ def _add_regularization(parse: Parser) -> None:
 
 def _add_loading(parse: Parser) -> None:
     loading = parse.add_argument_group("data loading")
-    loading.add_argument("--order", choices=CHOICES["order"], help="shuffle over the whole data set (full), or within blocks of "
-                         "shards, so that only two blocks of a remote data set are needed at a time (default: %(default)s)"
-                         )  # fmt: skip
+    loading.add_argument("--order", choices=CHOICES["order"], help="shuffle over all images (full), or within blocks of "
+                         "shards, for remote data (default: %(default)s)")  # fmt: skip
     loading.add_argument("--block-shards", type=positive, help="shards per block of --order blocks; the cache should have room "
                          "for two blocks (default: %(default)s)")  # fmt: skip
     loading.add_argument("--corrupt", choices=CHOICES["corrupt"], help="replace an image that cannot be decoded by another one, "
                          "or stop (default: %(default)s)")  # fmt: skip
     loading.add_argument("--engine", help=f"what decodes and augments: {', '.join(ENGINES)}, or auto for the fastest one on this "
                          "machine (default: %(default)s)")  # fmt: skip
-    loading.add_argument("-j", "--threads", "--workers", type=positive, help="decoding threads per process (default: as found by "
-                         "profile_pipeline.py --tune, otherwise this process's share of the cores)")  # fmt: skip
+    loading.add_argument("-j", "--threads", "--workers", type=positive, help="decoding threads per process (default: "
+                         "profile_pipeline.py --tune's, otherwise its share of the cores)")  # fmt: skip
     loading.add_argument("--prefetch", type=positive, help="batches to prefetch (default: as found by profile_pipeline.py "
                          "--tune, otherwise 2)")  # fmt: skip
     add_cache_flags(loading)

@@ -26,7 +26,7 @@ from training.tuned import with_tuned
 
 # The options that affect throughput; tools/profile_pipeline.py has them, too.
 PROFILED = ("batch_size", "image_size", "geometry", "scale", "interpolation", "order", "engine", "threads", "prefetch",
-            "cache", "cache_gb")  # fmt: skip
+            "cache", "cache_gb", "read_timeout")  # fmt: skip
 
 
 def open_loaders(options: TrainOptions, accelerator: Accelerator) -> tuple[Loader, Loader | None]:
@@ -56,6 +56,7 @@ def open_loaders(options: TrainOptions, accelerator: Accelerator) -> tuple[Loade
         engine=options.engine,
         cache=options.cache,
         cache_gb=options.cache_gb,
+        read_timeout=options.read_timeout,
     )
     if options.mean == "model":
         spec = replace(spec, normalization=Normalization.of(own["mean"], own["std"]))

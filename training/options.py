@@ -12,6 +12,7 @@ from pipeline.errors import UserError
 from pipeline.plan import sampling
 from pipeline.plan.geometry import GEOMETRIES
 from pipeline.spec import CORRUPT, INTERPOLATIONS, PRECISIONS
+from pipeline.store.waiting import TIMEOUT_S
 from training.compiling import GRAPHED, MODES
 from training.optimizers import OPTIMIZERS, scaled_rate
 from training.schedule import MILESTONES, PATIENCE, SCHEDULES, Schedule, image_sizes
@@ -102,6 +103,7 @@ class TrainOptions:
     prefetch: int | None = None
     cache: Path | None = None
     cache_gb: float | None = None
+    read_timeout: float = TIMEOUT_S
     verify: bool = False
 
     eval_every: int = 1

@@ -27,6 +27,7 @@ from ..plan.order import ByShape
 from ..plan.sampling import Ints
 from ..spec import LoaderSpec, check, check_device
 from ..store.shards import ShardSet
+from ..store.waiting import set_timeout
 from .pool import WorkerPool
 
 # Limit for the views of a batch, if it has more than one image. Whole images at five scales take 7 MB per image.
@@ -68,6 +69,7 @@ class MultiViewLoader:
             if view_spec.geometry.random or spec.world_size > 1:
                 raise ValueError("several geometries in one pass are only for evaluation, in one process")
         check_device(spec.device)
+        set_timeout(spec.read_timeout)
         self._device = torch.device(spec.device)
         self.spec, self.view_specs, self._kernel = spec, tuple(view_specs), KERNELS[spec.interpolation]
         self.shards = ShardSet(spec.data, spec.split, spec.cache, spec.cache_gb, verify=spec.verify)

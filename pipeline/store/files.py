@@ -1,7 +1,7 @@
 """Files by local path or fsspec URL (such as s3://bucket/key): range reads, listings, atomic writes.
 
-Every function takes paths as strings. Storage errors (missing files, credentials, unknown protocols) become UserErrors. Remote
-storage that does not answer is asked again, see `waiting`.
+Every function takes paths as strings. Storage errors (missing files, credentials, unknown protocols) become UserErrors. Storage
+that does not answer is asked again, see `waiting`: remote storage always, local files when they are read.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from fsspec.implementations.local import LocalFileSystem
 
 from ..errors import UserError, install_command, writing
 from ..progress import BYTES, progress_bar
-from .waiting import RangeReader, answer
+from .waiting import REQUESTS, Limit, RangeReader, answer
 
 PARTIAL = ".partial"  # suffix of files that are still being written; their names begin with a dot
 CHUNK = 8 << 20  # bytes of a request in `read_chunks`
@@ -37,6 +37,7 @@ _OBJECT_STORES = {"s3", "s3a", "gs", "gcs", "az", "abfs", "abfss", "oci", "oss",
 
 NO_RANGES = "a web server without range requests, which sends whole files"
 BROKEN = -1
+_limit = Limit(REQUESTS)
 T = TypeVar("T")
 
 
@@ -74,14 +75,18 @@ def read(path: str, start: int = 0, count: int | None = None) -> bytes:
     """Read `count` bytes from `start` on; all, if None; fewer if the file ends earlier."""
     with explained(path):
         if not is_remote(path):  # fsspec would take 0.2 ms
-            with open(absolute(path), "rb") as stream:
-                stream.seek(start)
-                return stream.read(-1 if count is None else count)
+            return answer(path, lambda: _read_local(path, start, count))
         end = None if count is None else start + count
         content: bytes = _ask(path, lambda system, target: system.cat_file(target, start=start or None, end=end))
         if count is not None and len(content) > count:
             raise OSError(NO_RANGES)
         return content
+
+
+def _read_local(path: str, start: int, count: int | None) -> bytes:
+    with open(absolute(path), "rb") as stream:
+        stream.seek(start)
+        return stream.read(-1 if count is None else count)
 
 
 def size(path: str) -> int:
@@ -99,7 +104,7 @@ def read_chunks(path: str, count: int) -> Iterator[bytes]:
     """The first `count` bytes of a file, as chunks in order. Several chunks are requested at a time."""
     for first in range(0, count, CHUNK * _REQUESTS):
         with explained(path):
-            found = _ask(path, partial(_read_some, first, count))
+            found = _ask(path, partial(_read_some, first, count), min(_REQUESTS, -(-(count - first) // CHUNK)))
         yield from found
 
 
@@ -235,10 +240,11 @@ def write(path: str, content: bytes) -> None:
         scratch.write_bytes(content)
 
 
-def _ask(path: str, call: Callable[[Any, str], T]) -> T:
-    """call(file system, its name of the path); for remote storage, see `answer`."""
+def _ask(path: str, call: Callable[[Any, str], T], requests: int = 1) -> T:
+    """call(file system, its name of the path); for remote storage, see `answer`. requests: that it makes at a time."""
     if is_remote(path):
-        return answer(path, lambda: call(*_system(path)))
+        with _limit.of(requests):
+            return answer(path, lambda: call(*_system(path)))
     return call(*_system(path))
 
 

@@ -42,6 +42,7 @@ from .cache import choose_cache
 from .checks import BackgroundCheck, hash_problem, samples_problem
 from .manifest import Manifest as Manifest
 from .prefetch import Prefetcher, ReadAhead, download_bar, fetcher
+from .waiting import answer
 
 # offset, bytes: of the encoded image in its tar. height, width: pixels, as stored (orientation tags are ignored). crc32: zlib's,
 # of the sample's whole range in its tar, from the end of the previous sample on, including tar headers and padding.
@@ -213,7 +214,8 @@ class ShardSet:
         """The encoded image of one sample: uint8 (bytes,).
 
         Shards are read, not mapped: if a mapped file is shortened or its disk fails, the kernel kills the process without a word.
-        Raises UserError for damaged shards, or once samples.npy was found to be damaged; ChecksumError if `verify` is set.
+        Raises UserError for damaged shards, for storage that does not answer (see `waiting`), or once samples.npy was found to be
+        damaged; ChecksumError if `verify` is set.
         """
         return self._read(index, self._verify)[1]
 
@@ -335,7 +337,9 @@ class ShardSet:
     def _read_range(self, shard: int, start: int, count: int) -> npt.NDArray[np.uint8]:
         """Bytes of a shard: uint8 (count,). With a cache, the file is closed again, to free the disk space of evicted files."""
         if not self.cache:
-            return _read_from(self._local.open(shard), self._urls[shard], self._entry["shards"][shard]["bytes"], start, count)
+            url, size = self._urls[shard], self._entry["shards"][shard]["bytes"]
+            ready = _read_ready(self._local.opened(shard), size, start, count)
+            return answer(url, lambda: _read_from(self._local.open(shard), url, size, start, count)) if ready is None else ready
         entry, report = self._entry["shards"][shard], self._downloads.update
         with self.cache.open(self._urls[shard], entry["bytes"], entry["sha256"], report=report) as stream:
             return _read_from(stream, self._urls[shard], entry["bytes"], start, count)
@@ -347,6 +351,9 @@ class _OpenFiles:
     def __init__(self, paths: Sequence[str]) -> None:
         self._paths = paths
         self._open: dict[int, FileIO] = {}
+
+    def opened(self, shard: int) -> FileIO | None:
+        return self._open.get(shard)
 
     def open(self, shard: int) -> FileIO:
         stream = self._open.get(shard)
@@ -361,8 +368,8 @@ def load_samples(path: str, local: Path) -> Samples:
     """The records in samples.npy. path: its name in messages. local: the file."""
     with files.explained(path):
         try:
-            samples = _read_or_map(local)
-        except OSError:
+            samples = answer(path, lambda: _read_or_map(local))
+        except (OSError, UserError):
             raise
         except Exception as error:  # NumPy's reader of headers raises many types
             raise UserError(f"{path}: cannot be read ({error})", "make the shards again") from error
@@ -392,6 +399,22 @@ def _open_file(path: str) -> FileIO:
             raise
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
         return FileIO(path)
+
+
+def _read_ready(stream: FileIO | None, size: int, start: int, count: int) -> npt.NDArray[np.uint8] | None:
+    """`_read_from` if the page cache has all the bytes; else None, without waiting for storage that may not answer."""
+    flags = getattr(os, "RWF_NOWAIT", None)
+    if stream is None or flags is None:
+        return None
+    content = np.empty(count, np.uint8)
+    try:
+        got = os.preadv(stream.fileno(), [content.data], start, flags)
+    except OSError:  # not there, or a file system that cannot tell, such as NFS
+        return None
+    if got < count or os.fstat(stream.fileno()).st_size != size:
+        return None
+    content.setflags(write=False)  # as in `_read_from`
+    return content
 
 
 def _read_from(stream: FileIO, path: str, size: int, start: int, count: int) -> npt.NDArray[np.uint8]:

@@ -25,6 +25,7 @@ from pipeline.errors import UserError
 from pipeline.plan.geometry import MAX_ASPECT, WholeImage
 from pipeline.spec import INTERPOLATIONS, PRECISIONS, LoaderSpec
 from pipeline.store.shards import ShardSet
+from pipeline.store.waiting import TIMEOUT_S
 
 log = logging.getLogger("cropfeed")
 
@@ -56,7 +57,7 @@ class EvaluateOptions:
     - resize_to: "short" for the short side, "square" for both sides. interpolation: as in `LoaderSpec`. None: the models' own.
     - mean, std: of each channel, for pixels in 0..1, instead of the models' own. Empty: their own.
     - precision: "no" (float32), "fp16" or "bf16".
-    - batch_size, device, engine, threads, cache, cache_gb, verify: as in `LoaderSpec`.
+    - batch_size, device, engine, threads, cache, cache_gb, read_timeout, verify: as in `LoaderSpec`.
     """
 
     data: str | None = None
@@ -79,6 +80,7 @@ class EvaluateOptions:
     threads: int = field(default_factory=cores_per_process)
     cache: Path | None = None
     cache_gb: float | None = None
+    read_timeout: float = TIMEOUT_S
     verify: bool = False
 
     def __post_init__(self) -> None:
@@ -185,6 +187,7 @@ def open_batches(
         threads=options.threads,
         cache=options.cache,
         cache_gb=options.cache_gb,
+        read_timeout=options.read_timeout,
         verify=options.verify,
         interpolation=interpolation,
     ).evaluation(options.split)

@@ -246,7 +246,7 @@ def test_a_disk_that_fails_is_named(small_shards: Path, monkeypatch: pytest.Monk
 def test_short_reads_are_continued(small_shards: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     stored, read = ShardSet(small_shards, "train"), os.preadv
     expected = stored.read(17).tobytes()
-    monkeypatch.setattr(os, "preadv", lambda stream, buffers, start: read(stream, [buffers[0][:100]], start))
+    monkeypatch.setattr(os, "preadv", lambda stream, buffers, *where: read(stream, [buffers[0][:100]], *where))
     assert stored.read(17).tobytes() == expected
 
 

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import io
+import math
+import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -20,10 +24,12 @@ import fsspec
 import pytest
 from fsspec.implementations.memory import MemoryFileSystem
 
+from pipeline import LoaderSpec, open_loader
 from pipeline.errors import UserError
-from pipeline.store import files, waiting
+from pipeline.store import files, shards, waiting
 from pipeline.store.cache import ShardCache
 from pipeline.store.prefetch import Prefetcher
+from pipeline.store.shards import ShardSet
 from tests.helpers import ROOT
 
 
@@ -63,9 +69,9 @@ class Unsteady(MemoryFileSystem):
 
 @pytest.fixture
 def hang(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[], object]]:
-    """A fault: a call that hangs until the test ends. An attempt takes 0.1, 0.2, 0.3 s, and there is a line every 0.06 s."""
+    """A fault: a call that hangs until the test ends. Attempts take 0.1, 0.2, 0.4 s, and there is a line every 0.06 s."""
     end = threading.Event()
-    monkeypatch.setattr(waiting, "LIMITS_S", (0.1, 0.2, 0.3))
+    monkeypatch.setattr(waiting, "_timeout", 0.1)
     monkeypatch.setattr(waiting, "NOTICE_S", 0.06)
     monkeypatch.setattr(waiting, "_PAUSE_S", 0.01)
     fsspec.register_implementation("unsteady", Unsteady, clobber=True)
@@ -117,7 +123,7 @@ def test_storage_that_never_answers_is_an_error(name: str, hang: Callable[[], ob
 def test_a_slow_upload_that_moves_is_not_given_up(
     hang: Callable[[], object], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(waiting, "LIMITS_S", (0.2,))
+    monkeypatch.setattr(waiting, "_TIMES", (2,))
     monkeypatch.setattr(waiting, "NOTICE_S", 0.2)
     monkeypatch.setattr(Unsteady, "moves", 12)
     files.write("unsteady://data/a/c.bin", b"content")
@@ -227,3 +233,123 @@ def test_calls_that_a_closed_pool_drops_are_cancelled() -> None:
     both.wait(10)
     closing.join(10)
     assert first.done()
+
+
+# --- Local files, such as those of a network file system
+
+
+@pytest.fixture
+def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Attempts take 0.05, 0.1 and 0.2 s."""
+    monkeypatch.setattr(waiting, "_timeout", 0.05)
+
+
+def test_a_local_file_that_never_answers_is_named(impatient: None, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """A pipe without a writer, which blocks a thread in the kernel when it is opened."""
+    os.mkfifo(tmp_path / "a.bin")
+    with pytest.raises(UserError, match=rf"^{tmp_path}/a.bin: no answer for 0 s, after 3 attempts; check .*`read_timeout`$"):
+        files.read(str(tmp_path / "a.bin"))
+    assert sum("attempt" in record.getMessage() for record in caplog.records) == 2
+    release(tmp_path / "a.bin")
+
+
+def release(pipe: Path) -> None:
+    """End the threads that wait for a writer."""
+    os.close(os.open(pipe, os.O_RDWR | os.O_NONBLOCK))
+
+
+@pytest.mark.parametrize("order", ["full", "blocks"])
+def test_a_loader_names_a_shard_that_never_answers(
+    small_shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, order: str
+) -> None:
+    monkeypatch.setattr(waiting, "CLOSE_S", 0.05)
+    shutil.copytree(small_shards, tmp_path / "data")
+    shard = tmp_path / "data" / "train" / "000001.tar"
+    shard.unlink()
+    os.mkfifo(shard)
+    spec = LoaderSpec(tmp_path / "data", batch_size=8, image_size=32, order=order, block_shards=1, threads=2, read_timeout=0.05)
+    began = time.monotonic()
+    with open_loader(spec) as loader, pytest.raises(UserError, match=rf"^{shard}: no answer for 0 s, after 3 attempts"):
+        list(loader)
+    assert time.monotonic() - began < 10
+    release(shard)
+
+
+def test_a_local_read_that_hangs_is_repeated(
+    impatient: None, small_shards: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    stored, read, end = ShardSet(small_shards, "train"), os.preadv, threading.Event()
+    expected = stored.read(20).tobytes()
+    faults = [lambda: end.wait(30), lambda: end.wait(30)]
+
+    def hanging(stream: int, buffers: Any, start: int, flags: int = 0) -> int:
+        if flags:  # what a network file system says to RWF_NOWAIT
+            raise OSError(errno.EOPNOTSUPP, "Operation not supported")
+        if faults:
+            faults.pop()()
+        return read(stream, buffers, start)
+
+    monkeypatch.setattr(os, "preadv", hanging)
+    assert stored.read(20).tobytes() == expected
+    assert [record.getMessage() for record in caplog.records if "attempt" in record.getMessage()] == [
+        f"{small_shards}/train/000001.tar: attempt {number} of 3" for number in (2, 3)
+    ]
+    end.set()
+
+
+def test_what_is_in_memory_is_read_without_another_thread(small_shards: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    stored = ShardSet(small_shards, "train")
+    expected = stored.read(20).tobytes()
+    monkeypatch.setattr(shards, "answer", lambda path, call: pytest.fail("asked a thread"))
+    assert stored.read(20).tobytes() == expected
+
+
+def test_the_time_out_is_checked(small_shards: Path) -> None:
+    for seconds in (0, -1, math.inf, math.nan):
+        with pytest.raises(UserError, match="`read_timeout` must be a positive number of seconds"):
+            open_loader(LoaderSpec(small_shards, read_timeout=seconds))
+
+
+def test_threads_serve_one_call_after_another() -> None:
+    threads = {waiting.answer("a", threading.get_ident) for _ in range(20)}
+    assert len(threads) <= 2  # the second, if a call came before the first thread was idle
+    assert len({waiting.answer("a", lambda: waiting.answer("b", threading.get_ident)) for _ in range(20)}) <= 3
+
+
+@pytest.mark.parametrize("threads", [1, 24])
+def test_requests_at_a_time_are_limited(hang: Callable[[], object], monkeypatch: pytest.MonkeyPatch, threads: int) -> None:
+    """A download of several chunks counts as many requests."""
+    monkeypatch.setattr(files, "_limit", waiting.Limit(10))
+    monkeypatch.setattr(files, "CHUNK", 1000)
+    monkeypatch.setattr(waiting, "_timeout", 10)
+    running, most, lock = 0, 0, threading.Lock()
+
+    def count(ranges: int) -> None:
+        nonlocal running, most
+        with lock:
+            running += ranges
+            most = max(most, running)
+        time.sleep(0.002)
+        with lock:
+            running -= ranges
+
+    def cat_file(self: Unsteady, *arguments: Any, **options: Any) -> Any:
+        count(1)
+        return MemoryFileSystem.cat_file(self, *arguments, **options)
+
+    def cat_ranges(self: Unsteady, paths: list[str], starts: list[int], ends: list[int]) -> list[Any]:
+        count(len(paths))
+        return [MemoryFileSystem.cat_file(self, *one) for one in zip(paths, starts, ends, strict=True)]
+
+    monkeypatch.setattr(Unsteady, "cat_file", cat_file)
+    monkeypatch.setattr(Unsteady, "cat_ranges", cat_ranges)
+
+    def read(number: int) -> bytes:
+        url = "unsteady://data/a/b.bin"
+        return b"".join(files.read_chunks(url, 10240)) if number % 2 else files.read(url)
+
+    with waiting.DaemonPool(threads) as pool:
+        found = [pool.submit(read, number) for number in range(24)]
+        assert {one.result(30) for one in found} == {bytes(range(256)) * 40}
+    assert most > (8 if threads > 1 else 0)
+    assert most <= 10
