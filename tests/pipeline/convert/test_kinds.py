@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from pipeline.convert import kinds
+from pipeline.convert import kinds, tars
 from pipeline.convert.make import ConvertOptions, make_shards
 from pipeline.convert.sources import Listing, SourceOptions
 from pipeline.convert.verify import verify
@@ -86,9 +86,9 @@ def labels_file(kaggle: Path, how: str) -> None:
         lines = [f"{stem}.JPEG\t{wnid}\t0\t0\t62\t62" for stem, wnid in VAL.items()]
         (images / "val" / "val_annotations.txt").write_text("\n".join(lines))
     elif how == "devkit":
-        (kaggle / "ILSVRC2012_devkit_t12.tar.gz").write_bytes(devkit())  # image i has number 1 + i % 3
+        (kaggle / "ILSVRC2012_devkit_t12.tar.gz").write_bytes(devkit([1 + i % 3 for i in range(7)]))
     else:
-        (kaggle / "devkit.tar.gz").write_bytes(devkit())
+        (kaggle / "devkit.tar.gz").write_bytes(devkit([1 + i % 3 for i in range(7)]))
         shutil.unpack_archive(kaggle / "devkit.tar.gz", kaggle, filter="data")
 
 
@@ -382,30 +382,38 @@ def test_what_a_list_repeats_is_told(photos: Path, tmp_path: Path) -> None:
 
 # All kinds
 
+KINDS = ("folders", "official", "kaggle", "webdataset", "parquet", "list")
+
 
 @pytest.fixture(scope="module")
 def every_kind(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """The same nine images as a source of each kind, and shards of each."""
     root = tmp_path_factory.mktemp("kinds")
-    names = [f"{'train' if i < 7 else 'val'}/n{i % 3}/{i}.jpg" for i in range(9)]
+    wnids = sorted(WNIDS)
+    names = [f"{'train' if i < 7 else 'val'}/{wnids[i % 3]}/{i}.jpg" for i in range(9)]
     write_images(root / "folders", *names)
     for split, numbers in (("train", range(7)), ("val", range(7, 9))):
-        members = {f"{i}.{kind}": data for i in numbers for kind, data in (("jpg", IMAGES[i]), ("cls", f"n{i % 3}".encode()))}
+        members = {f"{i}.{kind}": data for i in numbers for kind, data in (("jpg", IMAGES[i]), ("cls", wnids[i % 3].encode()))}
         (root / "webdataset").mkdir(exist_ok=True)
         (root / "webdataset" / f"{split}.tar").write_bytes(packed(members))
-        write_parquet(root / "parquet" / f"{split}.parquet", [(IMAGES[i], i % 3) for i in numbers], ["n0", "n1", "n2"])
+        write_parquet(root / "parquet" / f"{split}.parquet", [(IMAGES[i], i % 3) for i in numbers], wnids)
     write_images(root / "kaggle", *names[:7], "val/7.jpg", "val/8.jpg")
-    (root / "kaggle" / "val.txt").write_text("7 n1\n8 n2\n")
+    (root / "kaggle" / "val.txt").write_text(f"7 {wnids[1]}\n8 {wnids[2]}\n")
     shutil.copytree(root / "folders", root / "list")
     write_list(root / "list.csv", [(name, name.split("/")[1], name.split("/")[0]) for name in names])
-    for kind in ("folders", "kaggle", "webdataset", "parquet", "list"):
-        images = SourceOptions(list=str(root / "list.csv") if kind == "list" else "")
+    (root / "official").mkdir()
+    classes = {wnids[c]: {f"{i}.JPEG": IMAGES[i] for i in range(c, 7, 3)} for c in range(3)}
+    (root / "official" / tars.TRAIN).write_bytes(packed({f"{wnid}.tar": packed(its) for wnid, its in classes.items()}))
+    (root / "official" / tars.VAL).write_bytes(packed({f"ILSVRC2012_val_{i:08d}.JPEG": IMAGES[6 + i] for i in (1, 2)}))
+    (root / "official" / tars.DEVKIT).write_bytes(devkit([1 + WNIDS.index(wnid) for wnid in wnids[1:]]))
+    for kind in KINDS:
+        images = SourceOptions(list=str(root / "list.csv") if kind == "list" else "", check_md5=False)
         make_shards(ConvertOptions(str(root / kind), str(root / f"{kind}-shards"), shard_size=3, workers=1, images=images))
-    return {kind: root / f"{kind}-shards" for kind in ("folders", "kaggle", "webdataset", "parquet", "list")}
+    return {kind: root / f"{kind}-shards" for kind in KINDS}
 
 
 def test_the_same_images_give_the_same_samples_from_every_kind(every_kind: dict[str, Path]) -> None:
-    samples = {}
+    samples, wnids = {}, sorted(WNIDS)
     for kind, out in every_kind.items():
         assert verify(str(out), 1) == []
         for split in ("train", "val"):
@@ -413,13 +421,13 @@ def test_the_same_images_give_the_same_samples_from_every_kind(every_kind: dict[
             classes = [stored.manifest.classes[label] for label in stored.samples["label"]]
             samples[kind, split] = {stored.read(i).tobytes(): name for i, name in enumerate(classes)}
     assert {split: sorted(found.values()) for (kind, split), found in samples.items() if kind == "folders"} == {
-        "train": ["n0", "n0", "n0", "n1", "n1", "n2", "n2"], "val": ["n1", "n2"],
+        "train": [wnids[0]] * 3 + [wnids[1]] * 2 + [wnids[2]] * 2, "val": wnids[1:],
     }  # fmt: skip
     assert all(found == samples["folders", split] for (_, split), found in samples.items())
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["folders", "kaggle", "webdataset", "parquet", "list"])
+@pytest.mark.parametrize("kind", KINDS)
 def test_every_kind_can_be_trained_on_and_evaluated(every_kind: dict[str, Path], tmp_path: Path, kind: str) -> None:
     options = ("--arch", "resnet20", "--iterations", 2, "--batch-size", 4, "--image-size", 32, "--scale", 36, 40, "--threads", 1)
     result = run_forked("train.py", "--data", every_kind[kind], "--output", tmp_path / "run", *options)

@@ -8,6 +8,7 @@ import json
 import os
 import shutil
 import tarfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -46,16 +47,22 @@ def packed(files: dict[str, bytes], mode: str = "w") -> bytes:
     return stream.getvalue()
 
 
-def devkit() -> bytes:
-    """A devkit like the official one: 3 classes and their parent node. Their numbers are not in the order of the wnids."""
+def devkit(truth: Sequence[int]) -> bytes:
+    """A devkit like the official one: 3 classes and their parent node. Their numbers are not in the order of the wnids.
+
+    truth: the class numbers, from 1 on, of the validation images.
+    """
     kind = [("ILSVRC2012_ID", float), ("WNID", object), ("words", object), ("num_children", float)]
     rows = [(i + 1, wnid, "a thing, some thing", 0) for i, wnid in enumerate(WNIDS)] + [(4, "n00001740", "entity", 3)]
     stream = io.BytesIO()
     savemat(stream, {"synsets": np.array(rows, dtype=kind).reshape(-1, 1)})
-    truth = "\n".join(str(1 + i % 3) for i in range(7)) + "\n"
     root = "ILSVRC2012_devkit_t12/data"
     return packed(
-        {f"{root}/meta.mat": stream.getvalue(), f"{root}/ILSVRC2012_validation_ground_truth.txt": truth.encode()}, "w:gz"
+        {
+            f"{root}/meta.mat": stream.getvalue(),
+            f"{root}/ILSVRC2012_validation_ground_truth.txt": "".join(f"{number}\n" for number in truth).encode(),
+        },
+        "w:gz",
     )
 
 
@@ -70,7 +77,7 @@ def official(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (root / tars.TRAIN).write_bytes(packed(inner))
     val = {f"ILSVRC2012_val_{i + 1:08d}.JPEG": jpeg(random_image(50, 40, seed=100 + i)) for i in reversed(range(7))}
     (root / tars.VAL).write_bytes(packed(val))
-    (root / tars.DEVKIT).write_bytes(devkit())
+    (root / tars.DEVKIT).write_bytes(devkit([1 + i % 3 for i in range(7)]))
     return root
 
 
