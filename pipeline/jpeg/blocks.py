@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
+from numba.cpython.unsafe.numbers import trailing_zeros
 
 from ..jit import Int, jit
 from .entropy import BAD_VALUE, CATEGORIES
@@ -88,7 +89,7 @@ def tokenize(
     order: from `mcu_order`. places: the component of each block of an MCU.
     """
     total = np.uint64(0)
-    words = coefficients.view(np.uint64)  # (blocks, 16), to find the last coefficient that is not zero
+    words = coefficients.view(np.uint64)  # (blocks, 16), to skip zeros
     dc = np.zeros(4, np.int64)
     most = 64 * tile * len(places)
     done = len(order)
@@ -109,25 +110,33 @@ def tokenize(
             if abs(difference) >= len(CATEGORIES):
                 return np.int64(BAD_VALUE), mcu
             total = _add(tokens, total, counts, table, 0, difference)
-            zeros = 0
-            end = np.uint64(16)
-            while end > 0 and words[index, end - np.uint64(1)] == 0:
-                end -= np.uint64(1)
-            for k in range(np.uint64(1), end * np.uint64(4)):
-                if block[k] == 0:
-                    zeros += 1
-                    continue
-                while zeros > 15:
-                    tokens[total] = (table + 1) << 24 | 0xF0 << 16
-                    counts[(table + 1) << 8 | 0xF0] += 1
-                    total += np.uint64(1)
-                    zeros -= 16
-                total = _add(tokens, total, counts, table + 1, zeros, np.int64(block[k]))
-                zeros = 0
-            if zeros or end < 16:  # end of block
+            last: Any = 0
+            for word in range(np.uint64(16)):
+                lanes = _nonzero_lanes(words[index, word])
+                if word == 0:
+                    lanes &= ~np.uint64(0x8000)  # not DC
+                while lanes:
+                    k = np.uint64(4) * word + (np.uint64(trailing_zeros(lanes)) >> np.uint64(4))
+                    lanes &= lanes - np.uint64(1)
+                    zeros = np.int64(k) - last - 1
+                    last = np.int64(k)
+                    while zeros > 15:
+                        tokens[total] = (table + 1) << 24 | 0xF0 << 16
+                        counts[(table + 1) << 8 | 0xF0] += 1
+                        total += np.uint64(1)
+                        zeros -= 16
+                    total = _add(tokens, total, counts, table + 1, zeros, np.int64(block[k]))
+            if last < 63:  # end of block
                 total = _add(tokens, total, counts, table + 1, 0, 0)
     starts[(done - first) // tile] = total
     return np.int64(total), done
+
+
+@jit
+def _nonzero_lanes(word: Any) -> Any:
+    """The top bit of each 16-bit number in a word of four that is not zero."""
+    low = np.uint64(0x7FFF7FFF7FFF7FFF)
+    return ((word & low) + low | word) & ~low
 
 
 @jit

@@ -10,6 +10,8 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
+from numba.cpython.unsafe.numbers import trailing_zeros
 
 from ..jit import Int, jit
 from . import arithmetic
@@ -29,6 +31,8 @@ from .entropy import (
 from .header import Header, read_conditioning, read_segment, read_tables
 from .huffman import DecodingTables, empty_tables, fill_decoding_table, lookup
 from .region import Bytes, Ints, RegionError
+
+Masks = npt.NDArray[np.uint64]  # of each block: bit k is set if coefficient k is not zero
 
 _AC_LIMIT = 1 << 10  # baseline has no code for larger AC coefficients (T.81 table F.2)
 
@@ -73,7 +77,7 @@ class _Scans:
         self._stream = np.frombuffer(data, np.uint8)
         self._decoding_tables = empty_tables()
         self._buffer = np.empty(len(data) + PADDING, np.uint8)
-        self._coefficients, self._ends = coefficients, np.zeros(len(coefficients), np.uint8)
+        self._coefficients, self._nonzero = coefficients, np.zeros(len(coefficients), np.uint64)
 
     def read(self, sos: bytes, position: int) -> int:
         """Read the entropy-coded data at `position`. Returns its end."""
@@ -88,7 +92,7 @@ class _Scans:
             end = arithmetic.read_scan(*begin, self._conditioning(), self._buffer, self._coefficients)
         else:
             decoding = self._decoding(selectors, bounds)
-            end = read_scan(*begin, self._progressive, decoding, self._buffer, self._coefficients, self._ends)
+            end = read_scan(*begin, self._progressive, decoding, self._buffer, self._coefficients, self._nonzero)
         if end < 0:
             raise RegionError(REASONS[end])
         return end
@@ -146,13 +150,13 @@ def _sign(value: Any, count: Any) -> Any:
 @jit
 def read_scan(
     stream: Bytes, position: Int, interval: Int, order: Blocks, places: Ints, selectors: Ints, start: Int, end: Int, high: Int,
-    low: Int, progressive: bool, tables: DecodingTables, data: Bytes, coefficients: Coefficients, ends: Bytes,
+    low: Int, progressive: bool, tables: DecodingTables, data: Bytes, coefficients: Coefficients, nonzero: Masks,
 ) -> Any:  # fmt: skip
     """Add a scan to the coefficients. Returns the position after its entropy-coded data, or an error code.
 
     order: from `scan_order`. places: the number in the scan of the component of each block of an MCU. start, end, high, low: Ss,
     Se, Ah, Al: the first and last coefficient, and the lowest bit that was known, or 0, and that this scan has. data: scratch,
-    uint8 (len(stream) + PADDING,). ends: for each block, the number of coefficients up to the last that is not zero.
+    uint8 (len(stream) + PADDING,). nonzero: the AC coefficients that are not zero so far.
     """
     position, stop = unstuff(stream, position, len(stream), data)
     at, bits, have = np.uint64(0), np.uint64(0), 0
@@ -192,15 +196,18 @@ def read_scan(
                 k = 1
             if end == 0:
                 continue
-            row, used = np.uint64(4 + selectors[component, 1]), np.int64(ends[index])
+            row = np.uint64(4 + selectors[component, 1])
             if high:
-                at, bits, have, run, used = _refine(data, at, bits, have, row, tables, block, k, end, low, run, used)
+                at, bits, have, run, nonzero[index] = _refine(
+                    data, at, bits, have, row, tables, block, k, end, low, run, nonzero[index]
+                )
             elif run:
                 run -= 1
                 continue
             else:
-                at, bits, have, run, used = _read_ac(data, at, bits, have, row, tables, block, k, end, low, used)
-            ends[index] = used
+                at, bits, have, run, nonzero[index] = _read_ac(
+                    data, at, bits, have, row, tables, block, k, end, low, nonzero[index]
+                )
             if run < 0:
                 return run if bits_left(stop, at, have) >= 0 else TRUNCATED
             if run > 0 and not progressive:
@@ -220,25 +227,16 @@ def _end_of_band(data: Bytes, at: Any, bits: Any, have: Any, log: Any) -> Any:
 
 @jit
 def _read_ac(
-    data: Bytes,
-    at: Any,
-    bits: Any,
-    have: Any,
-    row: Any,
-    tables: DecodingTables,
-    block: Any,
-    k: Any,
-    end: Int,
-    low: Int,
-    used: Any,
-) -> Any:
-    """The AC coefficients [k, end] of a block for the first time. Returns at, bits, have, run (or an error code), and used."""
+    data: Bytes, at: Any, bits: Any, have: Any, row: Any, tables: DecodingTables, block: Any, k: Any, end: Int, low: Int,
+    nonzero: Any,
+) -> Any:  # fmt: skip
+    """The AC coefficients [k, end] of a block for the first time. Returns at, bits, have, run (or an error code), and nonzero."""
     while k <= end:
         at, bits, have = refill(data, at, bits, have)
         entry = lookup(bits, row, tables)
         size, symbol = np.int64(entry & 255), np.int64(entry >> 16)
         if entry == 0:
-            return at, bits, have, BAD_CODE, used
+            return at, bits, have, BAD_CODE, nonzero
         zeros, count = symbol >> 4, symbol & 15
         value = extra(bits, size, count)
         bits <<= np.uint64(size)
@@ -246,28 +244,30 @@ def _read_ac(
         if count == 0:
             if zeros < 15:
                 at, bits, have, run = _end_of_band(data, at, bits, have, zeros)
-                return at, bits, have, run - 1, used
+                return at, bits, have, run - 1, nonzero
             k += 16
             continue
         k += zeros
         value = _sign(value, count) << low
         if k > end or abs(value) >= _AC_LIMIT:
-            return at, bits, have, BAD_VALUE, used
+            return at, bits, have, BAD_VALUE, nonzero
         block[np.uint64(k)] = value
+        nonzero |= np.uint64(1) << np.uint64(k)
         k += 1
-        used = max(used, k)
-    return at, bits, have, 0 if k == end + 1 else BAD_VALUE, used
+    return at, bits, have, 0 if k == end + 1 else BAD_VALUE, nonzero
 
 
 @jit
 def _refine(
     data: Bytes, at: Any, bits: Any, have: Any, row: Any, tables: DecodingTables, block: Any, k: Any, end: Int, low: Int,
-    run: Any, used: Any,
+    run: Any, nonzero: Any,
 ) -> Any:  # fmt: skip
     """The next lower bit of the AC coefficients [k, end] of a block (T.81 G.1.2.3). Returns as `_read_ac`.
 
     Between the codes for new nonzero coefficients are single bits, one for each coefficient that was not zero before.
     """
+    one = np.uint64(1)
+    old = nonzero & (np.uint64(2) << np.uint64(end)) - one & ~((one << np.uint64(k)) - one)  # those that are still to be refined
     while k <= end:
         zeros: Any = 64
         value: Any = 0
@@ -276,7 +276,7 @@ def _refine(
             entry = lookup(bits, row, tables)
             size, symbol = np.int64(entry & 255), np.int64(entry >> 16)
             if entry == 0 or symbol & 15 > 1:
-                return at, bits, have, BAD_CODE, used
+                return at, bits, have, BAD_CODE, nonzero
             zeros = symbol >> 4
             if symbol & 15:
                 value = (2 * extra(bits, size, 1) - 1) << low
@@ -284,29 +284,29 @@ def _refine(
             have -= size
             if value == 0 and zeros < 15:
                 at, bits, have, run = _end_of_band(data, at, bits, have, zeros)
-        last = min(end, used - 1) if run else end  # in an ended band, only coefficients that are not zero matter
-        while k <= last:
-            old = np.int64(block[np.uint64(k)])
-            if old:
-                if have == 0:
-                    at, bits, have = refill(data, at, bits, have)
-                if bits >> np.uint64(63):
-                    if abs(old) + (1 << low) >= _AC_LIMIT:
-                        return at, bits, have, BAD_VALUE, used
-                    block[np.uint64(k)] = old + (1 << low) if old > 0 else old - (1 << low)
-                bits <<= np.uint64(1)
-                have -= 1
-            elif not run:
-                if zeros == 0:
-                    break
-                zeros -= 1
-            k += 1
+                zeros = 64
+        while old:
+            place = np.uint64(trailing_zeros(old))
+            between = np.int64(place) - k
+            if between > zeros:
+                break
+            zeros -= between
+            k += between + 1
+            old &= old - one
+            if have == 0:
+                at, bits, have = refill(data, at, bits, have)
+            # It stays in range: by `_parse`, all its bits from this one down are 0 so far.
+            sign = np.int64(block[place]) >> 63
+            block[place] += ((np.int64(bits >> np.uint64(63)) << low) ^ sign) - sign
+            bits <<= one
+            have -= 1
         if run:
-            return at, bits, have, run - 1, used
+            return at, bits, have, run - 1, nonzero
+        k += zeros
         if value:
             if k > end:
-                return at, bits, have, BAD_VALUE, used
+                return at, bits, have, BAD_VALUE, nonzero
             block[np.uint64(k)] = value
-            used = max(used, k + 1)
+            nonzero |= one << np.uint64(k)
         k += 1
-    return at, bits, have, run, used
+    return at, bits, have, run, nonzero
