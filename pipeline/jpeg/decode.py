@@ -2,11 +2,9 @@
 
 On a cut JPEG, libjpeg-turbo spends three quarters of the time on Huffman decoding, and a restart interval, which tiles need,
 disables its fast path. This decoder looks up 11 bits at a time in a table that usually gives a whole symbol: run, value and
-length. It reads from a 64-bit buffer that is refilled by several bytes at once. In each tile, it stops after the last column that
-is needed. Inverse DCT, chroma upsampling and color conversion follow libjpeg-turbo, in LLVM vector instructions (`idct`).
-
-Measured on one EPYC core with 400 ImageNet images: 0.39 ms per image instead of 0.53 (simplejpeg on the cut), and with profile
-compact 0.24 instead of 0.30. Tables of 10 or 12 bits, and refilling before each symbol, were 2 to 8 % slower.
+length. A 64-bit buffer is refilled once for up to five symbols, without a check in between. In each tile, it stops after the last
+column that is needed. Inverse DCT, chroma upsampling and color conversion follow libjpeg-turbo, in LLVM vector instructions
+(`idct`). docs/design.md lists what was tried without success.
 
 Supported are YCbCr as JFIF defines it, with 4:4:4, 4:2:2, 4:4:0 or 4:2:0 subsampling, and grayscale. `decode` refuses other JPEGs
 and damaged data; the caller then uses a general decoder.
@@ -28,6 +26,7 @@ from .region import Bytes, Ints, TileLayout, big16, is_segment, open_tiles
 REFUSED = -1
 
 _LOOK = 11  # bits looked up at once in a table of whole symbols
+_SYMBOLS = 5  # read between two refills, which give at least 56 bits
 _LARGEST = 1 << 14  # of dequantized DC coefficients; those of an image are at most 1024, and what quantization adds
 _END = 128  # the step of an end-of-block symbol, larger than any run
 _ZIGZAG = np.array(
@@ -239,27 +238,31 @@ def decode_tiles(data: Bytes, layout: TileLayout, area: Area, header: Header, mc
                     block[0] = product
                     k, last = np.uint64(0), np.uint64(0)
                     while k < np.uint64(63):
-                        if have < 32:
-                            at, bits, have = refill(unstuffed, at, bits, have)
-                        symbol = np.int32(symbols[whole + (bits >> np.uint64(64 - _LOOK))])
-                        if symbol:
+                        at, bits, have = refill(unstuffed, at, bits, have)
+                        for _ in range(_SYMBOLS):
+                            symbol = np.int32(symbols[whole + (bits >> np.uint64(64 - _LOOK))])
+                            if symbol == 0:  # a longer one
+                                at, bits, have = refill(unstuffed, at, bits, have)
+                                entry = lookup(bits, ac_table, tables)
+                                size, code = np.int64(entry & 255), np.int64(entry >> 16)
+                                if entry == 0 or (code & 15 == 0 and code != 0 and code != 0xF0):
+                                    return False
+                                k += np.uint64((code >> 4) + 1 if code else _END)
+                                if k <= np.uint64(63):
+                                    block[_ZIGZAG[k]] = _extended(bits, size, code & 15) * quant[scale + k]
+                                    last = k
+                                bits <<= np.uint64(size)
+                                have -= size
+                                break
                             bits <<= np.uint64(symbol & np.int32(63))
                             have -= np.int64(symbol & np.int32(63))
-                            value = np.int64(symbol >> np.int32(16))
                             k += np.uint64(symbol >> np.int32(8) & np.int32(255))
-                        else:
-                            entry = lookup(bits, ac_table, tables)
-                            size, code = np.int64(entry & 255), np.int64(entry >> 16)
-                            if entry == 0 or (code & 15 == 0 and code != 0 and code != 0xF0):
-                                return False
-                            value = _extended(bits, size, code & 15)
-                            bits <<= np.uint64(size)
-                            have -= size
-                            k += np.uint64((code >> 4) + 1 if code else _END)
-                        if k > np.uint64(63):
-                            break
-                        block[_ZIGZAG[k]] = value * quant[scale + k]
-                        last = k
+                            if k > np.uint64(63):
+                                break
+                            block[_ZIGZAG[k]] = np.int64(symbol >> np.int32(16)) * quant[scale + k]
+                            last = k
+                            if k == np.uint64(63):
+                                break
                     if np.uint64(63) < k < np.uint64(_END):
                         return False
                     if column < skipped:
