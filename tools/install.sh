@@ -35,6 +35,10 @@ install="$venv/bin/python -m pip install --disable-pip-version-check --constrain
 $install torch
 $install --editable ".[$extras]"
 case ",$extras," in *,dev,*)
-    # For tests, in a folder of their own: torchvision has no build for every torch, see tests/with_timm.py.
+    # For tests, in folders of their own: torchvision has no build for every torch, see tests/with_timm.py, and torch for CPUs
+    # brings no Triton, see tests/with_triton.py. This version, of 190 MB, belongs to the oldest torch that we support.
     $install --upgrade --no-deps --target "$venv/timm" timm torchvision
+    if ! "$venv/bin/python" -c "import triton" 2>/dev/null && [ ! -e "$venv/triton/triton-3.6.0.dist-info" ]; then
+        $install --upgrade --no-deps --target "$venv/triton" triton==3.6.0
+    fi
 esac

@@ -1,8 +1,8 @@
 """The last steps from 8-bit pixels to a batch: whole-pixel shift, PCA lighting, normalization.
 
 The result is `(pixels + lighting - mean) / std`, computed in float32 without clipping, and rounded once to the batch's dtype.
-There are two implementations: `Normalizer`, compiled for the CPU, in one pass without the GIL; and `normalize_tensor`, on torch
-tensors on any device.
+There are three implementations: `Normalizer`, compiled for the CPU, in one pass without the GIL; `normalize_tensor`, on torch
+tensors on any device; and `fused.normalize_fused`, its equal in one kernel for GPUs. `normalize_on_device` chooses one of them.
 
 Sources: PCA lighting is Krizhevsky et al., "ImageNet classification with deep convolutional neural networks", section 4.1;
 per-pixel mean subtraction He et al., "Deep residual learning for image recognition", section 3.4.
@@ -10,6 +10,8 @@ per-pixel mean subtraction He et al., "Deep residual learning for image recognit
 
 from __future__ import annotations
 
+import logging
+import os
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -27,6 +29,8 @@ if TYPE_CHECKING:  # imported where it is used: the converter's worker processes
 
 Floats = npt.NDArray[np.float32]
 Pixels = npt.NDArray[np.uint8]
+
+log = logging.getLogger("cropfeed")
 
 # The NumPy types that represent torch's in compiled code. NumPy has no bfloat16, and numba hardly supports float16.
 _STORED: dict[str, np.dtype[Any]] = {
@@ -133,6 +137,33 @@ def normalize_tensor(
     """
     images = (pixels.float() + shift[:, None, None, :] - mean) / std
     return images.to(dtype).permute(0, 3, 1, 2)
+
+
+_fused_fails = False  # known after the first batch
+
+
+def normalize_on_device(
+    pixels: torch.Tensor, shift: torch.Tensor, mean: torch.Tensor, std: torch.Tensor, dtype: torch.dtype
+) -> torch.Tensor:
+    """`normalize_tensor` by `normalize_fused` for CUDA tensors, or for any under TRITON_INTERPRET=1.
+
+    Where Triton is missing or fails, this is logged once, and `normalize_tensor` is used from then on.
+    """
+    global _fused_fails
+    import torch
+
+    if not _fused_fails and (pixels.is_cuda or os.environ.get("TRITON_INTERPRET") == "1"):
+        try:
+            from .fused import normalize_fused
+
+            return normalize_fused(pixels, shift, mean, std, dtype)
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:  # compilers and drivers raise all kinds
+            _fused_fails = True
+            reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+            log.warning("lighting and normalization run slower, in several kernels, because Triton does not work: %s", reason)
+    return normalize_tensor(pixels, shift, mean, std, dtype)
 
 
 @intrinsic

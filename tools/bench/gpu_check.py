@@ -20,7 +20,7 @@ mean nothing.
   demand of training. As in `train` and `threads`, with CPU seconds for each image and the utilization of the JPEG engine.
 - steps: the train step of the first --arch, compiled and eager, against those of torchvision and timm, if these are installed
   (goal: 1.1 times their throughput).
-- tail: lighting and normalization on the device, eager and compiled.
+- tail: lighting and normalization on the device, eager, fused and compiled.
 - graphs: the train step with a moving average of the weights, eager and with CUDA graphs.
 - profile: the profiler's verdict on training with these shards, with times from the GPU's clock and utilization from NVML.
 - imagenette, if --imagenette names its shards: minutes that ResNet-18 needs to 90 % top-1 at 128 and at 160 pixels. The figures

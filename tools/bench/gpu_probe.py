@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -53,12 +54,14 @@ def per_second(call: Callable[[], object], seconds: float, device: str) -> float
 
 
 def measure_tail(setting: Setting) -> Iterator[bool]:
-    """Record lighting and normalization of a batch on the device, with a mean image: eager, and compiled to one kernel."""
+    """Record lighting and normalization of a batch on the device, with a mean image: eager, in one kernel of ours (fused), which
+    the loaders use, and compiled by torch."""
     spec = setting.spec
     count, size, device = spec.batch_size, spec.final_size, spec.device
     pixels = torch.randint(256, (count, size, size, 3), dtype=torch.uint8).to(device)
     shift, mean, std = torch.randn(count, 3).to(device), torch.rand(size, size, 3).to(device), torch.ones(3).to(device)
-    for name, tail in {"eager": normalize_tensor, "compiled": torch.compile(normalize_tensor)}.items():
+    tails = {"eager": normalize_tensor, "fused": _fused_tail, "compiled": torch.compile(normalize_tensor)}
+    for name, tail in tails.items():
         try:
             tail(pixels, shift, mean, std, spec.dtype)  # compiles it
         except Exception as error:  # compilers and drivers raise all kinds
@@ -69,3 +72,10 @@ def measure_tail(setting: Setting) -> Iterator[bool]:
         figures = {"milliseconds": [1e3 / speed for speed in speeds], "images_per_s": [count * speed for speed in speeds]}
         setting.record(f"tail, {name}", "torch", figures)
         yield True
+
+
+def _fused_tail(*arguments: Any) -> torch.Tensor:
+    """`normalize_fused`, which only this imports, as that fails without Triton."""
+    from pipeline.pixels.fused import normalize_fused
+
+    return normalize_fused(*arguments)

@@ -23,12 +23,14 @@ from model import ARCHS
 from pipeline.batch import Batch
 from pipeline.errors import UserError
 from pipeline.loader import Loader
+from pipeline.pixels.normalize import normalize_tensor
 from pipeline.plan.geometry import ScaleJitter
 from pipeline.spec import LoaderSpec
 from tests.helpers import ROOT, open_image, run_forked
 from tools.bench import bench_accuracy, gpu_check, gpu_pixels
 from tools.bench.gpu_check import PROFILES
 from tools.bench.gpu_loader import measure_loaders
+from tools.bench.gpu_probe import measure_tail
 from tools.bench.gpu_setting import Setting
 from tools.bench.gpu_train import CLASSES, PlainStep, measure_graphs, measure_steps, share_of_peak, synthetic
 from tools.profiler.measuring import Budget
@@ -220,6 +222,23 @@ def measured_steps(tmp_path: Path) -> dict[tuple[str, str], dict[str, str]]:
     assert all(measure_steps(setting))
     with (tmp_path / "rows.csv").open(newline="") as stream:
         return {(row["engine"], row["metric"]): row for row in csv.DictReader(stream)}
+
+
+def test_the_eager_tail_is_not_recorded_as_the_fused_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    setting = Setting({}, SPEC, tmp_path, tmp_path / "rows.csv", 0.004, 2, "images")
+    monkeypatch.setattr(torch, "compile", lambda function: function)
+    monkeypatch.setitem(sys.modules, "triton", None)
+    monkeypatch.delitem(sys.modules, "pipeline.pixels.fused", raising=False)
+    assert list(measure_tail(setting)) == [True, True]
+    assert "tail, fused: does not work here (import of triton halted" in capsys.readouterr().out
+
+    monkeypatch.setitem(sys.modules, "pipeline.pixels.fused", SimpleNamespace(normalize_fused=normalize_tensor))
+    assert list(measure_tail(setting)) == [True, True, True]
+    with (tmp_path / "rows.csv").open(newline="") as stream:
+        measured = [row["benchmark"] for row in csv.DictReader(stream) if row["metric"] == "milliseconds"]
+    assert measured == [f"tail, {name}" for name in ("eager", "compiled", "eager", "fused", "compiled")]
 
 
 @pytest.mark.slow
