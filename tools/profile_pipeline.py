@@ -46,6 +46,7 @@ from tools.profiler.planted import Planted
 from tools.profiler.profile import profile
 from tools.profiler.table import table
 from training import tuned
+from training.loaders import default_interpolation
 from training.options import default_size
 
 
@@ -97,8 +98,8 @@ def parser() -> Parser:
                         "crops (rrc) or crops of the padded image (default: %(default)s)")  # fmt: skip
     loader.add_argument("--scale", type=positive, nargs=2, metavar=("LO", "HI"), help="jitter: range of the short side, in "
                         "pixels (default: 256 480 for crops of 224, in proportion for other sizes)")  # fmt: skip
-    loader.add_argument("--interpolation", default="bilinear", choices=INTERPOLATIONS, help="filter of the resizing (default: "
-                        "%(default)s)")  # fmt: skip
+    loader.add_argument("--interpolation", choices=INTERPOLATIONS, help="filter of the resizing (default: bilinear; for "
+                        "--arch timm/NAME, the model's own)")  # fmt: skip
     loader.add_argument("--order", default="full", choices=("full", "blocks"), help="shuffle over the whole data set, or within "
                         "blocks of shards (default: %(default)s)")  # fmt: skip
     loader.add_argument("--engine", default="auto", help=f"what decodes and augments: {', '.join(ENGINES)}, or auto for the "
@@ -146,7 +147,7 @@ def parse(arguments: Sequence[str] | None = None) -> Command:
         batch_size=args.batch_size or (256 if args.device.startswith("cuda") else 64),
         image_size=size,
         geometry=choose_geometry(args.geometry, args.scale, size),
-        interpolation=args.interpolation,
+        interpolation=args.interpolation or default_interpolation(args.arch or ""),
         order=args.order,
         dtype=PRECISIONS[args.precision],
         device=args.device,

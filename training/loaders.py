@@ -101,6 +101,11 @@ def preprocessing_of(arch: str) -> dict[str, Any]:
     return preset("timm", arch) if arch.startswith(PREFIX) else preset("torchvision-v1", arch) | {"resizing": "short"}
 
 
+def default_interpolation(arch: str) -> Any:
+    """The interpolation if none is given: bilinear or, for a model of timm, its own."""
+    return preprocessing_of(arch)["interpolation"] if arch.startswith(PREFIX) else "bilinear"
+
+
 def profile_command(options: TrainOptions, precision: str) -> str:
     """The command that profiles the input of a run with these options."""
     command = ["python", "tools/profile_pipeline.py", options.data, "--arch", options.arch, "--precision", precision]

@@ -20,6 +20,7 @@ from model.make import check_arch, has_one_size, image_size_of, make_model, timm
 from model.preprocessing import preset
 from model.weights import ModelConfig, save_weights
 from pipeline.errors import UserError
+from tools import profile_pipeline
 from training.options import TrainOptions
 
 IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -175,3 +176,11 @@ def test_weights_of_timms_models_load_with_their_own_classifier(timm: dict[str, 
     assert content["pretrained_cfg"]["classifier"] == "head"
     with pytest.raises(UserError, match=r"holds a timm/tiny, but `arch` is timm/tiny_fixed"):
         load_model(tmp_path / "model.safetensors", "timm/tiny_fixed", None)
+
+
+def test_the_profiler_resizes_as_the_training_does(timm: dict[str, Cfg]) -> None:
+    timm["tiny"] = Cfg(interpolation="bicubic")
+    arguments = ["shards", "--arch", "timm/tiny"]
+    assert profile_pipeline.parse(arguments).options.spec.interpolation == "bicubic"
+    assert profile_pipeline.parse([*arguments, "--interpolation", "bilinear"]).options.spec.interpolation == "bilinear"
+    assert profile_pipeline.parse(["shards"]).options.spec.interpolation == "bilinear"

@@ -24,12 +24,12 @@ from torch import nn
 from tqdm import tqdm
 
 from model.loading import load_model
+from model.schemes import central_crop
 from model.weights import ModelConfig
 from pipeline import open_loader
 from pipeline.cli import Parser, positive, run_cli
 from pipeline.cores import cores_per_process
 from pipeline.pixels.normalize import Normalization
-from pipeline.plan.geometry import CentreCrop
 from pipeline.spec import PRECISIONS, LoaderSpec
 from pipeline.store.shards import Manifest
 
@@ -93,8 +93,9 @@ def _add_to(sums: torch.Tensor) -> Any:
 
 def model_input(spec: LoaderSpec, config: ModelConfig, split: str) -> LoaderSpec:
     """`spec` for the split's images as the model expects them: central crops in its image size, with its normalization."""
-    spec = replace(spec, image_size=config.image_size, normalization=Normalization.of(config.mean, config.std))
-    return spec.evaluation(split, geometry=CentreCrop(config.eval_short))
+    normalization = Normalization.of(config.mean, config.std)
+    spec = replace(spec, image_size=config.image_size, normalization=normalization, interpolation=config.interpolation)
+    return spec.evaluation(split, geometry=central_crop(config))
 
 
 def first_images(spec: LoaderSpec, count: int) -> Iterator[torch.Tensor]:
