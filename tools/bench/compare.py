@@ -6,7 +6,8 @@
 
 IMAGES is a folder of class folders of JPEGs, a tar of one, or a folder of shards. Every contender makes the same batches from the
 same images on the same cores. tools/bench/peers/compare.py describes the method, and the other modules there hold the contenders'
-code and settings. The script uses a temporary folder of about four times the size of the images.
+code and settings. The script uses a temporary folder of about twelve times the size of the images with all contenders, most of it
+for those that store pixels (ffcv-raw and slipstream-yuv420), and of about four times without them.
 
 If a contender's package is missing, the table shows the command that installs it. --python-for runs a contender with another
 Python interpreter, which needs psutil, too. Rows go to tools/bench/results/compare.csv.

@@ -6,6 +6,7 @@ import csv
 import json
 import os
 import random
+import re
 import sys
 import tarfile
 import time
@@ -15,8 +16,10 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import psutil
 import pytest
 import simplejpeg
+from PIL import Image
 
 from pipeline.convert.make import find_images
 from pipeline.errors import UserError
@@ -24,12 +27,24 @@ from tests.helpers import assert_ends, assert_refused, jpeg, run_script, without
 from tools.bench.peers import cuts, dali, data, torch_loaders
 from tools.bench.peers.compare import CompareOptions
 from tools.bench.peers.contenders import CONTENDERS, DECODE, Contender
+from tools.bench.peers.jitter import jitter_crop
 from tools.bench.peers.job import Job, draw
 from tools.bench.peers.runner import ContenderError, Runner
 from tools.bench.peers.turns import measure
 
 SIZE, LOW, HIGH = 32, 36, 68
-FIELDS = {"name", "data", "images_per_s", "low", "high", "cpu_ms_per_image", "ratio", "cpu_over_decode", "versions", "error"}
+FIELDS = {
+    "name", "data", "images_per_s", "low", "high", "kb_per_image", "cpu_ms_per_image", "ratio", "cpu_over_decode", "versions",
+    "error",
+}  # fmt: skip
+RIVALS = {
+    "slipstream-jpeg": "build github.com/harvard-visionlab/slipstream",
+    "slipstream-yuv420": "build github.com/harvard-visionlab/slipstream",
+    "litdata": "pip install litdata ",
+    "mosaicml-streaming": "pip install mosaicml-streaming ",
+    "datasets": "pip install datasets ",
+    "torch-torchcodec": "pip install torchcodec ",
+}
 HEIGHT, WIDTH, STEP = 96, 112, 2  # of ramp images, where red is STEP * column and green is STEP * row
 
 
@@ -69,6 +84,9 @@ def test_figures_failures_and_missing_packages(images: Path, tmp_path: Path) -> 
     assert measured["ratio"] == 1.0
     assert measured["cpu_ms_per_image"] > 0
     assert "nvidia-dali" in measured["versions"]
+    stored = sum(path.stat().st_size for path in images.glob("*/*")) / 24e3
+    assert stored < measured["kb_per_image"] < stored + 7  # a tar of three images has their labels, headers and up to 10 kB more
+    assert "kB/image" in result.stdout
     assert rows[f"{DECODE}:lossless"]["images_per_s"] > measured["images_per_s"]
     for name in ("dali-plain:original", "dali-plain:500"):
         assert "its process died" in rows[name]["error"]
@@ -80,12 +98,39 @@ def test_figures_failures_and_missing_packages(images: Path, tmp_path: Path) -> 
     assert 0.1 < touched["cut"]["mean"] < 1.1
     recorded = list(csv.DictReader((tmp_path / "compare.csv").open()))
     assert [(row["engine"], row["metric"]) for row in recorded if row["benchmark"] == "compare"] == [
-        ("dali-roi", "images_per_s"), ("dali-roi", "cpu_ms_per_image"), ("dali-roi", "ratio_to_fastest_peer"),
-        (DECODE, "images_per_s"), (DECODE, "cpu_ms_per_image"),
+        ("dali-roi", "images_per_s"), ("dali-roi", "cpu_ms_per_image"), ("dali-roi", "kb_per_image"),
+        ("dali-roi", "ratio_to_fastest_peer"),
+        (DECODE, "images_per_s"), (DECODE, "cpu_ms_per_image"), (DECODE, "kb_per_image"),
     ]  # fmt: skip
-    assert all(row["repeats"] == "2" for row in recorded if row["benchmark"] == "compare")
+    assert all(row["repeats"] == "2" for row in recorded if row["benchmark"] == "compare" and row["metric"] != "kb_per_image")
     assert {row["engine"] for row in recorded if row["benchmark"] == "bytes touched"} == set(touched)
     assert set(Path("/tmp").glob("cropfeed-compare-*")) <= before
+
+
+@pytest.mark.parametrize("name", RIVALS)
+def test_a_missing_package_is_one_line_that_says_what_to_install(name: str, tmp_path: Path) -> None:
+    """`python -S` finds no packages but psutil, which the worker needs."""
+    (tmp_path / "packages").mkdir()
+    (tmp_path / "packages" / "psutil").symlink_to(Path(psutil.__file__).parent)
+    python = tmp_path / "python"
+    python.write_text(f'#!/bin/sh\nPYTHONPATH="$PYTHONPATH:{tmp_path}/packages" exec {sys.executable} -S "$@"\n')
+    python.chmod(0o755)
+    job = Job(str(tmp_path), 8, 8, 16, (16, 20), 1, "uint8", (0.0, 0.0, 0.0))
+    rival = next(contender for contender in CONTENDERS if contender.name == name)
+    (result,) = measure([rival], {rival.data: job}, 2, 0.1, {name: str(python)}, {})
+    assert result.error is not None
+    assert re.fullmatch(rf"not installed: {RIVALS[name]}.*\(ModuleNotFoundError: .*\)", result.error)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(os.environ.get("CROPFEED_WITHOUT") == "ffcv", reason="FFCV is not installed")
+def test_raw_pixels_take_their_space(images: Path, tmp_path: Path) -> None:
+    result = compare(images, tmp_path, "--only", "ffcv-raw:original", "dali-rrc:original", "--threads", 2)
+    assert result.returncode == 0, result.stderr
+    rows = {row["name"]: row for row in json.loads((tmp_path / "compare.json").read_text())["rows"]}
+    assert {name: row["error"] for name, row in rows.items()} == {"ffcv-raw": None, "dali-rrc": None}
+    pixels = sum(3 * width * height for width, height in (Image.open(path).size for path in images.glob("*/*"))) / 24e3
+    assert rows["ffcv-raw"]["kb_per_image"] > pixels
 
 
 @pytest.mark.slow
@@ -295,11 +340,8 @@ def test_the_mean_is_subtracted_from_float32(ramps: Job, name: str) -> None:
     assert_windows(shown(images + np.array(ramps.mean, np.float32)))
 
 
-@pytest.mark.skipif(os.environ.get("CROPFEED_WITHOUT") == "ffcv", reason="FFCV is not installed")
-def test_crops_of_ffcv(ramps: Job) -> None:
-    """Tests the function that draws crops without FFCV's compilation."""
-    from tools.bench.peers.ffcv import jitter_crop
-
+def test_crops_of_ffcv_and_slipstream(ramps: Job) -> None:
+    """Tests the function that draws crops without their compilation."""
     found = np.array([jitter_crop(HEIGHT, WIDTH, ramps.scale, (SIZE, SIZE)) for _ in range(192)], float)
     top, left, height, width = found.T
     flips = np.arange(192) % 2
@@ -346,7 +388,9 @@ def test_bytes_read_for_a_cut(images: Path, tmp_path: Path) -> None:
 def test_every_contender_has_an_install_command() -> None:
     keys = [contender.key for contender in CONTENDERS]
     assert len(set(keys)) == len(keys)
-    assert all(contender.install.startswith("pip install ") for contender in CONTENDERS)
+    own = [contender for contender in CONTENDERS if not contender.install.startswith("pip install ")]
+    assert {contender.name for contender in own} == {"slipstream-jpeg", "slipstream-yuv420"}
+    assert {contender.name for contender in CONTENDERS} >= {*RIVALS, "ffcv-raw", "dali-rrc"}
     assert {contender.group for contender in CONTENDERS} == {"original", "500"}
 
 

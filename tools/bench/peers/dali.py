@@ -1,9 +1,9 @@
-"""NVIDIA DALI on the CPU: three graphs behind the same WebDataset reader.
+"""NVIDIA DALI on the CPU: four graphs behind the same WebDataset reader.
 
 Settings follow DALI's documentation: the WebDataset example (fn.readers.webdataset with the index files of wds2idx,
 fn.decoders.image, fn.resize, fn.crop_mirror_normalize), one thread per core, prefetching of two batches, and the decoder's
-use_fast_idct, which trades a little quality for speed, as FFCV's decoder does. `Pipeline.run` with zero-copy arrays is at least
-as fast as DALI's PyTorch iterator.
+use_fast_idct, which trades a little quality for speed, as FFCV's decoder does. DALI's decoders are those of nvImageCodec, and
+fn.experimental.decoders are the same. `Pipeline.run` with zero-copy arrays is at least as fast as DALI's PyTorch iterator.
 """
 
 from __future__ import annotations
@@ -37,6 +37,11 @@ def roi(job: Job) -> Iterator[tuple[Any, Any]]:
     return batches(job, decode_roi)
 
 
+def random_resized_crop(job: Job) -> Iterator[tuple[Any, Any]]:
+    """DALI's own ImageNet recipe, fn.decoders.image_random_crop. Its crops have another distribution, as `ffcv-rrc` has."""
+    return batches(job, decode_random_crop)
+
+
 def batches(job: Job, graph: Graph) -> Iterator[tuple[Any, Any]]:
     pipe = pipeline(job, graph)
     pipe.build()
@@ -63,7 +68,8 @@ def pipeline(job: Job, graph: Graph) -> Any:
     return definition()
 
 
-decode = partial(fn.decoders.image, device="cpu", output_type=types.RGB, use_fast_idct=True, adjust_orientation=False)
+DECODER = {"device": "cpu", "output_type": types.RGB, "use_fast_idct": True, "adjust_orientation": False}
+decode = partial(fn.decoders.image, **DECODER)
 
 
 def short_side(job: Job) -> Any:
@@ -119,13 +125,10 @@ def decode_roi(encoded: Any, job: Job) -> Any:
     start, end = dmath.max(dmath.floor(low - margin), 0.0), dmath.min(dmath.ceil(high + margin), sides)
     region = fn.decoders.image_slice(
         encoded,
-        device="cpu",
         start=fn.cast(start, dtype=types.INT32),
         end=fn.cast(end, dtype=types.INT32),
         axes=[0, 1],
-        output_type=types.RGB,
-        use_fast_idct=True,
-        adjust_orientation=False,
+        **DECODER,
     )
     low, high, flip = low - start, high - start, fn.cast(fn.random.coin_flip(), dtype=types.FLOAT)
     images = fn.resize(
@@ -135,6 +138,11 @@ def decode_roi(encoded: Any, job: Job) -> Any:
         roi_end=fn.stack(high[0], high[1] * (1.0 - flip) + low[1] * flip),
     )
     return normalized(images, job)
+
+
+def decode_random_crop(encoded: Any, job: Job) -> Any:
+    region = fn.decoders.image_random_crop(encoded, random_area=[0.08, 1.0], random_aspect_ratio=[3 / 4, 4 / 3], **DECODER)
+    return normalized(fn.flip(fn.resize(region, size=(job.size, job.size)), horizontal=fn.random.coin_flip()), job)
 
 
 def normalized(images: Any, job: Job) -> Any:

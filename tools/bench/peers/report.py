@@ -5,6 +5,7 @@ The JSON is {"compared", "rows", "bytes_touched"}. compared: the options, as tex
 
     name, data                 the contender, and original, 500, lossless or compact
     images_per_s, low, high    median, minimum and maximum over the repeats
+    kb_per_image               size of the files that hold its images, 1,000 bytes
     cpu_ms_per_image           user and system time of the process tree, median
     ratio                      throughput over that of the fastest peer on the same data, median
     cpu_over_decode            CPU time over that of decoding the same cuts alone, median; for Cropfeed on lossless and compact
@@ -28,7 +29,7 @@ from tools.bench.peers.turns import Result
 from tools.bench.recording import Figure, record
 
 CACHE = "warm"
-COLUMNS = f"{'':30}{'images/s':>9}  {'low to high':15}{'CPU ms':>8}{'× fastest peer':>16}{'× decoding':>12}"
+COLUMNS = f"{'':30}{'images/s':>9}  {'low to high':15}{'kB/image':>9}{'CPU ms':>8}{'× fastest peer':>16}{'× decoding':>12}"
 TITLES = {
     "original": "original files, and Cropfeed's shards of them",
     "500": "longest side 500, quality 90, 4:2:0, and Cropfeed's compact shards",
@@ -53,6 +54,7 @@ class Row:
             "images_per_s": middle(rates),
             "low": min(rates, default=None),
             "high": max(rates, default=None),
+            "kb_per_image": result.kb_per_image,
             "cpu_ms_per_image": middle(result.cpu_ms if rates else []),
             "ratio": middle(self.ratios),
             "cpu_over_decode": middle(self.cpu_over_decode),
@@ -65,6 +67,7 @@ class Row:
         if self.result.error is None:
             yield Figure("images_per_s", self.result.images_per_s)
             yield Figure("cpu_ms_per_image", self.result.cpu_ms)
+            yield Figure("kb_per_image", [self.result.kb_per_image or 0.0])
         if self.ratios:
             yield Figure("ratio_to_fastest_peer", self.ratios)
         if self.cpu_over_decode:
@@ -157,4 +160,5 @@ def line(row: dict[str, Any]) -> str:
         return f"  {row['name']:28} {row['error']}"
     spread = f"[{row['low']:.0f} to {row['high']:.0f}]"
     ratio, over = (f"{row[name]:.2f}" if row[name] is not None else "" for name in ("ratio", "cpu_over_decode"))
-    return f"  {row['name']:28}{row['images_per_s']:>9.0f}  {spread:15}{row['cpu_ms_per_image']:>8.2f}{ratio:>16}{over:>12}"
+    rates = f"{row['images_per_s']:>9.0f}  {spread:15}{row['kb_per_image']:>9.0f}{row['cpu_ms_per_image']:>8.2f}"
+    return f"  {row['name']:28}{rates}{ratio:>16}{over:>12}"

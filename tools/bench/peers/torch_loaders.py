@@ -1,4 +1,5 @@
-"""PyTorch's DataLoader with worker processes: WebDataset or files as the source, decoded by OpenCV, Pillow or libvips.
+"""PyTorch's DataLoader with worker processes: WebDataset or files as the source, decoded by OpenCV, Pillow, libvips or
+torchcodec.
 
 Settings follow these projects' documentation:
 - WebDataset: each worker resamples shards endlessly and has a shuffle buffer; the workers form batches (`batched`, and
@@ -8,7 +9,8 @@ Settings follow these projects' documentation:
 - OpenCV: one thread in each worker, since the workers share the cores; bilinear without antialiasing, which OpenCV lacks; RGB
   directly from the decoder; crop before resizing, as albumentations' crops do;
 - Pillow: `resize(box=)`, which resamples only the crop; `draft`, which lets libjpeg decode at a reduced size;
-- libvips: sequential access (decoding ends below the crop), one thread in each worker, no operation cache.
+- libvips: sequential access (decoding ends below the crop), one thread in each worker, no operation cache;
+- torchcodec: decode_jpeg, which keeps the channels last, and interpolation with antialiasing, as torchvision's resized_crop.
 """
 
 from __future__ import annotations
@@ -24,7 +26,6 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
-import webdataset as wds
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
@@ -54,6 +55,10 @@ def files_vips(job: Job) -> Iterator[tuple[Any, Any]]:
 
     pyvips.cache_set_max(0)
     return file_batches(job, vips)
+
+
+def files_torchcodec(job: Job) -> Iterator[tuple[Any, Any]]:
+    return file_batches(job, torchcodec)
 
 
 def one_opencv_thread(worker: int) -> None:
@@ -116,12 +121,25 @@ def vips(job: Job, encoded: bytes) -> Pixels:
     return np.asarray(crop.numpy(), np.uint8)
 
 
+def torchcodec(job: Job, encoded: bytes) -> Pixels:
+    from torchcodec.decoders import decode_jpeg
+
+    image = decode_jpeg(encoded)  # (3, height, width)
+    window = draw(*image.shape[1:], job)
+    left, top, right, bottom = window.whole()
+    region = image[None, :, top:bottom, left:right]
+    crop = torch.nn.functional.interpolate(region, (job.size, job.size), mode="bilinear", antialias=True)[0]
+    return np.asarray((crop.flip(-1) if window.flip else crop).permute(1, 2, 0).numpy(), np.uint8)
+
+
 # Loaders
 
 
 def webdataset_batches(
     job: Job, transform: Transform, worker_init: Callable[[int], None] | None = None
 ) -> Iterator[tuple[Any, Any]]:
+    import webdataset as wds
+
     dataset = (
         wds.WebDataset(job.tars(), resampled=True, shardshuffle=False)
         .shuffle(1000)

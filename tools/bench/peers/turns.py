@@ -19,13 +19,15 @@ from tools.bench.peers.runner import ContenderError, Runner
 class Result:
     """A contender's figures. images_per_s, cpu_ms: a value per repeat; CPU time in milliseconds per image.
 
-    error: one line with the reason if the contender could not be measured. runner: its process, until it is stopped.
+    kb_per_image: size of what it reads, 1,000 bytes. error: one line with the reason if the contender could not be measured.
+    runner: its process, until it is stopped.
     """
 
     contender: Contender
     versions: str = ""
     images_per_s: list[float] = field(default_factory=list)
     cpu_ms: list[float] = field(default_factory=list)
+    kb_per_image: float | None = None
     error: str | None = None
     runner: Runner | None = None
 
@@ -73,3 +75,4 @@ def start(result: Result, job: Job, pythons: dict[str, str]) -> None:
     result.runner = Runner(result.contender, pythons.get(result.contender.name, sys.executable))
     result.runner.open(job)
     result.versions = result.runner.versions
+    result.kb_per_image = result.contender.kb_per_image(job)  # now, as some contenders write their files when they are opened
