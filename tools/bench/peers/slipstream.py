@@ -32,7 +32,7 @@ def yuv420(job: Job) -> Iterator[tuple[Any, Any]]:
     return batches(job, "yuv420")
 
 
-class Images(SlipstreamImageFolder):  # type: ignore[misc]
+class Images(SlipstreamImageFolder):
     """slipstream would store its own hash among the images, where other contenders read."""
 
     dataset_hash = "images"
@@ -58,7 +58,7 @@ def crops_of(job: Job) -> Any:
     """A function with the arguments of slipstream's that draws the crops of `Job`: x, y, width, height, int32 (N, 4)."""
     draw, scale, ratio = numba.njit(jitter_crop), job.scale, (job.size, job.size)
 
-    @numba.njit  # type: ignore[untyped-decorator]
+    @numba.njit
     def crops(widths: Any, heights: Any, low: Any, high: Any, log_low: Any, log_high: Any, seed: Any) -> Any:
         found = np.empty((len(widths), 4), np.int32)
         for i in range(len(widths)):

@@ -59,7 +59,7 @@ def mosaic(job: Job) -> Iterator[tuple[Any, Any]]:
         for file in job.files():
             writer.write(stored(file))
 
-    class Crops(StreamingDataset):  # type: ignore[misc]
+    class Crops(StreamingDataset):
         def __getitem__(self, index: int) -> Sample:
             return crop(job, super().__getitem__(index))
 

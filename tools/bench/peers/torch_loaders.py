@@ -124,8 +124,9 @@ def vips(job: Job, encoded: bytes) -> Pixels:
 def torchcodec(job: Job, encoded: bytes) -> Pixels:
     from torchcodec.decoders import decode_jpeg
 
-    image = decode_jpeg(encoded)  # (3, height, width)
-    window = draw(*image.shape[1:], job)
+    image = decode_jpeg(encoded)
+    _, height, width = image.shape
+    window = draw(height, width, job)
     left, top, right, bottom = window.whole()
     region = image[None, :, top:bottom, left:right]
     crop = torch.nn.functional.interpolate(region, (job.size, job.size), mode="bilinear", antialias=True)[0]
