@@ -153,8 +153,8 @@ def _encoded(
 ) -> Iterator[shards.EncodedSample]:
     """The shard's samples in order. Also fills `record` and `digests`."""
     for number, source in enumerate(task.sources):
-        data, fields = _read(task, source)
         try:
+            data, fields = _read(task, source)
             stored = convert_image(data, task.profile, task.reencode)
         except UnreadableError as error:
             if task.strict:
@@ -177,11 +177,16 @@ def _encoded(
 
 
 def _read(task: ShardTask, source: Source) -> tuple[bytes, dict[str, bytes]]:
-    """A source's encoded image, and the fields of its sample."""
+    """A source's encoded image, and the fields of its sample. Raises UnreadableError for a URL without a file."""
     if source.rows:
         data = parquet.read_row(files.join(task.out, RECORDS), source.rows, source.start)
     else:
-        data = files.read(source.path, source.start, source.bytes)
+        try:
+            data = files.read(source.path, source.start, source.bytes)
+        except UserError as error:
+            if source.bytes is None and files.is_remote(source.path) and isinstance(error.__cause__, FileNotFoundError):
+                raise UnreadableError("not found") from error  # lists of URLs outlive some of their images
+            raise
     if source.image:
         return webdataset.divide(source.path, data, source.image)
     return data, {"json": source.json.encode()} if source.json else {}

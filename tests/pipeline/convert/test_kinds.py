@@ -329,6 +329,19 @@ def test_lists_of_urls_numbers_and_other_columns(photos: Path, tmp_path: Path) -
     assert found == {IMAGES[5]: "train 2", IMAGES[1]: "train 0", IMAGES[2]: "train 1"}
 
 
+def test_images_at_dead_urls_are_left_out_and_reported(photos: Path, tmp_path: Path) -> None:
+    dead = f"memory://{tmp_path}/gone.jpg"
+    path = write_list(tmp_path / "list.csv", [("a.jpg", "0"), (dead, "1"), ("b/1.jpg", "1")], ("path", "label"))
+    found = shards_of(photos, tmp_path / "out", list=str(path))
+    assert found == {IMAGES[1]: "train 0", IMAGES[2]: "train 1"}
+    assert json.loads((tmp_path / "out" / "report.json").read_text())["left_out"] == [
+        {"split": "train", "image": dead, "reason": "not found"}
+    ]
+    options = ConvertOptions(str(photos), str(tmp_path / "strict"), workers=1, strict=True, images=SourceOptions(list=str(path)))
+    with pytest.raises(UserError, match=rf"{dead}: no usable image \(not found\)"):
+        make_shards(options)
+
+
 @pytest.mark.parametrize(
     ("rows", "names", "words"),
     [
