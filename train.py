@@ -40,7 +40,14 @@ from pipeline.progress import progress_bar
 from pipeline.store import files
 from training.checkpoint import load_checkpoint, save_checkpoint
 from training.command_line import parse_arguments
-from training.launch import check_launch, launcher_settings, rejoin_process_group, terminate_with_launcher
+from training.launch import (
+    check_exchange,
+    check_launch,
+    gradient_exchange,
+    launcher_settings,
+    rejoin_process_group,
+    terminate_with_launcher,
+)
 from training.learner import Learner
 from training.loaders import model_config_of, open_loaders, profile_command
 from training.metrics import Meter, MetricsFile, NonFiniteLoss
@@ -329,10 +336,12 @@ def main() -> None:
             mixed_precision=options.amp,
             gradient_accumulation_steps=options.accumulate,
             project_config=ProjectConfiguration(str(output), str(output)),
+            kwargs_handlers=[gradient_exchange(options.accumulate, options.compress_gradients)],
         )
     if accelerator.device.type == "cpu" and accelerator.mixed_precision == "fp16":  # a CPU would also accumulate in fp16
         raise UserError("training in fp16 is not supported on a CPU", "use --amp bf16 or --amp no")
     check_launch(accelerator.num_processes)
+    check_exchange(options.compress_gradients, accelerator)
     if accelerator.device.type == "cuda":
         torch.backends.cudnn.benchmark = True
         devices = range(min(local_processes(), torch.cuda.device_count()))

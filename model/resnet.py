@@ -43,7 +43,17 @@ class ZeroPadding(nn.Module):
         self.before, self.after = new_channels // 2, new_channels - new_channels // 2
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return F.pad(x[:, :, :: self.stride, :: self.stride], (0, 0, 0, 0, self.before, self.after))
+        pixels = x.permute(0, 2, 3, 1)[:, :: self.stride, :: self.stride]  # so that the gradient is channels-last, too
+        return F.pad(pixels, (self.before, self.after)).permute(0, 3, 1, 2)
+
+
+class GlobalAverage(nn.Module):
+    """The mean over all positions: (N, C, H, W) -> (N, C, 1, 1). The same as AdaptiveAvgPool2d(1), except that the gradient is in
+    channels-last memory, which the layers before it need for their fast kernels.
+    """
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x.permute(0, 2, 3, 1).mean((1, 2))[:, :, None, None]
 
 
 def option_a(channels_in: int, channels_out: int, stride: int) -> nn.Module | None:
@@ -213,7 +223,7 @@ class ResNet(nn.Module):
                 blocks.append(block(channels_in, channels, 2 if stage > 0 and index == 0 else 1, shortcut))
                 channels_in = channels * block.expansion
             self.add_module(name, Stage(*blocks))
-        self.avgpool = nn.AdaptiveAvgPool2d(1)
+        self.avgpool = GlobalAverage()
         self.num_features = channels_in
         self.fc = nn.Linear(channels_in, num_classes)
         self.apply(init_weights)

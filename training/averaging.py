@@ -32,18 +32,14 @@ class WeightEMA:
 
     def update(self, model: nn.Module) -> None:
         """Update the average after a step: average = d * average + (1 - d) * weights, with d = min(decay, (1 + t) / (10 + t)) at
-        the t-th update, counted from 0. Does not synchronize with the device.
+        the t-th update, counted from 0. It is two operations for any number of tensors, without synchronizing with the device.
         """
         decay = min(self._decay, (1 + self._updates) / (10 + self._updates))
         self._updates += 1
-        averaged, current = ([*one.parameters(), *one.buffers()] for one in (self.model, model))
-        pairs = list(zip(averaged, current, strict=True))
-        floats = [pair for pair in pairs if pair[0].is_floating_point()]
-        counters = [pair for pair in pairs if not pair[0].is_floating_point()]
-        get_ema_multi_avg_fn(decay)(*(list(tensors) for tensors in zip(*floats, strict=True)), None)
+        (floats, counters), (new_floats, new_counters) = _tensors(self.model), _tensors(model)
+        get_ema_multi_avg_fn(decay)(floats, new_floats, None)
         with torch.no_grad():
-            for counter, value in counters:
-                counter.copy_(value)
+            torch._foreach_copy_(counters, new_counters)
 
     def state_dict(self) -> dict[str, Any]:
         """weights: the averaged model's state dict. updates: the number of updates so far."""
@@ -53,3 +49,9 @@ class WeightEMA:
         """Continue from a saved state: the next averages are the same as without the interruption."""
         self.model.load_state_dict(state["weights"])
         self._updates = state["updates"]
+
+
+def _tensors(model: nn.Module) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    """Parameters and buffers of floats, and the other buffers."""
+    tensors = [*model.parameters(), *model.buffers()]
+    return [one for one in tensors if one.is_floating_point()], [one for one in tensors if not one.is_floating_point()]

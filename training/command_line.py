@@ -68,6 +68,8 @@ def _add_model(parse: Parser) -> None:
                        "precision; no is float32 (default: as configured in accelerate; without a value: bf16)")  # fmt: skip
     model.add_argument("--compile", nargs="?", const="default", choices=CHOICES["compile"], help="compile the model with "
                        "torch.compile in this mode; reduce-overhead uses CUDA graphs (default: eager mode)")  # fmt: skip
+    model.add_argument("--compress-gradients", nargs="?", const="bf16", choices=CHOICES["compress_gradients"], help="round "
+                       "gradients to this precision when several processes exchange them (default: float32)")  # fmt: skip
 
 
 def _add_optimization(parse: Parser) -> None:

@@ -1,5 +1,5 @@
 """Launcher pitfalls: commands that look parallel but are not, too few threads on a CPU, processes that outlive their launcher,
-and stale addresses in torchrun's store after a restart."""
+stale addresses in torchrun's store after a restart, and how processes exchange gradients."""
 
 from __future__ import annotations
 
@@ -12,6 +12,8 @@ from contextlib import contextmanager
 
 import psutil
 import torch
+from accelerate import Accelerator
+from accelerate.utils import DDPCommunicationHookType, DistributedDataParallelKwargs
 from torch import distributed
 
 from pipeline.errors import UserError
@@ -49,6 +51,28 @@ def check_launch(processes: int) -> None:
                 "accelerate launch was asked for several CPU processes but started one",
                 "use: ACCELERATE_USE_CPU=true torchrun --nproc_per_node N train.py ...",
             )
+
+
+def gradient_exchange(accumulate: int, compress: str | None) -> DistributedDataParallelKwargs:
+    """How DistributedDataParallel all-reduces gradients. accumulate: parts of a batch. compress: bf16, fp16 or None for float32.
+
+    - gradient_as_bucket_view: gradients are parts of the buffers that are exchanged, which saves a copy and its memory.
+    - static_graph: all our models use the same parameters in each step. It fails if the parts of a batch but the last do not
+      exchange gradients (no_sync), so it is off with several parts.
+    """
+    return DistributedDataParallelKwargs(
+        gradient_as_bucket_view=True,
+        static_graph=accumulate == 1,
+        comm_hook=DDPCommunicationHookType(compress or "no"),
+    )
+
+
+def check_exchange(compress: str | None, accelerator: Accelerator) -> None:
+    """Raise UserError if gradients cannot be exchanged in this precision. compress: as in `gradient_exchange`."""
+    if compress and accelerator.num_processes == 1:
+        raise UserError("`compress_gradients`: a single process exchanges no gradients", "leave it out")
+    if compress == "bf16" and accelerator.device.type == "cpu":
+        raise UserError("`compress_gradients` bf16 does not work between processes on a CPU", "use fp16")
 
 
 def rejoin_process_group() -> None:

@@ -25,6 +25,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "resume": ("last", "auto"),
     "amp": tuple(PRECISIONS),
     "compile": MODES,
+    "compress_gradients": ("bf16", "fp16"),
     "optimizer": OPTIMIZERS,
     "schedule": SCHEDULES,
     "geometry": GEOMETRIES,
@@ -60,6 +61,7 @@ class TrainOptions:
     weights: str | None = None
     amp: str | None = None
     compile: str | None = None
+    compress_gradients: str | None = None
 
     epochs: int | None = None
     iterations: int | None = None

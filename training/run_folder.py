@@ -92,7 +92,8 @@ def lock(output: Path) -> IO[str] | None:
 def arguments_of(options: TrainOptions) -> dict[str, Any]:
     """The options as in config.json, with the keys that it has had since version 0.1. Newer flags are in its "command"."""
     arguments: dict[str, Any] = {"list": None} | asdict(options)
-    del arguments["verify"], arguments["interpolation"], arguments["read_timeout"]
+    for newer in ("verify", "interpolation", "read_timeout", "compress_gradients"):
+        del arguments[newer]
     return arguments
 
 

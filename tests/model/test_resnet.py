@@ -2,7 +2,9 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,8 +15,9 @@ from torch import nn
 from model import ARCHS
 from model.describe import describe, table
 from model.loading import initial_weights, load_model
-from model.resnet import BasicBlock, Block, ZeroPadding, option_b, pad_at_end
+from model.resnet import BasicBlock, Block, GlobalAverage, ZeroPadding, option_b, pad_at_end
 from model.weights import ModelConfig, save_weights
+from tests.layout import LayoutCheck
 
 PARAMETERS = {
     "resnet18": 11_689_512,
@@ -208,6 +211,44 @@ def test_zero_padding_is_the_subsampled_input_and_zeros() -> None:
             for column in range(2):
                 expected = x[:, channel - 2, 2 * row, 2 * column] if 2 <= channel < 5 else torch.zeros(2)
                 assert torch.equal(out[:, channel, row, column], expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_mean_over_positions_is_that_of_torchs_pooling(dtype: torch.dtype) -> None:
+    for shape in ((2, 512, 7, 7), (1, 65, 10, 13), (3, 64, 1, 1)):
+        for layout in (torch.contiguous_format, torch.channels_last):
+            x = torch.randn(shape).to(dtype, memory_format=layout)
+            assert torch.equal(GlobalAverage()(x), nn.AdaptiveAvgPool2d(1)(x))
+
+
+def shallow(arch: str) -> tuple[tuple[Any, ...], partial[nn.Module]]:
+    """What distinguishes the layers of an architecture from those of others, and the model with two blocks in each stage."""
+    make = ARCHS[arch]
+    block, depths = make.args[0], (2,) * len(make.args[1])
+    options = {key: value for key, value in make.keywords.items() if key != "width"}
+    return (block, depths, *options.items()), partial(make.func, block, depths, width=16, **options)
+
+
+KINDS = dict(shallow(arch) for arch in ARCHS)
+
+
+@pytest.mark.usefixtures("one_core")
+@pytest.mark.parametrize("kind", KINDS, ids=range(len(KINDS)))
+def test_activations_and_gradients_of_all_layers_are_channels_last(kind: tuple[Any, ...]) -> None:
+    """Otherwise, layers copy their inputs or use slower kernels."""
+    make = KINDS[kind]
+    for drop_path in (0.0, 0.5) if make.keywords.get("shortcut", option_b) else (0.0,):
+        model = make(drop_path=drop_path).to(memory_format=torch.channels_last)
+        found = LayoutCheck(model)
+        side = 32 if make.keywords.get("small") else 64
+        images = torch.randn(2, 3, side, side).to(
+            torch.bfloat16 if drop_path else torch.float32, memory_format=torch.channels_last
+        )
+        with torch.autocast("cpu", torch.bfloat16, enabled=bool(drop_path)):
+            loss = F.cross_entropy(model(images), torch.tensor([0, 1]))
+        loss.backward()
+        assert found.others() == []
+        assert found.tensors > 3 * len(list(model.modules()))
 
 
 @pytest.mark.parametrize(("arch", "strides"), [("resnet50", (1, 2, 1)), ("resnet50_v1", (2, 1, 1)), ("resnet101_v1", (2, 1, 1))])

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 from contextlib import nullcontext
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from model import ARCHS
 from training.averaging import WeightEMA
@@ -21,13 +23,13 @@ def small_model() -> nn.Module:
     return nn.Sequential(nn.Conv2d(3, 4, 3, bias=False), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(4 * 36, 2))
 
 
-def perturb(model: nn.Module, seed: int) -> None:
+def perturb(model: nn.Module, seed: int, side: int = 8) -> None:
     """Change weights, BN statistics and BN counters, as a training step would."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(torch.randn(parameter.shape, generator=generator))
-        model.train()(torch.randn(5, 3, 8, 8, generator=generator))
+        model.train()(torch.randn(5, 3, side, side, generator=generator))
 
 
 def test_averages_follow_the_formula() -> None:
@@ -60,6 +62,36 @@ def test_after_warm_up_it_equals_torchs_averaged_model() -> None:
     for own, other in zip(average.model.parameters(), reference.module.parameters(), strict=True):
         assert torch.equal(own, other)
     assert not any(parameter.requires_grad for parameter in average.model.parameters())
+
+
+class Operations(TorchDispatchMode):
+    """The names of the operations that torch computes in this context."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.names.append(str(func))
+        return func(*args, **kwargs or {})
+
+
+@pytest.mark.parametrize("arch", ["resnet20", "resnet56"])
+def test_an_update_is_two_operations_and_equals_a_loop(arch: str) -> None:
+    model = ARCHS[arch](num_classes=3).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    average = WeightEMA(model, 0.9)
+    perturb(model, 0, 32)
+    looped = {name: value.clone() for name, value in average.model.state_dict().items()}
+    for name, value in model.state_dict().items():
+        if looped[name].is_floating_point():
+            looped[name].lerp_(value, 1 - 1 / 10)
+        else:
+            looped[name].copy_(value)
+    with Operations() as seen:
+        average.update(model)
+    assert [name for name in seen.names if "detach" not in name] == ["aten._foreach_lerp_.Scalar", "aten._foreach_copy_.default"]
+    assert all(torch.equal(value, looped[name]) for name, value in average.model.state_dict().items())
+    assert int(average.model.state_dict()["bn1.num_batches_tracked"]) == 1
 
 
 def test_a_restart_continues_exactly(tmp_path: Path) -> None:

@@ -23,9 +23,10 @@ from model.weights import ModelConfig, load_weights
 from pipeline.errors import UserError
 from pipeline.loader import Loader
 from pipeline.plan.geometry import CentreCrop, PaddedCrop, RandomResizedCrop, ScaleJitter
-from tests.helpers import run_forked, without_progress
+from tests.helpers import assert_refused, run_forked, without_progress
 from training import trackers
 from training.command_line import parse_arguments, parser
+from training.launch import check_exchange
 from training.loaders import model_config_of, open_loaders
 from training.metrics import read_metrics
 from training.mixing import Mixing, mix_images
@@ -263,6 +264,21 @@ def test_failing_compilation_is_reported_and_changes_nothing(
     outcome = run("--compile", PATH="/nowhere", TORCHINDUCTOR_CACHE_DIR=str(tmp_path / "cache"))
     assert re.search(r"torch.compile does not work here \(.+\); training in eager mode", outcome.printed)
     assert_equal(outcome.weights, Reference(small_shards).weights())
+
+
+@covers("--compress-gradients")
+def test_gradients_are_compressed_only_between_processes_that_can(small_shards: Path, tmp_path: Path) -> None:
+    """test_launch.py tests two processes."""
+    assert parsed(small_shards, "--compress-gradients").compress_gradients == "bf16"
+    folder = tmp_path / "run"
+    for precision in ("bf16", "fp16"):
+        words = ("train.py", "--data", small_shards, "--output", folder, *BASIC, "--compress-gradients", precision)
+        assert_refused(run_forked(*words), "--compress-gradients: a single process exchanges no gradients; leave it out")
+    assert not folder.exists()
+    two_on_a_cpu = SimpleNamespace(num_processes=2, device=torch.device("cpu"))
+    with pytest.raises(UserError, match="bf16 does not work between processes on a CPU; use fp16"):
+        check_exchange("bf16", two_on_a_cpu)  # type: ignore[arg-type]
+    check_exchange("bf16", SimpleNamespace(num_processes=2, device=torch.device("cuda")))  # type: ignore[arg-type]
 
 
 @covers("--model", "--blurpool")

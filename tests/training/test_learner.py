@@ -1,18 +1,23 @@
-"""The training step never synchronizes with the GPU. What it computes is tested in test_flags.py."""
+"""The training step never synchronizes with the GPU, and all of it is in channels-last memory. What it computes is tested in
+test_flags.py."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from accelerate import Accelerator
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from tests.layout import LayoutCheck
 
 from training.command_line import parse_arguments
 from training.learner import Learner
 from training.loaders import open_loaders
-from training.metrics import NonFiniteLoss
+from training.metrics import Meter, NonFiniteLoss
 from training.uniforms import Stream, uniforms
 
 OPTIONS = (
@@ -46,6 +51,51 @@ def test_no_step_synchronizes_with_the_gpu(optimizer: str, small_shards: Path) -
         non_finite.add(step, loss)
     torch.cuda.set_sync_debug_mode("default")
     assert non_finite.read(accelerator.gather) is None
+
+
+class Waits(TorchDispatchMode):
+    """Notes which operations would make the host wait for a GPU: those whose result Python or the allocation of memory needs."""
+
+    NAMES = ("_local_scalar_dense", "nonzero", "equal.default", "masked_select", "unique", "bincount")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        indices = args[1] if "index" in str(func) and len(args) > 1 and isinstance(args[1], (list, tuple)) else ()
+        is_mask = any(index is not None and index.dtype == torch.bool for index in indices)
+        if is_mask or any(str(func).startswith(f"aten.{name}") for name in self.NAMES):
+            self.found.append(str(func))
+        return func(*args, **kwargs or {})
+
+
+@pytest.mark.usefixtures("one_core")
+@pytest.mark.parametrize("optimizer", ["sgd", "lars"])
+def test_a_step_reads_no_result_back_and_leaves_no_gradients(optimizer: str, small_shards: Path) -> None:
+    """What a machine without a GPU can test: all layers are channels-last, and no operation needs the value of a tensor."""
+    with Waits() as seen:
+        torch.ones(1).item()
+        torch.ones(2)[torch.tensor([True, False])]
+    assert len(seen.found) == 2
+    words = ["--data", str(small_shards), "--optimizer", optimizer, *OPTIONS, "--batch-size", "8", "--image-size", "48"]
+    options = parse_arguments(None, words)
+    accelerator = Accelerator(cpu=True, mixed_precision="bf16", gradient_accumulation_steps=2)
+    loader = open_loaders(options, accelerator)[0]
+    learner = Learner(options, accelerator, loader)
+    layout = LayoutCheck(learner.model)
+    learner.prepare(loader, None)
+    non_finite, meter = NonFiniteLoss(accelerator.device), Meter(accelerator.device)
+    batch = next(iter(loader))
+    with Waits() as seen:
+        for step in range(2):
+            loss, top1 = learner.step(batch, 0, 8 * step, 0.1)
+            non_finite.add(step, loss)
+            meter.add(loss, top1)
+    assert seen.found == []
+    assert layout.others() == []
+    assert layout.tensors > 100
+    assert all(parameter.grad is None for parameter in learner.model.parameters())
 
 
 def test_each_rank_and_part_drops_blocks_by_the_images_positions(small_shards: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from model import ARCHS
 from pipeline.errors import UserError
@@ -52,6 +53,14 @@ def test_norm_parameters_and_biases_decay_only_with_norm_and_bias(arch: str) -> 
     (everything,) = parameter_groups(model, 1e-4, norm_and_bias=True)
     assert everything["weight_decay"] == 1e-4
     assert [names[parameter] for parameter in everything["params"]] == list(names.values())
+
+
+def test_sgd_is_fused_on_a_gpu() -> None:
+    with FakeTensorMode():
+        for device, fused in (("cuda", True), ("meta", False)):
+            parameters = nn.ParameterList([torch.empty(2, 3, device=device)])
+            (group,) = make_optimizer("sgd", parameters, 0.1, 0.9, 1e-4, norm_and_bias=True).param_groups
+            assert (group["fused"], group["foreach"]) == (fused, not fused)
 
 
 @pytest.mark.parametrize("norm_and_bias", [False, True])
