@@ -71,8 +71,8 @@ class Loader(ABC):
         self.shards = self._open_shards()
         if spec.fields:
             self.shards.check_fields(spec.fields)
-        if spec.order == "full" and spec.rank == 0:  # other orders download each shard once; one rank warns for all
-            self.shards.check_cache()
+        if spec.order == "full":  # other orders download each shard once; one rank warns for all
+            self.shards.check_cache(spec.rank == 0)
         count = len(self.shards)
         self.order = self._open_order(count)
         self.total = count // spec.batch_size * spec.batch_size if spec.training else count
@@ -225,9 +225,12 @@ class Loader(ABC):
     def make_views(self, decoder: Decoder, plan: BatchPlan, index: int, out: Sequence[Pixels]) -> None:
         """Make the views of one image of a plan on the CPU. out: for each group, uint8 (crops, H, W, 3). Raises
         CorruptImageError."""
+        self.decode_views(decoder, plan, index, self.read_planned(plan, index), out)
+
+    def decode_views(self, decoder: Decoder, plan: BatchPlan, index: int, encoded: Bytes, out: Sequence[Pixels]) -> None:
+        """`make_views` from the encoded image."""
         views = slice(index * self.crops, (index + 1) * self.crops)
         windows, flip = plan.views.windows[views], plan.views.flip[views]
-        encoded = self.read_planned(plan, index)
         decoder.make_groups(encoded, int(plan.heights[index]), int(plan.widths[index]), windows, flip, out, self.kernel)
 
     def read_planned(self, plan: BatchPlan, index: int) -> Bytes:

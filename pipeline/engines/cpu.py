@@ -9,6 +9,7 @@ a separate CUDA stream, so that the copy overlaps the training step. Lighting an
 from __future__ import annotations
 
 from collections.abc import Iterator
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -23,6 +24,7 @@ from ..pixels.normalize import lighting, stored_dtype, translate
 from ..plan.geometry import Views
 from ..spec import LoaderSpec
 from .pool import WorkerPool
+from .ranges import Piece, RangeReader
 from .warm_up import warm_up
 
 _CHUNK = 16  # images per task of a thread: enough to hide the overhead of a task, few enough to keep all threads busy
@@ -37,11 +39,13 @@ def open(spec: LoaderSpec) -> CpuLoader:
 
 @dataclass
 class _Job:
-    """A batch in progress. images: the buffers of its views, (N * crops, H, W, 3) for each group. tensor: shares their memory."""
+    """A batch in progress. images: the buffers of its views, (N * crops, H, W, 3) for each group. tensor: shares their memory.
+    reading: its images, if they are read by ranges."""
 
     plan: BatchPlan
     images: list[Any]
     tensor: torch.Tensor
+    reading: list[Future[Piece]] = field(default_factory=list)
 
 
 @dataclass
@@ -61,10 +65,12 @@ class CpuLoader(Loader):
         super().__init__(spec)
         self._normalize_in_threads = torch.device(spec.device).type == "cpu" and spec.dtype != torch.uint8
         self._pool: WorkerPool[_Job, _Worker] = WorkerPool(spec.threads, _CHUNK, _Worker, self._fill)
+        self._ranges = RangeReader(self)
         self._schedule: Iterator[BatchRange] = iter(())
 
     def close(self) -> None:
         super().close()
+        self._ranges.close()
         self._pool.close()
 
     def ready(self) -> int:
@@ -84,7 +90,8 @@ class CpuLoader(Loader):
         """Plan a batch and hand it to the threads."""
         plan = self.plan(batch_range)
         dtype = stored_dtype(self.spec.dtype) if self._normalize_in_threads else np.uint8
-        self._pool.submit(_Job(plan, *self.buffers.acquire_parts(plan.shapes, dtype)), len(plan.ids))
+        reading = self._ranges.start(plan) if self.shards.by_ranges else []
+        self._pool.submit(_Job(plan, *self.buffers.acquire_parts(plan.shapes, dtype), reading), len(plan.ids))
 
     def _fill(self, worker: _Worker, job: _Job, indices: range) -> None:
         """Make the views of some images of a batch. Runs in a thread."""
@@ -94,10 +101,12 @@ class CpuLoader(Loader):
             worker.pixels = [np.empty(shape, np.uint8) for shape in shapes]
         for index in indices:
             images = plan.images_of(index, job.images)
-            self.make_or_replace(worker.decoder, plan, index, worker.pixels if self._normalize_in_threads else images)
+            views = worker.pixels if self._normalize_in_threads else images
+            if not job.reading or not self._ranges.make_views(worker.decoder, plan, index, job.reading[index], views):
+                self.make_or_replace(worker.decoder, plan, index, views)
             if self._normalize_in_threads:
-                for pixels, views, out in zip(worker.pixels, plan.rows(index), images, strict=True):
-                    self._normalize(pixels, plan.views, views, out)
+                for pixels, rows, out in zip(worker.pixels, plan.rows(index), images, strict=True):
+                    self._normalize(pixels, plan.views, rows, out)
 
     def _normalize(self, pixels: Pixels, views: Views, rows: slice, out: Any) -> None:
         """Shift, lighting and normalization of an image's views of one size. rows: of `views`."""

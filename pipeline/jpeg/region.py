@@ -246,6 +246,22 @@ def cut_into(data: Bytes, top: Int, left: Int, bottom: Int, right: Int, out: Byt
 
 
 @jit
+def tile_bytes(data: Bytes, known: Int, top: Int, left: Int, bottom: Int, right: Int) -> tuple[Int, Int]:
+    """The range [first, last) of the bytes with all tiles that a window needs, and the marker before them.
+
+    data: of which only the first `known` bytes must be filled in. Returns (-1, -1) unless they are the beginning of a
+    region-addressable JPEG up to its entropy-coded data, and the window lies in the image.
+    """
+    layout = open_tiles(data)
+    if layout.status < 0 or layout.scan > known or not (0 <= top < bottom <= layout.height and 0 <= left < right <= layout.width):
+        return -1, -1
+    first_column, last_column = _tiles_over(left, right, layout.width, layout.mcu_width, layout.interval * layout.mcu_width)
+    first_row, last_row = _tiles_over(top, bottom, layout.height, layout.mcu_height, layout.mcu_height)
+    first = layout.scan + layout.starts[first_row * layout.tiles + first_column]
+    return max(first - 2, layout.scan), layout.scan + layout.starts[(last_row - 1) * layout.tiles + last_column]
+
+
+@jit
 def open_tiles(data: Bytes) -> TileLayout:
     """Read the table of segments and the header, and check that they are consistent: length and number of segments, restart
     interval, and size of an MCU."""

@@ -41,6 +41,7 @@ class Decoder:
     def __init__(self) -> None:
         self._scratch = np.empty(1 << 21, np.uint8)  # decoded samples and pixels
         self._place = np.empty(4, np.int64)  # which part of the image they are: top, left, height, width
+        self.is_part = False  # whether images lack the bytes outside the windows, so that only `jpeg.decode` can decode them
 
     def make_views(
         self, data: Bytes, height: int, width: int, windows: Windows, flip: Any, out: Pixels, kernel: Kernel = BILINEAR
@@ -99,6 +100,8 @@ class Decoder:
 
     def _pixels(self, data: Bytes, height: int, width: int, windows: Any, size: tuple[int, int], kernel: Kernel) -> Pixels:
         """Decode the region that the windows need with libjpeg-turbo, or the image with Pillow: uint8 (H, W, 3), at `_place`."""
+        if self.is_part:
+            raise CorruptImageError("only a part of it was read")
         check_scans(data)
         piece = np.empty(len(data), np.uint8)
         length = cut_windows(data, height, width, windows, *size, kernel.support, piece, self._place)

@@ -164,6 +164,7 @@ class ShardSet:
     read, see `choose_cache` for cache and cache_gb. With either option, local shards use the cache, too, for slow disks.
     samples: one `SAMPLE` record per sample, shard after shard. sizes: number of images in each shard.
     shards: path of each shard's local file. With a cache, the file exists once the shard was read.
+    by_ranges: whether images are read by range requests, without a copy of their shard in the cache, see `check_cache`.
     """
 
     def __init__(
@@ -186,6 +187,7 @@ class ShardSet:
             raise UserError(f"{root}: holds only FFCV files", "make the shards again with `format` both")
         cached = files.is_remote(root) or cache is not None or cache_gb is not None
         self.cache = choose_cache(cache, cache_gb) if cached else None
+        self.by_ranges = False
         self._entry = self.manifest.splits[split]
         self._urls = [files.join(root, shard["file"]) for shard in self._entry["shards"]]
         if self.cache:
@@ -227,6 +229,12 @@ class ShardSet:
         head, image = self._read(index, whole=True)
         return image, _fields(head.tobytes())
 
+    def read_part(self, index: int, start: int, count: int) -> npt.NDArray[np.uint8]:
+        """Some bytes of one encoded image: uint8 (count,). Raises as `read`, but checksums are not compared."""
+        self._check_record(index)
+        record = self.samples[index]
+        return self._read_range(int(record["shard"]), int(record["offset"]) + start, count)
+
     def check_fields(self, names: Iterable[str]) -> None:
         """Raise UserError if the samples have no fields of these names."""
         known = self._entry.get("fields", [])
@@ -236,10 +244,7 @@ class ShardSet:
 
     def _read(self, index: int, whole: bool) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.uint8]]:
         """A sample's range in its tar, divided at its image; the first part is empty unless `whole`."""
-        if self._check.is_running and (problem := self._problem(self.samples[index : index + 1], index)):
-            raise UserError(f"{self._samples_file}: {problem}", "make the shards again")
-        if self._check.problem:
-            self._check.wait()
+        self._check_record(index)
         record = self.samples[index]
         shard, offset, count = int(record["shard"]), int(record["offset"]), int(record["bytes"])
         if not whole:
@@ -252,6 +257,12 @@ class ShardSet:
         if self._verify and zlib.crc32(content.data) != record["crc32"]:
             raise ChecksumError("its checksum is not the one in samples.npy")
         return content[: offset - start], content[offset - start : offset - start + count]
+
+    def _check_record(self, index: int) -> None:
+        if self._check.is_running and (problem := self._problem(self.samples[index : index + 1], index)):
+            raise UserError(f"{self._samples_file}: {problem}", "make the shards again")
+        if self._check.problem:
+            self._check.wait()
 
     def prefetch(self, shards: Iterable[int]) -> None:
         """Download shards in background threads, in this order. Without a cache, read them ahead into the page cache.
@@ -299,13 +310,17 @@ class ShardSet:
         """Shard (path or URL) and key of a sample, for messages."""
         return f"{self._urls[int(self.samples[index]['shard'])]}: {self.key(index)}"
 
-    def check_cache(self) -> None:
-        """Warn if the cache cannot hold the split: a random order then downloads shards again and again."""
+    def check_cache(self, warns: bool = True) -> None:
+        """Read images by ranges if the cache cannot hold the split: a random order would download shards again and again.
+
+        warns: whether to log a warning then, as each image takes requests of its own.
+        """
         total = sum(shard["bytes"] for shard in self._entry["shards"]) + self.samples.nbytes
-        if self.cache and total > self.cache.limit:
+        self.by_ranges = self.cache is not None and total > self.cache.limit
+        if self.cache and self.by_ranges and warns:
             log.warning(
-                "%s: the split's %.3g GB exceed the cache %s of %.3g GB, so a random order downloads its shards again and again; "
-                "raise `cache_gb` (CROPFEED_CACHE_GB)",
+                "%s: the split's %.3g GB exceed the cache %s of %.3g GB, so in a random order each image is requested by itself; "
+                "raise `cache_gb` (CROPFEED_CACHE_GB), or choose `order` blocks",
                 self.manifest.root, total / 1e9, self.cache.folder, self.cache.limit / 1e9,
             )  # fmt: skip
 
@@ -340,6 +355,8 @@ class ShardSet:
             url, size = self._urls[shard], self._entry["shards"][shard]["bytes"]
             ready = _read_ready(self._local.opened(shard), size, start, count)
             return answer(url, lambda: _read_from(self._local.open(shard), url, size, start, count)) if ready is None else ready
+        if self.by_ranges:
+            return _downloaded(self._urls[shard], start, count)
         entry, report = self._entry["shards"][shard], self._downloads.update
         with self.cache.open(self._urls[shard], entry["bytes"], entry["sha256"], report=report) as stream:
             return _read_from(stream, self._urls[shard], entry["bytes"], start, count)
@@ -399,6 +416,14 @@ def _open_file(path: str) -> FileIO:
             raise
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
         return FileIO(path)
+
+
+def _downloaded(url: str, start: int, count: int) -> npt.NDArray[np.uint8]:
+    """A range of a file's bytes, without a copy in the cache: uint8 (count,)."""
+    content = np.frombuffer(files.read(url, start, count), np.uint8)
+    if len(content) < count:
+        raise UserError(f"{url}: ends at {start + len(content)} bytes, before an image does", "make the shards again")
+    return content
 
 
 def _read_ready(stream: FileIO | None, size: int, start: int, count: int) -> npt.NDArray[np.uint8] | None:

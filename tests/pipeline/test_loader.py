@@ -323,7 +323,7 @@ class BillionSamples:
         assert len(ids) <= 256, "more samples were read than a batch has"
         return np.array([(0, 0, 0, 375, 500, 0, 0)] * len(ids), SAMPLE)
 
-    def check_cache(self) -> None: ...
+    def check_cache(self, warns: bool) -> None: ...
 
     def prefetch(self, shards: list[int]) -> None:
         assert len(shards) == 16
