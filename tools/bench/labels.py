@@ -16,13 +16,21 @@ LOADERS = (
     ("DALI: decode the crop (`image_slice`), then resize", ("dali-roi",)),
     ("DALI: decode, then `resize_crop_mirror`", ("dali-resize-crop-mirror",)),
     ("DALI: decode, resize, crop", ("dali-plain",)),
+    ("DALI: its own random resized crop (`image_random_crop`)", ("dali-rrc",)),
+    ("slipstream: cache of JPEGs", ("slipstream-jpeg",)),
+    ("slipstream: cache of YUV 4:2:0 pixels", ("slipstream-yuv420",)),
     ("FFCV: scale jitter (a decoder written for this comparison)", ("ffcv-jitter",)),
     ("FFCV: its own random resized crop", ("ffcv-rrc",)),
+    ("FFCV: scale jitter, of raw pixels", ("ffcv-raw",)),
     ("tf.data: `decode_and_crop_jpeg`", ("tf-data",)),
     ("WebDataset + OpenCV", ("webdataset-opencv",)),
     ("WebDataset + Pillow", ("webdataset-pillow",)),
+    ("LitData + OpenCV", ("litdata",)),
+    ("MosaicML Streaming + OpenCV", ("mosaicml-streaming",)),
+    ("Hugging Face datasets + OpenCV", ("datasets",)),
     ("PyTorch DataLoader + Pillow", ("torch-pillow",)),
     ("PyTorch DataLoader + libvips", ("torch-vips",)),
+    ("PyTorch DataLoader + torchcodec", ("torch-torchcodec",)),
     ("SPDL", ("spdl",)),
 )
 SUMMARY = (
@@ -48,6 +56,11 @@ REGIONS = (  # label, benchmark, format
     ("size relative to the original file", "bytes against original", "{:.3f}"),
     ("transcode losslessly, images/s", "transcode", "{:.0f}"),
 )  # fmt: skip
+VIEWS = {  # geometry in views.csv -> label
+    "one view": "one of 224 pixels",
+    "2 x 224": "two of 224",
+    "2 x 224 + 8 x 96": "two of 224 and eight of 96 (DINO)",
+}
 CONVERTERS = (  # label, engine in convert.csv
     ("**Cropfeed**, lossless", "cropfeed lossless"),
     ("**Cropfeed**, compact", "cropfeed compact"),

@@ -56,10 +56,12 @@ def loader_table(run: list[Row], loaders: Iterable[tuple[str, tuple[str, ...]]])
             own = [row for row in rates if row["engine"] in engines and labels.GROUPS.get(row["kind"], row["kind"]) == group]
             best = max(own, key=lambda row: float(row["value"]), default=None)
             ratio = best and pick(run, engine=best["engine"], kind=best["kind"], metric="ratio_to_fastest_peer")
-            cells.append(show(best) + show(ratio, " ({:.2f} ×)"))
+            size = best and pick(run, engine=best["engine"], kind=best["kind"], metric="kb_per_image")  # older rows have none
+            cells.append(show(best) + show(ratio, " ({:.2f} ×)") + show(size, ", {:,.0f} kB"))
             order = order or float(best["value"] if best else 0)
         lines.append((not label.startswith("**"), -order, cells))
-    head = "images/s (× the fastest other loader)", *labels.IMAGES
+    disk = ", kB on disk" if any(row["metric"] == "kb_per_image" for row in run) else ""
+    head = f"images/s (× the fastest other loader){disk}", *labels.IMAGES
     note = f"{conditions(rates[0])}; medians of {rates[0]['repeats']} repeats, ratios within each repeat"
     return table(head, [cells for _, _, cells in sorted(lines) if any(cells[1:])], rates, note)
 
@@ -120,6 +122,19 @@ def regions(results: Path) -> list[str]:
     return table(("per image, one core", *profiles), lines, run, conditions(run[0]))
 
 
+def views(results: Path) -> list[str]:
+    """The newest run of bench_views.py."""
+    run, lines = newest(results, "views"), []
+    for name, label in labels.VIEWS.items():
+        cost, over = pick(run, metric=f"{name}, CPU ms/image"), pick(run, metric=f"{name} / one view")
+        lines.append((label, show(cost, "{:.2f}"), show(over, "{:.2f} ×")))
+    metrics = "2 x 224 / one view, overlap >= 0.5", "images with overlap >= 0.5, %"
+    near, share = (pick(run, metric=metric) for metric in metrics)
+    label = show(share, "two of 224 that overlap by half or more ({:.0f} % of images)")
+    lines.append((label, "", show(near, "{:.2f} ×")))
+    return table(("random views of an image", "CPU time, ms", "over one view"), lines, run, tidy(run[0]["spec"]))
+
+
 def converter(results: Path) -> list[str]:
     """The newest run of bench_convert.py."""
     run, lines = newest(results, "convert"), []
@@ -146,6 +161,22 @@ def profiler(results: Path) -> list[str]:
         lines.append((tidy(fault), remedy, show(predicted, "{:.2f} ×"), show(measured, "{:.2f} ×") + spread))
     head = "planted fault", "remedy that the profiler names", "predicted gain", "measured gain (range)"
     return table(head, lines, run, "Medians of repeats")
+
+
+def foreign(results: Path) -> list[str]:
+    """The newest rows of bench_foreign.py for each loader."""
+    rows = [row for row in read(results, "profile") if row["benchmark"] == "foreign loader"]
+    label = {engine: name for name, engines in labels.LOADERS for engine in engines}
+    lines, shown = [], []
+    for loader in dict.fromkeys(row["spec"].split("; ")[0] for row in rows):
+        own = [row for row in rows if row["spec"].startswith(f"{loader}; ")]
+        metrics = "predicted_gain", "measured_gain", "predicted_over_measured"
+        predicted, measured, ratio = found = [pick(own, metric=metric) for metric in metrics]
+        spread = show(measured, " ({:.2f} to ", "low") + show(measured, "{:.2f})", "high")
+        lines.append((label[loader], show(predicted, "{:.2f} ×"), show(measured, "{:.2f} ×") + spread, show(ratio, "{:.2f}")))
+        shown += [row for row in found if row]
+    head = "loader", "predicted gain", "measured gain (range)", "predicted over measured"
+    return table(head, lines, shown, tidy(rows[-1]["spec"].split("; ")[1]))
 
 
 def tuning(results: Path) -> list[str]:
@@ -239,7 +270,8 @@ def robustness(results: Path) -> list[str]:
 
 
 FUNCTIONS = (
-    summary, comparison, goals, regions, converter, profiler, tuning, accuracy, degradation, testing, training, scale, robustness,
+    summary, comparison, goals, regions, views, converter, profiler, foreign, tuning, accuracy, degradation, testing, training,
+    scale, robustness,
 )  # fmt: skip
 TABLES: dict[str, Callable[[Path], list[str]]] = {
     **{function.__name__: function for function in FUNCTIONS},

@@ -24,13 +24,13 @@ from PIL import Image
 from pipeline.convert.make import find_images
 from pipeline.errors import UserError
 from tests.helpers import assert_ends, assert_refused, jpeg, run_script, without_progress, write_image_folder
-from tools.bench.peers import cuts, dali, data, torch_loaders
+from tools.bench.peers import cuts, dali, data, report, torch_loaders
 from tools.bench.peers.compare import CompareOptions
 from tools.bench.peers.contenders import CONTENDERS, DECODE, Contender
 from tools.bench.peers.jitter import jitter_crop
 from tools.bench.peers.job import Job, draw
 from tools.bench.peers.runner import ContenderError, Runner
-from tools.bench.peers.turns import measure
+from tools.bench.peers.turns import Result, measure
 
 SIZE, LOW, HIGH = 32, 36, 68
 FIELDS = {
@@ -383,6 +383,18 @@ def test_bytes_read_for_a_cut(images: Path, tmp_path: Path) -> None:
         assert (touched.loaded_randomly >= touched.needed // cuts.PAGE).all()
         assert (touched.loaded_randomly <= touched.stored + 2 * cuts.PAGE).all()
         assert touched.loaded.sum() >= touched.loaded_randomly.sum()
+
+
+def test_ratios_are_to_a_peer_that_stores_pixels_only_if_there_is_no_other() -> None:
+    def ratios(**rates: float) -> dict[str, float]:
+        results = [
+            Result(Contender(name, "original", "", (), 0, kind=name.split("_")[0]), images_per_s=[rate, rate], cpu_ms=[1.0, 1.0])
+            for name, rate in rates.items()
+        ]
+        return {row.result.contender.name: row.ratios[0] for row in report.figures(results)}
+
+    assert ratios(cropfeed=300, peer=100, peer_slow=50, raw=200) == {"cropfeed": 3, "peer": 1, "peer_slow": 0.5, "raw": 2}
+    assert ratios(cropfeed=300, raw=200, raw_slow=100) == {"cropfeed": 1.5, "raw": 1, "raw_slow": 0.5}
 
 
 def test_every_contender_has_an_install_command() -> None:

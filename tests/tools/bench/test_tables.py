@@ -66,6 +66,29 @@ def test_a_comparison_with_fewer_loaders_does_not_replace_a_full_one(results: Pa
     assert all(" 12,345 " in line for line in tables.comparison(results)[2:-2])
 
 
+def test_bytes_on_disk_stand_beside_images_per_second(results: Path) -> None:
+    file = results / "compare.csv"
+    assert not any("kB" in line for line in tables.comparison(results))  # older rows have none
+    append(file, {"spec": "uint8"}, command="again")
+    append(
+        file, {"spec": "uint8", "metric": "images_per_s", "date": "2030"}, command="again", metric="kb_per_image", value="111.4"
+    )
+    head, _, *lines = tables.comparison(results)[:-2]
+    assert "kB on disk" in head
+    assert all(line.count("×), 111 kB |") == len([cell for cell in line.split(" | ")[1:] if "×" in cell]) for line in lines)
+
+
+def test_each_loader_has_its_newest_prediction(results: Path) -> None:
+    *before, _, _ = tables.foreign(results)
+    kept = {"benchmark": "foreign loader", "spec": "torch-pillow; ", "metric": "predicted_over_measured"}
+    append(results / "profile.csv", kept, value="1.5")
+    *after, _, _ = tables.foreign(results)
+    assert [line for line in after if line not in before] == [
+        re.sub(r"[\d.]+ \|$", "1.50 |", line) for line in before if "PyTorch DataLoader + Pillow" in line
+    ]
+    assert len(after) == len(before) > 4
+
+
 def test_an_unknown_loader_is_shown_by_its_name(results: Path) -> None:
     append(results / "compare.csv", {"engine": "spdl"}, "2026-11-24", engine="new-loader", commit="fcf0eda+", command="again")
     append(results / "compare.csv", {"spec": "uint8"}, command="all")

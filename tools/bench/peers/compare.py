@@ -4,6 +4,7 @@ Each contender runs in its own process. All use the same cores, one at a time, w
 epoch. In every repeat, each contender is measured for some seconds, in a new order drawn from a fixed seed. Batches that it
 prefetched before do not count. Ratios are taken within a repeat, to the peer on the same data with the highest median: Cropfeed
 on shards of the original files to peers on the original files, and Cropfeed on `compact` shards to peers on the 500 pixel files.
+Peers that store pixels instead of JPEGs are judged by images/s and bytes on disk; ratios are to them only if no other is there.
 """
 
 from __future__ import annotations

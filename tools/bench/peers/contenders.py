@@ -19,8 +19,8 @@ class Contender:
     data: "original" (unchanged files) or "500" (longest side at most 500 pixels, quality 90, 4:2:0); for Cropfeed also "lossless"
     and "compact". function: module:name of a function from a Job to endless batches. packages: its packages on PyPI, recorded
     with their versions. ahead: number of batches that it may have prefetched before the clock starts, with two threads. reads:
-    the files that hold its images, as a pattern below the job's `data`. kind: "peer", "cropfeed", or "decode" (decoding of the
-    cuts alone, in one thread).
+    the files that hold its images, as a pattern below the job's `data`. kind: "peer", "raw" (a peer that stores pixels in several
+    times the bytes), "cropfeed", or "decode" (decoding of the cuts alone, in one thread).
     """
 
     name: str
@@ -87,7 +87,8 @@ def _peers(data: str) -> Iterator[Contender]:
         ("spdl", "spdl:threads", ("spdl", "spdl-core", "spdl-io"), 5, FILES),
         ("tf-data", "tf_data:decode_and_crop", ("tensorflow-cpu", "psutil"), 4, FILES),
     ):
-        yield Contender(name, data, f"tools.bench.peers.{function}", packages, ahead, reads)
+        kind = "raw" if name in ("ffcv-raw", "slipstream-yuv420") else "peer"
+        yield Contender(name, data, f"tools.bench.peers.{function}", packages, ahead, reads, kind)
 
 
 def _cropfeed() -> Iterator[Contender]:

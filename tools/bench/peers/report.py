@@ -7,7 +7,7 @@ The JSON is {"compared", "rows", "bytes_touched"}. compared: the options, as tex
     images_per_s, low, high    median, minimum and maximum over the repeats
     kb_per_image               size of the files that hold its images, 1,000 bytes
     cpu_ms_per_image           user and system time of the process tree, median
-    ratio                      throughput over that of the fastest peer on the same data, median
+    ratio                      throughput over that of the fastest peer on the same data (see compare.py), median
     cpu_over_decode            CPU time over that of decoding the same cuts alone, median; for Cropfeed on lossless and compact
     versions                   of the contender's packages
     error                      why the contender could not be measured
@@ -81,14 +81,14 @@ def middle(values: list[float]) -> float | None:
 def figures(results: list[Result]) -> list[Row]:
     """The contenders' rows. Ratios are taken within each repeat."""
     measured = [result for result in results if result.error is None]
-    peers = [result for result in measured if result.contender.kind == "peer"]
     rows = []
     for result in results:
         ratios: list[float] = []
         over_decode: list[float] = []
         if result in measured and result.contender.kind != "decode":
-            rivals = [peer for peer in peers if peer.contender.group == result.contender.group]
-            if rivals:
+            others = [other for other in measured if other.contender.group == result.contender.group]
+            kinds = ([other for other in others if other.contender.kind == kind] for kind in ("peer", "raw"))
+            if rivals := next(filter(None, kinds), None):
                 fastest = max(rivals, key=lambda peer: median(peer.images_per_s))
                 ratios = divided(result.images_per_s, fastest.images_per_s)
             for other in measured:
