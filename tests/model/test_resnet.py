@@ -15,7 +15,7 @@ from torch import nn
 from model import ARCHS
 from model.describe import describe, table
 from model.loading import initial_weights, load_model
-from model.resnet import BasicBlock, Block, GlobalAverage, ZeroPadding, option_b, pad_at_end
+from model.resnet import BasicBlock, Block, GlobalAverage, ResNet, ZeroPadding, option_b, pad_at_end
 from model.weights import ModelConfig, save_weights
 from tests.layout import LayoutCheck
 
@@ -221,7 +221,7 @@ def test_the_mean_over_positions_is_that_of_torchs_pooling(dtype: torch.dtype) -
             assert torch.equal(GlobalAverage()(x), nn.AdaptiveAvgPool2d(1)(x))
 
 
-def shallow(arch: str) -> tuple[tuple[Any, ...], partial[nn.Module]]:
+def shallow(arch: str) -> tuple[tuple[Any, ...], partial[ResNet]]:
     """What distinguishes the layers of an architecture from those of others, and the model with two blocks in each stage."""
     make = ARCHS[arch]
     block, depths = make.args[0], (2,) * len(make.args[1])
@@ -238,12 +238,10 @@ def test_activations_and_gradients_of_all_layers_are_channels_last(kind: tuple[A
     """Otherwise, layers copy their inputs or use slower kernels."""
     make = KINDS[kind]
     for drop_path in (0.0, 0.5) if make.keywords.get("shortcut", option_b) else (0.0,):
-        model = make(drop_path=drop_path).to(memory_format=torch.channels_last)
+        model = make(drop_path=drop_path).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         found = LayoutCheck(model)
         side = 32 if make.keywords.get("small") else 64
-        images = torch.randn(2, 3, side, side).to(
-            torch.bfloat16 if drop_path else torch.float32, memory_format=torch.channels_last
-        )
+        images = torch.randn(2, 3, side, side).to(memory_format=torch.channels_last)
         with torch.autocast("cpu", torch.bfloat16, enabled=bool(drop_path)):
             loss = F.cross_entropy(model(images), torch.tensor([0, 1]))
         loss.backward()

@@ -13,7 +13,6 @@ from accelerate import Accelerator
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.layout import LayoutCheck
-
 from training.command_line import parse_arguments
 from training.learner import Learner
 from training.loaders import open_loaders
