@@ -23,6 +23,7 @@ mean nothing.
 - tail: lighting and normalization on the device, eager, fused and compiled.
 - graphs: the train step with a moving average of the weights, eager and with CUDA graphs.
 - profile: the profiler's verdict on training with these shards, with times from the GPU's clock and utilization from NVML.
+- wrapped: the train step in DistributedDataParallel, in one process, with the model compiled inside of it and outside.
 - imagenette, if --imagenette names its shards: minutes that ResNet-18 needs to 90 % top-1 at 128 and at 160 pixels. The figures
   go to gpu_accuracy.csv and gpu_accuracy_runs.csv, beside gpu.csv. It has no time limit.
 """
@@ -56,7 +57,7 @@ from tools.bench.gpu_loader import measure_loaders, measure_threads
 from tools.bench.gpu_pixels import check_models, check_pixels
 from tools.bench.gpu_probe import measure_tail, probe
 from tools.bench.gpu_setting import Setting, engines
-from tools.bench.gpu_train import measure_graphs, measure_steps, measure_train
+from tools.bench.gpu_train import measure_graphs, measure_steps, measure_train, measure_wrapped
 from tools.bench.recording import RESULTS
 from tools.make_demo_data import make_demo_data
 from tools.profiler.measuring import Budget
@@ -117,7 +118,7 @@ def check_profiler(setting: Setting) -> Iterator[bool]:
     yield bool(found["demand"] and found["verdict"]["limit"] in ("input", "compute", "balanced"))
 
 
-# The parts, most important first, with their shares of the budget in percent. They yield after each row whether its check passed.
+# The parts, most important first, with their shares of the budget. They yield after each row whether its check passed.
 Part = Callable[[Setting], Iterator[bool]]
 PARTS: dict[str, tuple[Part, int]] = {
     "probe": (probe, 4),
@@ -130,6 +131,7 @@ PARTS: dict[str, tuple[Part, int]] = {
     "tail": (measure_tail, 2),
     "graphs": (measure_graphs, 8),
     "profile": (check_profiler, 8),
+    "wrapped": (measure_wrapped, 6),
 }
 
 

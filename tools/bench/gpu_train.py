@@ -21,7 +21,8 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import distributed, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from model.describe import describe as describe_model
 from pipeline.batch import Batch
@@ -31,6 +32,7 @@ from tools.profiler.loaders import synchronise
 from tools.profiler.measuring import in_turns
 from tools.profiler.training import MOMENTUM, WEIGHT_DECAY, Model, measure_training, run_alone
 from training.averaging import WeightEMA
+from training.launch import gradient_exchange
 from training.optimizers import parameter_groups
 
 CLASSES = 1000
@@ -39,6 +41,7 @@ MOVED_LIMIT = 0.1  # of the relative difference of two averages after three step
 # Peak operations/s of the tensor cores in dense bf16: half of the figures with sparsity in NVIDIA's data sheets.
 PEAKS = {"NVIDIA H100 80GB HBM3": 989e12, "NVIDIA H200": 989e12}
 OURS, COMPILED, GRAPHS = "ours", "ours, compiled", "reduce-overhead"
+INSIDE, OUTSIDE = "compiled inside", "compiled outside"  # of DistributedDataParallel
 
 
 def share_of_peak(arch: str, size: int, images_per_s: float, card: str) -> float | None:
@@ -250,3 +253,39 @@ def measure_graphs(setting: Setting) -> Iterator[bool]:
     figures["ratio_to_eager"] = [fast / eager for fast, eager in zip(speeds[GRAPHS], speeds["eager"], strict=True)]
     setting.record(f"train step with EMA, {arch} bf16", GRAPHS, figures, spec)
     yield difference < MOVED_LIMIT
+
+
+def wrapped(arch: str, spec: LoaderSpec, compiled: str | None) -> Model | None:
+    """A model in DistributedDataParallel as train.py wraps it, compiled before that (INSIDE, as there), after it, or not at all.
+    Prints why it cannot be compiled."""
+    model, images = Model(arch, "bf16", spec, CLASSES), synthetic(spec, spec.dtype, torch.channels_last).images
+    failure = model.compile("default", images) if compiled == INSIDE else None
+    model.module = DistributedDataParallel(model.module, **gradient_exchange(1, None).to_kwargs())
+    failure = model.compile("default", images) if compiled == OUTSIDE else failure
+    if failure:
+        print(f"train step in DDP, {compiled}: {failure}", flush=True)
+    return None if failure else model
+
+
+def measure_wrapped(setting: Setting) -> Iterator[bool]:
+    """Record the train step in DistributedDataParallel, in one process: compiled inside of it against eager, then outside against
+    inside. Inside, the model is one graph. Outside, torch divides it so that gradients are exchanged during the backward pass;
+    this is what the division costs, without what it gains between several GPUs."""
+    arch, spec = setting.archs[0], replace(setting.spec, dtype=torch.bfloat16)
+    reset_peak_memory(spec.device)
+    distributed.init_process_group("nccl" if setting.gpu else "gloo", store=distributed.HashStore(), rank=0, world_size=1)
+    try:
+        before, steps = "eager", {"eager": wrapped(arch, spec, None)}
+        for name in (INSIDE, OUTSIDE):
+            steps[name] = wrapped(arch, spec, name)
+            if steps[name] is None:
+                return
+            pair = {one: ready((steps[one], spec.dtype, torch.channels_last), spec) for one in (before, name)}
+            speeds = speeds_in_turns(setting, pair)
+            ratios = [new / old for new, old in zip(speeds[name], speeds[before], strict=True)]
+            figures = {"images_per_s": speeds[name], f"ratio_to_{before.replace(' ', '_')}": ratios}
+            setting.record(f"train step in DDP, {arch} bf16", name, figures, spec)
+            yield True
+            before = name
+    finally:
+        distributed.destroy_process_group()

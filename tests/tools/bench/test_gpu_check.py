@@ -18,6 +18,7 @@ from types import ModuleType, SimpleNamespace
 import pytest
 import simplejpeg
 import torch
+from torch import distributed
 
 from model import ARCHS
 from pipeline.batch import Batch
@@ -32,7 +33,7 @@ from tools.bench.gpu_check import PROFILES
 from tools.bench.gpu_loader import measure_loaders
 from tools.bench.gpu_probe import measure_tail
 from tools.bench.gpu_setting import Setting
-from tools.bench.gpu_train import CLASSES, PlainStep, measure_graphs, measure_steps, share_of_peak, synthetic
+from tools.bench.gpu_train import CLASSES, PlainStep, measure_graphs, measure_steps, measure_wrapped, share_of_peak, synthetic
 from tools.profiler.measuring import Budget
 from tools.profiler.training import Model
 from training.options import make_sizes
@@ -64,6 +65,7 @@ def test_all_parts_run_on_a_cpu_within_the_budget(image_folder: Path, tmp_path: 
         ("train step, resnet20 bf16", "ours"),
         ("tail, eager", "torch"),
         ("train step with EMA, resnet20 bf16", "reduce-overhead"),
+        *(("train step in DDP, resnet20 bf16", f"compiled {where}") for where in ("inside", "outside")),
     ]
     assert [key for key in found if key in expected] == expected
     for (benchmark, engine), figures in found.items():
@@ -252,6 +254,30 @@ def test_an_average_that_does_not_follow_a_compiled_model_is_found(tmp_path: Pat
 
     monkeypatch.setattr(Model, "compile", compiles_a_copy)
     assert list(measure_graphs(setting)) == [False]
+
+
+@pytest.mark.slow
+def test_the_step_in_ddp_is_measured_compiled_inside_and_outside(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    seen, failure = [], dict[str, str]()
+
+    def compiles(model: Model, *_: object) -> str | None:
+        seen.append((type(model.module).__name__, distributed.get_world_size()))
+        return failure.get(seen[-1][0])
+
+    monkeypatch.setattr(Model, "compile", compiles)
+    setting = Setting({}, SPEC, tmp_path, tmp_path / "rows.csv", 0.004, 2, "images", ("resnet20",))
+    assert list(measure_wrapped(setting)) == [True, True]
+    assert seen == [("ResNet", 1), ("DistributedDataParallel", 1)]
+    with (tmp_path / "rows.csv").open(newline="") as stream:
+        rows = {(row["engine"], row["metric"]) for row in csv.DictReader(stream)}
+    assert rows >= {("compiled inside", "ratio_to_eager"), ("compiled outside", "ratio_to_compiled_inside")}
+    assert not distributed.is_initialized()
+    failure["DistributedDataParallel"] = "torch.compile does not work here (no compiler)"
+    assert list(measure_wrapped(setting)) == [True]
+    assert "train step in DDP, compiled outside: torch.compile does not work here" in capsys.readouterr().out
+    assert not distributed.is_initialized()
 
 
 @pytest.mark.slow
