@@ -43,8 +43,8 @@ class Header(NamedTuple):
     """The content of the segments before the entropy-coded data.
 
     quant: int32 (4, 64), quantization tables in zigzag order. components: int64 (3, 5), per component: horizontal and vertical
-    sampling factor; index of the quantization, DC and AC table. tables: the Huffman tables. symbols: uint32 (4, 1 << _LOOK),
-    tables of whole symbols for the AC tables, see `_fill_symbols`.
+    sampling factor; index of the quantization, DC and AC table. tables: the Huffman tables. symbols: uint32 (8, 1 << _LOOK),
+    tables of whole symbols for the Huffman tables, see `_fill_symbols`.
     """
 
     quant: npt.NDArray[np.int32]
@@ -66,7 +66,7 @@ class McuBlocks(NamedTuple):
     """The B blocks of an MCU.
 
     blocks: uint64 (B, 7): component; DC table; AC table; start of the quantization table; step from one MCU to the next, bytes;
-    stride of the component's plane, bytes; start of the table of whole symbols. corners: int64 (B,), where the blocks of the
+    stride of the component's plane, bytes; start of the AC table of whole symbols. corners: int64 (B,), where the blocks of the
     first MCU start in the planes. downs: int64 (B,), step from one row of MCUs to the next, bytes.
     """
 
@@ -77,10 +77,10 @@ class McuBlocks(NamedTuple):
 
 @jit
 def _fill_symbols(bits: Any, symbols: Any, out: Bytes) -> None:
-    """Fill the table of whole symbols of an AC table. Its index is the next `_LOOK` bits.
+    """Fill the table of whole symbols of a Huffman table. Its index is the next `_LOOK` bits.
 
-    If these contain a whole code with its extra bits, the entry is value << 16 | step << 8 | length. step: increment of the
-    coefficient's index, `_END` at an end of block. length: bits of the code and its extra bits. Otherwise the entry is 0.
+    If these contain a whole code with its extra bits, the entry is value << 16 | step << 8 | length. step, for AC: increment of
+    the coefficient's index, `_END` at an end of block. length: bits of the code and its extra bits. Otherwise the entry is 0.
     bits, symbols: the Huffman table's BITS and HUFFVAL. out: uint32 (1 << _LOOK,).
     """
     out[:] = 0
@@ -187,8 +187,7 @@ def _read_huffman(data: Bytes, at: Any, end: Int, header: Header) -> bool:
                 return False
         if not fill_decoding_table(coded, 4 * kind + table, header.tables):
             return False
-        if kind == 1:
-            _fill_symbols(coded[:16], coded[16:], header.symbols[table])
+        _fill_symbols(coded[:16], coded[16:], header.symbols[4 * kind + table])
         at += 17 + total
     return at == end
 
@@ -226,13 +225,19 @@ def decode_tiles(data: Bytes, layout: TileLayout, area: Area, header: Header, mc
                     component, dc_table, ac_table = blocks[place, 0], blocks[place, 1], blocks[place, 2]
                     whole, scale = blocks[place, 6], blocks[place, 3]
                     at, bits, have = refill(unstuffed, at, bits, have)
-                    entry = lookup(bits, dc_table, tables)
-                    size, count = np.int64(entry & 255), np.int64(entry >> 16)
-                    if entry == 0 or count > 15:
-                        return False
-                    dc[component] += _extended(bits, size, count)
-                    bits <<= np.uint64(size)
-                    have -= size
+                    symbol = np.int32(symbols[(dc_table << np.uint64(_LOOK)) + (bits >> np.uint64(64 - _LOOK))])
+                    if symbol:
+                        dc[component] += np.int64(symbol >> np.int32(16))
+                        bits <<= np.uint64(symbol & np.int32(63))
+                        have -= np.int64(symbol & np.int32(63))
+                    else:
+                        entry = lookup(bits, dc_table, tables)
+                        size, count = np.int64(entry & 255), np.int64(entry >> 16)
+                        if entry == 0 or count > 15:
+                            return False
+                        dc[component] += _extended(bits, size, count)
+                        bits <<= np.uint64(size)
+                        have -= size
                     product = dc[component] * quant[scale]
                     wide |= product + _LARGEST
                     block[0] = product
@@ -295,7 +300,7 @@ def _blocks_of_mcu(components: Any, planes: Planes) -> McuBlocks:
         across, down = (wide, tall) if component == 0 else (1, 1)
         blocks[i, 0], blocks[i, 1], blocks[i, 2] = component, components[component, 3], 4 + components[component, 4]
         blocks[i, 3], blocks[i, 4], blocks[i, 5] = 64 * components[component, 2], 8 * across, strides[component]
-        blocks[i, 6] = components[component, 4] << _LOOK
+        blocks[i, 6] = (4 + components[component, 4]) << _LOOK
         corners[i], downs[i] = bases[component], 8 * down * strides[component]
         if component == 0:
             corners[i] += i // wide * 8 * strides[0] + i % wide * 8
@@ -315,7 +320,7 @@ def decode(data: Bytes, top: Int, left: Int, bottom: Int, right: Int, scratch: B
     mcu_width, mcu_height, height, width = layout.mcu_width, layout.mcu_height, layout.height, layout.width
     if not (0 <= top < bottom <= height and 0 <= left < right <= width):
         return REFUSED
-    header = Header(np.zeros((4, 64), np.int32), np.zeros((3, 5), np.int64), empty_tables(), np.zeros((4, 1 << _LOOK), np.uint32))
+    header = Header(np.zeros((4, 64), np.int32), np.zeros((3, 5), np.int64), empty_tables(), np.zeros((8, 1 << _LOOK), np.uint32))
     count = _read_header(data, layout, header)
     if count < 0:
         return REFUSED
