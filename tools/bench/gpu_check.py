@@ -48,7 +48,7 @@ import torch
 from model import ARCHS
 from pipeline.cli import Parser, positive, run_cli
 from pipeline.convert.make import ConvertOptions, make_shards
-from pipeline.cores import cores_per_process, usable_cores
+from pipeline.cores import usable_cores
 from pipeline.errors import UserError
 from pipeline.plan import sampling
 from pipeline.plan.geometry import ScaleJitter
@@ -64,6 +64,7 @@ from tools.profiler.measuring import Budget
 from tools.profiler.options import ProfileOptions
 from tools.profiler.profile import profile
 from tools.profiler.table import table
+from training.tuned import with_tuned
 
 REPEATS = 5
 BUDGET = 480.0  # seconds
@@ -249,8 +250,8 @@ def check(options: GpuCheckOptions, folder: Path, began: float) -> bool:
         geometry=ScaleJitter().scaled(options.image_size, sampling.CROP),
         dtype=torch.bfloat16,
         device=options.device,
-        threads=cores_per_process(),
     )
+    spec = with_tuned(spec, None, None)  # the threads of train.py, which leaves two cores to the host
     setting = Setting(data, spec, folder, options.results, options.seconds, REPEATS, options.images_in_words, options.arch)
     print(f"data made after {time.perf_counter() - began:.0f} s", flush=True)
     left = options.budget - (time.perf_counter() - began)

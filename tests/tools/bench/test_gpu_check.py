@@ -32,9 +32,9 @@ from tools.bench import bench_accuracy, gpu_check, gpu_pixels
 from tools.bench.gpu_check import PROFILES
 from tools.bench.gpu_loader import measure_loaders
 from tools.bench.gpu_probe import measure_tail
-from tools.bench.gpu_setting import Setting
+from tools.bench.gpu_setting import Setting, use_of
 from tools.bench.gpu_train import CLASSES, PlainStep, measure_graphs, measure_steps, measure_wrapped, share_of_peak, synthetic
-from tools.profiler.measuring import Budget
+from tools.profiler.measuring import Budget, Usage
 from tools.profiler.training import Model
 from training.options import make_sizes
 
@@ -130,6 +130,28 @@ def test_parts_keep_their_order_and_the_budget(monkeypatch: pytest.MonkeyPatch, 
         "hanging: stopped in the middle, the budget is used up",
         "last: skipped, the budget of 1 s is used up",
     ]
+
+
+def test_loaders_have_the_threads_of_train_py(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two of 16 cores are left to the training thread and the rest."""
+    found: list[LoaderSpec] = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: set(range(16)))
+    monkeypatch.setattr("pipeline.cores.core_quota", lambda _: float("inf"))
+    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
+    monkeypatch.setattr("training.tuned.load", lambda _: None)
+    monkeypatch.setattr(gpu_check, "make_data", lambda *_: {"lossless": tmp_path})
+    monkeypatch.setattr(gpu_check, "run_parts", lambda setting, *_: found.append(setting.spec))
+    gpu_check.check(gpu_check.GpuCheckOptions(parts=("train",)), tmp_path, time.perf_counter())
+    assert found[0].threads == 14
+
+
+def test_rows_have_cpu_seconds_per_image_and_the_use_of_the_jpeg_engine(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: set(range(4)))
+    monkeypatch.setattr("pipeline.cores.core_quota", lambda _: float("inf"))
+    usages = [Usage(seconds=2.0, cpu_share=0.5, jpeg_share=0.25), Usage(seconds=1.0, cpu_share=1.0, jpeg_share=0.75)]
+    assert use_of(usages, [100, 200]) == {"cpu_seconds_per_image": [0.04, 0.02], "jpeg_engine_share": [0.25, 0.75]}
+    assert use_of([Usage(seconds=1.0, cpu_share=0.5)], [4]) == {"cpu_seconds_per_image": [0.5], "jpeg_engine_share": []}
 
 
 def test_no_module_of_the_check_imports_dali_at_its_start() -> None:
