@@ -338,7 +338,7 @@ class Loader(ABC):
         if spec.order == "full":
             return Full(count, spec.seed)
         if spec.order == "blocks":
-            if not self.shards.sizes:
+            if not len(self.shards.sizes):
                 raise UserError(f"{spec.data}: holds only FFCV files; blocks need shards", "use `order` full")
             return Blocks(self.shards.sizes, spec.seed, spec.block_shards)
         return Sequential(count)

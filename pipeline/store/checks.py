@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -12,16 +12,15 @@ import numpy.typing as npt
 from ..errors import UserError
 from . import files
 
+Ints = npt.NDArray[np.int64]
 _AT_ONCE = 1 << 20  # records in memory at a time
 
 
-def samples_problem(samples: npt.NDArray[Any], classes: int, shards: Sequence[Mapping[str, Any]], first: int = 0) -> str:
+def samples_problem(samples: npt.NDArray[Any], classes: int, ends: Ints, sizes: Ints, first: int = 0) -> str:
     """What is wrong with `SAMPLE` records, of consecutive samples from `first` on; "" if nothing is.
 
-    classes: their number. shards: their entries in the manifest, empty if there are only FFCV files.
+    classes: their number. ends, sizes: of the shards, in samples and bytes, int64 (shards,); empty if there are only FFCV files.
     """
-    ends = np.cumsum([shard["images"] for shard in shards], dtype=np.int64)
-    sizes = np.array([shard["bytes"] for shard in shards], np.uint64)
     for start in range(0, len(samples), _AT_ONCE):
         part = samples[start : start + _AT_ONCE]
         for name, is_bad in _out_of_range(part, classes, ends, sizes, first + start):
@@ -32,17 +31,18 @@ def samples_problem(samples: npt.NDArray[Any], classes: int, shards: Sequence[Ma
 
 
 def _out_of_range(
-    samples: npt.NDArray[Any], classes: int, ends: npt.NDArray[np.int64], sizes: npt.NDArray[np.uint64], first: int
+    samples: npt.NDArray[Any], classes: int, ends: Ints, sizes: Ints, first: int
 ) -> Iterator[tuple[str, npt.NDArray[np.bool_]]]:
-    """Fields, and which records have a wrong value there. ends, sizes: of the shards, in samples and bytes."""
+    """Fields, and which records have a wrong value there."""
     yield "label", (samples["label"] < 0) | (samples["label"] >= classes)
     for name in ("bytes", "height", "width"):
         yield name, samples[name] == 0
     if len(ends):
         shards = np.searchsorted(ends, np.arange(first, first + len(samples)), side="right")
         yield "shard", samples["shard"] != shards
-        yield "offset", samples["offset"] > sizes[shards]
-        yield "bytes", samples["bytes"] > sizes[shards] - samples["offset"]
+        limits = sizes[shards].astype(np.uint64)
+        yield "offset", samples["offset"] > limits
+        yield "bytes", samples["bytes"] > limits - samples["offset"]
 
 
 class BackgroundCheck:

@@ -6,6 +6,8 @@ import hashlib
 import io
 import json
 import math
+import os
+import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -15,9 +17,11 @@ import numpy as np
 from ..errors import UserError
 from ..pixels.normalize import Floats, lighting_basis
 from . import files
+from .entries import StoredEntries, column, read_large
 
 FORMAT = "cropfeed-shards"
 VERSION = 2
+_LARGE = 16 << 20  # bytes of a manifest.json whose shards stay in the file: it has more than 60,000
 
 # What manifest.json must have. Keys: "NAME?" may be missing, "*" stands for every key. Values: a type; (schema, ...) is a list of
 # that length, [schema] one of any length. Integers are counts; floats are finite.
@@ -49,7 +53,7 @@ class Manifest:
         self.root = files.absolute(str(root))
         path = files.join(self.root, "manifest.json")
         try:
-            content: Any = json.loads(files.read(path))
+            content = _content(path)
         except (ValueError, RecursionError) as error:
             raise UserError(f"{path}: not valid JSON ({error})", "make the shards again") from error
         except UserError as error:
@@ -101,6 +105,25 @@ class Manifest:
         return lighting_basis(self.statistics["rgb_covariance"])
 
 
+def _content(path: str) -> Any:
+    """The content of manifest.json, see `read_large`. Raises UserError, ValueError and RecursionError."""
+    if not files.is_remote(path):
+        if os.path.exists(path) and os.path.getsize(path) > _LARGE:
+            with files.explained(path):
+                file = open(path, "rb")  # noqa: SIM115 - `StoredEntries` need it
+            if (content := read_large(file)) is not None:
+                return content
+        return json.loads(files.read(path))
+    text = files.read(path)
+    if len(text) > _LARGE:
+        copy = tempfile.TemporaryFile()  # noqa: SIM115
+        copy.write(text)
+        copy.flush()
+        if (content := read_large(copy)) is not None:
+            return content
+    return json.loads(text)
+
+
 def manifest_problem(content: Any) -> str:
     """What is wrong with the content of manifest.json; "" if nothing is."""
     if problem := _mismatch(content, _MANIFEST, "its content"):
@@ -108,7 +131,7 @@ def manifest_problem(content: Any) -> str:
     for name, split in content["splits"].items():
         if not split["shards"] and "beton" not in split:
             return f"splits.{name} has neither shards nor an FFCV file"
-        if split["shards"] and sum(shard["images"] for shard in split["shards"]) != split["images"]:
+        if split["shards"] and int(column(split["shards"], "images").sum()) != split["images"]:
             return f"splits.{name}.images is not the sum over its shards"
     return ""
 
@@ -121,6 +144,8 @@ def _mismatch(value: Any, schema: Any, place: str) -> str:
         parts = [(name, kind) for key, kind in schema.items() for name in (value if key == "*" else [key])]
         inside = "" if schema is _MANIFEST else f"{place}."
         return next(filter(None, (_mismatch_at(value, name, kind, inside) for name, kind in parts)), "")
+    if isinstance(value, StoredEntries):  # which has found nothing else
+        return "" if schema == [_SHARD] else f"{place} holds shards"
     if isinstance(schema, list | tuple):
         if not isinstance(value, list) or (isinstance(schema, tuple) and len(value) != len(schema)):
             return f"{place} is not a list" + (f" of {len(schema)}" if isinstance(schema, tuple) else "")
@@ -130,7 +155,9 @@ def _mismatch(value: Any, schema: Any, place: str) -> str:
         return "" if is_finite else f"{place} is not a finite number"
     if not isinstance(value, schema) or isinstance(value, bool):
         return f"{place} is not {'a string' if schema is str else 'an integer'}"
-    return f"{place} is negative" if isinstance(value, int) and value < 0 else ""
+    if isinstance(value, int) and not 0 <= value < 1 << 63:
+        return f"{place} is {'negative' if value < 0 else 'too large'}"
+    return ""
 
 
 def _mismatch_at(value: Mapping[str, Any], name: str, schema: Any, inside: str) -> str:

@@ -139,7 +139,9 @@ def fetcher(cache: ShardCache | None, urls: Sequence[str], entries: Sequence[Map
 def download_bar(split: str, shards: Sequence[Path], entries: Sequence[Mapping[str, Any]]) -> SharedBar:
     """The bar of the shards that the cache lacks. Each process of the machine downloads about an equal share of them."""
     processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    found = list(zip(shards, entries, strict=True))
-    return SharedBar(
-        f"downloading {split}", lambda: sum(entry["bytes"] for path, entry in found if not path.exists()) // processes
-    )
+
+    def missing() -> int:
+        found = zip(shards, entries, strict=True)
+        return int(sum(entry["bytes"] for path, entry in found if not path.exists()) // processes)
+
+    return SharedBar(f"downloading {split}", missing)

@@ -23,14 +23,15 @@ import os
 import resource
 import sys
 import tarfile
+import threading
 import weakref
 import zlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from io import FileIO
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, BinaryIO, NamedTuple, TypeVar, overload
 
 import numpy as np
 import numpy.typing as npt
@@ -40,6 +41,7 @@ from ..progress import BYTES, progress_bar
 from . import files
 from .cache import choose_cache
 from .checks import BackgroundCheck, hash_problem, samples_problem
+from .entries import column
 from .manifest import Manifest as Manifest
 from .prefetch import Prefetcher, ReadAhead, download_bar, fetcher
 from .waiting import answer
@@ -58,9 +60,11 @@ SAMPLE = np.dtype(
     ]
 )
 _BLOCK = 512  # a tar's headers and contents begin at multiples of this
+_KEPT_OPEN = 1 << 14  # local shards
 _READ = 64 << 20  # bytes of the largest samples.npy that is read. A larger one is mapped; ImageNet's has 41 MB
 _CHECKED_AT_ONCE = 256 << 20  # bytes of samples.npy that are checked before the first batch, in less than a second
 Samples = npt.NDArray[Any]
+T = TypeVar("T")
 log = logging.getLogger("cropfeed")
 
 
@@ -162,7 +166,7 @@ class ShardSet:
 
     root: folder or URL. A local shard is opened when it is first read. A remote shard is downloaded into a cache when it is first
     read, see `choose_cache` for cache and cache_gb. With either option, local shards use the cache, too, for slow disks.
-    samples: one `SAMPLE` record per sample, shard after shard. sizes: number of images in each shard.
+    samples: one `SAMPLE` record per sample, shard after shard. sizes: number of images in each shard, int64.
     shards: path of each shard's local file. With a cache, the file exists once the shard was read.
     by_ranges: whether images are read by range requests, without a copy of their shard in the cache, see `check_cache`.
     """
@@ -189,14 +193,17 @@ class ShardSet:
         self.cache = choose_cache(cache, cache_gb) if cached else None
         self.by_ranges = False
         self._entry = self.manifest.splits[split]
-        self._urls = [files.join(root, shard["file"]) for shard in self._entry["shards"]]
-        if self.cache:
-            for url, shard in zip(self._urls, self._entry["shards"], strict=True):
-                self.cache.check(url, shard["bytes"])
-            self.shards = [self.cache.path(shard["sha256"]) for shard in self._entry["shards"]]
+        entries, store = self._entry["shards"], self.cache
+        self.sizes, self._bytes = column(entries, "images"), column(entries, "bytes")
+        self._ends = np.cumsum(self.sizes)
+        self._urls = urls = _Lazy(len(entries), lambda shard: files.join(root, entries[shard]["file"]))
+        if store:
+            if len(entries):
+                largest = int(self._bytes.argmax())
+                store.check(urls[largest], int(self._bytes[largest]))
+            self.shards = _Lazy(len(entries), lambda shard: store.path(entries[shard]["sha256"]))
         else:
-            self.shards = [Path(url) for url in self._urls]
-        self.sizes = [int(shard["images"]) for shard in self._entry["shards"]]
+            self.shards = _Lazy(len(entries), lambda shard: Path(urls[shard]))
         self._downloads = download_bar(split, self.shards, self._entry["shards"])
         self._prefetcher = Prefetcher(fetcher(self.cache, self._urls, self._entry["shards"], self._downloads))
         weakref.finalize(self, self._prefetcher.close)
@@ -272,7 +279,7 @@ class ShardSet:
         free = self.cache.limit - self.samples.nbytes if self.cache else sys.maxsize
         fitting = []
         for shard in shards:
-            free -= self._entry["shards"][shard]["bytes"]
+            free -= int(self._bytes[shard])
             if free < 0:
                 break
             fitting.append(shard)
@@ -315,7 +322,7 @@ class ShardSet:
 
         warns: whether to log a warning then, as each image takes requests of its own.
         """
-        total = sum(shard["bytes"] for shard in self._entry["shards"]) + self.samples.nbytes
+        total = int(self._bytes.sum()) + self.samples.nbytes
         self.by_ranges = self.cache is not None and total > self.cache.limit
         if self.cache and self.by_ranges and warns:
             log.warning(
@@ -347,12 +354,12 @@ class ShardSet:
         return BackgroundCheck(path, checks)
 
     def _problem(self, samples: Samples, first: int = 0) -> str:
-        return samples_problem(samples, len(self.manifest.classes), self._entry["shards"], first)
+        return samples_problem(samples, len(self.manifest.classes), self._ends, self._bytes, first)
 
     def _read_range(self, shard: int, start: int, count: int) -> npt.NDArray[np.uint8]:
         """Bytes of a shard: uint8 (count,). With a cache, the file is closed again, to free the disk space of evicted files."""
         if not self.cache:
-            url, size = self._urls[shard], self._entry["shards"][shard]["bytes"]
+            url, size = self._urls[shard], int(self._bytes[shard])
             ready = _read_ready(self._local.opened(shard), size, start, count)
             return answer(url, lambda: _read_from(self._local.open(shard), url, size, start, count)) if ready is None else ready
         if self.by_ranges:
@@ -362,12 +369,33 @@ class ShardSet:
             return _read_from(stream, self._urls[shard], entry["bytes"], start, count)
 
 
+class _Lazy(Sequence[T]):
+    """A sequence whose items are made when they are asked for: names of a million shards take 1 s and 0.1 GB."""
+
+    def __init__(self, count: int, make: Callable[[int], T]) -> None:
+        self._numbers, self._make = range(count), make
+
+    def __len__(self) -> int:
+        return len(self._numbers)
+
+    @overload
+    def __getitem__(self, at: int) -> T: ...
+    @overload
+    def __getitem__(self, at: slice) -> list[T]: ...
+    def __getitem__(self, at: int | slice) -> T | list[T]:
+        found = self._numbers[at]
+        return self._make(found) if isinstance(found, int) else [self._make(number) for number in found]
+
+
 class _OpenFiles:
-    """Local shards, which stay open: on network file systems, opening takes longer than reading. Thread-safe."""
+    """Local shards. Thousands stay open, as opening takes longer than reading on network file systems. Thread-safe."""
 
     def __init__(self, paths: Sequence[str]) -> None:
         self._paths = paths
         self._open: dict[int, FileIO] = {}
+        self._lock = threading.Lock()  # guards changes
+        hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+        self._most = _KEPT_OPEN if hard == resource.RLIM_INFINITY else min(_KEPT_OPEN, hard // 2)
 
     def opened(self, shard: int) -> FileIO | None:
         return self._open.get(shard)
@@ -377,7 +405,10 @@ class _OpenFiles:
         if stream is None:
             with files.explained(self._paths[shard]):
                 stream = _open_file(self._paths[shard])
-            stream = self._open.setdefault(shard, stream)
+            with self._lock:
+                stream = self._open.setdefault(shard, stream)
+                if len(self._open) > self._most:  # a reader of the oldest one holds it open
+                    del self._open[next(iter(self._open))]
         return stream
 
 

@@ -17,7 +17,8 @@ from pipeline.store import checks, shards
 from pipeline.store.checks import samples_problem
 from pipeline.store.shards import SAMPLE, ShardSet
 
-SHARDS = [{"images": 3, "bytes": 5000}, {"images": 2, "bytes": 9000}]
+SHARDS = np.array([3, 5]), np.array([5000, 9000])
+NONE = np.array([], np.int64), np.array([], np.int64)
 
 
 def records() -> Any:
@@ -29,9 +30,9 @@ def records() -> Any:
 
 
 def test_correct_records_have_no_problem() -> None:
-    assert samples_problem(records(), 3, SHARDS) == ""
-    assert samples_problem(records()[3:], 3, SHARDS, first=3) == ""
-    assert samples_problem(records(), 3, []) == ""  # a data set of FFCV files
+    assert samples_problem(records(), 3, *SHARDS) == ""
+    assert samples_problem(records()[3:], 3, *SHARDS, first=3) == ""
+    assert samples_problem(records(), 3, *NONE) == ""  # a data set of FFCV files
 
 
 @pytest.mark.parametrize("at_once", [1, 2, 1 << 20])
@@ -48,8 +49,8 @@ def test_a_number_out_of_range_is_named(field: str, value: int, at_once: int, mo
     samples = records()
     samples[field][3] = value
     expected = f"the {field} of sample 3 is out of range ({value})"
-    assert samples_problem(samples, 3, SHARDS) == expected
-    assert samples_problem(samples[3:4], 3, SHARDS, first=3) == expected
+    assert samples_problem(samples, 3, *SHARDS) == expected
+    assert samples_problem(samples[3:4], 3, *SHARDS, first=3) == expected
 
 
 def with_label(source: Path, out: Path, sample: int, label: int) -> Path:
