@@ -347,11 +347,11 @@ def test_more_shards_than_the_limits_of_open_files(small_shards: Path, tmp_path:
     made = run_forked("tools/make_shards.py", small_shards, "--out", tmp_path / "many", "--shard-size", 1)
     assert made.returncode == 0, made.stderr
     code = (
-        "import resource, sys; sys.path.insert(0, sys.argv[2]); from pipeline.store.shards import ShardSet; "
+        "import gc, resource, sys; sys.path.insert(0, sys.argv[2]); from pipeline.store.shards import ShardSet; "
         "hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]; "
         "read = lambda shards: print(len(shards.sizes), sum(len(shards.read(i)) > 0 for i in range(len(shards)))); "
         "resource.setrlimit(resource.RLIMIT_NOFILE, (40, hard)); read(ShardSet(sys.argv[1], 'train')); "
-        "resource.setrlimit(resource.RLIMIT_NOFILE, (40, 40)); read(ShardSet(sys.argv[1], 'train'))"
+        "gc.collect(); resource.setrlimit(resource.RLIMIT_NOFILE, (40, 40)); read(ShardSet(sys.argv[1], 'train'))"
     )
     result = subprocess.run([sys.executable, "-c", code, tmp_path / "many", ROOT], capture_output=True, text=True, check=False)
     assert result.stdout.split() == ["60", "60"] * 2, result.stderr
