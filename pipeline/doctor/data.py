@@ -95,6 +95,6 @@ def check_cache_size(cache: ShardCache, total: int) -> Line:
     if min(total, cache.limit) > free:
         return Line("failed", "cache", found, f"--cache-gb {FREE_SHARE * free / GB:.3g}, or --cache FOLDER on a larger disk")
     if total > cache.limit:
-        remedy = "raise --cache-gb (CROPFEED_CACHE_GB), or --order blocks: a random order downloads shards again and again"
+        remedy = "raise --cache-gb (CROPFEED_CACHE_GB), or --order blocks: in a random order, each image is requested by itself"
         return Line("warning", "cache", found, remedy)
     return Line("ok", "cache", found)

@@ -20,6 +20,7 @@ from ..loader import Loader
 from ..pixels.decoder import CorruptImageError, Decoder, Pixels, joint_window, region_of
 from ..store.waiting import REQUESTS, DaemonPool
 
+WHOLE = 32 << 10  # bytes up to which an image is read in one range: a second request takes 0.7 ms of CPU time
 HEAD = 4096  # bytes of the first range: 99 % of ImageNet's headers with their tables have less than 3,500
 
 
@@ -31,12 +32,14 @@ class Piece(NamedTuple):
 
 
 def read_piece(read: Callable[[int, int], Bytes], size: int, region: tuple[int, int, int, int]) -> Piece:
-    """Read what a crop needs of an encoded image. Of images without a table of segments, that is the whole image.
+    """Read what a crop needs of an encoded image: all of it, if it is small or has no table of segments.
 
     read: (start, count) -> uint8 (count,), bytes of the image. size: of the image, bytes. region: top, left, bottom, right of
     what is decoded, pixels.
     """
-    head = read(0, min(HEAD, size))
+    if size <= WHOLE:
+        return Piece(read(0, size), False)
+    head = read(0, HEAD)
     data = np.zeros(size, np.uint8)
     data[: len(head)] = head
     content = data.view()

@@ -109,6 +109,7 @@ class Stored:
 def test_a_piece_has_the_cut_of_the_whole_image(subsampling: str) -> None:
     """For windows at all edges, of the whole image, and of one pixel. Two ranges, with fewer bytes than the image."""
     image = Stored(transcode(jpeg(random_image(397, 501), subsampling)))
+    assert len(image.data) > ranges.WHOLE
     rng = np.random.default_rng(0)
     regions = [(0, 0, 397, 501), (0, 0, 1, 1), (396, 500, 397, 501), (0, 200, 120, 501), (300, 0, 397, 90)]
     for _ in range(40):
@@ -127,14 +128,15 @@ def test_a_piece_has_the_cut_of_the_whole_image(subsampling: str) -> None:
         assert spared >= (0.8 - rows) * len(image.data)
 
 
-@pytest.mark.parametrize("kind", ["png", "no table", "damaged table", "long header", "empty"])
+@pytest.mark.parametrize("kind", ["png", "no table", "damaged table", "long header", "small", "empty"])
 def test_other_images_are_read_whole(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     data = {"png": png(random_image(90, 70)), "no table": jpeg(random_image(200, 300)), "empty": b"x"}.get(kind)
     data = data or transcode(jpeg(random_image(200, 300)))
     if kind == "damaged table":
         data = data[:40] + b"\xff" * 8 + data[48:]
-    if kind == "long header":
-        monkeypatch.setattr(ranges, "HEAD", 400)
+    if kind != "small":
+        monkeypatch.setattr(ranges, "WHOLE", 0)
+    monkeypatch.setattr(ranges, "HEAD", min(400 if kind == "long header" else 4096, len(data)))
     image = Stored(data)
     piece = image.piece(10, 10, 20, 20)
     assert not piece.is_part
@@ -159,6 +161,7 @@ def test_batches_equal_the_local_ones(
 ) -> None:
     """Some of these images are decoded by other decoders, which need the whole image."""
     monkeypatch.setattr(ranges, "HEAD", 1000)
+    monkeypatch.setattr(ranges, "WHOLE", 0)
     spec = replace(LoaderSpec(data, batch_size=8, image_size=32, threads=2, geometry=ScaleJitter(36, 68)), **changes)
     remote = replace(spec, data=counted, cache=tmp_path, cache_gb=gigabytes(data, 2))
     parts, read = list[bool](), ranges.read_piece
@@ -185,6 +188,7 @@ def test_a_damaged_image_is_replaced_by_the_same_one(
     data: Path, counted: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(ranges, "HEAD", 1000)
+    monkeypatch.setattr(ranges, "WHOLE", 0)
     spec = LoaderSpec(data, batch_size=8, image_size=32, threads=2, geometry=ScaleJitter(36, 68))
     record = open_loader(spec).shards.samples[5]
     content = stored(f"/train/{int(record['shard']):06d}.tar")
@@ -223,6 +227,6 @@ def test_images_are_read_ahead_and_closing_stops_it(
 
     spec = LoaderSpec(counted, batch_size=8, image_size=32, threads=1, cache=tmp_path, cache_gb=gigabytes(data, 2))
     with open_loader(spec) as loader:
-        monkeypatch.setattr(ranges, "HEAD", 1 << 20)  # one read of each image
+        monkeypatch.setattr(ranges, "WHOLE", 1 << 20)  # one read of each image
         monkeypatch.setattr(Counted, "cat_file", read)
         assert len(next(iter(loader)).ids) == 8
