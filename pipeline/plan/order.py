@@ -12,13 +12,14 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
 from . import random, sampling
 from .sampling import Ints
+
+_AT_ONCE = 1 << 16  # shards of an order in memory at a time
 
 
 class Order(ABC):
@@ -54,19 +55,10 @@ class Full(Order):
         return sampling.order(self._seed, epoch, positions, self.count)
 
 
-class _Epoch(NamedTuple):
-    """One epoch of `Blocks`, all int64. shards: (S,), in the epoch's order. starts: (S,), number of samples before each shard.
-    bounds: (blocks + 1,), number of samples before each block, then the total."""
-
-    shards: Ints
-    starts: Ints
-    bounds: Ints
-
-
 class Blocks(Order):
     """Shards in random order; `per_block` consecutive shards form a block, and its samples are permuted uniformly.
 
-    Set-up is O(shards) in time and memory, once per epoch; a position then takes O(log shards).
+    Set-up is O(shards) in time and O(blocks) in memory, once per epoch; a position then takes O(log shards).
 
     How well this shuffles ImageNet's 1,281,167 images in shards of 1,000 and batches of 256 (means of 10 epochs, measured by
     tests/pipeline/plan/test_order.py):
@@ -86,46 +78,51 @@ class Blocks(Order):
         """sizes: number of images in each shard, (S,). Samples are numbered shard after shard."""
         self._sizes = np.asarray(sizes, np.int64)
         super().__init__(int(self._sizes.sum()))
-        self._firsts = np.cumsum(self._sizes) - self._sizes  # number of stored samples before each shard
+        self._ends = np.cumsum(self._sizes)  # number of stored samples before the end of each shard
         self._seed, self._per_block = seed, per_block
         self.blocks = -(-len(self._sizes) // per_block)  # in an epoch
-        self._epochs: dict[int, _Epoch] = {}
+        self._epochs: dict[int, Ints] = {}
 
     def block(self, epoch: int, position: int) -> int:
         """The block of an epoch that a position belongs to."""
-        return int(np.searchsorted(self._epoch(epoch).bounds, position, "right")) - 1
+        return int(np.searchsorted(self._bounds(epoch), position, "right")) - 1
 
     def shards(self, epoch: int, block: int) -> list[int]:
         """The shards of a block."""
-        first = block * self._per_block
-        numbers: list[int] = self._epoch(epoch).shards[first : first + self._per_block].tolist()
+        numbers: list[int] = self._shards(epoch, block * self._per_block, self._per_block).tolist()
         return numbers
 
     def samples(self, epoch: int, positions: Ints) -> Ints:
-        shards, starts, bounds = self._epoch(epoch)
+        bounds = self._bounds(epoch)
         blocks = np.searchsorted(bounds, positions, "right") - 1
-        unpermuted = np.empty(len(positions), np.int64)  # the sample's position if blocks were not permuted
+        found = np.empty(len(positions), np.int64)
         for block in np.unique(blocks).tolist():
             here = blocks == block
             low, high = bounds[block], bounds[block + 1]
             permuted = np.empty(np.count_nonzero(here), np.int64)
             keys = np.uint64(self._seed), np.uint64(epoch), block, random.BLOCK
             random.permute(*keys, positions[here] - low, high - low, permuted)
-            unpermuted[here] = low + permuted
-        turns = np.searchsorted(starts, unpermuted, "right") - 1
-        found: Ints = self._firsts[shards[turns]] + unpermuted - starts[turns]
+            shards = self._shards(epoch, block * self._per_block, self._per_block)
+            ends = np.cumsum(self._sizes[shards])
+            turns = np.searchsorted(ends, permuted, "right")
+            found[here] = self._ends[shards[turns]] - ends[turns] + permuted
         return found
 
-    def _epoch(self, epoch: int) -> _Epoch:
+    def _shards(self, epoch: int, first: int, count: int) -> Ints:
+        """The shards at up to `count` consecutive places of an epoch, from place `first` on."""
+        places = np.arange(first, min(first + count, len(self._sizes)))
+        shards = np.empty_like(places)
+        random.permute(np.uint64(self._seed), np.uint64(epoch), 0, random.SHARDS, places, len(self._sizes), shards)
+        return shards
+
+    def _bounds(self, epoch: int) -> Ints:
+        """The number of an epoch's samples before each block, then the total: int64 (blocks + 1,)."""
         if epoch not in self._epochs:
-            turns = np.arange(len(self._sizes))
-            shards = np.empty_like(turns)
-            random.permute(np.uint64(self._seed), np.uint64(epoch), 0, random.SHARDS, turns, len(turns), shards)
-            ends = np.cumsum(self._sizes[shards])
-            starts = ends - self._sizes[shards]
+            step = self._per_block * -(-_AT_ONCE // self._per_block)
+            parts = (self._sizes[self._shards(epoch, first, step)] for first in range(0, len(self._sizes), step))
+            counts = [np.add.reduceat(part, np.arange(0, len(part), self._per_block)) for part in parts]
             latest = list(self._epochs.items())[-1:]  # prefetching alternates between two epochs
-            bounds = np.append(starts[:: self._per_block], self.count)
-            self._epochs = dict([*latest, (epoch, _Epoch(shards, starts, bounds))])
+            self._epochs = dict([*latest, (epoch, np.append(0, np.cumsum(np.concatenate(counts))))])
         return self._epochs[epoch]
 
 

@@ -11,6 +11,7 @@ import numpy.typing as npt
 import pytest
 from scipy.stats import spearmanr
 
+from pipeline.plan import order as orders
 from pipeline.plan import sampling
 from pipeline.plan.order import Blocks, ByShape, Full, Order, Sequential
 from pipeline.store.shards import ShardSet
@@ -147,3 +148,10 @@ def test_blocks_shuffle_as_documented() -> None:
     assert 105 < full.shards < 115
     assert full.companions < found[32].companions <= found[8].companions <= found[1].companions <= 1
     assert max(figure.correlation for figure in (*found.values(), full)) < 0.25
+
+
+def test_the_order_does_not_depend_on_the_shards_in_memory_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes = [3, 1, 4, 1, 5, 9, 2, 6, 5, 3, 5]
+    expected = [Blocks(sizes, 7, per_block).samples(2, np.arange(44)).tolist() for per_block in (1, 3, 20)]
+    monkeypatch.setattr(orders, "_AT_ONCE", 4)
+    assert [Blocks(sizes, 7, per_block).samples(2, np.arange(44)).tolist() for per_block in (1, 3, 20)] == expected
