@@ -287,7 +287,9 @@ class ShardSet:
 
     def read_ahead(self, ids: npt.NDArray[np.int64], fields: bool = False) -> None:
         """Have the kernel read samples into the page cache, in this order, in a background thread: what `read` will read, or
-        `read_with_fields` if `fields`. Samples of shards that are still to be downloaded are left out. ids: (N,)."""
+        `read_with_fields` if `fields`. Samples of shards that are not on a local disk are left out. ids: (N,)."""
+        if self.by_ranges:
+            return
         records, before = self.samples[ids], self.samples[ids - 1]
         starts = offsets = records["offset"].astype(np.int64)
         if fields or self._verify:

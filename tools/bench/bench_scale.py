@@ -2,9 +2,9 @@
 
 Makes data sets of 10^4, 1,281,167 and 10^9 samples without images, with the statistics in SHARDS' manifest. Each consists of a
 manifest and a samples.npy, sparse for 10^9 samples. For each data set, a new process measures how long it takes to open a
-loader, to resume at a saved position near the end of an epoch, and to plan batches at random positions of random epochs (order,
-draws, windows, with made-up image sizes), and how much memory that needs. No image is read. Rows go to
-tools/bench/results/scale.csv.
+loader, to resume at a saved position near the end of an epoch, and to plan batches at random positions of that epoch (order,
+draws, windows, with made-up image sizes), and how much memory that needs beyond a small data set's loader. No image is read. Rows
+go to tools/bench/results/scale.csv.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ from __future__ import annotations
 import hashlib
 import json
 import random
-import resource
 import subprocess
 import sys
 import tempfile
@@ -28,12 +27,16 @@ from pipeline.cli import Parser, run_cli
 from pipeline.loader import Loader
 from pipeline.plan.sampling import Ints
 from pipeline.spec import LoaderSpec
+from pipeline.store.entries import read_large
 from pipeline.store.shards import SAMPLE, Manifest
 from tools.bench.recording import RESULTS, Figure, record
 
-COUNTS = (10_000, 1_281_167, 1_000_000_000)
-SHARDS = 10_000  # at most: the manifest has a line per shard, and start-up time grows with their number
-SPARSE = 10**8  # this many records stay zeros: they are checked in the background, and no sample is read
+CASES = {  # samples, images in a shard: orders
+    (10_000, 1000): ("full",),
+    (1_281_167, 1000): ("full",),
+    (10**9, 1000): ("full", "blocks"),
+}
+SPARSE = 10**8  # this many records stay zeros, without their hash: they are checked in the background, and no sample is read
 REPEATS, BATCHES, BATCH = 5, 50, 256
 
 
@@ -50,16 +53,16 @@ class Planner(Loader):
         return 300 + ids % 200, 400 + ids % 300
 
 
-def write_data(source: Manifest, folder: Path, count: int) -> None:
-    """Write a data set of `count` samples without images."""
-    size = max(1000, -(-count // SHARDS))
+def write_data(source: Manifest, folder: Path, count: int, size: int) -> None:
+    """Write a data set of `count` samples without images. size: of a shard, in samples."""
+    digest = hashlib.sha256().hexdigest()
     shards = [
         {
             "file": f"train/{number:06d}.tar",
             "images": min(size, count - number * size),
             "bytes": 1,
-            "sha256": "0",
-            "idx_sha256": "0",
+            "sha256": digest,
+            "idx_sha256": digest,
         }
         for number in range(-(-count // size))
     ]
@@ -71,19 +74,22 @@ def write_data(source: Manifest, folder: Path, count: int) -> None:
         for name in ("bytes", "height", "width"):
             records[name] = 1
     records.flush()
-    with samples.open("rb") as stream:
-        sha256 = hashlib.file_digest(stream, "sha256").hexdigest()
+    sha256 = digest if count >= SPARSE else hashlib.sha256(samples.read_bytes()).hexdigest()
     manifest = json.loads((Path(source.root) / "manifest.json").read_text())
     split = {"images": count, "samples": "train/samples.npy", "samples_sha256": sha256, "shards": shards}
     manifest["splits"] = {"train": split}
-    (folder / "manifest.json").write_text(json.dumps(manifest))
+    (folder / "manifest.json").write_text(json.dumps(manifest, indent=1))  # as the converter writes it
 
 
-def measure(folder: Path) -> dict[str, float]:
+def measure(source: Path, folder: Path, order: str) -> dict[str, float]:
     """Measure one data set in this process; returns the figures."""
-    spec = LoaderSpec(folder, batch_size=BATCH, normalization="channel")
-    next(iter(Planner(spec)))  # compiles
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with tempfile.TemporaryDirectory() as name:  # compiles, without the memory that the data set takes
+        write_data(Manifest(source), Path(name), BATCH, 2)
+        next(iter(Planner(LoaderSpec(name, batch_size=BATCH, normalization="channel", order=order))))
+        with (Path(name) / "manifest.json").open("rb") as stream:
+            read_large(stream)
+    spec = LoaderSpec(folder, batch_size=BATCH, normalization="channel", order=order)
+    before = peak_memory()
     began = time.perf_counter()
     loader = Planner(spec)
     opened = time.perf_counter() - began
@@ -94,39 +100,46 @@ def measure(folder: Path) -> dict[str, float]:
     positions = random.Random(0)
     began = time.perf_counter()
     for _ in range(BATCHES):
-        loader.seek(positions.randrange(1000), positions.randrange(loader.total // BATCH) * BATCH)
+        loader.seek(77, positions.randrange(loader.total // BATCH) * BATCH)
         next(iter(loader))
     planned = (time.perf_counter() - began) / (BATCHES * BATCH)
-    grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
+    grown = peak_memory() - before
     return {
         "open_ms": opened * 1e3,
         "resume_ms": resumed * 1e3,
         "plan_us_per_image": planned * 1e6,
-        "memory_grown_mb": grown / 1e3,
+        "memory_grown_mb": grown / 1e6,
     }
+
+
+def peak_memory() -> int:
+    """Of this process, bytes. What getrusage says begins with the memory of the process that started this one."""
+    (line,) = (line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
+    return int(line.split()[1]) << 10
 
 
 def main() -> None:
     parser = Parser(__doc__)
     parser.add_argument("shards", type=Path, metavar="SHARDS", help="any folder of shards")
     parser.add_argument("--results", type=Path, default=RESULTS / "scale.csv")
-    parser.add_argument("--measure", action="store_true", help="measure SHARDS itself, in this process, and print JSON")
+    parser.add_argument("--measure", nargs=2, metavar=("DATA", "ORDER"), help="measure DATA in this process, and print JSON")
     args = parser.parse_args()
     if args.measure:
-        print(json.dumps(measure(args.shards)))
+        print(json.dumps(measure(args.shards, Path(args.measure[0]), args.measure[1])))
         return
     source = Manifest(args.shards)
-    with tempfile.TemporaryDirectory() as folder:
-        for count in COUNTS:
-            data = Path(folder) / str(count)
-            write_data(source, data, count)
-            command = [sys.executable, __file__, str(data), "--measure"]
-            runs = [
-                json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout) for _ in range(REPEATS)
-            ]
-            figures = [Figure(metric, [run[metric] for run in runs]) for metric in runs[0]]
-            spec = f"{count} samples, order full, batch {BATCH}"
-            record(args.results, "scale", *figures, engine="any", spec=spec, cache="warm")
+    for (count, size), orders in CASES.items():
+        with tempfile.TemporaryDirectory() as folder:
+            data = Path(folder) / "data"
+            write_data(source, data, count, size)
+            for order in orders:
+                command = [sys.executable, __file__, str(args.shards), "--measure", str(data), order]
+                runs = [
+                    json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout) for _ in range(REPEATS)
+                ]
+                figures = [Figure(metric, [run[metric] for run in runs]) for metric in runs[0]]
+                spec = f"{count} samples in {-(-count // size)} shards, order {order}, batch {BATCH}"
+                record(args.results, "scale", *figures, engine="any", spec=spec, cache="warm")
 
 
 if __name__ == "__main__":

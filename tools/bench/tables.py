@@ -257,7 +257,8 @@ def scale(results: Path) -> list[str]:
     styles = {"open_ms": "{:.1f}", "resume_ms": "{:.2f}", "plan_us_per_image": "{:.2f}", "memory_grown_mb": "{:.1f}"}
     for spec in dict.fromkeys(row["spec"] for row in run):
         cells = (show(pick(run, spec=spec, metric=metric), style) for metric, style in styles.items())
-        lines.append((f"{int(spec.split()[0]):,}", *cells))
+        name = spec.rpartition(", batch")[0].removesuffix(", order full").replace(" samples", "")
+        lines.append((re.sub(r"\d+", lambda digits: f"{int(digits[0]):,}", name), *cells))
     head = "samples", "open, ms", "resume, ms", "plan an image, µs", "memory, MB"
     return table(head, lines, run, f"{run[0]['spec'].split(', ', 1)[1]}; medians of {run[0]['repeats']} repeats")
 
