@@ -21,7 +21,7 @@ RULES: dict[str, tuple[str, ...]] = {
     "pipeline/plan/": ("pipeline/jit.py", "pipeline/errors.py"),
     "pipeline/jpeg/": ("pipeline/jit.py", "pipeline/errors.py"),
     "pipeline/pixels/": ("pipeline/jpeg/", "pipeline/jit.py", "pipeline/errors.py"),
-    "pipeline/store/": ("pipeline/pixels/normalize.py", "pipeline/progress.py", "pipeline/errors.py"),
+    "pipeline/store/": ("pipeline/pixels/normalize.py", "pipeline/jit.py", "pipeline/progress.py", "pipeline/errors.py"),
     "pipeline/": ("pipeline/",),
     "model/": ("pipeline/",),
     "training/": ("model/", "pipeline/"),
