@@ -92,6 +92,7 @@ class Loader(ABC):
         self.substitutes = Substitutes(spec.seed, count, spec.corrupt == "stop", self.locate)
         self.replaced = 0
         self._prefetched_block: tuple[int, int] | None = None
+        self._ordered: dict[BatchRange, Ints] = {}  # the samples of ranges that are read ahead
 
     # --- What an engine implements
 
@@ -107,6 +108,7 @@ class Loader(ABC):
         """Free threads and device memory. Iterating again starts new ones. Engines extend this."""
         self.shards.close()
         self._prefetched_block = None
+        self._ordered.clear()
 
     def ready(self) -> int | None:
         """How many prefetched batches are ready now; None if the engine cannot tell."""
@@ -135,8 +137,7 @@ class Loader(ABC):
                 self.close()
                 raise
             if self.substitutes.corrupt:
-                planned = self.order.samples(batch_range.epoch, np.arange(batch_range.low, batch_range.high))
-                self.replaced += int(np.count_nonzero(batch.ids != planned))
+                self.replaced += int(np.count_nonzero(batch.ids != self._samples(batch_range)))
             yield self.spec.collate(batch) if self.spec.collate else batch
         self.epoch, self.consumed = self.epoch + 1, 0
 
@@ -208,7 +209,8 @@ class Loader(ABC):
         """The samples of a range, and their views. Samples that are known to be corrupt are replaced."""
         if isinstance(self.order, Blocks):
             self._prefetch(self.order, batch_range)
-        return self._plan(batch_range, np.arange(batch_range.low, batch_range.high))
+        samples = self._ordered.pop(batch_range, None)
+        return self._plan(batch_range, self._samples(batch_range) if samples is None else samples)
 
     def replace(self, plan: BatchPlan, index: int, reason: str) -> None:
         """Replace the sample at `index` of a plan, which cannot be decoded, by its substitute. Updates ids, sizes and views.
@@ -216,7 +218,8 @@ class Loader(ABC):
         Thread-safe for different samples. Raises UserError as `Substitutes` does.
         """
         self.substitutes.mark(plan.batch_range.epoch, int(plan.ids[index]), reason)
-        one = self._plan(plan.batch_range, np.array([plan.batch_range.low + index]))
+        epoch, position = plan.batch_range.epoch, plan.batch_range.low + index
+        one = self._plan(plan.batch_range, self.order.samples(epoch, np.array([position])))
         plan.ids[index], plan.heights[index], plan.widths[index] = one.ids[0], one.heights[0], one.widths[0]
         views = slice(index * self.crops, (index + 1) * self.crops)
         for array, its in zip(plan.views.arrays, one.views.arrays, strict=True):
@@ -319,11 +322,15 @@ class Loader(ABC):
 
     def _read_range_ahead(self, batch_range: BatchRange) -> None:
         """Read the images of a range ahead, without looking for substitutes, which are rare."""
-        self.read_ahead(self.order.samples(batch_range.epoch, np.arange(batch_range.low, batch_range.high)))
+        self._ordered[batch_range] = self._samples(batch_range)
+        self.read_ahead(self._ordered[batch_range])
 
-    def _plan(self, batch_range: BatchRange, positions: Ints) -> BatchPlan:
+    def _samples(self, batch_range: BatchRange) -> Ints:
+        return self.order.samples(batch_range.epoch, np.arange(batch_range.low, batch_range.high))
+
+    def _plan(self, batch_range: BatchRange, samples: Ints) -> BatchPlan:
         spec = self.spec
-        ids = self.substitutes.apply(batch_range.epoch, self.order.samples(batch_range.epoch, positions))
+        ids = self.substitutes.apply(batch_range.epoch, samples)
         heights, widths = self._sizes(ids)
         size = spec.size_at(batch_range.epoch)
         geometry = spec.geometry_at(size)

@@ -334,8 +334,8 @@ class FfcvLoader(Loader):
         return np.asarray(content[start : start + int(sizes[sample])])
 
     def read_ahead(self, samples: Ints) -> None:
-        starts = self._beton.images["data_ptr"][samples]
-        self._reader.request(np.zeros(len(samples), np.int64), starts, self._beton.sizes[samples])
+        starts, sizes = self._beton.images["data_ptr"][samples].tolist(), self._beton.sizes[samples].tolist()
+        self._reader.request(lambda: [(0, start, size) for start, size in zip(starts, sizes, strict=True)])
 
     def _sizes(self, ids: Ints) -> tuple[Ints, Ints]:
         records = self._beton.images[ids]  # not the shards' sizes: the file may have smaller images

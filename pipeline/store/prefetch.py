@@ -6,16 +6,15 @@ import os
 import threading
 from collections import deque
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from concurrent.futures import Future
 from contextlib import suppress
 from io import FileIO
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
-import numpy.typing as npt
-
 from ..progress import SharedBar
 from .cache import ShardCache
-from .waiting import join
+from .waiting import DaemonPool, join
 
 _THREADS = 4
 _PIECE = 8 << 20  # bytes that are read ahead before a thread looks whether it has to stop
@@ -25,7 +24,7 @@ _ADVISED = 128 << 10
 
 Item = TypeVar("Item", bound=Hashable)
 Fetch = Callable[[Item, threading.Event], None]
-Ranges = tuple[tuple[int, int, int], ...]  # of files: number of the file, first byte, count of bytes
+Ranges = Iterable[tuple[int, int, int]]  # of files: number of the file, first byte, count of bytes
 
 
 class Prefetcher(Generic[Item]):
@@ -92,28 +91,31 @@ class ReadAhead:
 
     def __init__(self, open: Callable[[int], FileIO]) -> None:
         self._open = open
-        # One thread, so that ranges are read in the order of requests: it takes 3 µs for a cached range, 40 for another one.
-        self._prefetcher: Prefetcher[Ranges] = Prefetcher(self._advise, threads=1)
+        self._thread: DaemonPool | None = None
 
-    def request(self, files: npt.NDArray[Any], starts: npt.NDArray[Any], counts: npt.NDArray[Any]) -> None:
-        """Read ranges of bytes ahead, in this order. files: their numbers. All (N,), integers."""
-        if hasattr(os, "posix_fadvise"):
-            self._prefetcher.request([tuple(zip(files.tolist(), starts.tolist(), counts.tolist(), strict=True))])
+    def request(self, find: Callable[[], Ranges]) -> Future[None]:
+        """Read ranges ahead, in their order. find: is called in the background, to keep the caller no longer than 10 us."""
+        # One thread, so that ranges are read in the order of requests: it takes 3 us for a cached range, 40 for another one. It
+        # stays, as starting one takes 100 us.
+        self._thread = self._thread or DaemonPool(1)
+        return self._thread.submit(self._advise, find)
 
     def close(self) -> None:
         """Drop the requests and end the thread. A later request starts a new one."""
-        self._prefetcher.close()
+        thread, self._thread = self._thread, None
+        if thread:
+            thread.close()
 
-    def _advise(self, ranges: Ranges, stop: threading.Event) -> None:
-        for file, start, count in ranges:
-            if stop.is_set():
-                return
+    def _advise(self, find: Callable[[], Ranges]) -> None:
+        for file, start, count in find():
             with suppress(Exception):
                 will_need(self._open(file), start, count)
 
 
 def will_need(stream: FileIO, start: int, count: int) -> None:
     """Ask the kernel to read `count` bytes of a local file from `start` on into the page cache. It does not wait for them."""
+    if not hasattr(os, "posix_fadvise"):
+        return
     for first in range(start, start + count, _ADVISED):
         os.posix_fadvise(stream.fileno(), first, min(_ADVISED, start + count - first), os.POSIX_FADV_WILLNEED)
 

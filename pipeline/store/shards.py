@@ -27,6 +27,7 @@ import threading
 import weakref
 import zlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import Future
 from contextlib import suppress
 from io import FileIO
 from pathlib import Path
@@ -43,7 +44,7 @@ from .cache import choose_cache
 from .checks import BackgroundCheck, hash_problem, samples_problem
 from .entries import column
 from .manifest import Manifest as Manifest
-from .prefetch import Prefetcher, ReadAhead, download_bar, fetcher
+from .prefetch import Prefetcher, Ranges, ReadAhead, download_bar, fetcher
 from .waiting import answer
 
 # offset, bytes: of the encoded image in its tar. height, width: pixels, as stored (orientation tags are ignored). crc32: zlib's,
@@ -285,17 +286,20 @@ class ShardSet:
             fitting.append(shard)
         self._prefetcher.request(fitting)
 
-    def read_ahead(self, ids: npt.NDArray[np.int64], fields: bool = False) -> None:
+    def read_ahead(self, ids: npt.NDArray[np.int64], fields: bool = False) -> Future[None]:
         """Have the kernel read samples into the page cache, in this order, in a background thread: what `read` will read, or
-        `read_with_fields` if `fields`. Samples of shards that are not on a local disk are left out. ids: (N,)."""
-        if self.by_ranges:
-            return
+        `read_with_fields` if `fields`. Samples of shards that are still to be downloaded are left out. ids: (N,)."""
+        return self._reader.request(lambda: self._ranges(ids, fields or self._verify))
+
+    def _ranges(self, ids: npt.NDArray[np.int64], whole: bool) -> Ranges:
+        """The ranges of samples in their shards; with their fields if `whole`."""
         records, before = self.samples[ids], self.samples[ids - 1]
         starts = offsets = records["offset"].astype(np.int64)
-        if fields or self._verify:
+        if whole:
             follows = (ids > 0) & (before["shard"] == records["shard"])
             starts = np.where(follows, _end(before["offset"].astype(np.int64), before["bytes"]), 0)
-        self._reader.request(records["shard"], starts, offsets + records["bytes"] - starts)
+        counts = offsets + records["bytes"] - starts
+        return zip(records["shard"].tolist(), starts.tolist(), counts.tolist(), strict=True)
 
     def close(self) -> None:
         """End the background threads. Images that were read stay valid, and `read` still works."""

@@ -15,6 +15,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import _path  # noqa: F401
 import numpy as np
@@ -80,14 +81,14 @@ def measure(args: argparse.Namespace, folder: Path) -> dict[str, list[float]]:
     spec = LoaderSpec(folder, batch_size=BATCH, normalization="channel", engine="cpu", threads=usable_cores(), order=args.order)
     with open_loader(spec) as loader:
         images_per_second(loader)  # compiles
-        ahead: Callable[..., None] = loader.shards.read_ahead
+        ahead: Callable[..., Any] = loader.shards.read_ahead
         for _ in range(REPEATS):
             found["disk"].append(megabytes_per_second(tars))
             for name in ("warm", "cold", "cold without reading ahead"):
                 loader.close()  # nothing in progress
                 if name != "warm":
                     drop_pages(tars)
-                loader.shards.read_ahead = (lambda *_: None) if "without" in name else ahead  # type: ignore[method-assign]
+                loader.shards.read_ahead = (lambda *_: None) if "without" in name else ahead  # type: ignore[method-assign,assignment]
                 found[name].append(images_per_second(loader))
     return found
 

@@ -1,14 +1,14 @@
 """What DALI's engine takes of the thread that trains, per batch: python tools/bench/bench_dali_feed.py /data/shards
 
-The graph is a stub that decodes nothing, so neither a GPU nor time for decoding is needed. Prints medians, in milliseconds, of
-the CPU time of this thread, and of the time that it is kept from training, with a pause before each batch for the others.
+The graph is a stub that decodes nothing, so neither a GPU nor time for decoding is needed. Measures the CPU time of this thread,
+and the time that it is kept from training, with a pause before each batch for the others. Rows go to
+tools/bench/results/profile.csv.
 """
 
 from __future__ import annotations
 
 import argparse
 import time
-from statistics import median
 from typing import Any
 
 import _path  # noqa: F401
@@ -19,6 +19,7 @@ from nvidia.dali import fn, types
 from pipeline.cli import positive, run_cli
 from pipeline.engines import dali
 from pipeline.spec import LoaderSpec
+from tools.bench.recording import RESULTS, Figure, record
 
 SIZE = 224
 
@@ -67,10 +68,11 @@ def main() -> None:
     dali.graph = stub
     spec = LoaderSpec(args.data, batch_size=args.batch_size, image_size=SIZE, dtype=torch.uint8, threads=args.threads)
     cpu, wall = measure(spec, args.batches, args.pause_ms / 1000)
-    print(
-        f"{args.batch_size} images a batch, {len(wall)} batches: {1000 * median(cpu):.2f} ms of this thread's CPU time "
-        f"({1000 * min(cpu):.2f} to {1000 * max(cpu):.2f}), {1000 * median(wall):.2f} ms elapsed"
+    figures = (
+        Figure(name, [1000 * one for one in values]) for name, values in (("cpu_ms_per_batch", cpu), ("ms_per_batch", wall))
     )
+    spec_of_row = f"batches of {args.batch_size}, stub graph, {args.threads} threads, {args.pause_ms} ms between batches"
+    record(RESULTS / "profile.csv", "DALI's input, training thread", *figures, engine="dali", spec=spec_of_row, cache="warm")
 
 
 if __name__ == "__main__":

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,6 +14,7 @@ import pytest
 from pipeline import open_loader
 from pipeline.store.shards import ShardSet
 from tests.pipeline.contract.helpers import spec_for
+from tests.pipeline.store.test_remote import wait_until
 
 PAGE = 4096
 
@@ -67,8 +67,7 @@ def test_the_images_of_the_coming_batches_are_read_ahead(small: Path, engine: st
         taken = [next(batches) for _ in range(3)]
         following = loader.order.samples(0, np.arange(24, 32))
         wanted = {loader.read(int(sample)).tobytes() for ids in (*(batch.ids for batch in taken), following) for sample in ids}
-        wait_for_read_ahead()
-        assert wanted <= disk.contents()
+        wait_until(lambda: wanted <= disk.contents())
     if engine != "ffcv":  # which maps its file
         assert len(disk.reads) > 30
         assert sum(disk.reads) < len(disk.reads) / 2
@@ -79,23 +78,14 @@ def test_the_images_of_the_coming_batches_are_read_ahead(small: Path, engine: st
 def test_what_is_read_ahead_is_what_is_read(small: Path, disk: Disk, tmp_path: Path, verify: bool, cached: bool) -> None:
     shards = ShardSet(small, "train", cache=tmp_path if cached else None, verify=verify)
     if cached:
-        shards.read_ahead(np.zeros(1, np.int64))
-        wait_for_read_ahead()
+        shards.read_ahead(np.zeros(1, np.int64)).result()
         assert not disk.advised  # as the cache is empty
         assert [len(shards.read(sum(shards.sizes[:shard]))) > 0 for shard in range(len(shards.sizes))]
     disk.cached.clear()
-    shards.read_ahead(np.arange(len(shards)))
-    wait_for_read_ahead()
+    shards.read_ahead(np.arange(len(shards))).result()
     disk.reads.clear()
     assert all(len(shards.read(sample)) for sample in range(len(shards)))
     assert disk.reads == [False] * len(shards)
     if not verify:
         stored = {shards.read(sample).tobytes() for sample in range(len(shards))}
         assert disk.contents() == stored
-
-
-def wait_for_read_ahead() -> None:
-    deadline = time.monotonic() + 20
-    while any(thread.name == "cropfeed-prefetch" for thread in threading.enumerate()):
-        assert time.monotonic() < deadline
-        time.sleep(0.005)
