@@ -16,7 +16,7 @@ from pipeline.store.shards import ShardSet
 from tests.pipeline.contract.helpers import spec_for
 from tests.pipeline.store.test_remote import wait_until
 
-PAGE = 4096
+PAGE = 512  # bytes; fewer than an image has, so that images hardly share pages
 
 
 class Disk:
@@ -89,3 +89,16 @@ def test_what_is_read_ahead_is_what_is_read(small: Path, disk: Disk, tmp_path: P
     if not verify:
         stored = {shards.read(sample).tobytes() for sample in range(len(shards))}
         assert disk.contents() == stored
+
+
+def test_cached_images_are_not_read_ahead(small: Path, disk: Disk) -> None:
+    shards = ShardSet(small, "train")
+    everything = np.arange(len(shards))
+    shards.read_ahead(everything).result()
+    asked = len(disk.advised)
+    assert asked
+    shards.read_ahead(everything).result()
+    assert len(disk.advised) == asked
+    disk.cached.clear()
+    shards.read_ahead(everything).result()
+    assert len(disk.advised) == 2 * asked
