@@ -243,6 +243,14 @@ class FakeTime:
         self.now += seconds
 
 
+def working_threads() -> set[threading.Thread]:
+    """This process's threads without those that wait for the next slow read of storage.
+
+    These begin when a read finds its bytes not in the page cache, which depends on the machine, and end by themselves.
+    """
+    return {thread for thread in threading.enumerate() if thread.name != "cropfeed-storage"}
+
+
 def assert_ends(process: int, seconds: float = 30) -> None:
     """Wait until a killed process has ended. It may remain as a zombie until its parent waits for it."""
     deadline = time.monotonic() + seconds

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import shlex
 import shutil
-import threading
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -22,7 +21,7 @@ from pipeline.plan import sampling
 from pipeline.plan.geometry import ScaleJitter
 from pipeline.spec import LoaderSpec
 from pipeline.store.shards import ShardSet
-from tests.helpers import assert_refused, run_forked, run_script, without_progress
+from tests.helpers import assert_refused, run_forked, run_script, without_progress, working_threads
 from tests.runs import EPOCHS, STEPS, arguments, steps_logged, torchrun, traces
 from tools import profile_pipeline
 from training import tuned
@@ -261,10 +260,10 @@ def test_the_validation_loader_holds_no_threads_while_training_runs(small_shards
     run.accelerator = SimpleNamespace(device="cpu", autocast=None, is_main_process=False)
     run.log = lambda values: None  # type: ignore[method-assign]
     result = SimpleNamespace(top1_rate=0.5, top5_rate=0.9, images=21)
-    threads = [thread.name for thread in threading.enumerate()]
+    threads = working_threads()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(train, "evaluate", lambda _, batches, *__: seen.extend([len(list(batches))]) or result)  # type: ignore[func-returns-value]
         run.validate()
         run.validate()
     assert seen == [3, 3]
-    assert [thread.name for thread in threading.enumerate()] == threads
+    assert working_threads() == threads

@@ -17,7 +17,7 @@ import pytest
 
 from pipeline import open_loader
 from pipeline.plan import sampling
-from tests.helpers import ROOT, assert_ends, clean_environment
+from tests.helpers import ROOT, assert_ends, clean_environment, working_threads
 from tests.pipeline.contract.helpers import ids, spec_for
 
 EPOCHS, WARM_UP = 50, 15
@@ -36,13 +36,13 @@ def test_memory_stays_flat(small: Path, engine: str) -> None:
 
 
 def test_repeated_opening_leaks_nothing(small: Path, engine: str) -> None:
-    before = threading.active_count(), len(psutil.Process().children(recursive=True)), psutil.Process().num_fds()
+    before = working_threads(), len(psutil.Process().children(recursive=True)), psutil.Process().num_fds()
     for _ in range(4):
         loader = open_loader(spec_for(small, engine, threads=2, order="blocks"))
         next(iter(loader))
         loader.close()
     gc.collect()  # DALI's pipelines are part of reference cycles
-    assert threading.active_count() <= before[0]
+    assert working_threads() <= before[0]
     assert len(psutil.Process().children(recursive=True)) == before[1]
     assert psutil.Process().num_fds() <= before[2] + 8  # some files are opened once and stay open
 

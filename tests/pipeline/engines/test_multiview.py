@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-import threading
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -23,7 +22,7 @@ from pipeline.pixels.decoder import Decoder
 from pipeline.plan.geometry import CentreCrop, ScaleJitter, TenCrop, WholeImage
 from pipeline.spec import LoaderSpec
 from pipeline.store.shards import ShardSet
-from tests.helpers import open_image, run_forked
+from tests.helpers import open_image, run_forked, working_threads
 
 CENTRE, TEN, WHOLE, SMALL = (
     ViewSpec(CentreCrop(36), 32),
@@ -196,12 +195,12 @@ def test_an_image_of_another_size_than_stored_is_corrupt(small_shards: Path, tmp
 
 
 def test_an_abandoned_pass_leaves_no_threads(small_shards: Path) -> None:
-    before = set(threading.enumerate())
+    before = working_threads()
     batches = iter(MultiViewLoader(spec_for(small_shards), ALL))
     next(batches)
-    assert set(threading.enumerate()) > before
+    assert working_threads() > before
     batches.close()  # type: ignore[attr-defined]
-    assert set(threading.enumerate()) == before
+    assert working_threads() == before
 
 
 def test_unsupported_specs_are_refused(small_shards: Path) -> None:

@@ -20,7 +20,7 @@ from pipeline.errors import UserError
 from pipeline.loader import Loader
 from pipeline.plan.geometry import ScaleJitter
 from pipeline.spec import LoaderSpec
-from tests.helpers import FakeTime
+from tests.helpers import FakeTime, working_threads
 from tools.profiler import loaders, measuring
 from tools.profiler import training as trainings
 from tools.profiler.loaders import LoaderSpeed, PausableLoader, grid, measure_loaders
@@ -46,13 +46,13 @@ BEFORE: set[threading.Thread] = set()
 @pytest.fixture(autouse=True)
 def threads_of_other_tests() -> None:
     """Loaders that other tests have left open keep their threads until they are collected."""
-    BEFORE.update(threading.enumerate())
+    BEFORE.update(working_threads())
 
 
 def prefetching() -> list[str]:
     """Names of threads that prefetch batches."""
-    names = ("cropfeed", "cropfeed-prefetch")  # not the idle threads of reads that were not in the page cache
-    return [thread.name for thread in threading.enumerate() if thread.name in names and thread not in BEFORE]
+    names = ("cropfeed", "cropfeed-prefetch")
+    return [thread.name for thread in working_threads() - BEFORE if thread.name in names]
 
 
 @pytest.fixture
