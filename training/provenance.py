@@ -6,6 +6,8 @@ import os
 import platform
 import re
 import subprocess
+import sys
+from datetime import UTC, datetime
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -58,6 +60,13 @@ def versions() -> str:
         except PackageNotFoundError:
             continue
     return ", ".join(found)
+
+
+def origin() -> dict[str, str]:
+    """Day, commit, command, hardware and versions of a measurement by this process."""
+    command = " ".join(["python", *sys.argv])
+    day = datetime.now(UTC).strftime("%Y-%m-%d")
+    return {"date": day, "commit": commit(), "command": command, "hardware": hardware(), "versions": versions()}
 
 
 def environment() -> dict[str, str]:

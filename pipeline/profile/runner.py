@@ -14,7 +14,7 @@ from ..errors import UserError
 from . import processes
 
 PATIENCE = 60.0  # seconds that a turn may take beyond its duration
-_CODE = "import sys; sys.path[:] = {path!r}; from {package}.worker import main; main({descriptor})"
+_CODE = "import sys; sys.path[:] = {path!r} or sys.path; from {package}.worker import main; main({descriptor})"
 
 
 class Runner:
@@ -23,17 +23,18 @@ class Runner:
     name: what messages call it. The process is paused except while it executes an order. Its output goes to stderr.
     """
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: str, python: str | None = None, **options: Any) -> None:
+        """python: another interpreter than ours, with the packages that it has. options: for Popen."""
         self.name = name
         self.memory = self.peak = 0  # bytes, see `processes.memory`
         self._connection, other = multiprocessing.Pipe()
-        code = _CODE.format(path=sys.path, package=__package__, descriptor=other.fileno())
+        code = _CODE.format(path=[] if python else sys.path, package=__package__, descriptor=other.fileno())
         self.process = subprocess.Popen(
-            [sys.executable, "-c", code],
+            [python or sys.executable, "-c", code],
             pass_fds=[other.fileno()],
             stdin=subprocess.DEVNULL,
-            stdout=2,
             start_new_session=True,
+            **{"stdout": 2} | options,
         )
         other.close()
         # If we are killed, this ends the process, which may be paused.

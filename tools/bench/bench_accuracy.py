@@ -41,7 +41,6 @@ from pipeline.cli import Parser, positive, run_cli
 from pipeline.errors import UserError
 from tools import ROOT
 from tools.bench.accuracy import Run, figures, ratios, read_run
-from tools.bench.peers import plain_train
 from tools.bench.peers.plain_train import PlainOptions
 from tools.bench.recording import RESULTS, record
 from training.command_line import parse_arguments
@@ -125,7 +124,7 @@ def command(contender: str, seed: int, options: AccuracyOptions) -> list[str]:
         return [str(ROOT / "train.py"), *options.training_words(seed)]
     like_recipe, images = contender == PLAIN_BF16, options.images.absolute()
     plain = plain_options(options.train_options(seed), images, like_recipe, options.workers, len(options.cores))
-    return ["-m", "tools.bench.peers.plain_train", *plain_train.words(plain)]
+    return ["-m", "tools.bench.peers.plain_train", plain.json()]
 
 
 @contextmanager

@@ -1,6 +1,6 @@
 """Images/s of a data set that is not in the page cache, over those of one that is: python tools/bench/bench_cold.py SHARDS
 
-Makes a data set of at least 6,400 images, SHARDS' training images several times, in --folder, which has to be on the disk to
+Makes a data set of at least 6,400 images, copies of SHARDS' training images, in --folder, which has to be on the disk to
 measure. The CPU engine loads an epoch in turns: from the page cache; after dropping the data set from it; and so without reading
 ahead. Rows go to tools/bench/results/cold.csv, with the disk's speed of sequential reads of 4 MiB.
 """
@@ -9,11 +9,11 @@ from __future__ import annotations
 
 import argparse
 import hashlib
-import io
 import json
+import shutil
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -25,38 +25,32 @@ from pipeline.cli import Parser, run_cli
 from pipeline.cores import usable_cores
 from pipeline.loader import Loader
 from pipeline.spec import ORDERS, LoaderSpec
-from pipeline.store.shards import EncodedSample, ShardSet, label_digits, write_shard
-from tools.bench.recording import RESULTS, Figure, record
-from tools.profiler.page_cache import drop_pages
+from pipeline.store.shards import ShardSet
+from tools.bench.recording import RESULTS, Figure, ratios, record
+from tools.profiler.storage import drop_pages
 
-IMAGES, SHARD, REPEATS, BATCH = 6400, 800, 5, 256
+IMAGES, REPEATS, BATCH = 6400, 5, 256
 
 
-def write_data(source: ShardSet, folder: Path) -> None:
-    """Write the training images several times, as a data set."""
+def write_data(source: ShardSet, folder: Path) -> int:
+    """Write a data set that has each shard with training images several times; returns the number of its images."""
     (folder / "train").mkdir(parents=True)
-    records, entries = [], []
-    for shard in range(-(-IMAGES // SHARD)):
-        tar = folder / f"train/{shard:06d}.tar"
-        samples = repeated(source, shard * SHARD)
-        records.append(write_shard(tar, tar.with_suffix(".idx"), shard, samples, label_digits(len(source.manifest.classes))))
-        entry = {"file": f"train/{tar.name}", "images": SHARD, "bytes": tar.stat().st_size, "sha256": "", "idx_sha256": ""}
-        entries.append(entry)
-    stream = io.BytesIO()
-    np.save(stream, np.concatenate(records))
-    (folder / "train/samples.npy").write_bytes(stream.getvalue())
     manifest = json.loads((Path(source.manifest.root) / "manifest.json").read_text())
-    digest = hashlib.sha256(stream.getvalue()).hexdigest()
-    split = {"images": len(entries) * SHARD, "samples": "train/samples.npy", "samples_sha256": digest, "shards": entries}
+    copies = -(-IMAGES // len(source))
+    samples = np.tile(source.samples, copies)
+    samples["shard"] += np.arange(copies).repeat(len(source)).astype(samples["shard"].dtype) * len(source.shards)
+    entries = [
+        entry | {"file": f"train/{copy * len(source.shards) + number:06d}.tar"}
+        for copy in range(copies)
+        for number, entry in enumerate(manifest["splits"]["train"]["shards"])
+    ]
+    for entry, tar in zip(entries, [*source.shards] * copies, strict=True):
+        shutil.copy(tar, folder / entry["file"])
+    np.save(folder / "train/samples.npy", samples)
+    digest = hashlib.sha256((folder / "train/samples.npy").read_bytes()).hexdigest()
+    split = {"images": len(samples), "samples": "train/samples.npy", "samples_sha256": digest, "shards": entries}
     (folder / "manifest.json").write_text(json.dumps(manifest | {"splits": {"train": split}}))
-
-
-def repeated(source: ShardSet, first: int) -> Iterator[EncodedSample]:
-    for number in range(first, first + SHARD):
-        index = number % len(source)
-        record = source.samples[index]
-        label, height, width = (int(record[name]) for name in ("label", "height", "width"))
-        yield EncodedSample(f"{number:06d}", source.read(index).tobytes(), label, height, width)
+    return len(samples)
 
 
 def images_per_second(loader: Loader) -> float:
@@ -101,13 +95,13 @@ def main() -> None:
     parser.add_argument("--results", type=Path, default=RESULTS / "cold.csv")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=args.folder) as name:
-        write_data(ShardSet(args.shards, "train"), Path(name) / "data")
+        images = write_data(ShardSet(args.shards, "train"), Path(name) / "data")
         found = measure(args, Path(name) / "data")
-    spec = f"{IMAGES} images, order {args.order}, batch {BATCH}, {usable_cores()} threads"
+    spec = f"{images} images, order {args.order}, batch {BATCH}, {usable_cores()} threads"
     for name, values in found.items():
         figures = [Figure("mb_per_s" if name == "disk" else "images_per_s", values)]
         if "cold" in name:
-            figures.append(Figure("over_warm", [cold / warm for cold, warm in zip(values, found["warm"], strict=True)]))
+            figures.append(Figure("over_warm", ratios(values, found["warm"])))
         record(args.results, name, *figures, engine="cpu", spec=spec, cache=name.split()[0])
 
 

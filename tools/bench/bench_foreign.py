@@ -12,25 +12,23 @@ from __future__ import annotations
 import json
 import os
 import signal
-import subprocess
 import sys
 import tempfile
 from pathlib import Path
 from statistics import median
-from typing import Any
 
 import _path  # noqa: F401
 
 from pipeline.cli import Parser, positive, run_cli
 from pipeline.errors import UserError
-from tools import ROOT
+from pipeline.profile.measure import ProfileOptions, profile
+from pipeline.profile.verdict import lines
 from tools.bench.peers import data
 from tools.bench.peers.compare import CompareOptions, describe, job
 from tools.bench.peers.contenders import CONTENDERS, Contender
-from tools.bench.peers.foreign import CONTENDER
-from tools.bench.peers.job import Job
+from tools.bench.peers.job import CONTENDER, LOADER, Job
 from tools.bench.peers.turns import measure
-from tools.bench.recording import RESULTS, Figure, record
+from tools.bench.recording import RESULTS, Figure, ratios, record
 
 GOAL = 0.2  # predicted over measured gain differs from 1 by at most this
 LOADERS = ("torch-pillow", "webdataset-pillow", "ffcv-jitter")
@@ -38,33 +36,25 @@ BY_KEY = {contender.key: contender for contender in CONTENDERS}
 OWN = BY_KEY["cropfeed-cpu-lossless:lossless"]
 
 
-def predict(contender: Contender, own_job: Job, budget: float) -> dict[str, Any]:
-    """The JSON of the profiler for a contender."""
-    with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder) / "profile.json"
-        script, images = ROOT / "tools" / "profile_pipeline.py", Path(own_job.data) / "images"
-        options = ("--images", images, "--geometry", "jitter", "--budget", budget, "--json", file)
-        command = [sys.executable, script, "--loader", "tools.bench.peers.foreign:make_loader", *options]
-        environment = os.environ | {CONTENDER: json.dumps([contender.function, own_job])}
-        result = subprocess.run([str(part) for part in command], env=environment, check=False)
-        if result.returncode:
-            raise UserError(f"{contender.name}: the profiler ended with exit code {result.returncode}")
-        found: dict[str, Any] = json.loads(file.read_text())
-        return found
+def predict(contender: Contender, own_job: Job, budget: float) -> float:
+    """The gain that the profiler predicts for a contender."""
+    os.environ[CONTENDER] = json.dumps([contender.function, own_job])
+    found = profile(ProfileOptions(LOADER, str(Path(own_job.data) / "images"), geometry="jitter", budget=budget))
+    print("\n".join(lines(found)))
+    return float(found["gain"]["median"])
 
 
 def check(contender: Contender, jobs: dict[str, Job], options: CompareOptions, budget: float) -> bool:
     """Predict and measure the gain, and record both. Returns whether the prediction is good."""
-    found = predict(contender, jobs["original"], budget)
+    predicted = predict(contender, jobs["original"], budget)
     other, own = measure([contender, OWN], jobs, options.repeats, options.seconds, {}, {})
     if other.error or own.error:
         raise UserError(f"{contender.name}: {other.error or own.error}")
-    gains = [b / a for a, b in zip(other.images_per_s, own.images_per_s, strict=True)]
-    predicted = found["gain"]["median"]
+    gains = ratios(own.images_per_s, other.images_per_s)
     ratio = predicted / median(gains)
     figures = Figure("predicted_gain", [predicted]), Figure("measured_gain", gains), Figure("predicted_over_measured", [ratio])
     spec = f"{contender.name}; {describe(options, jobs['original'].images)}"
-    record(options.results, "foreign loader", *figures, engine="cpu", spec=spec, cache="warm")
+    record(options.results, "foreign loader", *figures, engine="cpu", spec=spec)
     good = abs(ratio - 1) <= GOAL
     print(f"{contender.name}: {'ok' if good else 'FAILED'}: predicted {predicted:.2f}, measured {median(gains):.2f}", flush=True)
     return good

@@ -14,20 +14,19 @@ to tools/bench/results/remote.csv.
 
 from __future__ import annotations
 
+import asyncio
 import json
 import multiprocessing
 import tempfile
-import threading
 import time
 import urllib.request
-from functools import partial
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any
+from socket import create_server
 from unittest.mock import patch
 
 import _path  # noqa: F401
+from aiohttp import web
 
 from pipeline import LoaderSpec, open_loader
 from pipeline.cli import Parser, positive, run_cli
@@ -36,7 +35,6 @@ from pipeline.plan.geometry import choose_geometry
 from pipeline.store.cache import GIGABYTE
 from pipeline.store.shards import ShardSet
 from tools.bench.recording import RESULTS, Figure, record
-from tools.profiler.planted import Throttle
 
 MODES = ("crop", "image", "blocks", "shards")
 FEW = 40
@@ -44,67 +42,40 @@ CACHED = 0.8
 PIECE = 1 << 16  # bytes that the server sends at a time
 
 
-class Handler(BaseHTTPRequestHandler):
-    """Files of a folder, by ranges. /counts: how many requests there were, and how many bytes were sent."""
-
-    protocol_version = "HTTP/1.1"
-    disable_nagle_algorithm = True  # it would add 40 ms
-    requests = sent = 0
-    lock = threading.Lock()
-
-    def __init__(self, folder: Path, latency: float, throttle: Throttle, *arguments: Any) -> None:
-        self.folder, self.latency, self.throttle = folder, latency, throttle
-        super().__init__(*arguments)
-
-    def do_HEAD(self) -> None:
-        self._answer(with_body=False)
-
-    def do_GET(self) -> None:
-        self._answer(with_body=True)
-
-    def _answer(self, with_body: bool) -> None:
-        if self.path == "/counts":
-            self._send(200, json.dumps([Handler.requests, Handler.sent]).encode(), {})
-            return
-        time.sleep(self.latency)
-        file = self.folder / self.path.lstrip("/")
-        if not file.is_file():
-            self._send(404, b"", {})
-            return
-        size = file.stat().st_size
-        first, _, last = self.headers.get("Range", "bytes=0-").removeprefix("bytes=").partition("-")
-        start, end = int(first), min(int(last or size), size - 1) + 1
-        with file.open("rb") as stream:
-            stream.seek(start)
-            body = stream.read(end - start) if with_body else b""
-        headers = {"Accept-Ranges": "bytes", "Content-Range": f"bytes {start}-{end - 1}/{size}"}
-        self._send(206 if "Range" in self.headers else 200, body, headers, end - start)
-        with Handler.lock:
-            Handler.requests, Handler.sent = Handler.requests + 1, Handler.sent + len(body)
-
-    def _send(self, code: int, body: bytes, headers: dict[str, str], length: int | None = None) -> None:
-        self.send_response(code)
-        for name, value in {**headers, "Content-Length": str(len(body) if length is None else length)}.items():
-            self.send_header(name, value)
-        self.end_headers()
-        for at in range(0, len(body), PIECE):
-            self.throttle.wait_for(len(body[at : at + PIECE]))
-            self.wfile.write(body[at : at + PIECE])
-
-    def log_message(self, *_: Any) -> None: ...
-
-
-class Server(ThreadingHTTPServer):
-    request_queue_size = 128  # connections
-
-    def handle_error(self, *_: Any) -> None:
-        """Connections end when a loader is closed."""
-
-
 def serve(folder: Path, latency: float, bytes_per_s: float, ready: Connection) -> None:
-    server = Server(("127.0.0.1", 0), partial(Handler, folder, latency, Throttle(bytes_per_s)))
-    ready.send(server.server_port)
-    server.serve_forever()
+    """Serve the files of a folder, by ranges. /counts: how many requests there were, and how many bytes were sent."""
+    counted, free_at = [0, 0], 0.0  # free_at: when the bytes admitted so far have been transferred
+
+    async def answer(request: web.Request) -> web.StreamResponse:
+        nonlocal free_at
+        if request.path == "/counts":
+            return web.json_response(counted)
+        await asyncio.sleep(latency)
+        file = folder / request.path.lstrip("/")
+        if not file.is_file():
+            raise web.HTTPNotFound
+        size = file.stat().st_size
+        start, end, _ = request.http_range.indices(size)
+        headers = {"Accept-Ranges": "bytes", "Content-Range": f"bytes {start}-{end - 1}/{size}"}
+        response = web.StreamResponse(status=206 if "Range" in request.headers else 200, headers=headers)
+        response.content_length = end - start
+        await response.prepare(request)
+        if request.method == "GET":
+            with file.open("rb") as stream:
+                stream.seek(start)
+                for at in range(start, end, PIECE):
+                    piece = stream.read(min(PIECE, end - at))
+                    free_at = max(free_at, time.monotonic()) + len(piece) / bytes_per_s
+                    await asyncio.sleep(free_at - time.monotonic())
+                    await response.write(piece)
+            counted[1] += end - start
+        counted[0] += 1
+        return response
+
+    app, socket = web.Application(), create_server(("127.0.0.1", 0))
+    app.router.add_get("/{path:.*}", answer)
+    ready.send(socket.getsockname()[1])
+    web.run_app(app, sock=socket, print=None)
 
 
 def measure(url: str, mode: str, spec: LoaderSpec, epochs: int) -> dict[str, float]:

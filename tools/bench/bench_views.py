@@ -1,10 +1,9 @@
 """The cost of several views of an image from one decode, on one core: python tools/bench/bench_views.py SHARDS
 
 SHARDS is a folder of lossless shards. The benchmark makes the views of training images as a thread of the CPU engine does: read,
-decode and resample to uint8, as for a GPU, and with --out bfloat16 also normalize. The geometries take turns batch by batch, with
-the same images, and the first view is the same in all: `RandomResizedCrop((0.3, 1.0))` alone, `MultiCrop` with two such views,
-and with DINO's eight small ones besides. Each repeat is another epoch. The time is the thread's CPU time, so that a busy machine
-slows down all of them alike.
+decode and resample to uint8, as for a GPU. The geometries take turns batch by batch, with the same images, and the first view is
+the same in all: `RandomResizedCrop((0.3, 1.0))` alone, `MultiCrop` with two such views, and with DINO's eight small ones besides.
+Each repeat is another epoch. The time is the thread's CPU time, so that a busy machine slows down all of them alike.
 
 Two views cost less than two images by as much as their windows overlap. Their overlap is the area of the windows' intersection
 divided by that of their union. Rows go to tools/bench/results/views.csv.
@@ -24,7 +23,6 @@ from pipeline.cli import Parser, positive, run_cli
 from pipeline.engines import cpu
 from pipeline.loader import Loader
 from pipeline.pixels.decoder import Decoder
-from pipeline.pixels.normalize import lighting, stored_dtype
 from pipeline.plan.geometry import MultiCrop, RandomResizedCrop
 from pipeline.spec import LoaderSpec
 from tools.bench.recording import RESULTS, Figure, record
@@ -36,7 +34,6 @@ GEOMETRIES = {
     TWO: MultiCrop(((224, 2, AREA),)),
     DINO: MultiCrop(((224, 2, AREA), (96, 8, (0.05, 0.3)))),
 }
-OUT = {"uint8": torch.uint8, "bfloat16": torch.bfloat16}
 OVERLAP = 0.5
 Times = npt.NDArray[np.float64]
 
@@ -50,18 +47,13 @@ def overlaps(plan: BatchPlan) -> Times:
 
 def times(loader: Loader, plan: BatchPlan, decoder: Decoder) -> Times:
     """Seconds of CPU time for the views of each image of a batch, (N,)."""
-    memory, _ = loader.buffers.acquire_parts(plan.shapes, stored_dtype(loader.spec.dtype))
+    memory, _ = loader.buffers.acquire_parts(plan.shapes, np.dtype(np.uint8))
     for images in memory:
         images.fill(0)  # the kernel's work on new memory is not measured
-    found, views, as_pixels = np.empty(len(plan.ids)), plan.empty_views(), loader.spec.dtype == torch.uint8
+    found = np.empty(len(plan.ids))
     for index in range(len(plan.ids)):
         start = time.thread_time()
-        out = plan.images_of(index, memory)
-        loader.make_or_replace(decoder, plan, index, out if as_pixels else views)
-        if not as_pixels:
-            for pixels, rows, images in zip(views, plan.rows(index), out, strict=True):
-                shift = lighting(plan.views.alphas[rows], loader.lighting_basis)
-                loader.normalizer((pixels.shape[1], pixels.shape[2])).batch(pixels, shift, images)
+        loader.make_or_replace(decoder, plan, index, plan.images_of(index, memory))
         found[index] = time.thread_time() - start
     return found
 
@@ -82,11 +74,9 @@ def measure(loaders: dict[str, Loader], epoch: int) -> tuple[dict[str, Times], T
 def main() -> None:
     parser = Parser(__doc__)
     parser.add_argument("shards", metavar="SHARDS", help="folder of shards")
-    parser.add_argument("--batch-size", type=positive, default=40, help="images of a turn (default: %(default)s)")
-    parser.add_argument("--out", choices=OUT, default="uint8", help="dtype of batches (default: %(default)s)")
     parser.add_argument("--repeats", type=positive, default=5, help="epochs (default: %(default)s)")
     args = parser.parse_args()
-    spec = LoaderSpec(args.shards, batch_size=args.batch_size, dtype=OUT[args.out], normalization="imagenet", threads=1)
+    spec = LoaderSpec(args.shards, batch_size=40, dtype=torch.uint8, normalization="imagenet", threads=1)
     loaders: dict[str, Loader] = {
         name: cpu.open(LoaderSpec(**{**vars(spec), "geometry": each})) for name, each in GEOMETRIES.items()
     }
@@ -107,8 +97,7 @@ def main() -> None:
         "views from one decode",
         *(Figure(metric, values) for metric, values in figures.items()),
         engine="cpu",
-        spec=f"{count} images, {loaders[ONE].shards.manifest.profile}; area 0.3..1, small views 0.05..0.3; {args.out}; one core",
-        cache="warm",
+        spec=f"{count} images, {loaders[ONE].shards.manifest.profile}; area 0.3..1, small views 0.05..0.3; uint8; one core",
     )
 
 

@@ -10,13 +10,12 @@ code and settings. The script uses a temporary folder of about twelve times the 
 for those that store pixels (ffcv-raw and slipstream-yuv420), and of about four times without them.
 
 If a contender's package is missing, the table shows the command that installs it. --python-for runs a contender with another
-Python interpreter, which needs psutil, too. Rows go to tools/bench/results/compare.csv.
+Python interpreter. Rows go to tools/bench/results/compare.csv.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import signal
 import sys
@@ -24,9 +23,8 @@ from pathlib import Path
 
 import _path  # noqa: F401
 
-from pipeline.cli import Parser, check_writable, positive, run_cli
+from pipeline.cli import Parser, positive, run_cli
 from pipeline.plan import sampling
-from pipeline.store import files
 from tools.bench.peers.compare import OUT, ROWS, CompareOptions, compare
 
 
@@ -61,33 +59,16 @@ def parser() -> Parser:
     parser.add_argument("--repeats", type=positive, default=5, help="measurements of each contender (default: %(default)s)")
     parser.add_argument("--seconds", type=float, default=3.0, help="duration of each measurement (default: %(default)s)")
     parser.add_argument("--results", type=Path, default=ROWS, metavar="FILE", help="CSV file to which rows are appended")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the figures to this file")
     return parser
 
 
 def main() -> None:
-    args = parser().parse_args()
-    low, high = args.scale
-    options = CompareOptions(
-        args.images,
-        args.results,
-        repeats=args.repeats,
-        seconds=args.seconds,
-        batch_size=args.batch_size,
-        only=tuple(name for names in args.only for name in names.split(",")),
-        out=args.out,
-        image_size=args.image_size,
-        scale=(low, high),
-        threads=args.threads,
-        python_for=dict(args.python_for),
-    )
+    args = vars(parser().parse_args())
+    only = tuple(name for names in args["only"] for name in names.split(","))
+    options = CompareOptions(**args | {"only": only, "scale": tuple(args["scale"]), "python_for": dict(args["python_for"])})
     # sys.exit raises an exception, so that contenders are stopped and temporary files removed.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
-    if args.json:
-        check_writable(args.json)
-    found = compare(options)
-    if args.json:
-        files.write(str(args.json), json.dumps(found, indent=1).encode() + b"\n")
+    compare(options)
 
 
 if __name__ == "__main__":

@@ -24,15 +24,12 @@ mean nothing.
 - graphs: the train step with a moving average of the weights, eager and with CUDA graphs.
 - profile: the profiler's verdict on training with these shards, with times from the GPU's clock and utilization from NVML.
 - wrapped: the train step in DistributedDataParallel, in one process, with the model compiled inside of it and outside.
-- imagenette, if --imagenette names its shards: minutes that ResNet-18 needs to 90 % top-1 at 128 and at 160 pixels. The figures
-  go to gpu_accuracy.csv and gpu_accuracy_runs.csv, beside gpu.csv. It has no time limit.
 """
 
 from __future__ import annotations
 
 import faulthandler
 import signal
-import subprocess
 import sys
 import tempfile
 import time
@@ -80,8 +77,8 @@ class OutOfTimeError(BaseException):
 @dataclass(frozen=True)
 class GpuCheckOptions:
     """What to check. source: folder of class folders of JPEGs. images: number of synthetic images for each of 8 classes, if
-    `source` is None. imagenette: folder of Imagenette's shards. seconds: duration of each repeat of training. budget: seconds for
-    everything but imagenette. Raises UserError for a missing GPU, and for `device` cpu with the file of GPU rows."""
+    `source` is None. seconds: duration of each repeat of training. budget: seconds for everything. Raises UserError for a missing
+    GPU, and for `device` cpu with the file of GPU rows."""
 
     device: str = "cuda"
     arch: tuple[str, ...] = ("resnet50",)
@@ -89,7 +86,6 @@ class GpuCheckOptions:
     batch_size: int = 256
     image_size: int = 224
     source: Path | None = None
-    imagenette: Path | None = None
     images: int = 250
     seconds: float = 2.0
     budget: float = BUDGET
@@ -206,19 +202,6 @@ def make_data(folder: Path, source: Path | None, per_class: int, profiles: Seque
     return shards
 
 
-def train_imagenette(shards: Path, size: int, results: Path) -> bool:
-    """Measure the time to 90 % with recipe imagenette, but with more epochs and at `size` pixels. Returns whether the training
-    succeeded."""
-    accuracy = results.with_name(f"{results.stem}_accuracy.csv")
-    with tempfile.TemporaryDirectory() as work:
-        training = ["--arch", "resnet18", "--image-size", size, "--start-size", size - 32, "--eval-size", size, "--epochs", 40]
-        command = [
-            sys.executable, Path(__file__).with_name("bench_accuracy.py"), "--shards", shards, "--images", shards, "--work", work,
-            "--contenders", "cropfeed", "--seeds", 0, "--levels", 80, 85, 90, "--results", accuracy, "--", *training,
-        ]  # fmt: skip
-        return subprocess.run([str(word) for word in command], check=False).returncode == 0
-
-
 def parse() -> GpuCheckOptions:
     parser = Parser(__doc__)
     parser.add_argument("--device", help="torch device (default: cuda)")
@@ -227,10 +210,9 @@ def parse() -> GpuCheckOptions:
     parser.add_argument("--batch-size", type=positive, help="default: 256")
     parser.add_argument("--image-size", type=positive, help="side of the crop, pixels (default: 224)")
     parser.add_argument("--source", type=Path, help="folder of class folders of JPEGs, instead of synthetic images")
-    parser.add_argument("--imagenette", type=Path, help="folder of Imagenette's shards, to train on at last")
     parser.add_argument("--images", type=positive, help="number of synthetic images for each of 8 classes (default: 250)")
     parser.add_argument("--seconds", type=float, help="duration of each repeat of training (default: 2)")
-    parser.add_argument("--budget", type=float, help="seconds that all parts may take, without imagenette (default: 480)")
+    parser.add_argument("--budget", type=float, help="seconds that all parts may take (default: 480)")
     parser.add_argument("--results", type=Path, help="file to append rows to (default: tools/bench/results/gpu.csv)")
     parser.set_defaults(**{field.name: field.default for field in fields(GpuCheckOptions)})
     args = vars(parser.parse_args())
@@ -269,9 +251,6 @@ def main() -> None:
         except OutOfTimeError:
             raise UserError(f"the `budget` of {options.budget:g} s was used up before the first part", "raise it") from None
         end_limit()
-        if options.imagenette:
-            for size in (128, 160):
-                good &= train_imagenette(options.imagenette, size, options.results)
     sys.exit(0 if good else 1)
 
 

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,7 @@ from pipeline.doctor.lines import DoctorOptions
 from pipeline.pixels.normalize import normalize_tensor
 from tools import ROOT
 from tools.bench.gpu_setting import Setting
-from tools.profiler.loaders import synchronise
+from tools.profiler.loaders import repeated
 
 COPIED = 2**28  # bytes of a copy
 GPU_RATE = "pinned_copy_gb_per_s"
@@ -31,26 +30,14 @@ def probe(setting: Setting) -> Iterator[bool]:
     device = setting.spec.device
     source = torch.empty(COPIED if setting.gpu else COPIED // 16, dtype=torch.uint8, pin_memory=setting.gpu)
     target = torch.empty_like(source, device=device)
-    rates = []
-    for _ in range(setting.repeats):
-        rates.append(len(source) / 1e9 * per_second(lambda: target.copy_(source, non_blocking=True), 0.1, device))
+    copy = partial(target.copy_, source, non_blocking=True)
+    copy()
+    rates = [len(source) / 1e9 * repeated(copy, 0.1, device)[0] for _ in range(setting.repeats)]
     nvjpeg = "; ".join(line.found for line in check_nvjpeg(DoctorOptions()))
     more = f"driver {driver_version(Path('/')) or 'none'}, nvJPEG: {nvjpeg}"
     figures = {"cores": [float(usable_cores())], GPU_RATE if setting.gpu else "copy_gb_per_s": rates}
     setting.record("probe", "none", figures, more=more)
     yield True
-
-
-def per_second(call: Callable[[], object], seconds: float, device: str) -> float:
-    """How often a call runs in a second, with an idle device at the start and at the end."""
-    call()
-    synchronise(device)
-    began, count = time.perf_counter(), 0
-    while count == 0 or time.perf_counter() - began < seconds:
-        call()
-        count += 1
-    synchronise(device)
-    return count / (time.perf_counter() - began)
 
 
 def measure_tail(setting: Setting) -> Iterator[bool]:
@@ -68,7 +55,7 @@ def measure_tail(setting: Setting) -> Iterator[bool]:
             print(f"tail, {name}: does not work here ({str(error).strip().splitlines()[0][:200]})", flush=True)
             continue
         call = partial(tail, pixels, shift, mean, std, spec.dtype)
-        speeds = [per_second(call, setting.seconds / 8, device) for _ in range(setting.repeats)]
+        speeds = [repeated(call, setting.seconds / 8, device)[0] for _ in range(setting.repeats)]
         figures = {"milliseconds": [1e3 / speed for speed in speeds], "images_per_s": [count * speed for speed in speeds]}
         setting.record(f"tail, {name}", "torch", figures)
         yield True

@@ -204,7 +204,7 @@ def speeds_in_turns(setting: Setting, steps: Mapping[str, tuple[Any, Batch]]) ->
     speeds: dict[str, list[float]] = {name: [] for name in steps}
 
     def turn(name: str) -> None:
-        speeds[name].append(run_alone(*steps[name], setting.spec.device, setting.seconds / 4).images_per_s)
+        speeds[name].append(run_alone(*steps[name], setting.spec.device, setting.seconds / 4)[0])
 
     in_turns(list(steps), setting.repeats, turn)
     return speeds

@@ -6,15 +6,13 @@ The tables of README and docs are generated from these rows alone.
 from __future__ import annotations
 
 import csv
-import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from pathlib import Path
 from statistics import median
 
 from tools import ROOT
-from training.provenance import commit, hardware, versions
+from training.provenance import origin
 
 RESULTS = ROOT / "tools" / "bench" / "results"  # the default folder of rows
 ORIGIN = ("date", "commit", "command", "hardware", "versions", "benchmark", "engine", "spec", "cache")
@@ -39,13 +37,18 @@ class Figure:
         return {"metric": self.metric, "value": value, "low": low, "high": high, "repeats": str(len(self.values))}
 
 
+def ratios(values: Iterable[float], others: Iterable[float]) -> list[float]:
+    """Each value divided by the other one of the same repeat."""
+    return [value / other for value, other in zip(values, others, strict=True)]
+
+
 def record(
     file: Path,
     benchmark: str,
     *figures: Figure,
     engine: str,
     spec: str,
-    cache: str,
+    cache: str = "warm",
     command: str | None = None,
     runs: Path | None = None,
 ) -> None:
@@ -55,22 +58,13 @@ def record(
     which gets one row with the columns `id` and ORIGIN. The rows of `file` then have the column `run`, which is this id, and
     VALUES. Without `runs` they have COLUMNS.
     """
-    origin = {
-        "date": datetime.now(UTC).strftime("%Y-%m-%d"),
-        "commit": commit(),
-        "command": command or " ".join(["python", *sys.argv]),
-        "hardware": hardware(),
-        "versions": versions(),
-        "benchmark": benchmark,
-        "engine": engine,
-        "spec": spec,
-        "cache": cache,
-    }
+    row = origin() | ({"command": command} if command else {})
+    row |= {"benchmark": benchmark, "engine": engine, "spec": spec, "cache": cache}
     if runs is not None:
         number = _rows(runs) + 1
-        _append(runs, [{"id": str(number), **origin}])
-        origin = {"run": str(number)}
-    _append(file, [{**origin, **figure.row()} for figure in figures])
+        _append(runs, [{"id": str(number), **row}])
+        row = {"run": str(number)}
+    _append(file, [{**row, **figure.row()} for figure in figures])
     for figure in figures:
         print(f"{benchmark} ({engine}; {spec}): {figure}", flush=True)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from statistics import mean
 from typing import Any
@@ -19,8 +19,7 @@ from pipeline.loader import Loader
 from pipeline.progress import progress_bar
 from pipeline.spec import LoaderSpec
 from tools.profiler.measuring import NEVER, Estimate, Usage, in_turns, usage
-from tools.profiler.page_cache import drop_pages
-from tools.profiler.storage import local_files
+from tools.profiler.storage import drop_pages, local_files
 
 
 @dataclass
@@ -180,6 +179,17 @@ def measure_once(loader: PausableLoader, spec: LoaderSpec, seconds: float) -> tu
 def synchronise(device: str) -> None:
     if device.startswith("cuda"):
         torch.cuda.synchronize(device)
+
+
+def repeated(call: Callable[[], object], seconds: float, device: str) -> tuple[float, int]:
+    """Calls per second over about `seconds`, with an idle device at the start and at the end; and their number, at least one."""
+    synchronise(device)
+    began, count = time.perf_counter(), 0
+    while count == 0 or time.perf_counter() - began < seconds:
+        call()
+        count += 1
+    synchronise(device)
+    return count / (time.perf_counter() - began), count
 
 
 def grid(spec: LoaderSpec, engines: Sequence[str], threads: Sequence[int], prefetches: Sequence[int]) -> list[LoaderSpec]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import random
 import threading
 import time
@@ -12,10 +13,10 @@ from dataclasses import dataclass, field, replace
 from statistics import mean, stdev
 from typing import Any, TypeVar
 
-import psutil
 from scipy.special import stdtrit
 
 from pipeline.cores import usable_cores
+from pipeline.profile.processes import cpu_seconds
 from pipeline.progress import progress_bar
 
 K = TypeVar("K")
@@ -93,25 +94,11 @@ def usage(device: str) -> Iterator[Usage]:
     """Measure the body of a `with` statement; the fields are set at its end."""
     found = Usage()
     with GpuSampler(device) as gpu:
-        began, cpu = time.perf_counter(), cpu_seconds()
+        began, cpu = time.perf_counter(), cpu_seconds(os.getpid())
         yield found
         found.seconds = time.perf_counter() - began
-        found.cpu_share = (cpu_seconds() - cpu) / (found.seconds * usable_cores())
+        found.cpu_share = (cpu_seconds(os.getpid()) - cpu) / (found.seconds * usable_cores())
     found.gpu_share, found.jpeg_share = gpu.shares()
-
-
-def cpu_seconds() -> float:
-    """User and system time of this process and of its children, both running ones and those already waited for."""
-    process = psutil.Process()
-    own = process.cpu_times()
-    total = own.user + own.system + own.children_user + own.children_system
-    for child in process.children(recursive=True):
-        try:
-            times = child.cpu_times()
-        except psutil.NoSuchProcess:
-            continue
-        total += times.user + times.system
-    return float(total)
 
 
 @dataclass

@@ -9,7 +9,6 @@ import tempfile
 import time
 from contextlib import ExitStack, suppress
 from dataclasses import replace
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +33,7 @@ from tools.profiler.storage import MEMORY, STREAMS, Ceiling, cached_read_ms, loc
 from tools.profiler.training import Consumer, Emulated, Model, Training, measure_training
 from tools.profiler.tune import BUDGET, tune
 from training import tuned
-from training.provenance import commit, hardware, versions
+from training.provenance import origin
 
 FITS = 0.8  # share of the available memory that the page cache can hold in the long run
 PREFETCHES = (1, 2, 4)
@@ -256,14 +255,7 @@ class Profiler:
         return {
             "format": "cropfeed-profile",
             "version": 2,
-            "made": {
-                "date": datetime.now(UTC).strftime("%Y-%m-%d"),
-                "commit": commit(),
-                "command": " ".join(["python", *sys.argv]),
-                "hardware": hardware(),
-                "versions": versions(),
-                "planted": str(self.options.planted) if self.options.planted else None,
-            },
+            "made": origin() | {"planted": str(self.options.planted) if self.options.planted else None},
             "data": {
                 "path": self.options.name or str(spec.data),
                 "split": spec.split,

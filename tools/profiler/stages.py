@@ -33,8 +33,7 @@ from pipeline.pixels.normalize import lighting, stored_dtype, translate
 from pipeline.spec import LoaderSpec
 from pipeline.store.shards import ShardSet
 from tools.profiler.measuring import NEVER, Estimate, in_turns
-from tools.profiler.page_cache import drop_pages
-from tools.profiler.storage import local_files, storage_bytes
+from tools.profiler.storage import drop_pages, local_files, storage_bytes
 
 SAMPLES = 256  # images; their decoded pixels, about 60 MB, are kept for the stages after decoding
 PAGE = 4096

@@ -13,7 +13,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from statistics import mean
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -23,7 +23,7 @@ from model.make import make_model
 from pipeline.batch import Batch
 from pipeline.progress import progress_bar
 from pipeline.spec import PRECISIONS, LoaderSpec
-from tools.profiler.loaders import PausableLoader, synchronise
+from tools.profiler.loaders import PausableLoader, repeated, synchronise
 from tools.profiler.measuring import LEAST, NEVER, Estimate, Usage, in_turns, usage
 from training.compiling import compile_model
 from training.metrics import Clock
@@ -187,9 +187,9 @@ def measure_training(
         number, kind = way
         training = trainings[number]
         if kind == "alone":
-            speed = run_alone(training.consumer, batches[number], training.spec.device, seconds)
-            training.alone.append(speed.images_per_s)
-            training.steps_alone += speed.steps
+            speed, steps = run_alone(training.consumer, batches[number], training.spec.device, seconds)
+            training.alone.append(speed)
+            training.steps_alone += steps
         else:
             training.windows.append(run_window(training, opened[number], seconds))
         bar.update()
@@ -232,11 +232,7 @@ def fit(training: Training, batch: Batch, steps: int, seconds: float) -> None:
     few = min(images, max(2, -(-images // PART)))  # batch normalization needs two images
     part = Batch(batch.images[: few * len(batch.images) // images], batch.labels[:few], batch.ids[:few])
     for _ in range(2):
-        synchronise(training.spec.device)
-        began = time.perf_counter()
-        training.consumer.step(part)
-        synchronise(training.spec.device)
-        took = time.perf_counter() - began
+        took = few / run_alone(training.consumer, part, training.spec.device, 0)[0]
         size = max(few, min(images, int(few * seconds / (steps * took))))
         if size == images:
             return
@@ -248,31 +244,16 @@ def fit(training: Training, batch: Batch, steps: int, seconds: float) -> None:
 
 def warm_up(training: Training, batch: Batch, seconds: float) -> None:
     """The first steps allocate memory and choose algorithms. Notes whether a step takes longer than `seconds`."""
-    synchronise(training.spec.device)
-    began = time.perf_counter()
-    training.consumer.step(batch)
-    synchronise(training.spec.device)
-    training.slow = time.perf_counter() - began > seconds
+    speed, _ = run_alone(training.consumer, batch, training.spec.device, 0)
+    training.slow = len(batch.labels) / speed > seconds
     if not training.slow:
         training.consumer.step(batch)
 
 
-class Alone(NamedTuple):
-    """The speed of the train step on one repeated batch, over a number of steps."""
-
-    images_per_s: float
-    steps: int
-
-
-def run_alone(consumer: Consumer, batch: Batch, device: str, seconds: float) -> Alone:
-    """Repeat the train step on one batch for about `seconds`."""
-    synchronise(device)
-    began, steps = time.perf_counter(), 0
-    while steps == 0 or time.perf_counter() - began < seconds:
-        consumer.step(batch)
-        steps += 1
-    synchronise(device)
-    return Alone(steps * len(batch.labels) / (time.perf_counter() - began), steps)
+def run_alone(consumer: Consumer, batch: Batch, device: str, seconds: float) -> tuple[float, int]:
+    """Images per second of the train step on one repeated batch, and the number of steps, at least one."""
+    speed, steps = repeated(lambda: consumer.step(batch), seconds, device)
+    return len(batch.labels) * speed, steps
 
 
 def run_window(training: Training, loader: PausableLoader, seconds: float) -> Window:

@@ -202,7 +202,7 @@ def test_the_plain_script_gets_the_recipe(recipe: Path) -> None:
     assert isinstance(sizes, tuple)
     for like_recipe in (False, True):
         plain = plain_options(words, like_recipe)
-        assert plain_train.parse([*plain_train.words(plain), "--output", "O"]) == (plain, Path("O"))
+        assert plain_train.PlainOptions.of(plain.json()) == plain
         for name in bench.SAME:
             if name != "area":
                 assert getattr(plain, name) == getattr(args, name), name
@@ -258,4 +258,5 @@ def test_a_plain_run_from_start_to_rows(
     assert [step for step, _ in found] == ["1", "2", "3"]
     assert [rate for _, rate in found] == pytest.approx([schedule.rate(step, ()) for step in range(3)])
     command = json.loads((folder / "finished.json").read_text())["command"]
-    assert command[-4:] == ["--workers", "1", "--threads", "1"]
+    options = plain_train.PlainOptions.of(command[-1])
+    assert (options.seed, options.workers, options.threads) == (5, 1, 1)

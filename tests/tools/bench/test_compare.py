@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import csv
 import importlib
-import json
 import os
 import random
 import re
 import sys
 import tarfile
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -18,7 +16,6 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import psutil
 import pytest
 import simplejpeg
 from PIL import Image
@@ -31,14 +28,9 @@ from tools.bench.peers.compare import CompareOptions
 from tools.bench.peers.contenders import CONTENDERS, DECODE, Contender
 from tools.bench.peers.jitter import jitter_crop
 from tools.bench.peers.job import Job, draw
-from tools.bench.peers.runner import ContenderError, Runner
 from tools.bench.peers.turns import Result, measure
 
 SIZE, LOW, HIGH = 32, 36, 68
-FIELDS = {
-    "name", "data", "images_per_s", "low", "high", "kb_per_image", "cpu_ms_per_image", "ratio", "cpu_over_decode", "versions",
-    "error",
-}  # fmt: skip
 RIVALS = {
     "slipstream-jpeg": "build github.com/harvard-visionlab/slipstream",
     "slipstream-yuv420": "build github.com/harvard-visionlab/slipstream",
@@ -61,7 +53,7 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def compare(images: Path, out: Path, *options: object) -> Any:
     return without_progress(
         run_script(
-            "tools/bench/compare.py", images, "--json", out / "compare.json", "--results", out / "compare.csv",
+            "tools/bench/compare.py", images, "--results", out / "compare.csv",
             "--image-size", SIZE, "--scale", LOW, HIGH, "--batch-size", 8, "--repeats", 2, "--seconds", 0.2, *options,
         )
     )  # fmt: skip
@@ -75,47 +67,42 @@ def test_figures_failures_and_missing_packages(images: Path, tmp_path: Path) -> 
     before = set(Path("/tmp").glob("cropfeed-compare-*"))
     result = compare(images, tmp_path, "--only", *only, *pythons)
     assert result.returncode == 0, result.stderr
-    found = json.loads((tmp_path / "compare.json").read_text())
-    rows = {f"{row['name']}:{row['data']}": row for row in found["rows"]}
-    assert set(rows) == set(only)
-    assert all(set(row) == FIELDS for row in found["rows"])
-
-    measured = rows["dali-roi:original"]
-    assert measured["error"] is None
-    assert 0 < measured["low"] <= measured["images_per_s"] <= measured["high"]
-    assert measured["ratio"] == 1.0
-    assert measured["cpu_ms_per_image"] > 0
-    assert "nvidia-dali" in measured["versions"]
-    stored = sum(path.stat().st_size for path in images.glob("*/*")) / 24e3
-    assert stored < measured["kb_per_image"] < stored + 7  # a tar of three images has their labels, headers and up to 10 kB more
-    assert "kB/image" in result.stdout
-    assert rows[f"{DECODE}:lossless"]["images_per_s"] > measured["images_per_s"]
-    for name in ("dali-plain:original", "dali-plain:500"):
-        assert "its process died" in rows[name]["error"]
-        assert rows[name]["images_per_s"] is rows[name]["ratio"] is None
-    assert rows["tf-data:original"]["error"].startswith("not installed: pip install tensorflow-cpu")
-    assert "pip install tensorflow-cpu" in result.stdout
-
-    touched = found["bytes_touched"]
-    assert 0.1 < touched["cut"]["mean"] < 1.1
-    recorded = list(csv.DictReader((tmp_path / "compare.csv").open()))
-    assert [(row["engine"], row["metric"]) for row in recorded if row["benchmark"] == "compare"] == [
+    rows = rows_of(tmp_path)
+    figures = [row for row in rows if row["benchmark"] == "compare"]
+    assert [(row["engine"], row["metric"]) for row in figures] == [
         ("dali-roi", "images_per_s"), ("dali-roi", "cpu_ms_per_image"), ("dali-roi", "kb_per_image"),
         ("dali-roi", "ratio_to_fastest_peer"),
         (DECODE, "images_per_s"), (DECODE, "cpu_ms_per_image"), (DECODE, "kb_per_image"),
     ]  # fmt: skip
-    assert all(row["repeats"] == "2" for row in recorded if row["benchmark"] == "compare" and row["metric"] != "kb_per_image")
-    assert {row["engine"] for row in recorded if row["benchmark"] == "bytes touched"} == set(touched)
+    assert all(row["repeats"] == "2" for row in figures if row["metric"] != "kb_per_image")
+    assert all(0 < float(row["low"]) <= float(row["value"]) <= float(row["high"]) for row in figures)
+    value = {(row["engine"], row["metric"]): float(row["value"]) for row in figures}
+    assert value["dali-roi", "ratio_to_fastest_peer"] == 1.0
+    assert "nvidia-dali" in figures[0]["spec"]
+    stored = sum(path.stat().st_size for path in images.glob("*/*")) / 24e3
+    assert (
+        stored < value["dali-roi", "kb_per_image"] < stored + 7
+    )  # a tar's labels, headers and end: up to 10 kB for three images
+    assert value[DECODE, "images_per_s"] > value["dali-roi", "images_per_s"]
+
+    touched = {row["engine"]: row["value"] for row in rows if row["metric"] == "mean_to_image"}
+    assert 0.1 < float(touched["cut"]) < 1.1
+    assert "kB/image" in result.stdout
+    assert len(re.findall(r"^  dali-plain +its process ended, exit code 1$", result.stdout, re.MULTILINE)) == 2
+    assert "  tf-data                      not installed: pip install tensorflow-cpu" in result.stdout
     assert set(Path("/tmp").glob("cropfeed-compare-*")) <= before
+
+
+def rows_of(folder: Path) -> list[dict[str, str]]:
+    with (folder / "compare.csv").open(newline="") as stream:
+        return list(csv.DictReader(stream))
 
 
 @pytest.mark.parametrize("name", RIVALS)
 def test_a_missing_package_is_one_line_that_says_what_to_install(name: str, tmp_path: Path) -> None:
-    """`python -S` finds no packages but psutil, which the worker needs."""
-    (tmp_path / "packages").mkdir()
-    (tmp_path / "packages" / "psutil").symlink_to(Path(psutil.__file__).parent)
+    """`python -S` finds no packages."""
     python = tmp_path / "python"
-    python.write_text(f'#!/bin/sh\nPYTHONPATH="$PYTHONPATH:{tmp_path}/packages" exec {sys.executable} -S "$@"\n')
+    python.write_text(f'#!/bin/sh\nexec {sys.executable} -S "$@"\n')
     python.chmod(0o755)
     job = Job(str(tmp_path), 8, 8, 16, (16, 20), 1, "uint8", (0.0, 0.0, 0.0))
     rival = next(contender for contender in CONTENDERS if contender.name == name)
@@ -128,12 +115,10 @@ def test_a_missing_package_is_one_line_that_says_what_to_install(name: str, tmp_
 def test_images_of_shards(small_shards: Path, tmp_path: Path) -> None:
     result = compare(small_shards, tmp_path, "--only", "dali-roi:original", "cropfeed-cpu-original", "--seconds", 0.1)
     assert result.returncode == 0, result.stderr
-    found = json.loads((tmp_path / "compare.json").read_text())
-    assert found["compared"].startswith(f"{small_shards.name}, 60 images, ")
-    ratios = {row["name"]: row["ratio"] for row in found["rows"]}
-    assert ratios.keys() == {"dali-roi", "cropfeed-cpu-original"}
-    assert ratios["dali-roi"] == 1
-    assert ratios["cropfeed-cpu-original"] > 0
+    rows = {row["engine"]: row for row in rows_of(tmp_path) if row["metric"] == "ratio_to_fastest_peer"}
+    assert all(row["spec"].startswith(f"original: {small_shards.name}, 60 images, ") for row in rows.values())
+    ratios = {name: float(row["value"]) for name, row in rows.items()}
+    assert ratios == {"dali-roi": 1.0, "cropfeed-cpu-original": pytest.approx(2, abs=2)}
 
 
 @pytest.mark.slow
@@ -207,38 +192,29 @@ def unruly(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Job:
 
 
 def contender(name: str) -> Contender:
-    return Contender(name, "original", f"unruly:{name}", ("nothing",), 0)
+    return Contender(name, "original", f"unruly:{name}", ("nothing",))
 
 
 @pytest.mark.slow
 def test_a_failing_contender_does_not_stop_the_others(unruly: Job) -> None:
     names = ["dies", "batches", "raises", "in_a_thread", "other_shape", "leaves_a_child"]
     results = measure([contender(name) for name in names], {"original": unruly}, 3, 0.3, {}, {})
-    errors = dict(zip(names, (result.error for result in results), strict=True))
+    errors = {
+        name: re.sub(r"\S+unruly.py, line \d+, in \w+: ", "", one.error or "") for name, one in zip(names, results, strict=True)
+    }
     assert errors == {
-        "dies": "its process died: last words",
-        "batches": None,
+        "dies": "its process ended, exit code 3: last words",
+        "batches": "",
         "raises": "ValueError: out of luck",
         "in_a_thread": "ValueError: out of luck, in a thread",
-        "other_shape": "ValueError: its batch is uint8 (8, 15, 16, 3) with 8 labels, not uint8 (8, 16, 16, 3)",
-        "leaves_a_child": None,
+        "other_shape": "its batch is uint8 (8, 15, 16, 3), not uint8 (8, 16, 16, 3)",
+        "leaves_a_child": "",
     }
     good = results[1]
     assert len(good.images_per_s) == len(good.cpu_ms) == 3
     assert min(good.images_per_s) > 300  # 8 images per 10 ms, and overhead
     assert max(good.images_per_s) <= 800
     assert_ends(int(Path(unruly.data).read_text()))
-
-
-def test_a_hanging_contender_is_abandoned(unruly: Job) -> None:
-    runner = Runner(contender("batches"), sys.executable)
-    try:
-        began = time.monotonic()
-        with pytest.raises(ContenderError, match="hangs: no answer within 0 s"):
-            runner.ask({"open": "unruly:batches", "job": unruly, "packages": [], "warm": 1000}, 0.3)
-        assert time.monotonic() - began < 5
-    finally:
-        runner.close()
 
 
 # The contenders' images
@@ -416,7 +392,7 @@ def test_bytes_read_for_a_cut(images: Path, tmp_path: Path) -> None:
 def test_ratios_are_to_a_peer_that_stores_pixels_only_if_there_is_no_other() -> None:
     def ratios(**rates: float) -> dict[str, float]:
         results = [
-            Result(Contender(name, "original", "", (), 0, kind=name.split("_")[0]), images_per_s=[rate, rate], cpu_ms=[1.0, 1.0])
+            Result(Contender(name, "original", "", (), kind=name.split("_")[0]), images_per_s=[rate, rate], cpu_ms=[1.0, 1.0])
             for name, rate in rates.items()
         ]
         return {row.result.contender.name: row.ratios[0] for row in report.figures(results)}

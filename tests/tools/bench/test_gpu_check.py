@@ -28,7 +28,7 @@ from pipeline.pixels.normalize import normalize_tensor
 from pipeline.plan.geometry import ScaleJitter
 from pipeline.spec import LoaderSpec
 from tests.helpers import ROOT, open_image, run_forked
-from tools.bench import bench_accuracy, gpu_check, gpu_pixels
+from tools.bench import gpu_check, gpu_pixels
 from tools.bench.gpu_check import PROFILES
 from tools.bench.gpu_loader import measure_loaders
 from tools.bench.gpu_probe import measure_tail
@@ -36,7 +36,6 @@ from tools.bench.gpu_setting import Setting, use_of
 from tools.bench.gpu_train import CLASSES, PlainStep, measure_graphs, measure_steps, measure_wrapped, share_of_peak, synthetic
 from tools.profiler.measuring import Budget, Usage
 from tools.profiler.training import Model
-from training.options import make_sizes
 
 
 @pytest.mark.slow
@@ -211,25 +210,6 @@ def test_wrong_pixels_and_overwritten_batches_are_found(
     monkeypatch.setattr(gpu_pixels, "endless", reusing)
     assert not gpu_pixels.check(setting, "reused", spec, 8, 3)
     assert "pixels, reused (cpu): FAILED" in capsys.readouterr().out
-
-
-def test_imagenette_is_trained_with_options_that_the_scripts_have(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    found: list[str] = []
-
-    def started(words: list[str], **_: object) -> SimpleNamespace:
-        found.extend(words)
-        return SimpleNamespace(returncode=0)
-
-    monkeypatch.setattr(gpu_check.subprocess, "run", started)
-    assert gpu_check.train_imagenette(tmp_path, 160, tmp_path / "rows.csv")
-    accuracy = bench_accuracy.parse(found[2:])
-    assert (accuracy.contenders, accuracy.levels) == (("cropfeed",), (80, 85, 90))
-    assert accuracy.results == tmp_path / "rows_accuracy.csv"
-    options = accuracy.train_options(0)
-    assert (options.arch, options.eval_size) == ("resnet18", 160)
-    sizes = make_sizes(options, 147)
-    assert isinstance(sizes, tuple)
-    assert (sizes[0], sizes[-1][1]) == ((0, 128), 160)
 
 
 SPEC = LoaderSpec("nowhere", batch_size=4, image_size=32, geometry=ScaleJitter(36, 48))

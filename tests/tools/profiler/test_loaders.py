@@ -227,14 +227,14 @@ def test_data_wait(fake: FakeTime, images_per_s: float, waits: float, gets: floa
 
 
 def test_an_emulated_accelerator(fake: FakeTime) -> None:
-    assert run_alone(Emulated(200, torch.float32), batch_of(8), "cpu", 1).images_per_s == pytest.approx(200)
-    assert run_alone(Emulated(200, torch.float32), batch_of(8), "cpu", 0).images_per_s == pytest.approx(200)  # at least one step
+    assert run_alone(Emulated(200, torch.float32), batch_of(8), "cpu", 1)[0] == pytest.approx(200)
+    assert run_alone(Emulated(200, torch.float32), batch_of(8), "cpu", 0)[0] == pytest.approx(200)  # at least one step
     slower = Emulated(200, torch.float32, 5.0)  # 5 ms longer per image
-    assert run_alone(slower, batch_of(8), "cpu", 1).images_per_s == pytest.approx(100)
+    assert run_alone(slower, batch_of(8), "cpu", 1)[0] == pytest.approx(100)
 
 
 def test_an_emulated_accelerator_in_real_time() -> None:
-    assert 140 < run_alone(Emulated(200, torch.float32), batch_of(8), "cpu", 0.2).images_per_s <= 200
+    assert 140 < run_alone(Emulated(200, torch.float32), batch_of(8), "cpu", 0.2)[0] <= 200
 
 
 @pytest.fixture

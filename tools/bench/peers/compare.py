@@ -13,7 +13,6 @@ import os
 import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from pipeline.errors import UserError
 from pipeline.plan import sampling
@@ -56,10 +55,7 @@ class CompareOptions:
         for name in self.only:
             if name not in names | {contender.key for contender in CONTENDERS}:
                 known = ", ".join(dict.fromkeys(contender.name for contender in CONTENDERS))
-                raise UserError(
-                    f"`only` {name}: no such contender",
-                    f"choose from {known}; NAME:500 selects the contender on one kind of data",
-                )
+                raise UserError(f"`only` {name}: no such contender", f"choose from {known}; NAME:500 for one kind of data")
         for name in self.python_for:
             if name not in names:
                 raise UserError(f"`python_for` {name}=...: no such contender", f"choose from {', '.join(sorted(names))}")
@@ -82,8 +78,8 @@ class CompareOptions:
         return [one for one in CONTENDERS if not self.only or one.name in self.only or one.key in self.only]
 
 
-def compare(options: CompareOptions) -> dict[str, Any]:
-    """Prepare the data, measure, write the rows and print the table. Returns the content of the JSON file, see report.py."""
+def compare(options: CompareOptions) -> None:
+    """Prepare the data, measure, write the rows and print the table."""
     contenders = options.contenders
     os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: options.threads])  # all contenders inherit this
     with tempfile.TemporaryDirectory(prefix="cropfeed-compare-") as name:
@@ -97,10 +93,8 @@ def compare(options: CompareOptions) -> dict[str, Any]:
         results = measure(contenders, jobs, options.repeats, options.seconds, options.python_for, errors)
         touched = cuts.touched(jobs["lossless"]) if "lossless" in jobs else None  # at the end, when no process maps the shards
     figures = report.figures(results)
-    spec = describe(options, next(iter(jobs.values())).images)
-    report.write_csv(options.results, figures, touched, spec)
+    report.write_csv(options.results, figures, touched, describe(options, next(iter(jobs.values())).images))
     print(report.table(figures, touched))
-    return report.content(figures, touched, spec)
 
 
 def job(folder: Path, options: CompareOptions) -> Job:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,18 +13,6 @@ from pipeline import open_loader
 from pipeline.plan.geometry import ScaleJitter
 from pipeline.spec import LoaderSpec
 from tools.bench.peers.job import Job
-
-
-def cpu(job: Job) -> Iterator[tuple[Any, Any]]:
-    return batches(job, "cpu")
-
-
-def dali(job: Job) -> Iterator[tuple[Any, Any]]:
-    return batches(job, "dali")
-
-
-def ffcv(job: Job) -> Iterator[tuple[Any, Any]]:
-    return batches(job, "ffcv")
 
 
 def batches(job: Job, engine: str) -> Iterator[tuple[Any, Any]]:
@@ -42,3 +31,6 @@ def batches(job: Job, engine: str) -> Iterator[tuple[Any, Any]]:
     while True:
         for batch in loader:
             yield batch.images.permute(0, 2, 3, 1), batch.labels  # channels-last: a view
+
+
+cpu, dali, ffcv = (partial(batches, engine=engine) for engine in ("cpu", "dali", "ffcv"))

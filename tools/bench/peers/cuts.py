@@ -17,7 +17,7 @@ from pipeline.jpeg.region import APP11, MAGIC, Bytes, cut
 from pipeline.plan import sampling
 from pipeline.store.shards import ShardSet
 from tools.bench.peers.job import Job
-from tools.profiler.page_cache import drop_pages
+from tools.profiler.storage import drop_pages
 
 EPOCHS = 3  # with different crops of the same images
 PAGE = mmap.PAGESIZE

@@ -22,26 +22,6 @@ AHEAD = 2  # batches that DALI prefetches
 Graph = Callable[[Any, Job], Any]  # from encoded images to crops
 
 
-def plain(job: Job) -> Iterator[tuple[Any, Any]]:
-    """Decode, resize, then crop, as in the documentation."""
-    return batches(job, decode_resize_crop)
-
-
-def resize_crop_mirror(job: Job) -> Iterator[tuple[Any, Any]]:
-    """Decode, then fn.resize_crop_mirror, which resamples only the crop."""
-    return batches(job, decode_fused)
-
-
-def roi(job: Job) -> Iterator[tuple[Any, Any]]:
-    """fn.peek_image_shape and fn.decoders.image_slice: decode only the crop, then resample it at sub-pixel positions."""
-    return batches(job, decode_roi)
-
-
-def random_resized_crop(job: Job) -> Iterator[tuple[Any, Any]]:
-    """DALI's own ImageNet recipe, fn.decoders.image_random_crop. Its crops have another distribution, as `ffcv-rrc` has."""
-    return batches(job, decode_random_crop)
-
-
 def batches(job: Job, graph: Graph) -> Iterator[tuple[Any, Any]]:
     pipe = pipeline(job, graph)
     pipe.build()
@@ -79,7 +59,7 @@ def short_side(job: Job) -> Any:
 
 
 def decode_resize_crop(encoded: Any, job: Job) -> Any:
-    """fn.crop_mirror_normalize crops, mirrors and, for float32, subtracts the mean in one pass."""
+    """Decode, resize, then crop, as in the documentation. fn.crop_mirror_normalize also mirrors and subtracts the mean."""
     resized = fn.resize(decode(encoded), resize_shorter=short_side(job))
     floats = job.out == "float32"
     return fn.crop_mirror_normalize(
@@ -95,6 +75,7 @@ def decode_resize_crop(encoded: Any, job: Job) -> Any:
 
 
 def decode_fused(encoded: Any, job: Job) -> Any:
+    """Decode, then fn.resize_crop_mirror, which resamples only the crop."""
     images = fn.resize_crop_mirror(
         decode(encoded),
         resize_shorter=short_side(job),
@@ -107,9 +88,10 @@ def decode_fused(encoded: Any, job: Job) -> Any:
 
 
 def decode_roi(encoded: Any, job: Job) -> Any:
-    """Decode the crop's window in source pixels, with a margin for the resampling filter, so that the result is the same.
+    """fn.peek_image_shape and fn.decoders.image_slice: decode only the crop, then resample it at sub-pixel positions.
 
-    Each node holds two numbers, for height and width. Mirroring costs nothing: it swaps the window's left and right ends.
+    It is decoded with a margin for the resampling filter, so that the result is the same. Each node holds two numbers, for height
+    and width. Mirroring costs nothing: it swaps the window's left and right ends.
     """
     size = float(job.size)
     sides = fn.cast(fn.peek_image_shape(encoded, adjust_orientation=False)[0:2], dtype=types.FLOAT)
@@ -141,6 +123,7 @@ def decode_roi(encoded: Any, job: Job) -> Any:
 
 
 def decode_random_crop(encoded: Any, job: Job) -> Any:
+    """DALI's own ImageNet recipe, fn.decoders.image_random_crop. Its crops have another distribution, as `ffcv-rrc` has."""
     region = fn.decoders.image_random_crop(encoded, random_area=[0.08, 1.0], random_aspect_ratio=[3 / 4, 4 / 3], **DECODER)
     return normalized(fn.flip(fn.resize(region, size=(job.size, job.size)), horizontal=fn.random.coin_flip()), job)
 
@@ -149,3 +132,9 @@ def normalized(images: Any, job: Job) -> Any:
     if job.out == "uint8":
         return images
     return fn.crop_mirror_normalize(images, mean=list(job.mean), dtype=types.FLOAT, output_layout="HWC")
+
+
+plain = partial(batches, graph=decode_resize_crop)
+resize_crop_mirror = partial(batches, graph=decode_fused)
+roi = partial(batches, graph=decode_roi)
+random_resized_crop = partial(batches, graph=decode_random_crop)

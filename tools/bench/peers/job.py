@@ -1,14 +1,21 @@
 """`Job` describes the batches that every contender has to make. `draw` draws the crop of an image, for contenders in Python.
+`make_loader` makes a contender a user's loader, for pipeline/profile.
 
 This module imports only the standard library, because a contender may run in another Python without torch and our packages.
 """
 
 from __future__ import annotations
 
+import importlib
+import json
+import os
 import random
 from math import floor
 from pathlib import Path
 from typing import Any, NamedTuple
+
+CONTENDER = "BENCH_CONTENDER"  # environment variable: a contender's function, module:name, and its Job, as JSON
+LOADER = f"{__name__}:make_loader"
 
 
 class Job(NamedTuple):
@@ -76,3 +83,9 @@ def draw(height: int, width: int, job: Job) -> Window:
         low.append(max(start, 0.0))
         high.append(min(start + job.size * scale, float(length)))
     return Window(low[0], low[1], high[0], high[1], random.random() < 0.5)
+
+
+def make_loader() -> Any:
+    function, job = json.loads(os.environ[CONTENDER])
+    module, name = function.split(":")
+    return getattr(importlib.import_module(module), name)(Job.of(job))

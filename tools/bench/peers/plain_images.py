@@ -32,7 +32,7 @@ class ImageFolder(Dataset[tuple[torch.Tensor, int]]):
             if path.suffix.lower() in SUFFIXES
         ]
         if not self.files:
-            raise UserError(f"{root}: no images there", "give --data a folder of train/CLASS/IMAGE and val/CLASS/IMAGE")
+            raise UserError(f"{root}: no images there", "give a folder of train/CLASS/IMAGE and val/CLASS/IMAGE")
 
     def __len__(self) -> int:
         return len(self.files)

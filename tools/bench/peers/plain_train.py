@@ -1,12 +1,12 @@
 """A typical training script: a PyTorch DataLoader that reads a folder of images with Pillow, and a training loop.
 
-    python -m tools.bench.peers.plain_train --data IMAGES --output RUN --arch resnet18 --epochs 16
+    python -m tools.bench.peers.plain_train '{"data": "IMAGES", "arch": "resnet18", "epochs": 16}' --output RUN
 
 bench_accuracy.py runs it with the hyper-parameters of one of train.py's recipes. Its options have the names of train.py's. By
-default it trains as most scripts do: in float32, with contiguous layout, at the final image size throughout. --precision,
---channels-last, --compile, --start-size and --ramp do for the model what our recipes do, so that only the input differs.
+default it trains as most scripts do: in float32, with contiguous layout, at the final image size throughout. `precision`,
+`channels_last`, `compile`, `start_size` and `ramp` do for the model what our recipes do, so that only the input differs.
 
-IMAGES contains train/ and val/, with a folder for each class. The transforms are those of torchvision, which need not be
+`data` contains train/ and val/, with a folder for each class. The transforms are those of torchvision, which need not be
 installed: Resize to a random short side and RandomCrop (or RandomResizedCrop), RandomHorizontalFlip, ToTensor, Normalize. Unlike
 train.py, Normalize also divides by the standard deviation. That makes no difference to a model that begins with a convolution and
 a batch normalization.
@@ -19,9 +19,8 @@ import math
 import random
 import sys
 import time
-from collections.abc import Sequence
 from contextlib import AbstractContextManager
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -34,7 +33,7 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from model import ARCHS
-from pipeline.cli import Parser, positive, run_cli
+from pipeline.cli import Parser, run_cli
 from pipeline.errors import UserError
 from pipeline.plan.sampling import EVAL_SHORT, SCALE, short_at
 from tools.bench.peers.plain_images import (
@@ -84,17 +83,15 @@ class PlainOptions:
     workers: int = 2
     threads: int | None = None
 
+    @staticmethod
+    def of(text: str) -> PlainOptions:
+        """The options in JSON, which has no tuples."""
+        given: dict[str, Any] = json.loads(text)
+        values: dict[str, Any] = {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}
+        return PlainOptions(**values | {"data": Path(given["data"])})
 
-def words(options: PlainOptions) -> list[str]:
-    """The options as a command line, without --output."""
-    found = []
-    for name, value in asdict(options).items():
-        flag = f"--{name.replace('_', '-')}"
-        if value is True:
-            found.append(flag)
-        elif value is not None and value is not False:
-            found += [flag, *(str(part) for part in (value if isinstance(value, tuple) else (value,)))]
-    return found
+    def json(self) -> str:
+        return json.dumps(asdict(self), default=str)
 
 
 def size_at(options: PlainOptions, epoch: int) -> int:
@@ -254,50 +251,15 @@ def train(options: PlainOptions, output: Path) -> None:
     torch.save(trainer.model.state_dict(), output / "model.pt")
 
 
-def parse(arguments: Sequence[str] | None = None) -> tuple[PlainOptions, Path]:
-    """The options and the output folder from a command line, by default that of this process."""
-    parser = Parser(__doc__)
-    parser.add_argument("--data", required=True, type=Path, help="folder of images: train/CLASS/IMAGE and val/CLASS/IMAGE")
-    parser.add_argument("--output", required=True, type=Path, help="folder for this run")
-    parser.add_argument("--arch", choices=ARCHS, metavar="ARCH")
-    parser.add_argument("--epochs", type=positive)
-    parser.add_argument("--batch-size", type=positive)
-    parser.add_argument("--lr", type=float, help="peak learning rate")
-    parser.add_argument("--momentum", type=float)
-    parser.add_argument("--schedule", choices=("cosine", "linear"))
-    parser.add_argument("--warmup", type=float, help="epochs of warm-up")
-    parser.add_argument("--weight-decay", type=float)
-    parser.add_argument("--no-norm-decay", action="store_true", help="no weight decay on batch normalization and biases")
-    parser.add_argument("--label-smoothing", type=float)
-    parser.add_argument("--ema", type=float, metavar="DECAY", help="validate an exponential moving average of the weights")
-    parser.add_argument("--image-size", type=positive, help="side of the crop, pixels")
-    parser.add_argument("--start-size", type=positive, help="progressive resizing: side of the crop in the first epochs, pixels")
-    parser.add_argument("--ramp", type=float, nargs=2, metavar=("FROM", "TO"), help="epochs between which the size rises")
-    parser.add_argument("--eval-size", type=positive, help="side of the crop in validation (default: --image-size)")
-    parser.add_argument("--flip-test", action="store_true", help="validate on each image and its mirror image")
-    parser.add_argument("--geometry", choices=("jitter", "rrc"), help="scale jitter or random resized crops")
-    parser.add_argument("--scale", type=positive, nargs=2, metavar=("LO", "HI"), help="short side, for jitter (256 480 at 224)")
-    parser.add_argument("--area", type=float, nargs=2, metavar=("LO", "HI"), help="share of the image, for rrc (0.08 1)")
-    parser.add_argument("--precision", choices=("no", "bf16"), help="bf16: autocast")
-    parser.add_argument("--channels-last", action="store_true")
-    parser.add_argument("--compile", nargs="?", const="default", metavar="MODE", help="torch.compile the model")
-    parser.add_argument("--workers", type=int, help="worker processes of the DataLoader")
-    parser.add_argument("--threads", type=positive, help="threads of the model on a CPU (default: torch's)")
-    parser.add_argument("--seed", type=int)
-    parser.add_argument("--eval-every", type=positive, help="epochs between validations")
-    parser.add_argument("--log-every", type=positive, help="steps between rows of metrics.csv")
-    parser.set_defaults(**{field.name: field.default for field in fields(PlainOptions) if field.name != "data"})
-    args = vars(parser.parse_args(arguments))
-    output = args.pop("output")
-    values: dict[str, Any] = {name: tuple(value) if isinstance(value, list) else value for name, value in args.items()}
-    return PlainOptions(**values), output
-
-
 def main() -> None:
-    options, output = parse()
+    parser = Parser(__doc__)
+    parser.add_argument("options", metavar="OPTIONS", help="PlainOptions as JSON")
+    parser.add_argument("--output", required=True, type=Path, help="folder for this run")
+    args = parser.parse_args()
+    options = PlainOptions.of(args.options)
     if options.threads:
         torch.set_num_threads(options.threads)
-    train(options, output)
+    train(options, args.output)
 
 
 if __name__ == "__main__":

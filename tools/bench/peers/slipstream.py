@@ -10,6 +10,7 @@ It is not on PyPI. Who compares it builds it, preferably for the machine's own p
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,14 +23,6 @@ from slipstream.transforms import RandomHorizontalFlip
 from tools.bench.peers.jitter import jitter_crop
 from tools.bench.peers.job import Job
 from tools.bench.peers.torch_loaders import normalized
-
-
-def jpeg(job: Job) -> Iterator[tuple[Any, Any]]:
-    return batches(job, "jpeg")
-
-
-def yuv420(job: Job) -> Iterator[tuple[Any, Any]]:
-    return batches(job, "yuv420")
 
 
 class Images(SlipstreamImageFolder):
@@ -81,3 +74,6 @@ def pairs(loader: Any) -> Iterator[tuple[Any, Any]]:
     while True:
         for batch in loader:
             yield batch["image"], batch["label"]
+
+
+jpeg, yuv420 = (partial(batches, image_format=image_format) for image_format in ("jpeg", "yuv420"))

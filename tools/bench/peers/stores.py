@@ -22,7 +22,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from tools.bench.peers.job import Job
-from tools.bench.peers.torch_loaders import PREFETCH, Endless, Sample, fast_collate, normalized, one_opencv_thread, opencv
+from tools.bench.peers.torch_loaders import Endless, Sample, fast_collate, normalized, opencv, workers
 
 EPOCHS = 100  # in one of Streaming's
 
@@ -88,12 +88,4 @@ def collate_rows(rows: list[dict[str, Any]]) -> tuple[torch.Tensor, torch.Tensor
 
 def settings(job: Job) -> dict[str, Any]:
     """Of the DataLoader, as in torch_loaders.py."""
-    return {
-        "batch_size": job.batch_size,
-        "num_workers": job.threads,
-        "persistent_workers": True,
-        "prefetch_factor": PREFETCH,
-        "worker_init_fn": one_opencv_thread,
-        "collate_fn": fast_collate,
-        "drop_last": True,
-    }
+    return {**workers(job), "batch_size": job.batch_size, "collate_fn": fast_collate, "drop_last": True}

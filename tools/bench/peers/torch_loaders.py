@@ -20,6 +20,7 @@ import os
 import random
 from collections.abc import Callable, Iterator
 from functools import partial
+from importlib.util import find_spec
 from math import floor
 from typing import Any
 
@@ -37,18 +38,6 @@ Transform = Callable[[Job, bytes], Pixels]  # from an encoded image to its crop
 Sample = tuple[Pixels, int]
 
 
-def webdataset_opencv(job: Job) -> Iterator[tuple[Any, Any]]:
-    return webdataset_batches(job, opencv, one_opencv_thread)
-
-
-def webdataset_pillow(job: Job) -> Iterator[tuple[Any, Any]]:
-    return webdataset_batches(job, pillow)
-
-
-def files_pillow(job: Job) -> Iterator[tuple[Any, Any]]:
-    return file_batches(job, pillow_draft)
-
-
 def files_vips(job: Job) -> Iterator[tuple[Any, Any]]:
     os.environ["VIPS_CONCURRENCY"] = "1"  # read when libvips is loaded
     import pyvips
@@ -57,15 +46,18 @@ def files_vips(job: Job) -> Iterator[tuple[Any, Any]]:
     return file_batches(job, vips)
 
 
-def files_torchcodec(job: Job) -> Iterator[tuple[Any, Any]]:
-    return file_batches(job, torchcodec)
-
-
 def one_opencv_thread(worker: int) -> None:
     """DataLoader's worker_init_fn. (Torch itself seeds Python's `random`, which `draw` uses, in each worker.)"""
-    import cv2
+    if find_spec("cv2"):
+        import cv2
 
-    cv2.setNumThreads(1)
+        cv2.setNumThreads(1)
+
+
+def workers(job: Job) -> dict[str, Any]:
+    """The DataLoader's options for its workers, one per core."""
+    settings = {"num_workers": job.threads, "persistent_workers": True, "prefetch_factor": PREFETCH}
+    return {**settings, "worker_init_fn": one_opencv_thread}
 
 
 # From an encoded image to a crop
@@ -136,9 +128,7 @@ def torchcodec(job: Job, encoded: bytes) -> Pixels:
 # Loaders
 
 
-def webdataset_batches(
-    job: Job, transform: Transform, worker_init: Callable[[int], None] | None = None
-) -> Iterator[tuple[Any, Any]]:
+def webdataset_batches(job: Job, transform: Transform) -> Iterator[tuple[Any, Any]]:
     import webdataset as wds
 
     dataset = (
@@ -148,15 +138,7 @@ def webdataset_batches(
         .map_tuple(partial(transform, job), int)
         .batched(job.batch_size, collation_fn=fast_collate, partial=False)
     )
-    loader = wds.WebLoader(
-        dataset,
-        batch_size=None,
-        num_workers=job.threads,
-        persistent_workers=True,
-        prefetch_factor=PREFETCH,
-        worker_init_fn=worker_init,
-    )
-    return normalized(loader, job)
+    return normalized(wds.WebLoader(dataset, batch_size=None, **workers(job)), job)
 
 
 class ImageFolder(Dataset[Sample]):
@@ -189,15 +171,7 @@ class Endless(torch.utils.data.Sampler[int]):
 
 def file_batches(job: Job, transform: Transform) -> Iterator[tuple[Any, Any]]:
     dataset = ImageFolder(job, transform)
-    loader: DataLoader[Any] = DataLoader(
-        dataset,
-        job.batch_size,
-        sampler=Endless(len(dataset)),
-        num_workers=job.threads,
-        persistent_workers=True,
-        prefetch_factor=PREFETCH,
-        collate_fn=fast_collate,
-    )
+    loader = DataLoader(dataset, job.batch_size, sampler=Endless(len(dataset)), collate_fn=fast_collate, **workers(job))
     return normalized(loader, job)
 
 
@@ -215,3 +189,7 @@ def normalized(loader: Any, job: Job) -> Iterator[tuple[Any, Any]]:
     mean = torch.tensor(job.mean)
     for images, labels in loader:
         yield (images.float().sub_(mean) if job.out == "float32" else images), labels
+
+
+webdataset_opencv, webdataset_pillow = (partial(webdataset_batches, transform=transform) for transform in (opencv, pillow))
+files_pillow, files_torchcodec = (partial(file_batches, transform=transform) for transform in (pillow_draft, torchcodec))
