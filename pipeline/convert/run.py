@@ -19,7 +19,7 @@ from PIL import Image
 
 from ..errors import UserError, install_command
 from ..jit import compiling_beside, is_cached
-from ..jpeg.blocks import components_of, mcu_order, tokenize
+from ..jpeg.blocks import components_of, scan_order, tokenize
 from ..jpeg.entropy import read_scan
 from ..jpeg.header import parse
 from ..jpeg.scans import read_coefficients
@@ -81,7 +81,7 @@ def compile_progressive() -> None:
     header = parse(data)
     coefficients = read_coefficients(data, header)
     ints = np.zeros(1024, np.int64)
-    tokenize(coefficients, mcu_order(components_of(header)), ints[:3], 0, 1, np.zeros(64, np.uint32), ints, ints)
+    tokenize(coefficients, *scan_order(components_of(header)), 0, 1, np.zeros(64, np.uint32), ints, ints)
 
 
 def _any_jpeg(progressive: bool) -> bytes:

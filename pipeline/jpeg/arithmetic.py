@@ -231,11 +231,12 @@ def read_scan(
     stream: Bytes, position: Int, interval: Int, order: Blocks, places: Ints, selectors: Ints, start: Int, end: Int, high: Int,
     low: Int, conditioning: Ints, data: Bytes, coefficients: Coefficients,
 ) -> Any:  # fmt: skip
-    """Add a scan to the coefficients, as `scans.read_scan`, which describes the other arguments. Returns the position after its
-    entropy-coded data, or an error code.
+    """Add a scan to the coefficients' values, as `scans.read_scan`, which describes the other arguments. Returns the position
+    after its entropy-coded data, or an error code.
 
     conditioning: int64 (TABLES, 3), L and U of each DC table, and K of each AC table (T.81 B.2.4.3).
     """
+    values = coefficients.values
     coder = Coder(data, np.empty(_HALF + 1, np.uint8), np.empty(5, np.uint64))
     position, stop = unstuff(stream, position, len(stream), data)
     _start(coder, stop)
@@ -250,7 +251,7 @@ def read_scan(
             dc[:] = 0
             contexts[:] = 0
         for place in range(len(places)):
-            block = coefficients[np.uint64(order[mcu, place])]
+            block = values[np.uint64(order[mcu, place])]
             component = places[place]
             table, ac_table = selectors[component, 0], selectors[component, 1]
             if start == 0 and high:

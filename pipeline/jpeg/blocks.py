@@ -13,8 +13,21 @@ from .entropy import BAD_VALUE, CATEGORIES
 from .header import Header
 from .region import Ints
 
-Coefficients = npt.NDArray[np.int16]  # (blocks, 64), quantized, each block in zigzag order
 Blocks = npt.NDArray[np.int32]  # indices of blocks
+
+
+class Coefficients(NamedTuple):
+    """The quantized coefficients of all blocks, in the order of `components_of`.
+
+    values: int16 (blocks, 64), each block in zigzag order. nonzero: uint64 (blocks,), bit k is set if AC coefficient k is not 0.
+    """
+
+    values: npt.NDArray[np.int16]
+    nonzero: npt.NDArray[np.uint64]
+
+    def find_nonzero(self) -> None:
+        """Fill `nonzero`, from the values."""
+        self.nonzero[:] = np.packbits(self.values != 0, axis=1, bitorder="little").view("<u8")[:, 0] & ~np.uint64(1)
 
 
 class Component(NamedTuple):
@@ -47,36 +60,36 @@ def components_of(header: Header) -> list[Component]:
     return found
 
 
-def scan_order(components: list[Component]) -> Blocks:
-    """The indices of the blocks in the order of a scan of these components: int32 (MCUs, blocks of an MCU) (T.81 A.2).
+def scan_order(components: list[Component]) -> tuple[Blocks, Ints]:
+    """The indices of the blocks in the order of a scan of these components: int32 (MCUs, blocks of an MCU) (T.81 A.2). And the
+    number in the scan of the component of each block of an MCU: int64 (blocks of an MCU,).
 
     The scan of a single component leaves out blocks without pixels, and its MCU is a block.
     """
     if len(components) == 1:
         (one,) = components
         columns = np.arange(one.first, one.first + one.width, dtype=np.int32)
-        return (np.arange(one.height, dtype=np.int32)[:, None] * one.columns + columns).reshape(-1, 1)
-    return mcu_order(components)
-
-
-def mcu_order(components: list[Component]) -> Blocks:
-    """The indices of the blocks, MCU by MCU: int32 (MCUs, blocks of an MCU)."""
+        order = (np.arange(one.height, dtype=np.int32)[:, None] * one.columns + columns).reshape(-1, 1)
+        return order, np.zeros(1, np.int64)
     parts = []
     for one in components:
         blocks = np.arange(one.first, one.first + one.columns * one.rows, dtype=np.int32)
         grid = blocks.reshape(one.rows // one.v, one.v, one.columns // one.h, one.h)
         parts.append(grid.transpose(0, 2, 1, 3).reshape(-1, one.h * one.v))
-    return np.ascontiguousarray(np.concatenate(parts, axis=1))
+    return np.concatenate(parts, axis=1), np.repeat(np.arange(len(parts)), [part.shape[1] for part in parts])
 
 
-def fill_edges(blocks: Coefficients, component: Component) -> None:
+def fill_edges(coefficients: Coefficients, component: Component) -> None:
     """Give each block without pixels the DC coefficient of the block before it in the MCU, as libjpeg does. It costs the fewest
-    bits. blocks: (rows, columns, 64)."""
+    bits."""
     width, height, h = component.width, component.height, component.h
-    blocks[:, width:] = 0
-    blocks[height:] = 0
-    blocks[:, width:, 0] = blocks[:, width - 1, 0, None]
-    blocks[height:, :, 0] = np.repeat(blocks[height - 1, h - 1 :: h, 0], h)
+    shape = (component.rows, component.columns)
+    values, nonzero = (part[component.first :][: shape[0] * shape[1]].reshape(*shape, -1) for part in coefficients)
+    for part in (values, nonzero):
+        part[:, width:] = 0
+        part[height:] = 0
+    values[:, width:, 0] = values[:, width - 1, 0, None]
+    values[height:, :, 0] = np.repeat(values[height - 1, h - 1 :: h, 0], h)
 
 
 @jit
@@ -86,10 +99,10 @@ def tokenize(
     """Make the tokens of the MCUs from `first` on, as `entropy.read_scan` does. Stops before a tile for which `tokens` may be
     too small. Returns the number of tokens, or an error code, and the MCU where it stopped.
 
-    order: from `mcu_order`. places: the component of each block of an MCU.
+    order, places: from `scan_order`, of all components.
     """
+    values, nonzero = coefficients
     total = np.uint64(0)
-    words = coefficients.view(np.uint64)  # (blocks, 16), to skip zeros
     dc = np.zeros(4, np.int64)
     most = 64 * tile * len(places)
     done = len(order)
@@ -104,39 +117,27 @@ def tokenize(
             component = places[place]
             table = 2 if component else 0
             index = np.uint64(order[mcu, place])
-            block = coefficients[index]
-            difference = block[0] - dc[component]
-            dc[component] = block[0]
+            value = np.int64(values[index, 0])
+            difference = value - dc[component]
+            dc[component] = value
             if abs(difference) >= len(CATEGORIES):
                 return np.int64(BAD_VALUE), mcu
             total = _add(tokens, total, counts, table, 0, difference)
+            left = nonzero[index]
             last: Any = 0
-            for word in range(np.uint64(16)):
-                lanes = _nonzero_lanes(words[index, word])
-                if word == 0:
-                    lanes &= ~np.uint64(0x8000)  # not DC
-                while lanes:
-                    k = np.uint64(4) * word + (np.uint64(trailing_zeros(lanes)) >> np.uint64(4))
-                    lanes &= lanes - np.uint64(1)
-                    zeros = np.int64(k) - last - 1
-                    last = np.int64(k)
-                    while zeros > 15:
-                        tokens[total] = (table + 1) << 24 | 0xF0 << 16
-                        counts[(table + 1) << 8 | 0xF0] += 1
-                        total += np.uint64(1)
-                        zeros -= 16
-                    total = _add(tokens, total, counts, table + 1, zeros, np.int64(block[k]))
+            while left:
+                k = trailing_zeros(left)
+                left &= left - np.uint64(1)
+                zeros = np.int64(k) - last - 1
+                last = np.int64(k)
+                while zeros > 15:
+                    total = _add(tokens, total, counts, table + 1, 15, 0)
+                    zeros -= 16
+                total = _add(tokens, total, counts, table + 1, zeros, np.int64(values[index, np.uint64(k)]))
             if last < 63:  # end of block
                 total = _add(tokens, total, counts, table + 1, 0, 0)
     starts[(done - first) // tile] = total
     return np.int64(total), done
-
-
-@jit
-def _nonzero_lanes(word: Any) -> Any:
-    """The top bit of each 16-bit number in a word of four that is not zero."""
-    low = np.uint64(0x7FFF7FFF7FFF7FFF)
-    return ((word & low) + low | word) & ~low
 
 
 @jit

@@ -127,14 +127,11 @@ class _ManyScans(NamedTuple):
     @staticmethod
     def of(data: bytes, header: Header, mcus: int, tile: int) -> _ManyScans:
         coefficients = read_coefficients(data, header)
-        places = _components_of_blocks(header)
+        order, places = blocks.scan_order(blocks.components_of(header))
         most = 64 * tile * len(places)  # tokens of a tile
-        beside = 5 * len(coefficients)  # a block's DC, at most 3 runs of 16 zeros, and its end
-        room = min(int(np.count_nonzero(coefficients)) + beside + most, most * (mcus // tile), _MAX_TOKENS)
-        return _ManyScans(
-            coefficients, blocks.mcu_order(blocks.components_of(header)), places, tile, np.empty(room, np.uint32),
-            np.empty(mcus // tile + 1, np.int64),
-        )  # fmt: skip
+        beside = 5 * len(coefficients.nonzero)  # a block's DC, at most 3 runs of 16 zeros, and its end
+        room = min(int(np.bitwise_count(coefficients.nonzero).sum()) + beside + most, most * (mcus // tile), _MAX_TOKENS)
+        return _ManyScans(coefficients, order, places, tile, np.empty(room, np.uint32), np.empty(mcus // tile + 1, np.int64))
 
     def pieces(self, counts: Ints) -> Iterator[tuple[Tokens, Ints]]:
         """As `_OneScan.pieces`."""
