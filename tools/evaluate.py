@@ -139,11 +139,7 @@ def adapted(path: str, config: ModelConfig, options: EvaluateOptions, schemes: S
 
 
 def open_members(
-    weights: Sequence[str],
-    saved: dict[str, SavedPredictions],
-    options: EvaluateOptions,
-    schemes: Sequence[str],
-    classes: list[str],
+    weights: list[str], saved: dict[str, SavedPredictions], options: EvaluateOptions, schemes: Sequence[str], classes: list[str]
 ) -> tuple[list[EnsembleMember], Iterable[MultiViewBatch]]:
     """The members, in the given order, and the batches to evaluate them on."""
     models = {path: load_model(path, options.arch, classes) for path in weights if path not in saved}
@@ -152,18 +148,10 @@ def open_members(
     models = {path: (model, adapted(path, config, options, schemes)) for path, (model, config) in models.items()}
     interpolations = {config.interpolation for _, config in models.values()}
     if len(interpolations) > 1:
-        raise UserError(
-            "the models differ in their interpolation", "give --interpolation, or evaluate them one by one with --save"
-        )
-    view_specs = dict.fromkeys(
-        view
-        for _, config in models.values()
-        for scheme in schemes
-        for view in view_specs_of(scheme, config, options.scales).values()
-    )
-    batches, count = open_batches(
-        options, list(view_specs), interpolations.pop()
-    )  # checks the device, so it comes before the models move there
+        raise UserError("the models differ in their interpolation", "give --interpolation, or evaluate each alone with --save")
+    pairs = [(scheme, config) for _, config in models.values() for scheme in schemes]
+    views = list(dict.fromkeys(view for pair in pairs for view in view_specs_of(*pair, options.scales).values()))
+    batches, count = open_batches(options, views, interpolations.pop())  # checks the device, before the models move there
     classifiers = {
         path: MultiViewClassifier(path, model, config, schemes, options.scales, options.device, options.dtype, options.batch_size)
         for path, (model, config) in models.items()
@@ -171,9 +159,8 @@ def open_members(
     for path, (_, config) in models.items():
         remedy = "; --preset, --resize, --crop, --mean and --std change it" if ASSUMED in config.origin else ""
         print(f"{path}: {config.preprocessing}{remedy}", flush=True)
-    return [(saved | classifiers)[path] for path in weights], progress_bar(
-        batches, total=count, desc="evaluating", unit=" batches"
-    )
+    bar = progress_bar(batches, total=count, desc="evaluating", unit=" batches")
+    return [(saved | classifiers)[path] for path in weights], bar
 
 
 def rates(results: dict[str, Accuracy]) -> dict[str, dict[str, float]]:

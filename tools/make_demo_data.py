@@ -11,7 +11,8 @@ import io
 import math
 import multiprocessing
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 import _path  # noqa: F401
@@ -27,12 +28,11 @@ from pipeline.progress import progress_bar
 Canvas = ImageDraw.ImageDraw
 
 
-def polygon(canvas: Canvas, x: float, y: float, radii: list[float], turn: float) -> None:
-    """Fill a polygon around (x, y) with corners at equal angles and the given distances."""
-    step = 2 * math.pi / len(radii)
-    canvas.polygon(
-        [(x + r * math.cos(turn + i * step), y + r * math.sin(turn + i * step)) for i, r in enumerate(radii)], fill=255
-    )
+def polygon(canvas: Canvas, x: float, y: float, r: float, turn: float, corners: Sequence[float]) -> None:
+    """Fill a polygon around (x, y) with corners at equal angles, at these distances in units of r."""
+    step = 2 * math.pi / len(corners)
+    angles = (turn + i * step for i in range(len(corners)))
+    canvas.polygon([(x + r * c * math.cos(a), y + r * c * math.sin(a)) for a, c in zip(angles, corners, strict=True)], fill=255)
 
 
 def disc(canvas: Canvas, x: float, y: float, r: float, turn: float) -> None:
@@ -43,16 +43,9 @@ def ring(canvas: Canvas, x: float, y: float, r: float, turn: float) -> None:
     canvas.ellipse((x - r, y - r, x + r, y + r), outline=255, width=max(int(r * 0.35), 1))
 
 
-def triangle(canvas: Canvas, x: float, y: float, r: float, turn: float) -> None:
-    polygon(canvas, x, y, [r] * 3, turn)
-
-
-def square(canvas: Canvas, x: float, y: float, r: float, turn: float) -> None:
-    polygon(canvas, x, y, [r] * 4, turn)
-
-
-def star(canvas: Canvas, x: float, y: float, r: float, turn: float) -> None:
-    polygon(canvas, x, y, [r, 0.4 * r] * 5, turn)
+triangle = partial(polygon, corners=(1,) * 3)
+square = partial(polygon, corners=(1,) * 4)
+star = partial(polygon, corners=(1, 0.4) * 5)
 
 
 def cross(canvas: Canvas, x: float, y: float, r: float, turn: float) -> None:
@@ -73,8 +66,8 @@ def dots(canvas: Canvas, x: float, y: float, r: float, turn: float) -> None:
 
 
 SHAPES: dict[str, Callable[[Canvas, float, float, float, float], None]] = {
-    shape.__name__: shape for shape in (bars, cross, disc, dots, ring, square, star, triangle)
-}
+    "bars": bars, "cross": cross, "disc": disc, "dots": dots, "ring": ring, "square": square, "star": star, "triangle": triangle,
+}  # fmt: skip
 
 
 def random_size(rng: np.random.Generator) -> tuple[int, int]:

@@ -88,12 +88,8 @@ def parser() -> Parser:
 
     loader = parser.add_argument_group("what to load (use the same options as for train.py)")
     loader.add_argument("--batch-size", type=positive, metavar="N", help="images per batch (default: 64 on a CPU, 256 on a GPU)")
-    loader.add_argument(
-        "--image-size",
-        type=positive,
-        metavar="N",
-        help="side of the crop, in pixels (default: 224; for --arch timm/NAME, the model's own)",
-    )
+    loader.add_argument("--image-size", type=positive, metavar="N", help="side of the crop, in pixels (default: 224; for "
+                        "--arch timm/NAME, the model's own)")  # fmt: skip
     loader.add_argument("--geometry", default="jitter", choices=GEOMETRIES, help="training crops: scale jitter, random resized "
                         "crops (rrc) or crops of the padded image (default: %(default)s)")  # fmt: skip
     loader.add_argument("--scale", type=positive, nargs=2, metavar=("LO", "HI"), help="jitter: range of the short side, in "
@@ -111,11 +107,8 @@ def parser() -> Parser:
         "--prefetch", type=positive, metavar="N", help="batches to prefetch (default: as found by --tune, otherwise 2)"
     )
     add_cache_flags(loader)
-    loader.add_argument(
-        "--device",
-        default="cuda" if torch.cuda.is_available() else "cpu",
-        help="device that receives the batches: cpu, cuda or cuda:N (default: %(default)s)",
-    )
+    loader.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="device that receives the "
+                        "batches: cpu, cuda or cuda:N (default: %(default)s)")  # fmt: skip
 
     how = parser.add_argument_group("how to measure, and where to write")
     how.add_argument("--engines", nargs="+", default=[], choices=ENGINES, metavar="ENGINE", help="engines to compare with the "

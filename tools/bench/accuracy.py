@@ -14,41 +14,26 @@ from tools.bench.recording import Figure
 from training.metrics import read_metrics
 
 
-class Curve(NamedTuple):
-    """A run's validations in order: epochs done, minutes since training began (validations included), top-1 in percent."""
+class Run(NamedTuple):
+    """A finished run. curve: epochs done, minutes since training began (validations included) and top-1 in percent, for each
+    validation. minutes: time of training and validation. wall_minutes: time of its process, including start-up."""
 
-    epochs: tuple[float, ...]
-    minutes: tuple[float, ...]
-    top1: tuple[float, ...]
+    curve: list[tuple[float, float, float]]
+    minutes: float
+    wall_minutes: float
 
     def reach(self, level: float) -> tuple[float, float]:
         """Epochs and minutes until top-1 first reaches `level` percent; both infinite if it never does."""
-        for epoch, minutes, top1 in zip(*self, strict=True):
-            if top1 >= level:
-                return epoch, minutes
-        return math.inf, math.inf
-
-
-class Run(NamedTuple):
-    """A finished run. minutes: time of training and validation. wall_minutes: time of its process, including start-up."""
-
-    curve: Curve
-    minutes: float
-    wall_minutes: float
+        return next(((epoch, minutes) for epoch, minutes, top1 in self.curve if top1 >= level), (math.inf, math.inf))
 
 
 def read_run(folder: Path) -> Run:
     """The run that bench_accuracy.py left in `folder`. Raises UserError for a run without validations."""
     metrics = folder / "run" / "metrics.csv"
     rows = read_metrics(metrics)
-    validations = [row for row in rows if row["val_top1"]]
-    if not validations:
+    curve = [(float(row["epoch"]), float(row["seconds"]) / 60, 100 * float(row["val_top1"])) for row in rows if row["val_top1"]]
+    if not curve:
         raise UserError(f"{metrics}: contains no validation", "give images with a split val")
-    curve = Curve(
-        tuple(float(row["epoch"]) for row in validations),
-        tuple(float(row["seconds"]) / 60 for row in validations),
-        tuple(100 * float(row["val_top1"]) for row in validations),
-    )
     wall = json.loads((folder / "finished.json").read_text())["wall_seconds"]
     return Run(curve, float(rows[-1]["seconds"]) / 60, wall / 60)
 
@@ -65,11 +50,11 @@ def with_moments(metric: str, values: list[float]) -> Iterator[Figure]:
 def figures(runs: Sequence[Run], levels: Sequence[float]) -> Iterator[Figure]:
     """The figures of one contender over its seeds. levels: top-1 accuracies, percent."""
     for level in levels:
-        reached = [run.curve.reach(level) for run in runs]
+        reached = [run.reach(level) for run in runs]
         yield Figure(f"runs reaching {level:g} %", [sum(math.isfinite(epochs) for epochs, _ in reached)])
         yield from with_moments(f"epochs to {level:g} %", [epochs for epochs, _ in reached])
         yield from with_moments(f"minutes to {level:g} %", [minutes for _, minutes in reached])
-    yield from with_moments("last top-1, %", [run.curve.top1[-1] for run in runs])
+    yield from with_moments("last top-1, %", [run.curve[-1][2] for run in runs])
     yield from with_moments("minutes", [run.minutes for run in runs])
     yield from with_moments("minutes, start included", [run.wall_minutes for run in runs])
 
@@ -79,7 +64,7 @@ def ratios(runs: Sequence[Run], others: Sequence[Run], levels: Sequence[float]) 
     it."""
     pairs = list(zip(runs, others, strict=True))
     for level in levels:
-        minutes = [(run.curve.reach(level)[1], other.curve.reach(level)[1]) for run, other in pairs]
+        minutes = [(run.reach(level)[1], other.reach(level)[1]) for run, other in pairs]
         both = [time / other for time, other in minutes if math.isfinite(time) and math.isfinite(other)]
         yield Figure(f"seeds with which both reach {level:g} %", [len(both)])
         if both:

@@ -29,13 +29,12 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import _path  # noqa: F401
-from tqdm import tqdm
 
 from pipeline.cli import Parser, positive, run_cli
 from pipeline.errors import UserError
@@ -44,7 +43,6 @@ from tools.bench.accuracy import Run, figures, ratios, read_run
 from tools.bench.peers.plain_train import PlainOptions
 from tools.bench.recording import RESULTS, record
 from training.command_line import parse_arguments
-from training.metrics import read_metrics
 from training.options import TrainOptions, make_schedule
 
 CROPFEED, PLAIN, PLAIN_BF16 = "cropfeed", "plain", "plain bf16"
@@ -141,7 +139,7 @@ def pinned(cores: Sequence[int]) -> Iterator[None]:
         os.sched_setaffinity(0, before)
 
 
-def run_once(folder: Path, words: list[str], cores: Sequence[int], epochs: int) -> None:
+def run_once(folder: Path, words: list[str], cores: Sequence[int]) -> None:
     """Train in `folder`, unless the run has already finished there. words: see `command`."""
     finished = folder / "finished.json"
     made = {"command": words, "cores": list(cores)}
@@ -165,7 +163,7 @@ def run_once(folder: Path, words: list[str], cores: Sequence[int], epochs: int) 
             stderr=stream,
         )
     try:
-        show_progress(process, output / "metrics.csv", epochs)
+        process.wait()
     finally:
         process.kill()
         process.wait()
@@ -174,18 +172,6 @@ def run_once(folder: Path, words: list[str], cores: Sequence[int], epochs: int) 
         last = (log.read_text(errors="replace").strip().splitlines() or ["no output"])[-1]
         raise UserError(f"{log}: the run ended with exit code {process.returncode}: {last}")
     finished.write_text(json.dumps(made | {"wall_seconds": seconds}, indent=1))
-
-
-def show_progress(process: subprocess.Popen[bytes], metrics: Path, epochs: int) -> None:
-    """Show a run's progress until it ends."""
-    with tqdm(total=epochs, unit=" epochs", bar_format="{l_bar}{bar}| {n:.2f} of {total_fmt} epochs [{elapsed}{postfix}]") as bar:
-        while process.poll() is None:
-            with suppress(subprocess.TimeoutExpired):
-                process.wait(10)
-            if rows := read_metrics(metrics) if metrics.exists() else []:
-                bar.update(float(rows[-1]["epoch"]) - bar.n)
-                tops = [row["val_top1"] for row in rows if row["val_top1"]]
-                bar.set_postfix_str(f"top-1 {float(tops[-1]):.1%}" if tops else "")
 
 
 def run_folder(work: Path, contender: str, seed: int) -> Path:
@@ -255,8 +241,8 @@ def main() -> None:
     if not options.rows_only:
         for number, ((seed, name), words) in enumerate(zip(jobs, commands, strict=True), 1):
             folder = run_folder(options.work, name, seed).absolute()
-            print(f"run {number} of {len(jobs)}: {name}, seed {seed}, in {folder}", flush=True)
-            run_once(folder, words, options.cores, recipe.epochs)
+            print(f"run {number} of {len(jobs)}: {name}, seed {seed}; its progress: {folder / 'log.txt'}", flush=True)
+            run_once(folder, words, options.cores)
     runs = finished_runs(options.work, options.contenders, options.seeds)
     model = f"{recipe.arch} at {recipe.image_size}, {recipe.epochs} epochs, batch {recipe.batch_size}"
     seeds = " ".join(map(str, options.seeds))

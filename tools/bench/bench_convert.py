@@ -40,7 +40,7 @@ from pipeline.convert.task import ShardTask, read_record, run
 from pipeline.errors import UserError
 from pipeline.jpeg.transcode import transcode
 from tools import ROOT
-from tools.bench.recording import RESULTS, Figure, record
+from tools.bench.recording import RESULTS, Figure, ratios, record
 
 IMAGENET = 1_281_167  # training images
 FFCV = "ffcv DatasetWriter, jpg, 500 px, q90"
@@ -199,11 +199,11 @@ def main() -> None:
                 took = write()
                 if repeat:  # the first repeat compiles and warms up
                     times[writer].append(took)
-        report(args.results, name, len(files), {name: writers[name] for name in writers if name != PROGRESSIVE}, times)
-        report(args.results, name, len(progressive), {PROGRESSIVE: writers[PROGRESSIVE]}, times)
+        counts = {writer: len(progressive if writer == PROGRESSIVE else files) for writer in writers}
+        report(args.results, name, counts, writers, times)
         for count in args.memory:
             figure = Figure("peak_memory_mb", [peak_memory(files, count, out / "memory") for _ in range(min(args.repeats, 3))])
-            record(args.results, "convert", figure, engine="make_shards.py", spec=name.format(count), cache="warm")
+            record(args.results, "convert", figure, engine="make_shards.py", spec=name.format(count))
 
 
 def contenders(files: list[str], progressive: list[str], out: Path) -> dict[str, Callable[[], float]]:
@@ -218,20 +218,20 @@ def contenders(files: list[str], progressive: list[str], out: Path) -> dict[str,
     }
 
 
-def report(file: Path, spec: str, count: int, writers: dict[str, Callable[[], float]], times: dict[str, list[float]]) -> None:
+def report(
+    file: Path, spec: str, counts: dict[str, int], writers: dict[str, Callable[[], float]], times: dict[str, list[float]]
+) -> None:
     """Record images/s of each writer and, for Cropfeed, the stored bytes and the speedup over FFCV with the same images.
 
-    spec: with a place for the number of images, `count`.
+    spec: with a place for the number of images. counts: those numbers.
     """
     for name, writer in writers.items():
-        seconds = times[name]
-        figures = [Figure("images_per_s", [count / s for s in seconds])]
+        figures = [Figure("images_per_s", [counts[name] / seconds for seconds in times[name]])]
         if isinstance(writer, ShardTasks):
             figures.append(Figure("bytes_ratio", [writer.bytes_ratio]))
-        if isinstance(writer, ShardTasks) and name != PROGRESSIVE:
-            speedups = [ffcv_seconds / s for s, ffcv_seconds in zip(seconds, times[FFCV], strict=True)]
-            figures.append(Figure("times_ffcv_writer", speedups))
-        record(file, "convert", *figures, engine=name, spec=spec.format(count), cache="warm")
+            if name != PROGRESSIVE:
+                figures.append(Figure("times_ffcv_writer", ratios(times[FFCV], times[name])))
+        record(file, "convert", *figures, engine=name, spec=spec.format(counts[name]))
 
 
 if __name__ == "__main__":

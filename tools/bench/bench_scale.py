@@ -56,16 +56,9 @@ class Planner(Loader):
 def write_data(source: Manifest, folder: Path, count: int, size: int) -> None:
     """Write a data set of `count` samples without images. size: of a shard, in samples."""
     digest = hashlib.sha256().hexdigest()
-    shards = [
-        {
-            "file": f"train/{number:06d}.tar",
-            "images": min(size, count - number * size),
-            "bytes": 1,
-            "sha256": digest,
-            "idx_sha256": digest,
-        }
-        for number in range(-(-count // size))
-    ]
+    entry = {"bytes": 1, "sha256": digest, "idx_sha256": digest}
+    numbers = range(-(-count // size))
+    shards = [{"file": f"train/{n:06d}.tar", "images": min(size, count - n * size), **entry} for n in numbers]
     (folder / "train").mkdir(parents=True)
     samples = folder / "train/samples.npy"
     records = np.lib.format.open_memmap(samples, "w+", SAMPLE, (count,))  # sparse
@@ -104,12 +97,8 @@ def measure(source: Path, folder: Path, order: str) -> dict[str, float]:
         next(iter(loader))
     planned = (time.perf_counter() - began) / (BATCHES * BATCH)
     grown = peak_memory() - before
-    return {
-        "open_ms": opened * 1e3,
-        "resume_ms": resumed * 1e3,
-        "plan_us_per_image": planned * 1e6,
-        "memory_grown_mb": grown / 1e6,
-    }
+    times = {"open_ms": opened * 1e3, "resume_ms": resumed * 1e3, "plan_us_per_image": planned * 1e6}
+    return times | {"memory_grown_mb": grown / 1e6}
 
 
 def peak_memory() -> int:

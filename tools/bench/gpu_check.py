@@ -9,8 +9,7 @@ mean nothing.
 
 - probe: the doctor's report (driver, nvJPEG, engines), cores, and the speed of copies from pinned memory.
 - train: images/s of a bf16 training step of each --arch from shards by each engine, and of the same step on one synthetic batch,
-  in turns (goal: a ratio of 0.98, with a data wait under 1 %); peak memory; the step's share of the tensor cores' peak, for known
-  cards.
+  in turns (goal: a ratio of 0.98, with a data wait under 1 %); peak memory.
 - threads: images/s of the CPU engine by its number of threads, into GPU memory.
 - pixels: each engine on the device against the Pillow reference (mean difference <= 1, 99.9th percentile <= 4, of 255), also on
   unusual JPEGs of every profile, with all and with none of them on the hardware decoder, and in batches held for 200 steps.

@@ -21,6 +21,7 @@ from pipeline.plan.geometry import ScaleJitter
 from pipeline.spec import LoaderSpec
 from pipeline.store.shards import ShardSet
 from tools.bench.gpu_setting import Setting, engines, use_of
+from tools.bench.recording import ratios
 from tools.profiler.loaders import endless, synchronise
 from tools.profiler.measuring import Usage, in_turns, usage
 
@@ -113,8 +114,7 @@ def measure_one(setting: Setting, benchmark: str, loader: Loader, reference: Nex
     in_turns(list(measured), setting.repeats, lambda name: measured[name].measure(loader.spec, setting.seconds / 4))
     figures = measured["loader"].figures()
     if reference:
-        pairs = zip(measured["loader"].speeds, measured[STOCK].speeds, strict=True)
-        figures["ratio_to_stock_dali"] = [mine / its for mine, its in pairs]
+        figures["ratio_to_stock_dali"] = ratios(measured["loader"].speeds, measured[STOCK].speeds)
     setting.record(f"feed: {benchmark}", loader.engine, figures, loader.spec)
     loader.close()
 

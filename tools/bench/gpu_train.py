@@ -24,10 +24,10 @@ import torch.nn.functional as F
 from torch import distributed, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from model.describe import describe as describe_model
 from pipeline.batch import Batch
 from pipeline.spec import LoaderSpec
 from tools.bench.gpu_setting import Setting, engines, use_of
+from tools.bench.recording import ratios
 from tools.profiler.loaders import synchronise
 from tools.profiler.measuring import in_turns
 from tools.profiler.training import MOMENTUM, WEIGHT_DECAY, Model, measure_training, run_alone
@@ -38,24 +38,8 @@ from training.optimizers import parameter_groups
 CLASSES = 1000
 RATIO_GOAL, WAIT_GOAL, STEP_GOAL = 0.98, 0.01, 1.1
 MOVED_LIMIT = 0.1  # of the relative difference of two averages after three steps, which bf16 rounds differently
-# Peak operations/s of the tensor cores in dense bf16: half of the figures with sparsity in NVIDIA's data sheets.
-PEAKS = {"NVIDIA H100 80GB HBM3": 989e12, "NVIDIA H200": 989e12}
 OURS, COMPILED, GRAPHS = "ours", "ours, compiled", "reduce-overhead"
 INSIDE, OUTSIDE = "compiled inside", "compiled outside"  # of DistributedDataParallel
-
-
-def share_of_peak(arch: str, size: int, images_per_s: float, card: str) -> float | None:
-    """Share of the tensor cores' peak that training at a given throughput uses; None if the card's peak is not known.
-
-    The backward pass counts as two forward passes, and a multiply-add as two operations. card: its name in torch.
-    """
-    if card not in PEAKS:
-        return None
-    return 3 * 2 * describe_model(arch, size).multiply_adds * images_per_s / PEAKS[card]
-
-
-def card_of(device: str) -> str | None:
-    return torch.cuda.get_device_name(torch.device(device)) if device.startswith("cuda") else None
 
 
 def reset_peak_memory(device: str) -> None:
@@ -79,26 +63,22 @@ def measure_train(setting: Setting) -> Iterator[bool]:
             yield True
 
 
-def measure_training_of(setting: Setting, arch: str, spec: LoaderSpec) -> list[float]:
-    """Record training from one loader, and print whether it reaches the goals. Returns the ratios to the synthetic batch."""
+def measure_training_of(setting: Setting, arch: str, spec: LoaderSpec) -> None:
+    """Record training from one loader, and print whether it reaches the goals."""
     reset_peak_memory(spec.device)
     consumer = Model(arch, "bf16", spec, CLASSES)
     (found,) = measure_training([(spec, consumer)], False, setting.repeats, setting.seconds, f"train {arch}")
     from_shards = [window.images_per_s for window in found.windows]
-    ratios = [rate / ideal for rate, ideal in zip(from_shards, found.alone, strict=True)]
+    achieved = ratios(from_shards, found.alone)
     waits = [window.wait_share for window in found.windows]
-    figures = {"images_per_s_synthetic": found.alone, "images_per_s_shards": from_shards, "ratio": ratios, "wait_share": waits}
+    figures = {"images_per_s_synthetic": found.alone, "images_per_s_shards": from_shards, "ratio": achieved, "wait_share": waits}
     figures |= use_of([window.usage for window in found.windows], [window.images for window in found.windows])
     figures |= peak_memory(spec.device)
-    card = card_of(spec.device)
-    if card in PEAKS:
-        figures["share_of_peak"] = [share_of_peak(arch, spec.final_size, speed, card) or 0.0 for speed in found.alone]
     setting.record(f"train {arch} bf16", spec.engine, figures, spec)
-    ratio, wait = float(np.median(ratios)), float(np.median(waits))
+    ratio, wait = float(np.median(achieved)), float(np.median(waits))
     reached = "reached" if ratio >= RATIO_GOAL and wait < WAIT_GOAL else "NOT REACHED"
     shown = f"{ratio:.3f} of synthetic ({RATIO_GOAL}), data wait {wait:.2%} ({WAIT_GOAL:.0%}): goals {reached}"
     print(f"train {arch}, {spec.engine}: {shown}", flush=True)
-    return ratios
 
 
 class PlainStep:
@@ -172,15 +152,14 @@ def measure_steps(setting: Setting) -> Iterator[bool]:
     for name, values in speeds.items():
         figures = {"images_per_s": values}
         if name == COMPILED:
-            figures["ratio_to_ours"] = [fast / eager for fast, eager in zip(values, speeds[OURS], strict=True)]
+            figures["ratio_to_ours"] = ratios(values, speeds[OURS])
         setting.record(f"train step, {arch} bf16", name, figures, spec)
     yield True
     for name, contender in others(arch, spec):
         speeds = speeds_in_turns(setting, mine | {name: ready(contender, spec)})
         figures = {"images_per_s": speeds[name]}
         for own in mine:
-            ratios = [one / other for one, other in zip(speeds[own], speeds[name], strict=True)]
-            figures[f"ratio_of_{own}".replace(", ", "_")] = ratios
+            figures[f"ratio_of_{own}".replace(", ", "_")] = ratios(speeds[own], speeds[name])
         setting.record(f"train step, {arch} bf16", name, figures, spec)
         best = max(mine, key=lambda own: np.median(speeds[own]))
         ratio = float(np.median(speeds[best]) / np.median(speeds[name]))
@@ -250,7 +229,7 @@ def measure_graphs(setting: Setting) -> Iterator[bool]:
     speeds = speeds_in_turns(setting, steps)
     difference = float((moved[GRAPHS] - moved["eager"]).norm() / moved["eager"].norm())
     figures = {"images_per_s": speeds[GRAPHS], "relative_difference_of_average": [difference]}
-    figures["ratio_to_eager"] = [fast / eager for fast, eager in zip(speeds[GRAPHS], speeds["eager"], strict=True)]
+    figures["ratio_to_eager"] = ratios(speeds[GRAPHS], speeds["eager"])
     setting.record(f"train step with EMA, {arch} bf16", GRAPHS, figures, spec)
     yield difference < MOVED_LIMIT
 
@@ -282,8 +261,7 @@ def measure_wrapped(setting: Setting) -> Iterator[bool]:
                 return
             pair = {one: ready((steps[one], spec.dtype, torch.channels_last), spec) for one in (before, name)}
             speeds = speeds_in_turns(setting, pair)
-            ratios = [new / old for new, old in zip(speeds[name], speeds[before], strict=True)]
-            figures = {"images_per_s": speeds[name], f"ratio_to_{before.replace(' ', '_')}": ratios}
+            figures = {"images_per_s": speeds[name], f"ratio_to_{before.replace(' ', '_')}": ratios(speeds[name], speeds[before])}
             setting.record(f"train step in DDP, {arch} bf16", name, figures, spec)
             yield True
             before = name

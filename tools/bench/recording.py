@@ -28,13 +28,15 @@ class Figure:
     values: Sequence[float]
 
     def __str__(self) -> str:
-        middle, low, high = (f"{value:.4g}" for value in (median(self.values), min(self.values), max(self.values)))
+        middle, low, high = self._spread(4)
         return f"{self.metric} {middle} [{low} to {high}] over {len(self.values)} runs"
 
     def row(self) -> dict[str, str]:
         """VALUES: the median, lowest and highest over the repeats."""
-        value, low, high = (f"{value:.6g}" for value in (median(self.values), min(self.values), max(self.values)))
-        return {"metric": self.metric, "value": value, "low": low, "high": high, "repeats": str(len(self.values))}
+        return dict(zip(VALUES, (self.metric, *self._spread(6), str(len(self.values))), strict=True))
+
+    def _spread(self, digits: int) -> list[str]:
+        return [f"{value:.{digits}g}" for value in (median(self.values), min(self.values), max(self.values))]
 
 
 def ratios(values: Iterable[float], others: Iterable[float]) -> list[float]:

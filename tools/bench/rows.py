@@ -50,6 +50,10 @@ def show(row: Row | None, style: str = "{:,.0f}", column: str = "value", factor:
     return style.format(factor * float(row[column])) if row else ""
 
 
+def spread(row: Row | None, style: str = "{:.2f}") -> str:
+    return show(row, f" ({style} to ", "low") + show(row, f"{style})", "high")
+
+
 def conditions(row: Row) -> str:
     """The spec without the kind of images and the versions."""
     return tidy(re.sub(rf"^{row['kind']}[:,] ", "", row["spec"]).split("; ")[0])

@@ -25,7 +25,7 @@ from tools.bench import labels
 from tools.bench.chart import bar_chart
 from tools.bench.labels import tidy
 from tools.bench.recording import RESULTS
-from tools.bench.rows import Row, conditions, newest, pairs, pick, read, runs, show, table
+from tools.bench.rows import Row, conditions, newest, pairs, pick, read, runs, show, spread, table
 
 END = "<!-- end table -->"
 BLOCK = re.compile(rf"^<!-- table: (.*) -->$(?:\n(?!<!-- table: ).*)*?\n{END}$", re.MULTILINE)
@@ -155,10 +155,9 @@ def profiler(results: Path) -> list[str]:
     for spec in dict.fromkeys(row["spec"] for row in run):
         fault, remedy = re.split("; ", re.split(r" \(|, which", spec)[0])
         predicted, measured = (pick(run, spec=spec, metric=metric) for metric in ("predicted_gain", "measured_gain"))
-        spread = show(measured, " ({:.2f} to ", "low") + show(measured, "{:.2f})", "high")
         remedy = remedy.replace("--precision", "--amp")  # train.py's flag, which had another name in older rows
         remedy = f"`{remedy}`" if remedy.startswith("--") else remedy
-        lines.append((tidy(fault), remedy, show(predicted, "{:.2f} ×"), show(measured, "{:.2f} ×") + spread))
+        lines.append((tidy(fault), remedy, show(predicted, "{:.2f} ×"), show(measured, "{:.2f} ×") + spread(measured)))
     head = "planted fault", "remedy that the profiler names", "predicted gain", "measured gain (range)"
     return table(head, lines, run, "Medians of repeats")
 
@@ -172,8 +171,8 @@ def foreign(results: Path) -> list[str]:
         own = [row for row in rows if row["spec"].startswith(f"{loader}; ")]
         metrics = "predicted_gain", "measured_gain", "predicted_over_measured"
         predicted, measured, ratio = found = [pick(own, metric=metric) for metric in metrics]
-        spread = show(measured, " ({:.2f} to ", "low") + show(measured, "{:.2f})", "high")
-        lines.append((label[loader], show(predicted, "{:.2f} ×"), show(measured, "{:.2f} ×") + spread, show(ratio, "{:.2f}")))
+        gains = show(predicted, "{:.2f} ×"), show(measured, "{:.2f} ×") + spread(measured)
+        lines.append((label[loader], *gains, show(ratio, "{:.2f}")))
         shown += [row for row in found if row]
     head = "loader", "predicted gain", "measured gain (range)", "predicted over measured"
     return table(head, lines, shown, tidy(rows[-1]["spec"].split("; ")[1]))
@@ -214,8 +213,7 @@ def degradation(results: Path) -> list[str]:
     run, lines = newest(results, "degradation"), []
     for name in dict.fromkeys(row["benchmark"] for row in run):
         errors = [pick(run, benchmark=name, metric=metric) for metric in ("train_error_%", "val_error_%")]
-        cells = (show(row, "{:.1f}") + show(row, " ({:.1f} to ", "low") + show(row, "{:.1f})", "high") for row in errors)
-        lines.append((tidy(name), *cells))
+        lines.append((tidy(name), *(show(row, "{:.1f}") + spread(row, "{:.1f}") for row in errors)))
     return table(("top-1 error, %: mean (range)", "training, last epoch", "validation"), lines, run, f"`{run[0]['spec']}`")
 
 

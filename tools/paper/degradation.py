@@ -23,11 +23,6 @@ from statistics import mean
 from typing import Any, NamedTuple
 
 import _path  # noqa: F401
-import matplotlib
-
-from tools import ROOT
-
-matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 import numpy.typing as npt
@@ -35,6 +30,7 @@ import numpy.typing as npt
 from model import ARCHS
 from pipeline.cli import Parser, run_cli
 from pipeline.errors import UserError
+from tools import ROOT  # without a display
 from tools.bench.recording import RESULTS, Figure, record
 from training.metrics import read_metrics
 

@@ -40,14 +40,9 @@ def plan_ahead(host: Host, gpus: int, hosts: int, demand: float, parameters: int
     fits = host.data_bytes < host.memory
     when = "in the first epoch; later epochs read from memory" if fits else "in every epoch, because the shards exceed the memory"
     reading = each * host.stored_bytes
+    decoding = f"{speed(host.per_core)} images/s per core, decoding on the CPU"
     needs = [
-        need(
-            "cores",
-            "cores",
-            each / host.per_core,
-            host.cores,
-            f"{speed(host.per_core)} images/s per core, decoding on the CPU",
-        ),
+        need("cores", "cores", each / host.per_core, host.cores, decoding),
         need("storage", "bytes/s", reading, host.storage, when),
         need("network, data", "Gbit/s", reading * 8 / 1e9, None, f"if the shards are on another machine; {when}"),
         need("memory", "bytes", host.data_bytes, host.memory, "to keep all shards in the page cache, so that they are read once"),

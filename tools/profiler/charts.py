@@ -120,10 +120,8 @@ def bar(axes: Axes, place: float, start: float, length: float, right: float, col
     edge = 0.86 * right  # leaves space for the label
     cut = start + length > edge and not used
     shown = max(min(length, edge - start) if cut else length, 0.004 * right)
-    if used:
-        axes.barh(place, shown, 0.64, left=start, color=colour, linewidth=0)
-    else:
-        axes.barh(place, shown, 0.64, left=start, facecolor="#f1f3f4", edgecolor="#a9b2b9", hatch="////", linewidth=0.6)
+    hatched: Any = {"facecolor": "#f1f3f4", "edgecolor": "#a9b2b9", "hatch": "////", "linewidth": 0.6}
+    axes.barh(place, shown, 0.64, left=start, **({"color": colour, "linewidth": 0} if used else hatched))
     text = f"{milliseconds(length)} →" if cut else milliseconds(length)
     ink = colour if colour == LIMIT and used else INK if used else GREY
     axes.annotate(text, (start + shown, place), (4, 0), textcoords="offset points", va="center", size=9, color=ink)
@@ -135,26 +133,31 @@ def threads(profile: Profile) -> Figure:
     levels = [("demand", demand["images_per_s"], INK, (0, (5, 3)), 1.4)] if demand else []
     levels += [(f"{each['name']} limit", each["images_per_s"], GREY, (0, (1, 2)), 1.0) for each in profile["ceilings"]]
     subtitle = "Images per second over threads. Ring: as configured. Bars: 95 % intervals, at the best prefetch."
-    figure, axes = blank(4.0, threads_title(profile), subtitle, 0.75, 1.7)
+    figure, axes = blank(4.0, threads_title(profile), subtitle, 0.75, 1.95)
     now, counts = (profile["spec"]["threads"], profile["images_per_s"]), {profile["spec"]["threads"]}
-    labels = []
+    labels = []  # text, level and line
     for (engine, points), colour in zip(lines.items(), [WORK, *OTHERS * len(lines)], strict=False):
         ways = [point["threads"] for point in points]
         speeds = [point["images_per_s"] for point in points]
         reach = [[max(s - p["low"], 0.0) for s, p in zip(speeds, points, strict=True)]]
         reach += [[max(p["high"] - s, 0.0) for s, p in zip(speeds, points, strict=True)]]
-        axes.errorbar(ways, speeds, reach, color=colour, lw=1.8, marker="o", ms=4, elinewidth=1.2, capsize=2.5, zorder=3)
-        labels.append((f"{engine} {speed(speeds[-1])}", speeds[-1], colour))
+        bars = axes.errorbar(ways, speeds, reach, color=colour, lw=1.8, marker="o", ms=4, elinewidth=1.2, capsize=2.5, zorder=3)
+        labels.append((f"{engine} {speed(speeds[-1])}", speeds[-1], bars[0]))
         counts.update(ways)
-    axes.plot(*now, "o", ms=11, mfc="none", mec=INK, mew=1.4, zorder=4, clip_on=False)
+    (ring,) = axes.plot(*now, "o", ms=11, mfc="none", mec=INK, mew=1.4, zorder=4, clip_on=False)
     if profile["engine"] not in lines:
-        labels.append((f"{profile['engine']} {speed(now[1])}", now[1], INK))
+        labels.append((f"{profile['engine']} {speed(now[1])}", now[1], ring))
     for name, level, colour, dashes, width in levels:
-        axes.axhline(level, color=colour, ls=dashes, lw=width, zorder=2)
-        labels.append((f"{name} {speed(level)}", level, colour))
-    thread_axis(axes, sorted(counts))
+        labels.append((f"{name} {speed(level)}", level, axes.axhline(level, color=colour, ls=dashes, lw=width, zorder=2)))
+    axes.set_xscale("log", base=2)
+    axes.set_xlim(min(counts) / 1.15, max(counts) * 1.15)
+    axes.xaxis.set_major_locator(FixedLocator([n for n in counts if n == max(counts) or n < max(counts) / 1.3]))
+    plain_numbers(axes.xaxis)
+    axes.set_xlabel("threads")
     speed_axis(axes, [now[1], *(value for _, value, _ in labels), *(p["images_per_s"] for ps in lines.values() for p in ps)])
-    label_right(axes, labels)
+    labels.sort(key=lambda label: -label[1])
+    names, _, handles = zip(*labels, strict=True)
+    axes.legend(handles, names, loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False, fontsize=8.5, handlelength=1.4)
     return figure
 
 
@@ -179,26 +182,6 @@ def plain_numbers(axis: Axis) -> None:
     axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.10g}"))
 
 
-def thread_axis(axes: Axes, counts: list[int]) -> None:
-    """Ticks at the measured numbers of threads, as far as space permits."""
-    if counts[-1] > 8:
-        axes.set_xscale("log", base=2)
-        places = [math.log2(number) for number in counts]
-        axes.set_xlim(counts[0] / 1.15, counts[-1] * 1.15)
-    else:
-        places = [float(number) for number in counts]
-        axes.set_xlim(counts[0] - 0.4, counts[-1] + 0.4)
-    spacing = max((places[-1] - places[0]) / 12, 0.2)
-    shown = [counts[-1]]
-    for number, place in reversed(list(zip(counts, places, strict=True))):
-        if places[counts.index(shown[-1])] - place >= spacing:
-            shown.append(number)
-    axes.xaxis.set_major_locator(FixedLocator([float(number) for number in shown]))
-    axes.xaxis.set_minor_locator(NullLocator())
-    plain_numbers(axes.xaxis)
-    axes.set_xlabel("threads")
-
-
 def speed_axis(axes: Axes, values: list[float]) -> None:
     """Linear from 0 for similar speeds, logarithmic for very different ones."""
     positive = [value for value in values if value > 0]
@@ -215,25 +198,6 @@ def speed_axis(axes: Axes, values: list[float]) -> None:
     plain_numbers(axes.yaxis)
     axes.grid(axis="y", color=PALE, lw=0.5)
     axes.set_axisbelow(True)
-
-
-def label_right(axes: Axes, labels: list[tuple[str, float, str]]) -> None:
-    """Label each level at the right of the axes, with a line to the level. Labels that would overlap are moved apart."""
-    labels = sorted(labels, key=lambda label: label[1])
-    height = axes.get_position().height * axes.figure.get_figheight()  # type: ignore[union-attr]  # inches
-    gap = 0.175 / height
-    to_axes = axes.transData + axes.transAxes.inverted()
-    levels = [float(to_axes.transform((axes.get_xlim()[1], max(value, axes.get_ylim()[0])))[1]) for _, value, _ in labels]
-    places: list[float] = []
-    for level in levels:  # upwards from the lowest ...
-        places.append(max(level, places[-1] + gap) if places else max(level, 0.0))
-    top = 1.0
-    for index in reversed(range(len(places))):  # ... and back down from the top, if they have left the axes
-        places[index] = min(places[index], top)
-        top = places[index] - gap
-    for (text, _, colour), level, place in zip(labels, levels, places, strict=True):
-        axes.plot([1.005, 1.035], [level, place], color=colour, lw=0.7, transform=axes.transAxes, clip_on=False)
-        axes.text(1.045, place, text, color=colour, size=8.5, va="center", transform=axes.transAxes)
 
 
 def timeline(profile: Profile) -> Figure:

@@ -1,4 +1,4 @@
-"""Formatting of a profile's figures, the same in the terminal, the charts and the HTML report, and the tables that contain them.
+"""Formatting of a profile's figures, the same in the terminal, the charts and the HTML report, and the tables of them.
 
 Each function takes a figure in the unit of schema.json (images per second, milliseconds, shares in 0..1, bytes, factors) and
 returns its text. None, which means not measured, becomes DASH.
@@ -103,14 +103,10 @@ def loader_milliseconds(profile: dict[str, Any]) -> float:
 
 @dataclass(frozen=True)
 class Row:
-    """cells: one for each column, from the left; missing ones are empty. note: text after the cells, such as an error.
-
-    kind: how the row is emphasized: "", "limit", "unused", "now" (as configured) or "error".
-    """
+    """cells: one for each column, from the left; missing ones are empty. note: text after the cells, such as an error."""
 
     cells: tuple[str, ...]
     note: str = ""
-    kind: str = ""
 
 
 @dataclass(frozen=True)
@@ -130,5 +126,5 @@ class Section:
             for index in range(len(self.columns))
             if index < self.texts or any(row.cells[index : index + 1] not in ((), (DASH,), ("",)) for row in self.rows)
         ]
-        rows = [Row(tuple(row.cells[i] for i in full if i < len(row.cells)), row.note, row.kind) for row in self.rows]
+        rows = [Row(tuple(row.cells[i] for i in full if i < len(row.cells)), row.note) for row in self.rows]
         return Section(self.title, tuple(self.columns[i] for i in full), rows, self.texts, self.notes)

@@ -1,4 +1,4 @@
-"""A profile as one self-contained HTML file, and `write_report`, which writes it and its charts to a folder."""
+"""A profile as one self-contained HTML file, and `write_report`, which writes it to a folder."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from typing import Any
 
 from pipeline.errors import UserError
 from pipeline.store import files
-from tools.pages import cell, embed_image, page
-from tools.profiler.figures import Row, Section, gain, gain_interval, interval, share, speed
-from tools.profiler.table import sections
+from tools.pages import embed_image, page
+from tools.profiler.figures import gain, gain_interval, interval, share, speed
+from tools.profiler.table import sections, text
 
 Profile = dict[str, Any]
 TAGS = {"input": "INPUT-BOUND", "compute": "COMPUTE-BOUND", "balanced": "BALANCED"}
@@ -41,12 +41,8 @@ header h1 + p { margin-top: 6px; }
 .remedy .change { font-size: 19px; font-weight: 600; }
 figure { margin: 32px 0 0; }
 img { display: block; width: 100%; max-width: 760px; height: auto; margin-left: max(-18px, -2.4%); }
-.note { color: var(--grey); } .roomy .note { min-width: 230px; white-space: normal; overflow-wrap: anywhere; }
-tr.limit td { color: var(--held-up); font-weight: 600; } tr.limit .note { font-weight: 400; }
-tr.now td { font-weight: 600; } tr.now .note { font-weight: 400; }
-tr.unused td, tr.error td { color: var(--grey); }
-@media (max-width: 520px) { .numbers { grid-template-columns: 1fr 1fr; gap: 16px; } .numbers b { font-size: 25px; }
-  .note { min-width: 150px; white-space: normal; } }
+pre { margin: 32px 0 0; overflow-x: auto; font-size: 13px; line-height: 1.45; }
+@media (max-width: 520px) { .numbers { grid-template-columns: 1fr 1fr; gap: 16px; } .numbers b { font-size: 25px; } }
 @media print { .numbers, .remedy { break-inside: avoid; } img { margin-left: 0; } }
 """
 
@@ -59,7 +55,7 @@ def html(profile: Profile, pngs: dict[str, bytes]) -> str:
         f'<p class="verdict">{escape(profile["verdict"]["text"])}</p>',
         *remedy(profile),
         *(f"<figure>{embed_image(CHARTS[name], pngs[name])}</figure>" for name in CHARTS if name in pngs),
-        *(part for section in sections(profile) for part in tabulated(section)),
+        *(f"<pre>{escape(text(section))}</pre>" for section in sections(profile)),
     ]
     return page(f"Cropfeed profile: {profile['data']['path']}", CSS, parts)
 
@@ -107,48 +103,15 @@ def remedy(profile: Profile) -> Iterator[str]:
     yield f"<p>{escape(gains)}</p></div>" if verdict["remedy"] != "none" else "</div>"
 
 
-def tabulated(section: Section) -> Iterator[str]:
-    """A section: heading, table and notes."""
-    yield f"<h2>{escape(section.title)}</h2>"
-    if section.rows:
-        roomy = any(len(row.note) > 40 for row in section.rows)
-        noted = any(row.note and len(row.cells) == len(section.columns) for row in section.rows)
-        width = len(section.columns) + noted
-        yield f'<div class="wide"><table{" class=roomy" * roomy}>'
-        if any(section.columns):
-            heads = (cell("th", heading, place < section.texts) for place, heading in enumerate(section.columns))
-            yield f"<thead><tr>{''.join(heads)}{'<th></th>' * noted}</tr></thead>"
-        yield "<tbody>"
-        yield from (line(row, section, width) for row in section.rows)
-        yield "</tbody></table></div>"
-    for note in section.notes:
-        yield f'<p class="under">{escape(note)}</p>'
-
-
-def line(row: Row, section: Section, width: int) -> str:
-    """A row of a table that is `width` columns wide. Its note spans the columns after its cells."""
-    cells = "".join(cell("td", text, place < section.texts) for place, text in enumerate(row.cells))
-    left = width - len(row.cells)
-    if left:
-        cells += f'<td class="note" colspan="{left}">{escape(row.note)}</td>'
-    return f"<tr{f' class={row.kind}' if row.kind else ''}>{cells}</tr>"
-
-
 def write_report(profile: Profile, folder: Path) -> Path:
-    """Write folder/report.html and its charts as PNGs, each by an atomic write. Returns the report's path."""
+    """Write folder/report.html by an atomic write; returns its path."""
     try:
         from tools.profiler import charts
     except ImportError as error:
         raise UserError(f"{folder}: matplotlib is not installed", "pip install -e '.[report]', or leave out --report") from error
-    pngs = charts.draw(profile)
     report = folder / "report.html"
     try:
-        for name in CHARTS:
-            if name in pngs:
-                files.write(str(folder / f"{name}.png"), pngs[name])
-            else:
-                (folder / f"{name}.png").unlink(missing_ok=True)  # an earlier report's
-        files.write(str(report), html(profile, pngs).encode())
+        files.write(str(report), html(profile, charts.draw(profile)).encode())
     except (OSError, UserError) as error:
         raise UserError(f"{folder}: the report cannot be written there ({error})", "name another folder") from error
     return report

@@ -18,7 +18,7 @@ from pipeline.errors import UserError
 from pipeline.loader import Loader
 from pipeline.progress import progress_bar
 from pipeline.spec import LoaderSpec
-from tools.profiler.measuring import NEVER, Estimate, Usage, in_turns, usage
+from tools.profiler.measuring import NEVER, Estimate, Usage, in_turns, shares, usage
 from tools.profiler.storage import drop_pages, local_files
 
 
@@ -57,10 +57,7 @@ class LoaderSpeed:
         found |= dict.fromkeys(("images_per_s", "low", "high", "repeats", "cpu_share", "bytes_per_s", "gpu_share", "jpeg_share"))
         if self.error is None:
             found |= self.estimate.json()
-            found |= {"cpu_share": self.cpu_share, "bytes_per_s": self.estimate.mean * mean_bytes}
-            for name in ("gpu_share", "jpeg_share"):
-                known = [share for used in self.usages if (share := getattr(used, name)) is not None]
-                found[name] = mean(known) if known else None
+            found |= shares(self.usages) | {"bytes_per_s": self.estimate.mean * mean_bytes}
         return found
 
 

@@ -89,6 +89,15 @@ class Usage:
     jpeg_share: float | None = None
 
 
+def shares(usages: Sequence[Usage]) -> dict[str, float | None]:
+    """The mean of each share over measurements, None if unknown."""
+    found: dict[str, float | None] = {}
+    for name in ("cpu_share", "gpu_share", "jpeg_share"):
+        known = [share for used in usages if (share := getattr(used, name)) is not None]
+        found[name] = mean(known) if known else None
+    return found
+
+
 @contextmanager
 def usage(device: str) -> Iterator[Usage]:
     """Measure the body of a `with` statement; the fields are set at its end."""

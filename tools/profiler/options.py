@@ -56,20 +56,13 @@ class ProfileOptions:
             check_arch(self.arch)
         if self.repeats < 2:
             raise UserError(f"`repeats` must be at least 2 for a confidence interval, not {self.repeats}")
-        for name, number in (
-            ("demand", self.demand),
-            ("seconds", self.seconds),
-            ("budget", self.budget),
-            ("gpus", self.gpus),
-            ("hosts", self.hosts),
-        ):
+        for name in ("demand", "seconds", "budget", "gpus", "hosts"):
+            number = getattr(self, name)
             if number is not None and not 0 < number < float("inf"):
                 raise UserError(f"`{name}` must be above 0, not {number}")
         plans_cluster = self.gpus is not None or self.hosts is not None
         if self.arch and self.demand and not plans_cluster:
             raise UserError("`arch` measures the demand and `demand` sets it", "leave one of them out")
         if plans_cluster and not (self.arch or self.demand):
-            raise UserError(
-                "planning with `gpus` and `hosts` needs the demand of one GPU",
-                "give `demand`, or `arch` on a machine with a GPU",
-            )
+            problem = "planning with `gpus` and `hosts` needs the demand of one GPU"
+            raise UserError(problem, "give `demand`, or `arch` on a machine with a GPU")

@@ -130,13 +130,12 @@ class Profiler:
         return 1.3 * turns * self.options.repeats * seconds  # with warm-up and opening
 
     def _duration(self) -> str:
-        """A line that says about how long the measurements take."""
+        """A line that says how long the measurements take at most."""
         options = self.options
-        turns = 4 * (bool(options.arch or options.demand) + options.apply)
-        seconds = self._planned(self.seconds) + 1.3 * turns * options.repeats * self.seconds + BUDGET * options.tune
         most = options.budget * (1 + options.apply / 3) + BUDGET * options.tune
-        line = f"profiling takes about {min(seconds, most):.0f} seconds"
-        return f"{line}, with the training steps of {options.arch} at most about {most:.0f}" if options.arch else line
+        turns = 4 * (bool(options.demand) + options.apply)
+        planned = self._planned(self.seconds) + 1.3 * turns * options.repeats * self.seconds + BUDGET * options.tune
+        return f"profiling takes about {most if options.arch else min(planned, most):.0f} seconds"
 
     def _grid(self) -> list[LoaderSpec]:
         """The loaders to measure."""
@@ -180,7 +179,7 @@ class Profiler:
     def _situation(self, now: LoaderSpeed, loaders: list[LoaderSpeed], stages: Stages, training: Training | None) -> Situation:
         situation = Situation(
             now, loaders, stages, self._used(stages), training, usable_cores(), self.mean_bytes, self.bytes,
-            min(self.memory, free_bytes(MEMORY)), cached_read_ms(self.mean_bytes),
+            min(self.memory, shutil.disk_usage(MEMORY).free if Path(MEMORY).exists() else 0), cached_read_ms(self.mean_bytes),
         )  # fmt: skip
         options = self.options
         limit = verdict.limit_of(situation)
@@ -282,18 +281,5 @@ class Profiler:
 
 def storage_json(ceiling: Ceiling, cold_bytes: float | None) -> dict[str, Any]:
     found = ceiling.bytes_per_s
-    return {
-        "bytes_per_s": found.mean,
-        "low": found.low,
-        "high": found.high,
-        "streams": ceiling.streams,
-        "cold_bytes_per_image": cold_bytes,
-    }
-
-
-def free_bytes(folder: str) -> int:
-    """Free bytes of a folder's file system; 0 if there is no such folder."""
-    try:
-        return shutil.disk_usage(folder).free
-    except OSError:
-        return 0
+    speeds = {"bytes_per_s": found.mean, "low": found.low, "high": found.high}
+    return speeds | {"streams": ceiling.streams, "cold_bytes_per_image": cold_bytes}

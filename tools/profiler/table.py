@@ -21,7 +21,7 @@ from tools.profiler.figures import (
     share,
     size,
     speed,
-)
+)  # fmt: skip
 
 WIDTH = 100
 Profile = dict[str, Any]
@@ -53,27 +53,23 @@ def remedies(profile: Profile) -> Section:
     lines = []
     for remedy in (verdict, *verdict["others"]):
         mine = tried and (tried["remedy"], tried["change"]) == (remedy["remedy"], remedy["change"])
-        lines.append(remedy_row(remedy, tried if mine else None, "now" if remedy is verdict else ""))
+        lines.append(remedy_row(remedy, tried if mine else None))
         tried = None if mine else tried
     if tried:
-        lines.append(remedy_row(tried, tried, ""))
-    kind = "training" if profile["demand"] else "the loader"
-    return Section(
-        "What to change",
-        ("remedy", "predicted", "measured", "95 % interval"),
-        lines,
-        notes=[f"Predicted and measured gain: speed of {kind} with the remedy, divided by its current speed."],
-    )
+        lines.append(remedy_row(tried, tried))
+    what = "training" if profile["demand"] else "the loader"
+    note = f"Predicted and measured gain: speed of {what} with the remedy, divided by its current speed."
+    return Section("What to change", ("remedy", "predicted", "measured", "95 % interval"), lines, notes=[note])
 
 
-def remedy_row(remedy: Profile, tried: Profile | None, kind: str) -> Row:
+def remedy_row(remedy: Profile, tried: Profile | None) -> Row:
     """tried: the profile's `applied` if it tried this remedy, else None."""
     cells = (remedy["remedy"], gain((tried or remedy)["predicted_gain"]))
     if not tried:
-        return Row((*cells, DASH, DASH), remedy["change"], kind)
+        return Row((*cells, DASH, DASH), remedy["change"])
     error = tried.get("error")
     note = f"{remedy['change']} (not tried: {error})" if error else remedy["change"]
-    return Row((*cells, gain(tried["measured_gain"]), gain_interval(tried["low"], tried["high"])), note, kind)
+    return Row((*cells, gain(tried["measured_gain"]), gain_interval(tried["low"], tried["high"])), note)
 
 
 def stages(profile: Profile) -> Section:
@@ -82,23 +78,12 @@ def stages(profile: Profile) -> Section:
     for stage in profile["stages"]:
         for place, at in enumerate(stage["at"]):
             limit = stage["name"] == limits and at["threads"] == threads
-            lines.append(
-                Row(
-                    (
-                        stage["name"] if place == 0 else "",
-                        f"{at['threads']:,}",
-                        speed(at["images_per_s"]),
-                        interval(at["low"], at["high"]),
-                        milliseconds(at["ms_per_image"]),
-                    ),
-                    "slowest stage" if limit else "not used" if not stage["used"] and place == 0 else "",
-                    "limit" if limit else "" if stage["used"] else "unused",
-                )
-            )
+            note = "slowest stage" if limit else "not used" if not stage["used"] and place == 0 else ""
+            figures = speed(at["images_per_s"]), interval(at["low"], at["high"]), milliseconds(at["ms_per_image"])
+            lines.append(Row((stage["name"] if place == 0 else "", f"{at['threads']:,}", *figures), note))
     columns = ("stage", "threads", "images/s", "95 % interval", "per image")
-    note = "Per image: time of one thread for an image."
-    counts = [at.get("repeats") for stage in profile["stages"] for at in stage["at"]]
-    return Section("Stages, each measured alone", columns, lines, notes=[note + repeated(counts)])
+    repeats = repeated([at.get("repeats") for stage in profile["stages"] for at in stage["at"]])
+    return Section("Stages, each measured alone", columns, lines, notes=[f"Per image: time of one thread for an image.{repeats}"])
 
 
 def loaders(profile: Profile) -> Section:
@@ -109,7 +94,7 @@ def loaders(profile: Profile) -> Section:
         way = (loader["engine"], loader["threads"], loader["prefetch"])
         cells: tuple[str, ...] = (way[0], f"{way[1]:,}", f"{way[2]:,}")
         if loader["error"] is not None:
-            lines.append(Row(cells, f"not measured: {loader['error']}", "error"))
+            lines.append(Row(cells, f"not measured: {loader['error']}"))
             continue
         rate = loader["bytes_per_s"]
         cells += (
@@ -119,7 +104,7 @@ def loaders(profile: Profile) -> Section:
             bytes_rate(rate),
             share(rate / ceiling if rate is not None and ceiling > 0 else None),
         )
-        lines.append(Row(cells, *(("as configured", "now") if way == now else ())))
+        lines.append(Row(cells, "as configured" if way == now else ""))
     columns = ("engine", "threads", "prefetch", "images/s", "95 % interval", "CPU", "GPU", "JPEG", "encoded", "of storage")
     notes = ["Encoded: bytes of encoded images per second; of storage: as a share of the maximum read speed of the storage, "
              f"{bytes_rate(ceiling)}. CPU, GPU, JPEG: utilization."
@@ -139,7 +124,7 @@ def training(profile: Profile) -> Section:
         emulated = ", emulated by waiting" if demand["emulated"] and "emulated" not in demand["what"] else ""
         alone = ("train step alone", speed(demand["images_per_s"]), interval(demand["low"], demand["high"]))
         together = ("training from the loader", speed(both["images_per_s"]), interval(both["low"], both["high"]))
-        lines += [Row(alone, f"{demand['what']}{emulated}"), Row((*together, *shares), kind="now")]
+        lines += [Row(alone, f"{demand['what']}{emulated}"), Row((*together, *shares))]
         if demand["ready"] is not None:
             notes = ["Queue: mean share of the prefetch queue that was filled when training requested a batch."]
         if "steps_alone" in demand:
@@ -185,7 +170,7 @@ def ahead(profile: Profile) -> Section:
         over = need["needed"] / need["here"] if need["here"] else None
         cells = (need["name"], amount(need["needed"], need["unit"]), amount(need["here"], need["unit"]), gain(over))
         note = f"first bottleneck: {need['why']}" if first else need["why"]
-        lines.append(Row(cells, note, "limit" if first else ""))
+        lines.append(Row(cells, note))
     cluster = f"{count(plan['hosts'], 'host')} of {count(plan['gpus'], 'GPU')}"
     title = f"Plan: {cluster}, {speed(plan['demand'])} images/s each, {speed(plan['images_per_s'])} in total"
     return Section(title, ("per host", "needed", "this machine", "ratio"), lines, notes=[plan["text"]])
@@ -250,11 +235,5 @@ def with_note(line: str, note: str) -> list[str]:
 
 def wrapped(paragraph: str, indent: str = "") -> list[str]:
     """The lines of a paragraph. Paths and options are not broken."""
-    return textwrap.wrap(
-        paragraph,
-        WIDTH,
-        initial_indent=indent,
-        subsequent_indent=indent,
-        break_on_hyphens=False,
-        break_long_words=False,
-    )
+    wrapper = textwrap.TextWrapper(WIDTH, indent, indent, break_on_hyphens=False, break_long_words=False)
+    return wrapper.wrap(paragraph)

@@ -24,7 +24,7 @@ from pipeline.batch import Batch
 from pipeline.progress import progress_bar
 from pipeline.spec import PRECISIONS, LoaderSpec
 from tools.profiler.loaders import PausableLoader, repeated, synchronise
-from tools.profiler.measuring import LEAST, NEVER, Estimate, Usage, in_turns, usage
+from tools.profiler.measuring import LEAST, NEVER, Estimate, Usage, in_turns, shares, usage
 from training.compiling import compile_model
 from training.metrics import Clock
 from training.optimizers import make_optimizer
@@ -145,10 +145,6 @@ class Training:
 
     def json(self) -> dict[str, Any]:
         ready = [share for window in self.windows for share in window.ready]
-        shares: dict[str, float | None] = {}
-        for name in ("cpu_share", "gpu_share", "jpeg_share"):
-            known = [share for window in self.windows if (share := getattr(window.usage, name)) is not None]
-            shares[name] = mean(known) if known else None
         steps = self.windows[-1].steps[:MOST_STEPS]
         return {
             "what": self.consumer.what,
@@ -158,7 +154,7 @@ class Training:
             "training": self.speed.json() | {"steps": sum(len(window.steps) for window in self.windows)},
             "wait_share": self.wait_share,
             "ready": mean(ready) if ready else None,
-            **shares,
+            **shares([window.usage for window in self.windows]),
             "steps": [dict(zip(("asked", "got", "done"), step, strict=True)) for step in steps],
         }
 

@@ -97,8 +97,6 @@ def figure_of(chart: Chart, runs: Sequence[Run]) -> Figure:
             axes.plot(*points(run, chart, chart.pale), color=stroke, ls=dashes, lw=0.9, alpha=0.45, zorder=2)
         rare = chart.y.startswith("val_")
         marker = "o" if rare and len(run.series(chart.x, chart.y)[0]) <= 30 else ""
-        if chart.y == "lr":
-            dashes = interleaved(run, runs) or dashes
         axes.plot(*points(run, chart, chart.y), color=stroke, ls=dashes, lw=1.7, marker=marker, ms=3.5, zorder=3)
     finish(axes, chart)
     if chart.y == "wait_share":
@@ -115,18 +113,6 @@ def finish(axes: Axes, chart: Chart) -> None:
         axis.set_major_locator(MaxNLocator(6, steps=[1, 2, 5, 10]))
     axes.grid(color=LINE, lw=0.6)
     axes.set_axisbelow(True)
-
-
-def interleaved(run: Run, runs: Sequence[Run]) -> Any:
-    """Dashes for a run that shares its schedule with others, so that all of them are visible; None if it shares it with none."""
-    same = [other for other in runs if same_start(run.series("epoch", "lr"), other.series("epoch", "lr"))]
-    return (3 * same.index(run), (3, 3 * (len(same) - 1))) if len(same) > 1 else None
-
-
-def same_start(one: tuple[Floats, Floats], other: tuple[Floats, Floats]) -> bool:
-    """Whether two curves are equal over their common length; False if either has no points."""
-    length = min(len(one[0]), len(other[0]))
-    return length > 0 and all(np.array_equal(a[:length], b[:length]) for a, b in zip(one, other, strict=True))
 
 
 def data_wait_limit(runs: Sequence[Run]) -> float:

@@ -12,12 +12,11 @@ import torch
 from tools.pages import cell, embed_image, page
 from tools.profiler.figures import DASH, share, speed, three_digits
 from tools.reporting.curves import COLOURS, DASHES, Chart, colour
-from tools.reporting.runs import Run, Summary, first_at, summary
+from tools.reporting.runs import Run, Summary, summary
 from tools.reporting.worst import RunEvaluation, TrainingImage, WorstImage, jpeg
 
 MAX_MATRIX = 20  # most classes for which the whole confusion matrix is shown
 PAIRS = 20  # pairs of classes to show, if there are more
-STEP = 0.05  # between the top-1 rates at which runs are compared
 
 
 def _palette(dark: bool) -> str:
@@ -69,7 +68,6 @@ def html(
     body = [
         f"<header><p>Cropfeed · {escape(date)}</p><h1>Training runs</h1></header>",
         *overview(runs, summaries),
-        *milestones(runs, summaries),
         *curves(runs, charts),
         *(
             part
@@ -173,20 +171,6 @@ def as_text(value: Any) -> str:
     if isinstance(value, dict):
         return ", ".join(f"{name} {as_text(part)}" for name, part in value.items())
     return "" if value is None else str(value)
-
-
-def milestones(runs: Sequence[Run], summaries: Sequence[Summary]) -> Iterator[str]:
-    """When each run reached the highest multiples of STEP in top-1 that any run has reached."""
-    reached = max((one.best for one in summaries if one.best is not None), default=0.0)
-    marks = [step * STEP for step in range(1, 20) if step * STEP <= reached][-4:]
-    if not marks:
-        return
-    yield "<h2>Minutes (epochs) to a top-1 of</h2>"
-    rows = []
-    for run in runs:
-        firsts = [first_at(run, mark) for mark in marks]
-        rows.append([DASH if first is None else f"{minutes(first[1])} ({number(first[0])})" for first in firsts])
-    yield from table([f"{100 * mark:.0f} %" for mark in marks], runs, rows)
 
 
 def curves(runs: Sequence[Run], charts: Sequence[tuple[Chart, str]]) -> Iterator[str]:

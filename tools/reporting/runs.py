@@ -123,13 +123,5 @@ def time_weights(run: Run) -> Floats:
         return 1 / run.columns["images_per_s"]
 
 
-def first_at(run: Run, top1: float) -> tuple[float, float] | None:
-    """Epoch and seconds of the first validation with at least this top-1 rate; None if there is none yet."""
-    reached = np.flatnonzero(run.columns["val_top1"] >= top1)
-    if not len(reached):
-        return None
-    return float(run.columns["epoch"][reached[0]]), float(run.columns["seconds"][reached[0]])
-
-
 def _last(values: Floats) -> float | None:
     return float(values[-1]) if len(values) else None

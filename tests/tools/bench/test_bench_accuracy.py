@@ -174,16 +174,16 @@ sys.exit(sys.argv[1])
     good[1] = code.replace("sys.exit(sys.argv[1])", "")
     before, folder = os.sched_getaffinity(0), tmp_path / "one"
     with pytest.raises(UserError, match=r"log.txt: the run ended with exit code 1: the disk is full"):
-        bench.run_once(folder, bad, [core], 1)
+        bench.run_once(folder, bad, [core])
     assert (folder / "run").exists()
-    bench.run_once(folder, good, [core], 1)  # its code asserts that the stopped run's output is gone
+    bench.run_once(folder, good, [core])  # its code asserts that the stopped run's output is gone
     assert (folder / "run" / "seen").read_text() == f"[{core}] 1"
     assert os.sched_getaffinity(0) == before
     (folder / "run" / "seen").write_text("kept")
-    bench.run_once(folder, good, [core], 1)
+    bench.run_once(folder, good, [core])
     assert (folder / "run" / "seen").read_text() == "kept"
     with pytest.raises(UserError, match="holds a run of another command"):
-        bench.run_once(folder, bad, [core], 1)
+        bench.run_once(folder, bad, [core])
     with pytest.raises(UserError, match="--cores 4095"), bench.pinned([4095]):
         pass
 

@@ -33,7 +33,7 @@ from tools.bench.gpu_check import PROFILES
 from tools.bench.gpu_loader import measure_loaders
 from tools.bench.gpu_probe import measure_tail
 from tools.bench.gpu_setting import Setting, use_of
-from tools.bench.gpu_train import CLASSES, PlainStep, measure_graphs, measure_steps, measure_wrapped, share_of_peak, synthetic
+from tools.bench.gpu_train import CLASSES, PlainStep, measure_graphs, measure_steps, measure_wrapped, synthetic
 from tools.profiler.measuring import Budget, Usage
 from tools.profiler.training import Model
 
@@ -332,12 +332,6 @@ def test_the_reference_step(script: str) -> None:
             momenta[name] = 0.9 * momenta[name] + slope if name in momenta else slope
             moved = slope + 0.9 * momenta[name] if script == "timm" else momenta[name]
             torch.testing.assert_close(value.detach(), before[name] - 1e-3 * moved)
-
-
-def test_share_of_peak() -> None:
-    # ResNet-50 at 224: 4.089e9 multiply-adds (torchvision's documentation: 4.09 GFLOPS), of two operations each, three times.
-    assert share_of_peak("resnet50", 224, 3000, "NVIDIA H100 80GB HBM3") == pytest.approx(3000 * 6 * 4.089e9 / 989e12, rel=1e-3)
-    assert share_of_peak("resnet50", 224, 3000, "Voodoo 2") is None
 
 
 def test_the_profilers_model_compiles_like_train_py(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -143,7 +143,7 @@ def test_the_script_with_model_tuning_and_plan(small_shards: Path, tmp_path: Pat
         )
     )  # fmt: skip
     assert result.returncode == 0, result.stderr
-    assert re.match(r"profiling takes about \d+ seconds, with the training steps of resnet18 at most about \d+", result.stderr)
+    assert re.match(r"profiling takes about \d+ seconds", result.stderr)
     found = checked(json.loads(file.read_text()))
     assert found["demand"]["what"] == "resnet18, float32"
     assert found["ahead"]["images_per_s"] == pytest.approx(32 * found["demand"]["images_per_s"])

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ctypes
 import mmap
-import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -49,16 +48,13 @@ def regions(shards: ShardSet, job: Job, epoch: int) -> npt.NDArray[np.int64]:
 
 
 class Touched(NamedTuple):
-    """Bytes of each image that its crop reads, int64 (N,). needed: bytes that a cut reads. loaded, loaded_randomly: bytes that a
-    cold page cache loads for the cut, in whole pages, with the kernel's default read-ahead and with madvise(MADV_RANDOM); None if
-    the file system cannot drop pages. stored: bytes of the whole image. read_ahead: the kernel's default read-ahead on this disk,
-    e.g. "128 KiB"."""
+    """Bytes of each image that its crop reads, int64 (N,). needed: bytes that a cut reads. loaded: bytes that a cold page cache
+    loads for the cut, in whole pages, with madvise(MADV_RANDOM); None if the file system cannot drop pages. stored: bytes of the
+    whole image."""
 
     needed: npt.NDArray[np.int64]
     loaded: npt.NDArray[np.int64] | None
-    loaded_randomly: npt.NDArray[np.int64] | None
     stored: npt.NDArray[np.int64]
-    read_ahead: str
 
 
 def touched(job: Job) -> Touched:
@@ -68,23 +64,12 @@ def touched(job: Job) -> Touched:
     needed = [len(cut(shards.read(i), *window).jpeg) + table_bytes(shards.read(i)) for i, window in enumerate(windows)]
     files, samples = shards.shards, shards.samples.copy()
     del shards  # closes its maps, because mapped pages cannot be dropped
-    loaded = {
-        advice: [
-            pages_loaded(files[sample["shard"]], int(sample["offset"]), int(sample["bytes"]), window, advice)
-            for sample, window in zip(samples, windows, strict=True)
-        ]
-        for advice in (mmap.MADV_NORMAL, mmap.MADV_RANDOM)
-    }
-    default, random = (None if None in pages else np.array(pages, np.int64) * PAGE for pages in loaded.values())
-    stored = samples["bytes"].astype(np.int64)
-    return Touched(np.array(needed, np.int64), default, random, stored, read_ahead(files[0]))
-
-
-def read_ahead(file: Path) -> str:
-    """How far the kernel reads ahead on a file's disk."""
-    device = file.stat().st_dev
-    setting = Path(f"/sys/class/bdi/{os.major(device)}:{os.minor(device)}/read_ahead_kb")
-    return f"{setting.read_text().strip()} KiB" if setting.exists() else "an unknown number of KiB"
+    pages = [
+        pages_loaded(files[sample["shard"]], int(sample["offset"]), int(sample["bytes"]), window)
+        for sample, window in zip(samples, windows, strict=True)
+    ]
+    loaded = None if None in pages else np.array(pages, np.int64) * PAGE
+    return Touched(np.array(needed, np.int64), loaded, samples["bytes"].astype(np.int64))
 
 
 def table_bytes(jpeg: Bytes) -> int:
@@ -97,12 +82,12 @@ def table_bytes(jpeg: Bytes) -> int:
     return at - start
 
 
-def pages_loaded(file: Path, offset: int, count: int, window: list[int], advice: int) -> int | None:
+def pages_loaded(file: Path, offset: int, count: int, window: list[int]) -> int | None:
     """Number of pages that a cut of an image loads into an empty page cache; None if pages cannot be dropped. file: the shard.
     offset, count: the image's bytes in it."""
     drop_pages([file])
     with file.open("rb") as stream, mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as mapped:
-        mapped.madvise(advice)
+        mapped.madvise(mmap.MADV_RANDOM)
         content = np.frombuffer(mapped, np.uint8)
         before = resident(content)
         cut(content[offset : offset + count], *window)

@@ -72,21 +72,11 @@ def figures(results: list[Result]) -> list[Row]:
     return rows
 
 
-def bytes_touched(touched: Touched) -> dict[str, dict[str, float]]:
-    """Bytes read for a crop over the bytes of the image, for the cut itself and for the pages read into a cold page cache.
-
-    Returns name -> mean of the ratios over the images, and ratio of the sums.
-    """
-    kinds = {
-        "cut": touched.needed,
-        f"cold page cache, reading {touched.read_ahead} ahead": touched.loaded,
-        "cold page cache, madvise random": touched.loaded_randomly,
-    }
-    return {
-        name: {"mean": float(np.mean(count / touched.stored)), "ratio_of_sums": float(count.sum() / touched.stored.sum())}
-        for name, count in kinds.items()
-        if count is not None
-    }
+def bytes_touched(touched: Touched) -> dict[str, float]:
+    """Bytes read for a crop over the image's, for the cut itself and for the pages read into a cold page cache: name -> the mean
+    over the images."""
+    kinds = {"cut": touched.needed, "cold page cache, madvise random": touched.loaded}
+    return {name: float(np.mean(count / touched.stored)) for name, count in kinds.items() if count is not None}
 
 
 def write_csv(file: Path, rows: list[Row], touched: Touched | None, spec: str) -> None:
@@ -97,9 +87,9 @@ def write_csv(file: Path, rows: list[Row], touched: Touched | None, spec: str) -
             if found := list(row.figures()):
                 of = f"{contender.data}: {spec}; {row.result.versions}"
                 record(file, "compare", *found, engine=contender.name, spec=of)
-        for name, values in bytes_touched(touched).items() if touched else ():
-            found = [Figure(f"{kind}_to_image", [value]) for kind, value in values.items()]
-            record(file, "bytes touched", *found, engine=name, spec=f"lossless: {spec}", cache="cold")
+        for name, value in bytes_touched(touched).items() if touched else ():
+            figure = Figure("mean_to_image", [value])
+            record(file, "bytes touched", figure, engine=name, spec=f"lossless: {spec}", cache="cold")
 
 
 def table(rows: list[Row], touched: Touched | None) -> str:
@@ -110,6 +100,6 @@ def table(rows: list[Row], touched: Touched | None) -> str:
         own.sort(key=lambda row: (row.result.error is not None, -median(row.result.images_per_s or [0])))
         if own:
             lines += [title, COLUMNS, *map(str, own), ""]
-    for name, values in bytes_touched(touched).items() if touched else ():
-        lines.append(f"bytes read over the image's, {name}: {values['mean']:.3f} (ratio of sums {values['ratio_of_sums']:.3f})")
+    for name, value in bytes_touched(touched).items() if touched else ():
+        lines.append(f"bytes read over the image's, {name}: {value:.3f}")
     return "\n".join(lines)
