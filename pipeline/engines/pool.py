@@ -1,4 +1,4 @@
-"""Worker threads that fill batches in chunks, several batches ahead. The CPU engine and `multiview` share them."""
+"""Worker threads that fill batches in chunks, several batches ahead, for the CPU engine, DALI's input and `multiview`."""
 
 from __future__ import annotations
 

@@ -2,13 +2,14 @@
 
 The graph is a stub that decodes nothing, so neither a GPU nor time for decoding is needed. Measures the CPU time of this thread,
 and the time that it is kept from training, with a pause before each batch for the others. Rows go to
-tools/bench/results/profile.csv.
+tools/bench/results/profile.csv by default.
 """
 
 from __future__ import annotations
 
 import argparse
 import time
+from pathlib import Path
 from typing import Any
 
 import _path  # noqa: F401
@@ -64,6 +65,7 @@ def main() -> None:
     parser.add_argument("--batches", type=positive, default=20)
     parser.add_argument("--threads", type=positive, default=2)
     parser.add_argument("--pause-ms", type=positive, default=300)
+    parser.add_argument("--results", type=Path, default=RESULTS / "profile.csv")
     args = parser.parse_args()
     dali.graph = stub
     spec = LoaderSpec(args.data, batch_size=args.batch_size, image_size=SIZE, dtype=torch.uint8, threads=args.threads)
@@ -72,7 +74,7 @@ def main() -> None:
         Figure(name, [1000 * one for one in values]) for name, values in (("cpu_ms_per_batch", cpu), ("ms_per_batch", wall))
     )
     spec_of_row = f"batches of {args.batch_size}, stub graph, {args.threads} threads, {args.pause_ms} ms between batches"
-    record(RESULTS / "profile.csv", "DALI's input, training thread", *figures, engine="dali", spec=spec_of_row, cache="warm")
+    record(args.results, "DALI's input, training thread", *figures, engine="dali", spec=spec_of_row, cache="warm")
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ import pytest
 import torch
 from nvidia.dali import Pipeline, fn
 
-from pipeline.engines import dali
+from pipeline.engines import dali, dali_input
 from pipeline.plan.geometry import CentreCrop, RandomResizedCrop, ScaleJitter, TenCrop
 from pipeline.spec import LoaderSpec
 from pipeline.store.shards import ShardSet
@@ -41,7 +42,7 @@ def test_downscaled_borders_match_pillow(large_shards: Path, geometry: RandomRes
     loader = dali.open(spec if geometry.random else spec.evaluation("train", geometry=geometry))
     batch_range = next(loader.batch_ranges(0, 0))
     plan = loader.plan(batch_range)
-    assert 0 < dali.at_border(plan).sum() < 4
+    assert 0 < dali_input.at_border(plan).sum() < 4
     found = differences(loader, plan, next(iter(loader)))
     border = np.concatenate([found[:, [0, -1]].reshape(len(found), -1), found[:, :, [0, -1]].reshape(len(found), -1)], axis=1)
     assert np.percentile(border, 99.9, axis=1).max() <= 4
@@ -52,18 +53,13 @@ def test_downscaled_borders_match_pillow(large_shards: Path, geometry: RandomRes
 def test_finished_views_pass_the_graph_unchanged(decoder: str) -> None:
     """Two views in one PPM pass through both decoders."""
     pixels = np.random.default_rng(0).integers(0, 256, (2 * 37, 41, 3), np.uint8)
-    tops = np.array([0, 37], np.float32)
     pipe = Pipeline(1, 1, None)
     with pipe:
-        values = [
-            np.stack([tops, tops * 0], axis=1)[:, None],
-            np.stack([tops + 37, tops * 0 + 41], axis=1)[:, None],
-            np.full((2, 1, 2), (37, 41), np.float32),
-        ]
+        values = [np.array([[[[top, 0], [top + 37, 41], [37, 41]]] for top in (0, 37)], np.float32)]
         if slices := decoder == "image_slice":
-            values += [np.array([0, 0], np.int32), np.array([74, 41], np.int32)]
+            values += [np.array([[0, 0], [74, 41]], np.int32)]
         sources = fn.external_source(
-            lambda: ([dali.to_ppm(pixels)], *(value[None] for value in values)), num_outputs=1 + len(values)
+            lambda: ([dali_input.to_ppm(pixels)], *(value[None] for value in values)), num_outputs=1 + len(values)
         )
         pipe.set_outputs(*dali.graph(sources, [2], gpu=False, slices=slices, hw_decoder_load=0.65))
     pipe.build()
@@ -80,15 +76,34 @@ def test_whole_cuts_and_their_slices_give_the_same_views(large_shards: Path) -> 
 
 def test_dali_receives_cuts(large_shards: Path) -> None:
     loader = dali.open(LoaderSpec(large_shards, batch_size=4, threads=2))
-    feed = dali._Feed(loader, next(loader.batch_ranges(0, 0)))
-    streams = [np.asarray(tensor) for tensor in feed()[0]]
-    for data, sample in zip(streams, feed.in_flight[0].ids.tolist(), strict=True):
+    its_input = dali_input.Input(loader, next(loader.batch_ranges(0, 0)))
+    streams = [np.array(tensor) for tensor in its_input()[0]]
+    for data, sample in zip(streams, its_input.in_flight[0].ids.tolist(), strict=True):
         stored = loader.shards.read(sample)
         if stored[0] == 0xFF and len(data) and data[0] == 0xFF:  # a JPEG, not views made on the CPU
             cut, whole = (open_image(encoded.tobytes()).size for encoded in (data, stored))
             assert cut[0] * cut[1] < 0.9 * whole[0] * whole[1]
             assert len(data) < 0.9 * len(stored)
-    feed.close()
+    its_input.close()
+
+
+def test_memory_stays_until_dali_has_returned_the_batch(small_shards: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also without references to the tensors that DALI gets."""
+    made: list[list[weakref.ref[Any]]] = []
+    arrays = dali_input.BatchInputs.arrays
+
+    def watching(self: dali_input.BatchInputs) -> Any:
+        found = arrays(self)
+        made.append([weakref.ref(array) for array in (*found[0], *found[1:])])
+        return found
+
+    monkeypatch.setattr(dali_input.BatchInputs, "arrays", watching)
+    loader = dali.open(spec_for(small_shards, "dali"))
+    for number, _ in enumerate(loader):
+        assert all(array() is not None for batch in made[number + 1 : number + loader.spec.prefetch] for array in batch)
+    assert number == len(loader) - 1 == 6
+    assert all(array() is None for array in made[0])
+    loader.close()
 
 
 def test_images_that_only_dali_cannot_decode_are_decoded_on_the_cpu(
