@@ -10,9 +10,11 @@ import shutil
 import subprocess
 from pathlib import Path
 
+import numpy as np
 import pytest
 from PIL import Image
 
+from pipeline.jpeg.blocks import Coefficients, Component, fill_edges
 from pipeline.jpeg.region import RegionError
 from pipeline.jpeg.transcode import transcode
 from tests.helpers import SUBSAMPLINGS, jpeg, random_image, run_mutants
@@ -66,6 +68,18 @@ def test_damaged_and_missing_scans_are_refused_with_a_reason() -> None:
     ):
         with pytest.raises(RegionError, match=words):
             transcode(mutant)
+
+
+def test_blocks_without_pixels_have_the_dc_of_the_block_before_and_no_ac() -> None:
+    component = Component(0, first=1, columns=4, rows=2, width=3, height=1, h=2, v=2)
+    coefficients = Coefficients(np.random.default_rng(1).integers(-1, 2, (10, 64), np.int16), np.zeros(10, np.uint64))
+    coefficients.find_nonzero()
+    expected = coefficients.values.copy()
+    expected[4:9] = 0
+    expected[4:9, 0] = expected[[3, 2, 2, 3, 3], 0]
+    fill_edges(coefficients, component)
+    assert np.array_equal(coefficients.values, expected)
+    assert coefficients.nonzero.tolist() == [sum(1 << k for k in range(1, 64) if block[k]) for block in expected.tolist()]
 
 
 # Counts the mutants that are transcoded, refused, and differ from what libjpeg-turbo decodes without a warning.
