@@ -45,7 +45,7 @@ from .plan.geometry import MultiCrop, Views, WholeImage
 from .plan.order import Blocks, ByShape, Full, Order, Sequential
 from .plan.sampling import Ints
 from .plan.substitutes import Substitutes
-from .spec import LoaderSpec, check, check_device
+from .spec import LoaderSpec, check
 from .store.shards import Manifest, ShardSet
 from .store.waiting import set_timeout
 
@@ -67,7 +67,6 @@ class Loader(ABC):
         check(spec)
         set_timeout(spec.read_timeout)
         self.spec = spec
-        check_device(spec.device)
         self.shards = self._open_shards()
         if spec.fields:
             self.shards.check_fields(spec.fields)
@@ -173,7 +172,7 @@ class Loader(ABC):
         geometry = [repr(spec.geometry), spec.alpha_std if spec.geometry.random else 0]
         geometry += [spec.interpolation] if spec.interpolation != "bilinear" else []  # older checkpoints have no such part
         mean = hashlib.sha256(self.normalization.mean.tobytes() + self.normalization.std.tobytes()).hexdigest()
-        parts = [self._data_fingerprint(), spec.split, spec.training, spec.seed, order, spec.sizes, geometry, mean]
+        parts = [self.shards.fingerprint, spec.split, spec.training, spec.seed, order, spec.sizes, geometry, mean]
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
 
     # --- What engines call
@@ -196,11 +195,11 @@ class Loader(ABC):
 
         The images of a range are read ahead, one range earlier than it is yielded.
         """
-        self._read_range_ahead(batch_range)
+        self._read_ahead(batch_range)
         epoch, start = batch_range.epoch, batch_range.stop
         while True:
             for following in self.batch_ranges(epoch, start):
-                self._read_range_ahead(following)
+                self._read_ahead(following)
                 yield batch_range
                 batch_range = following
             epoch, start = epoch + 1, 0
@@ -292,38 +291,27 @@ class Loader(ABC):
             return self._stored_normalization.per_channel()
         return self._stored_normalization.at(size[0])
 
-    # --- What an engine with its own files (FFCV) overrides
-
     def read(self, sample: int) -> Bytes:
         """A sample's encoded image: uint8 (bytes,). Raises CorruptImageError if `verify` is set and its checksum is wrong."""
         return self.shards.read(sample)
-
-    def read_ahead(self, samples: Ints) -> None:
-        """Have the kernel read what `read_planned` will read into the page cache, in the background. samples: int64 (N,)."""
-        self.shards.read_ahead(samples, bool(self.spec.fields))
 
     def locate(self, sample: int) -> str:
         """File and key of a sample, for messages."""
         return self.shards.locate(sample)
 
+    # --- Implementation
+
     def _open_shards(self) -> ShardSet:
+        """An engine with its own files (FFCV) overrides this."""
         return ShardSet(self.spec.data, self.spec.split, self.spec.cache, self.spec.cache_gb, verify=self.spec.verify)
 
     def _sizes(self, ids: Ints) -> tuple[Ints, Ints]:
-        """Heights and widths of stored images, int64 (N,) each."""
-        records = self.shards.samples[ids]
-        return records["height"].astype(np.int64), records["width"].astype(np.int64)
+        return self.shards.image_sizes(ids)
 
-    def _data_fingerprint(self) -> str:
-        """A hash of the stored bytes and image sizes."""
-        return self.shards.manifest.fingerprint
-
-    # --- Implementation
-
-    def _read_range_ahead(self, batch_range: BatchRange) -> None:
+    def _read_ahead(self, batch_range: BatchRange) -> None:
         """Read the images of a range ahead, without looking for substitutes, which are rare."""
         self._ordered[batch_range] = self._samples(batch_range)
-        self.read_ahead(self._ordered[batch_range])
+        self.shards.read_ahead(self._ordered[batch_range], bool(self.spec.fields))
 
     def _samples(self, batch_range: BatchRange) -> Ints:
         return self.order.samples(batch_range.epoch, np.arange(batch_range.low, batch_range.high))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -169,12 +168,11 @@ def check(spec: LoaderSpec) -> None:
         raise UserError(f"`seed` must lie in [0, 2^64), not {spec.seed}")
     if not 0 <= spec.hw_decoder_load <= 1:
         raise UserError(f"`hw_decoder_load` must lie in [0, 1], not {spec.hw_decoder_load}")
-    if not 0 < spec.read_timeout < math.inf:
-        raise UserError(f"`read_timeout` must be a positive number of seconds, not {spec.read_timeout}")
     if not isinstance(spec.fields, tuple):
         raise UserError(f"`fields` is a tuple of names, such as ('json',), not {spec.fields!r}")
     if spec.dtype not in (*PRECISIONS.values(), torch.uint8):
         raise UserError(f"`dtype` is float32, float16, bfloat16 or uint8, not {spec.dtype}")
+    check_device(spec.device)
 
 
 def _check_sizes(spec: LoaderSpec) -> None:

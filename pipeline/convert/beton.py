@@ -68,11 +68,7 @@ class BetonSettings:
 
 
 def write_beton(
-    shards: ShardSet,
-    path: Path,
-    settings: BetonSettings,
-    workers: int,
-    progress: Callable[[int], None] | None = None,
+    shards: ShardSet, path: Path, settings: BetonSettings, workers: int, progress: Callable[[int], None] | None = None
 ) -> str:
     """Write a split as a .beton file and verify it; return the SHA-256 of the file. The write is atomic.
 
@@ -113,10 +109,12 @@ def _encoded(shards: ShardSet, settings: BetonSettings, workers: int) -> Iterato
     context = multiprocessing.get_context("forkserver")  # importing FFCV takes 8 s; the server does it once for all workers
     context.set_forkserver_preload(["ffcv.fields.rgb_image"])
     processes, receivers = [], []
+    cache = (shards.cache.folder, shards.cache.limit / 1e9) if shards.cache else (None, None)
+    origin = (shards.manifest.root, shards.split, *cache)  # opens the same split in another process
     try:
         for first in range(min(workers, -(-len(shards) // _CHUNK))):
             receiver, sender = context.Pipe(duplex=False)
-            process = context.Process(target=_work, args=(sender, *_origin(shards), settings, first, workers), daemon=True)
+            process = context.Process(target=_work, args=(sender, *origin, settings, first, workers), daemon=True)
             with _without_tbb():
                 process.start()
             sender.close()  # now only the worker has it open, so that its death closes the pipe
@@ -145,14 +143,6 @@ def _without_tbb() -> Iterator[None]:
             del os.environ[_THREADING_LAYER]
         else:
             os.environ[_THREADING_LAYER] = before
-
-
-def _origin(shards: ShardSet) -> tuple[str, str, Path | None, float | None]:
-    """The arguments of ShardSet that open the same split in another process."""
-    split = shards.split
-    if shards.cache is None:
-        return shards.manifest.root, split, None, None
-    return shards.manifest.root, split, shards.cache.folder, shards.cache.limit / 1e9
 
 
 def _work(
@@ -237,11 +227,14 @@ def _write(
     path: Path, shards: ShardSet, settings: BetonSettings, images: Iterator[StoredImage], progress: Callable[[int], None] | None
 ) -> npt.NDArray[np.uint32]:
     """Write all samples in order with the parts of FFCV's DatasetWriter. Returns the CRC-32 of each image's data: uint32 (N,)."""
-    from ffcv.fields import IntField
+    from ffcv.fields import IntField, RGBImageField
     from ffcv.memory_allocator import MemoryAllocator
     from ffcv.writer import DatasetWriter, handle_sample
 
-    fields = {"image": _stored_field(), "label": IntField()}
+    # Not a subclass: DatasetWriter looks up a field's type id by its class, and stock FFCV opens RGBImageField.
+    image: Any = RGBImageField()
+    image.encode = store_encoded
+    fields = {"image": image, "label": IntField()}
     writer = DatasetWriter(str(path), fields, _page_size(shards, settings), num_workers=1)
     writer.num_samples = len(shards)
     checksums = np.empty(len(shards), np.uint32)
@@ -251,10 +244,10 @@ def _write(
         allocator = MemoryAllocator(str(path), writer.data_region_start, writer.page_size)
         allocator.__enter__()  # without `with`: its exit hangs if Ctrl-C comes between two of its steps
         try:
-            for index, image in enumerate(images):
-                sample = (image, shards.samples["label"][index])
+            for index, stored in enumerate(images):
+                sample = (stored, shards.samples["label"][index])
                 handle_sample(sample, index, metadata.dtype.names, metadata, allocator, fields)
-                checksums[index] = image.crc32
+                checksums[index] = stored.crc32
                 if progress:
                     progress(1)
             allocator.flush_page()
@@ -266,17 +259,6 @@ def _write(
         writer.metadata_sm.close()
         writer.metadata_sm.unlink()
     return checksums
-
-
-def _stored_field() -> Any:
-    """A field that stores encoded images. It is an RGBImageField, not a subclass. DatasetWriter looks up the type id of a field
-    by its class, so the file names RGBImageField as the type, and stock FFCV opens it.
-    """
-    from ffcv.fields.rgb_image import RGBImageField
-
-    field: Any = RGBImageField()
-    field.encode = store_encoded
-    return field
 
 
 def _page_size(shards: ShardSet, settings: BetonSettings) -> int:

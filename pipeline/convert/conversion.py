@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import io
 import json
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -19,8 +18,9 @@ import numpy as np
 from ..errors import UserError
 from ..plan import sampling
 from ..progress import announce_if_slow, progress_bar
-from ..store import files, shards
+from ..store import files
 from ..store.manifest import FORMAT, VERSION, manifest_problem
+from ..store.tar import label_digits
 from . import statistics
 from .report import make_report
 from .sources import Listing
@@ -40,7 +40,7 @@ class Settings:
 def plan_tasks(listing: Listing, out: str, settings: Settings, strict: bool) -> dict[str, list[ShardTask]]:
     """Divide the samples into shards: training samples in the order of `sampling.order`, others as listed."""
     tasks: dict[str, list[ShardTask]] = {}
-    digits = shards.label_digits(len(listing.classes))
+    digits = label_digits(len(listing.classes))
     for split, sources in listing.splits.items():
         counted = statistics.IMAGES if split == next(iter(listing.splits)) else 0
         if split == "train":
@@ -142,7 +142,7 @@ def remove_records(out: str, alone: bool) -> None:
 def _manifest(out: str, listing: Listing, settings: Settings, records: dict[str, list[Record]]) -> dict[str, Any]:
     manifest: dict[str, Any] = {
         "format": FORMAT, "version": VERSION, "profile": settings.profile,
-        "classes": listing.classes, "label_digits": shards.label_digits(len(listing.classes)),
+        "classes": listing.classes, "label_digits": label_digits(len(listing.classes)),
         "conversion": fingerprint(listing, settings), "splits": {}, "statistics": {},
     }  # fmt: skip
     if listing.names:
@@ -150,7 +150,8 @@ def _manifest(out: str, listing: Listing, settings: Settings, records: dict[str,
     for split, finished in records.items():
         samples = np.concatenate([record.samples for record in finished])
         if not len(samples):
-            raise UserError(f"{out}: no image of {split} can be used ({_first_reason(finished)})")
+            reasons = (f"{name}: {reason}" for record in finished for name, reason in record.left_out.items())
+            raise UserError(f"{out}: no image of {split} can be used ({next(reasons)})")
         file = f"{split}/samples.npy"
         manifest["splits"][split] = {
             "images": len(samples), "samples": file, "samples_sha256": _save(out, file, samples),
@@ -173,7 +174,3 @@ def _save(out: str, file: str, array: Any) -> str:
     np.save(stream, array)
     files.write(files.join(out, file), stream.getvalue())
     return files.sha256(files.join(out, file))
-
-
-def _first_reason(records: Sequence[Record]) -> str:
-    return next(f"{name}: {reason}" for record in records for name, reason in record.left_out.items())

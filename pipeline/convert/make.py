@@ -106,11 +106,6 @@ def unused(src: str, listing: Listing) -> list[str]:
     return [entry.name for entry in others if entry.is_folder or entry.name.lower().endswith(PACKED)]
 
 
-def _describe(src: str, kind: str, listing: Listing) -> str:
-    counts = ", ".join(f"{split} {len(found)}" for split, found in listing.splits.items())
-    return f"{src}: source {kind}, {len(listing.classes)} classes, images: {counts}"
-
-
 def make_shards(options: ConvertOptions, tell: Callable[[str], None] = log.info, sample: int | None = None) -> list[str]:
     """Convert `options.src` into `options.out`, or resume an earlier run that was stopped.
 
@@ -121,7 +116,8 @@ def make_shards(options: ConvertOptions, tell: Callable[[str], None] = log.info,
     if not options.images.list:  # a list says what the images are
         check_places(src, out)
     kind, listing = list_sources(src, options.images, options.seed)
-    tell(_describe(options.src, kind, listing))
+    counts = ", ".join(f"{split} {len(found)}" for split, found in listing.splits.items())
+    tell(f"{options.src}: source {kind}, {len(listing.classes)} classes, images: {counts}")
     if others := unused(src, listing):
         more = f" and {len(others) - 5} more" if len(others) > 5 else ""
         listing.notes.append(f"not used: {', '.join(others[:5])}{more}")

@@ -98,21 +98,17 @@ def _start_worker(done: Connection) -> None:
 
 def end_with_parent() -> None:
     """End this worker when its parent dies. Otherwise the workers of a killed parent would wait forever."""
-    threading.Thread(target=_wait_for_parent, daemon=True).start()
 
+    def wait() -> None:
+        if parent := multiprocessing.parent_process():
+            parent.join()
+            os._exit(1)
 
-def _wait_for_parent() -> None:
-    parent = multiprocessing.parent_process()
-    if parent is not None:
-        parent.join()
-        os._exit(1)
+    threading.Thread(target=wait, daemon=True).start()
 
 
 def _run_counted(task: ShardTask) -> None:
-    def count() -> None:
-        os.write(_done.fileno(), b".")
-
-    run(task, count)
+    run(task, lambda: os.write(_done.fileno(), b"."))
 
 
 def run_ray(tasks: Sequence[ShardTask], address: str) -> None:
@@ -135,7 +131,7 @@ def run_ray(tasks: Sequence[ShardTask], address: str) -> None:
     except Exception as error:
         raise UserError(f"no Ray cluster at {address!r} ({error})", "start one: ray start --head") from error
     try:
-        remote: Callable[..., Any] = ray.remote(max_retries=10)(_run_quietly).remote
+        remote: Callable[..., Any] = ray.remote(max_retries=10)(run).remote
         sizes = {remote(task): len(task.sources) for task in tasks}
         with progress_bar(total=sum(sizes.values()), unit=" images", delayed=False) as bar:
             pending = list(sizes)
@@ -148,7 +144,3 @@ def run_ray(tasks: Sequence[ShardTask], address: str) -> None:
         raise error.cause if isinstance(error.cause, UserError) else error from None
     finally:
         ray.shutdown()
-
-
-def _run_quietly(task: ShardTask) -> None:
-    run(task, lambda: None)

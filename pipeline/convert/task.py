@@ -18,7 +18,8 @@ import numpy as np
 import numpy.typing as npt
 
 from ..errors import UserError
-from ..store import files, shards
+from ..store import files
+from ..store.tar import SAMPLE, EncodedSample, Samples, write_shard
 from . import parquet, webdataset
 from .images import UnreadableError, convert_image
 from .sources import Source
@@ -73,7 +74,7 @@ class Record:
     name -> reason. statistics: sums over its images.
     """
 
-    samples: shards.Samples
+    samples: Samples
     digests: npt.NDArray[np.uint8]
     names: list[str]
     entry: dict[str, Any]
@@ -126,17 +127,17 @@ def is_intact(task: ShardTask, entry: dict[str, Any]) -> bool:
     return bool(tar == entry["sha256"] and idx == entry["idx_sha256"])
 
 
-def run(task: ShardTask, progress: Callable[[], None]) -> None:
+def run(task: ShardTask, progress: Callable[[], object] = lambda: None) -> None:
     """Make the shard, unless it is finished already. `progress` is called after each image. Raises UserError with `strict`."""
     record = read_record(task)
     if record is not None and is_intact(task, record.entry):
         for _ in task.sources:
             progress()
         return
-    record = Record(np.empty(0, shards.SAMPLE), np.empty((0, 32), np.uint8), [], {})
+    record = Record(np.empty(0, SAMPLE), np.empty((0, 32), np.uint8), [], {})
     digests: list[bytes] = []
     with files.atomic_write(task.tar) as tar, files.atomic_write(task.idx) as idx:
-        record.samples = shards.write_shard(tar, idx, task.shard, _encoded(task, record, digests, progress), task.digits)
+        record.samples = write_shard(tar, idx, task.shard, _encoded(task, record, digests, progress), task.digits)
         record.entry = {
             "file": task.file,
             "images": len(record.samples),
@@ -148,9 +149,7 @@ def run(task: ShardTask, progress: Callable[[], None]) -> None:
     files.write(task.record, record.to_bytes())
 
 
-def _encoded(
-    task: ShardTask, record: Record, digests: list[bytes], progress: Callable[[], None]
-) -> Iterator[shards.EncodedSample]:
+def _encoded(task: ShardTask, record: Record, digests: list[bytes], progress: Callable[[], object]) -> Iterator[EncodedSample]:
     """The shard's samples in order. Also fills `record` and `digests`."""
     for number, source in enumerate(task.sources):
         try:
@@ -173,7 +172,7 @@ def _encoded(
         digests.append(hashlib.sha256(data).digest())
         progress()
         record.fields = sorted({*record.fields, *fields})
-        yield shards.EncodedSample(source.key, stored.data, source.label, stored.height, stored.width, fields)
+        yield EncodedSample(source.key, stored.data, source.label, stored.height, stored.width, fields)
 
 
 def _read(task: ShardTask, source: Source) -> tuple[bytes, dict[str, bytes]]:

@@ -8,8 +8,9 @@ from pathlib import Path
 from ..cli import with_flags
 from ..errors import UserError
 from ..store import files
-from ..store.cache import FREE_SHARE, ShardCache, choose_cache
-from ..store.shards import Manifest
+from ..store.cache import FREE_SHARE, choose_cache
+from ..store.entries import Entries, column
+from ..store.manifest import Manifest
 from .lines import DoctorOptions, Line
 from .machine import GB, available_memory, free_disk
 
@@ -18,17 +19,18 @@ def check(options: DoctorOptions, data: str) -> list[Line]:
     """data: `options.data`."""
     try:
         manifest = Manifest(data)
-        sizes = file_sizes(manifest)
+        splits = image_files(manifest)
     except UserError as error:
         return [failed("data", error)]
-    remote = files.is_remote(manifest.root)
-    if not remote and (wrong := damaged_files(manifest, sizes)):
-        found = f"missing or of the wrong size: {len(wrong)} of {len(sizes) + len(manifest.splits)} files, first {wrong[0]}"
+    remote, count = files.is_remote(manifest.root), sum(map(len, splits))
+    if not remote and (wrong := damaged_files(manifest, splits)):
+        found = f"missing or of the wrong size: {len(wrong)} of {count + len(splits)} files, first {wrong[0]}"
         return [Line("failed", "data", found, "repeat the command that made these shards: it replaces damaged ones")]
-    total, images = sum(sizes.values()), sum(split["images"] for split in manifest.splits.values())
-    found = f"{images:,} images in {len(sizes):,} files of {total / GB:.3g} GB, profile {manifest.profile}"
+    images = sum(split["images"] for split in manifest.splits.values())
+    total = sum(int(column(entries, "bytes").sum()) for entries in splits)
+    found = f"{images:,} images in {count:,} files of {total / GB:.3g} GB, profile {manifest.profile}"
     cached = remote or options.cache is not None or options.cache_gb is not None  # as in ShardSet
-    disk = check_cache(options, sizes) if cached else check_data_disk(manifest.root)
+    disk = check_cache(options, manifest.root, splits, total) if cached else check_data_disk(manifest.root)
     return [Line("ok", "data", found), check_page_cache(options, total, manifest.profile), disk]
 
 
@@ -40,19 +42,18 @@ def failed(name: str, error: UserError) -> Line:
     return Line("failed", name, found, remedy or "check the address, the credentials and the network")
 
 
-def file_sizes(manifest: Manifest) -> dict[str, int]:
-    """Path or URL -> size in bytes of the files with the images. For tars, the size is the one in the manifest."""
-    sizes: dict[str, int] = {}
-    for split in manifest.splits.values():
-        sizes |= {files.join(manifest.root, shard["file"]): shard["bytes"] for shard in split["shards"]}
-        if not split["shards"]:  # FFCV files only
-            url = files.join(manifest.root, split["beton"]["file"])
-            sizes[url] = files.size(url)
-    return sizes
+def image_files(manifest: Manifest) -> list[Entries]:
+    """The files with the images of each split, as entries with `file` and `bytes`."""
+
+    def of_beton(file: str) -> Entries:
+        return [{"file": file, "bytes": files.size(files.join(manifest.root, file))}]
+
+    return [split["shards"] or of_beton(split["beton"]["file"]) for split in manifest.splits.values()]
 
 
-def damaged_files(manifest: Manifest, sizes: dict[str, int]) -> list[str]:
-    wrong = [path for path, size in sizes.items() if not os.path.isfile(path) or os.path.getsize(path) != size]
+def damaged_files(manifest: Manifest, splits: list[Entries]) -> list[str]:
+    wanted = ((files.join(manifest.root, entry["file"]), entry["bytes"]) for entries in splits for entry in entries)
+    wrong = [path for path, size in wanted if not os.path.isfile(path) or os.path.getsize(path) != size]
     samples = [files.join(manifest.root, split["samples"]) for split in manifest.splits.values()]
     return wrong + [path for path in samples if not os.path.isfile(path)]
 
@@ -75,18 +76,15 @@ def check_data_disk(root: str) -> Line:
     return Line("ok", "data disk", found)
 
 
-def check_cache(options: DoctorOptions, sizes: dict[str, int]) -> Line:
+def check_cache(options: DoctorOptions, root: str, splits: list[Entries], total: int) -> Line:
+    """Whether the data fits the cache's limit, and the limit fits the disk."""
     try:
         cache = choose_cache(options.cache, options.cache_gb)
-        for url, size in sizes.items():
-            cache.check(url, size)
+        for entries in splits:
+            largest = entries[int(column(entries, "bytes").argmax())]
+            cache.check(files.join(root, largest["file"]), largest["bytes"])
     except UserError as error:
         return failed("cache", error)
-    return check_cache_size(cache, sum(sizes.values()))
-
-
-def check_cache_size(cache: ShardCache, total: int) -> Line:
-    """Whether the data fits the cache's limit, and the limit fits the disk."""
     place, free = free_disk(cache.folder)
     if not os.access(place, os.W_OK):
         return Line("failed", "cache", f"{place} cannot be written", "give another --cache (CROPFEED_CACHE)")

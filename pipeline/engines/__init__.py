@@ -36,6 +36,13 @@ def open_loader(spec: LoaderSpec) -> Loader:
 
     Raises UserError for a spec that cannot be loaded, or an engine that is not installed.
     """
+    from ..store.manifest import read_once
+
+    with read_once():
+        return _open_loader(spec)
+
+
+def _open_loader(spec: LoaderSpec) -> Loader:
     name, reason = choose_engine(spec) if spec.engine == "auto" else (spec.engine, "as requested")
     if name not in ENGINES:
         raise UserError(f"unknown engine {name!r}", f"choose from {', '.join(ENGINES)}")
@@ -61,7 +68,7 @@ def open_loader(spec: LoaderSpec) -> Loader:
 
 def choose_engine(spec: LoaderSpec) -> tuple[str, str]:
     """The fastest engine for `spec` on this machine, and the reason."""
-    from ..store.shards import Manifest
+    from ..store.manifest import Manifest
 
     entry = Manifest(spec.data).splits.get(spec.split, {})
     if not entry.get("shards") and entry.get("beton"):

@@ -51,7 +51,7 @@ from ..pixels.decoder import Decoder, Pixels, has_size, region_of, resample_grou
 from ..plan.sampling import Ints
 from ..spec import LoaderSpec
 from ..store import files
-from ..store.prefetch import ReadAhead
+from ..store.prefetch import Ranges, ReadAhead
 from ..store.shards import ShardSet
 from .ffcv_field import RAW
 from .ffcv_file import open_beton
@@ -253,6 +253,8 @@ class FfcvLoader(Loader):
 
     engine = "ffcv"
 
+    shards: BetonSet
+
     def __init__(self, spec: LoaderSpec) -> None:
         super().__init__(spec)
         self._stock: StockLoader | None = None
@@ -263,17 +265,13 @@ class FfcvLoader(Loader):
         if self._batches:
             self._batches.stop()
             self._batches = None
-        self._reader.close()
 
     def ready(self) -> int:
         return self._batches.output_queue.qsize() if self._batches else 0
 
-    def locate(self, sample: int) -> str:
-        return f"{self._path}: sample {sample}"
-
     def make_views(self, decoder: Decoder, plan: BatchPlan, index: int, out: Sequence[Pixels]) -> None:
         sample = int(plan.ids[index])
-        if self._beton.images["mode"][sample] != RAW:
+        if self.shards.beton.images["mode"][sample] != RAW:
             super().make_views(decoder, plan, index, out)
             return
         views = slice(index * self.crops, (index + 1) * self.crops)
@@ -292,7 +290,7 @@ class FfcvLoader(Loader):
             threads = torch.get_num_threads()
             with _without_reader():
                 self._stock = StockLoader(
-                    str(self._path),
+                    str(self.shards.path),
                     batch_size=-(-self.spec.batch_size // self.spec.world_size),
                     num_workers=min(self.spec.threads, numba.config.NUMBA_NUM_THREADS),
                     os_cache=True,
@@ -304,7 +302,8 @@ class FfcvLoader(Loader):
             stages, outputs = self._stock.code
             torch.set_num_threads(threads)  # undo FFCV's setting, which is global
 
-            kernel, (content, images, sizes) = self.kernel, self._beton  # they are checked, unlike those that FFCV would pass
+            # They are checked, unlike those that FFCV would pass.
+            kernel, (content, images, sizes) = self.kernel, self.shards.beton
 
             def stage(batch_indices: Any, **memory: Any) -> tuple[Any]:
                 orders = next(array for name, array in memory.items() if name.startswith("memory_") and array is not None)
@@ -314,34 +313,43 @@ class FfcvLoader(Loader):
             self._stock.code = [(stage, defined) for _, defined in stages], outputs
         return self._stock
 
-    def _open_shards(self) -> ShardSet:
-        spec = self.spec
-        shards = ShardSet(spec.data, spec.split, spec.cache, spec.cache_gb, tars=False)
-        root, entry = shards.manifest.root, shards.manifest.splits[spec.split].get("beton")
-        if files.is_remote(root):
+    def _open_shards(self) -> BetonSet:
+        return BetonSet(self.spec.data, self.spec.split)
+
+
+class BetonSet(ShardSet):
+    """The images of a split in its .beton file. Raises UserError without such a file, or if it is damaged."""
+
+    def __init__(self, root: str | Path, split: str) -> None:
+        if files.is_remote(str(root)):
             raise UserError(f"{root}: FFCV reads local files", "copy the .beton file, or use `engine` cpu or dali")
+        super().__init__(root, split, tars=False)
+        entry = self._entry.get("beton")
         if entry is None:
-            raise UserError(f"{root}: has no FFCV file of {spec.split}", "make the shards again with `format` both")
-        self._path, self._entry = Path(root) / entry["file"], entry
-        self._beton = open_beton(self._path, shards.samples, entry["settings"])
-        stream = FileIO(self._path)
+            raise UserError(f"{self.manifest.root}: has no FFCV file of {split}", "make the shards again with `format` both")
+        self.path, self._settings, self._sha256 = Path(self.manifest.root) / entry["file"], entry["settings"], entry["sha256"]
+        self.beton = open_beton(self.path, self.samples, self._settings)
+        stream = FileIO(self.path)
         self._reader = ReadAhead(lambda _: stream)
-        return shards
 
-    def read(self, sample: int) -> Bytes:
-        content, images, sizes = self._beton
-        start = int(images["data_ptr"][sample])
-        return np.asarray(content[start : start + int(sizes[sample])])
+    @property
+    def fingerprint(self) -> str:
+        """That of the shards if the file holds the same bytes, so that a run can continue with another engine."""
+        of_shards = self.manifest.fingerprint
+        return of_shards if self._settings["mode"] == "region" else f"{of_shards} {self._sha256}"
 
-    def read_ahead(self, samples: Ints) -> None:
-        starts, sizes = self._beton.images["data_ptr"][samples].tolist(), self._beton.sizes[samples].tolist()
-        self._reader.request(lambda: [(0, start, size) for start, size in zip(starts, sizes, strict=True)])
+    def read(self, index: int) -> Bytes:
+        content, images, sizes = self.beton
+        start = int(images["data_ptr"][index])
+        return np.asarray(content[start : start + int(sizes[index])])
 
-    def _sizes(self, ids: Ints) -> tuple[Ints, Ints]:
-        records = self._beton.images[ids]  # not the shards' sizes: the file may have smaller images
+    def locate(self, index: int) -> str:
+        return f"{self.path}: sample {index}"
+
+    def image_sizes(self, ids: Ints) -> tuple[Ints, Ints]:
+        records = self.beton.images[ids]  # not the shards' sizes: the file may have smaller images
         return records["height"].astype(np.int64), records["width"].astype(np.int64)
 
-    def _data_fingerprint(self) -> str:
-        """That of the shards if the file holds the same bytes, so that a run can continue with another engine."""
-        of_shards = super()._data_fingerprint()
-        return of_shards if self._entry["settings"]["mode"] == "region" else f"{of_shards} {self._entry['sha256']}"
+    def _ranges(self, ids: Ints, whole: bool) -> Ranges:
+        starts, sizes = self.beton.images["data_ptr"][ids].tolist(), self.beton.sizes[ids].tolist()
+        return ((0, start, size) for start, size in zip(starts, sizes, strict=True))

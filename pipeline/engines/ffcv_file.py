@@ -17,7 +17,7 @@ from ffcv.fields import IntField, RGBImageField
 from ffcv.types import ALLOC_TABLE_TYPE, CURRENT_VERSION, TYPE_ID_HANDLER, FieldDescType, HeaderType, get_metadata_type
 
 from ..errors import UserError
-from ..store.shards import Samples
+from ..store.tar import Samples
 from .ffcv_field import JPEG, RAW
 
 FIELDS = {"image": RGBImageField, "label": IntField}

@@ -25,7 +25,7 @@ from ..pixels.resample import KERNELS
 from ..plan.geometry import Geometry, Views, by_image
 from ..plan.order import ByShape
 from ..plan.sampling import Ints
-from ..spec import LoaderSpec, check, check_device
+from ..spec import LoaderSpec, check
 from ..store.shards import ShardSet
 from ..store.waiting import set_timeout
 from .pool import WorkerPool
@@ -68,13 +68,12 @@ class MultiViewLoader:
             check(replace(spec, geometry=view_spec.geometry, image_size=view_spec.size))
             if view_spec.geometry.random or spec.world_size > 1:
                 raise ValueError("several geometries in one pass are only for evaluation, in one process")
-        check_device(spec.device)
         set_timeout(spec.read_timeout)
         self._device = torch.device(spec.device)
         self.spec, self.view_specs, self._kernel = spec, tuple(view_specs), KERNELS[spec.interpolation]
         self.shards = ShardSet(spec.data, spec.split, spec.cache, spec.cache_gb, verify=spec.verify)
         self.shards.check_fields(spec.fields)
-        heights, widths = self._sizes(np.arange(len(self.shards)))
+        heights, widths = self.shards.image_sizes(np.arange(len(self.shards)))
         shapes = [view_spec.geometry.shapes(heights, widths, view_spec.size) for view_spec in view_specs]
         self._order = ByShape(np.concatenate(shapes, axis=1))
         self._buffers = BufferPool(spec.device)
@@ -109,19 +108,15 @@ class MultiViewLoader:
 
     def _bytes_per_image(self, ids: Ints) -> int:
         """The size of all views of one sample. ids: int64 (1,)."""
-        heights, widths = self._sizes(ids)
+        heights, widths = self.shards.image_sizes(ids)
         shapes = [view_spec.geometry.shapes(heights, widths, view_spec.size)[0] for view_spec in self.view_specs]
         crops = [view_spec.geometry.crops for view_spec in self.view_specs]
         return sum(3 * count * math.prod(shape.tolist()) for count, shape in zip(crops, shapes, strict=True))
 
-    def _sizes(self, ids: Ints) -> tuple[Ints, Ints]:
-        records = self.shards.samples[ids]
-        return records["height"].astype(np.int64), records["width"].astype(np.int64)
-
     def _plan(self, ids: Ints) -> _Job:
         """The windows and the buffer of a batch. Its images are read ahead."""
         self.shards.read_ahead(ids, bool(self.spec.fields))
-        heights, widths = self._sizes(ids)
+        heights, widths = self.shards.image_sizes(ids)
         views = [view_spec.geometry.views(0, 0, ids, heights, widths, view_spec.size, 0.0) for view_spec in self.view_specs]
         shapes = [
             (len(one.flip), *view_spec.geometry.shapes(heights[:1], widths[:1], view_spec.size)[0].tolist(), 3)

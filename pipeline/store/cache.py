@@ -27,7 +27,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from io import FileIO
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import BinaryIO, NamedTuple
 
 from ..errors import UserError
 from . import files
@@ -77,11 +77,6 @@ class ShardCache:
                 f"{url}: its {_gb(bytes)} do not fit into the cache {self.folder} of {_gb(self.limit)}",
                 "raise `cache_gb` (CROPFEED_CACHE_GB)",
             )
-
-    def fetch(self, url: str, bytes: int, sha256: str) -> Path:
-        """The local copy, downloaded if needed. Another process may evict it at any time; `open` and `open_pinned` are safe."""
-        with self.open(url, bytes, sha256):
-            return self.path(sha256)
 
     def open(
         self, url: str, bytes: int, sha256: str, stop: threading.Event | None = None, report: Report = lambda count: None
@@ -133,8 +128,12 @@ class ShardCache:
     def _locked_folder(self) -> Iterator[None]:
         """Exclude other processes from counting, adding and removing files."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        with (self.folder / ".lock").open("a") as lock, _locked(lock):
-            yield
+        with (self.folder / ".lock").open("a") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            try:
+                yield
+            finally:
+                fcntl.flock(lock, fcntl.LOCK_UN)
 
     @contextmanager
     def _reserved(self, url: str, bytes: int, sha256: str) -> Iterator[tuple[Path, BinaryIO] | None]:
@@ -256,15 +255,6 @@ def _default_limit(folder: Path) -> int:
 
 def _gb(bytes: int) -> str:
     return f"{bytes / GIGABYTE:.3g} GB"
-
-
-@contextmanager
-def _locked(stream: Any) -> Iterator[None]:
-    fcntl.flock(stream, fcntl.LOCK_EX)
-    try:
-        yield
-    finally:
-        fcntl.flock(stream, fcntl.LOCK_UN)
 
 
 def _remove_unlocked(path: Path) -> bool:

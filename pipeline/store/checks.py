@@ -1,22 +1,51 @@
-"""Checks of samples.npy: a wrong number there would give other images or labels, or none."""
+"""Reading and checks of samples.npy: a wrong number there would give other images or labels, or none."""
 
 from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from contextlib import suppress
+from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 
 from ..errors import UserError
 from . import files
+from .tar import SAMPLE, Samples
+from .waiting import answer
 
 Ints = npt.NDArray[np.int64]
+_READ = 64 << 20  # bytes of the largest samples.npy that is read. A larger one is mapped; ImageNet's has 41 MB
 _AT_ONCE = 1 << 20  # records in memory at a time
 
 
-def samples_problem(samples: npt.NDArray[Any], classes: int, ends: Ints, sizes: Ints, first: int = 0) -> str:
+def load_samples(path: str, local: Path) -> Samples:
+    """The records in samples.npy. path: its name in messages. local: the file."""
+    with files.explained(path):
+        try:
+            samples = answer(path, lambda: _read_or_map(local))
+        except (OSError, UserError):
+            raise
+        except Exception as error:  # NumPy's reader of headers raises many types
+            raise UserError(f"{path}: cannot be read ({error})", "make the shards again") from error
+    if samples.dtype != SAMPLE or samples.ndim != 1:
+        raise UserError(f"{path}: does not hold records of samples", "make the shards again")
+    return samples
+
+
+def _read_or_map(file: Path) -> Samples:
+    """An array in a .npy file: read, as the kernel kills the process if a mapped file is shortened. A large one is mapped if its
+    file system allows that."""
+    if file.stat().st_size > _READ:
+        with suppress(OSError):
+            return np.lib.format.open_memmap(file, mode="r")
+    with file.open("rb") as stream:
+        samples: Samples = np.lib.format.read_array(stream, allow_pickle=False)
+        return samples
+
+
+def samples_problem(samples: Samples, classes: int, ends: Ints, sizes: Ints, first: int = 0) -> str:
     """What is wrong with `SAMPLE` records, of consecutive samples from `first` on; "" if nothing is.
 
     classes: their number. ends, sizes: of the shards, in samples and bytes, int64 (shards,); empty if there are only FFCV files.
@@ -31,7 +60,7 @@ def samples_problem(samples: npt.NDArray[Any], classes: int, ends: Ints, sizes: 
 
 
 def _out_of_range(
-    samples: npt.NDArray[Any], classes: int, ends: Ints, sizes: Ints, first: int
+    samples: Samples, classes: int, ends: Ints, sizes: Ints, first: int
 ) -> Iterator[tuple[str, npt.NDArray[np.bool_]]]:
     """Fields, and which records have a wrong value there."""
     yield "label", (samples["label"] < 0) | (samples["label"] >= classes)

@@ -9,8 +9,10 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Mapping, Sequence
-from typing import Any, BinaryIO, overload
+import uuid
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
+from typing import Any, BinaryIO, Generic, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -18,50 +20,60 @@ import numpy.typing as npt
 from ..jit import jit
 
 _CHUNK = 4 << 20  # bytes in memory at a time
-# A shard's entry. A blank stands for any white space, S for a string of printable ASCII without escapes, N for a count.
-_ENTRY = np.frombuffer(b' { "file" : "S" , "images" : N , "bytes" : N , "sha256" : "S" , "idx_sha256" : "S" } ', np.uint8)
-_BLANK, _COUNT, _STRING, _QUOTE, _ESCAPE, _COMMA, _CLOSE = b' NS"\\,]'
+# A shard's entry. A blank stands for any white space, S for a string of printable ASCII without escapes, N for a count, E for the
+# comma or bracket after it.
+_ENTRY = np.frombuffer(b' { "file" : "S" , "images" : N , "bytes" : N , "sha256" : "S" , "idx_sha256" : "S" } E', np.uint8)
+_BLANK, _COUNT, _STRING, _END, _QUOTE, _ESCAPE, _COMMA, _CLOSE = b' NSE"\\,]'
 _SHORTEST = 57  # bytes of an entry
-_LIST = re.compile(rb'"shards"\s*:\s*\[(?=\s*\{)')
-_MORE, _END, _OTHER = 0, 1, 2  # where a scan stopped: at the end of its bytes, at the end of the list, at something else
+_LIST = re.compile(rb'"shards"\s*:\s*(\[)(?=\s*\{)')
+_PLACE = uuid.uuid4().hex  # the key of an object that stands for a list while the rest of the file is parsed
 _COLUMNS = ("images", "bytes")
 
 Columns = npt.NDArray[np.int64]
+Entry = Mapping[str, Any]
+T = TypeVar("T")
 
 
-class StoredEntries(Sequence[Mapping[str, Any]]):
-    """The entries of a split's shards in a file. Each is parsed when it is asked for.
+class Lazy(Generic[T]):
+    """A sequence whose items are made when they are asked for: names of a million shards take 1 s and 0.1 GB."""
 
-    columns: (3, shards): `images`, `bytes`, and where the entry begins in the file. end: where the last one ends.
-    """
-
-    def __init__(self, file: BinaryIO, columns: Columns, end: int) -> None:
-        self._file, self._columns, self._end = file, columns, end
+    def __init__(self, count: int, make: Callable[[int], T]) -> None:
+        self._numbers, self._make = range(count), make
 
     def __len__(self) -> int:
-        return self._columns.shape[1]
+        return len(self._numbers)
 
-    @overload
-    def __getitem__(self, at: int) -> Mapping[str, Any]: ...
-    @overload
-    def __getitem__(self, at: slice) -> Sequence[Mapping[str, Any]]: ...
-    def __getitem__(self, at: int | slice) -> Mapping[str, Any] | Sequence[Mapping[str, Any]]:
-        number = range(len(self))[at]
-        if isinstance(number, range):
-            return [self[one] for one in number]
-        start, end = [*self._columns[2, number : number + 2].tolist(), self._end][:2]
-        text = os.pread(self._file.fileno(), end - start, start)
-        found: Mapping[str, Any] = json.loads(text.strip(b" \t\r\n,"))
-        return found
+    def __getitem__(self, at: int) -> T:
+        return self._make(self._numbers[at])
 
-    def column(self, name: str) -> Columns:
-        return self._columns[_COLUMNS.index(name)]
+    def __iter__(self) -> Iterator[T]:
+        return map(self._make, self._numbers)
 
 
-def column(entries: Sequence[Mapping[str, Any]], name: str) -> Columns:
+class StoredEntries(Lazy[Entry]):
+    """The entries of a split's shards in a file, which has to stay open.
+
+    columns: (3, shards + 1): `images`, `bytes`, and where the entry begins in the file; at last, where the list ends.
+    """
+
+    def __init__(self, file: BinaryIO, columns: Columns) -> None:
+        super().__init__(columns.shape[1] - 1, partial(_parse, file, columns[2]))
+        self.columns = columns
+
+
+Entries = list[Entry] | StoredEntries
+
+
+def _parse(file: BinaryIO, starts: Columns, number: int) -> Entry:
+    start, end = starts[number : number + 2].tolist()
+    found: Entry = json.loads(os.pread(file.fileno(), end - start, start).strip(b" \t\r\n,]"))
+    return found
+
+
+def column(entries: Entries, name: str) -> Columns:
     """The `images` or `bytes` of all shards: int64 (shards,)."""
     if isinstance(entries, StoredEntries):
-        return entries.column(name)
+        return entries.columns[_COLUMNS.index(name), :-1]
     return np.array([entry[name] for entry in entries], np.int64)
 
 
@@ -77,79 +89,59 @@ def read_large(file: BinaryIO) -> Any:
         entries = _scan_list(file, at + found.end())
         if entries is None:
             return None
-        text += [chunk[: found.end()], b"%d" % len(lists)]
+        text += [chunk[: found.start(1)], b'{"%s": %d}' % (_PLACE.encode(), len(lists))]
         lists.append(entries)
-        at = entries._end
+        at = int(entries.columns[2, -1])
     if len(chunk) == _CHUNK:
         return None
-    content = json.loads(b"".join([*text, chunk]))
-    return content if _put(lists, content) else None
+    return json.loads(b"".join([*text, chunk]), object_hook=lambda item: lists[item[_PLACE]] if _PLACE in item else item)
 
 
-def _put(lists: Sequence[StoredEntries], content: Any) -> bool:
-    """Put lists of shards into the splits, in place of their numbers. Returns whether each has a place."""
-    splits = content.get("splits") if isinstance(content, dict) else None
-    found = 0
-    for split in splits.values() if isinstance(splits, dict) else ():
-        if isinstance(split, dict) and split.get("shards") == [found]:
-            split["shards"] = lists[found]
-            found += 1
-    return found == len(lists)
-
-
-def _scan_list(file: BinaryIO, start: int) -> StoredEntries | None:
-    """The entries of a list whose first one begins at `start`; None if there is anything else in the list."""
-    columns = np.empty((3, os.fstat(file.fileno()).st_size // _SHORTEST), np.int64)  # only what is written takes memory
-    count, at, why = 0, start, _MORE
-    while why == _MORE:
+def _scan_list(file: BinaryIO, at: int) -> StoredEntries | None:
+    """The entries of a list whose first one begins at `at`; None if there is anything else in the list."""
+    columns = np.empty((3, os.fstat(file.fileno()).st_size // _SHORTEST + 1), np.int64)  # only what is written takes memory
+    count = 0
+    while True:
         chunk = os.pread(file.fileno(), _CHUNK, at)
-        before = count
-        count, used, why = _scan(np.frombuffer(chunk, np.uint8), at, _ENTRY, columns, count)
-        if why == _OTHER or (why == _MORE and count == before):
+        found, used = _scan(np.frombuffer(chunk + b"\0", np.uint8), at, _ENTRY, columns, count)
+        if found == count:
             return None
-        at += used
-    return StoredEntries(file, columns[:, :count], at)
+        count, at = found, at + used
+        if chunk[used - 1] == _CLOSE:
+            return StoredEntries(file, columns[:, : count + 1])
 
 
 @jit
 def _scan(text: Any, start: Any, entry: Any, columns: Any, count: Any) -> Any:
-    """Scan a list's entries, and append them to the first `count` of `columns`. text: bytes of the file from `start` on.
+    """Append entries to the first `count` of `columns`, up to the end of the list, or up to one that is cut off or not accepted.
 
-    Returns the new count, the number of bytes scanned, and where the scan stopped.
+    text: bytes of the file from `start` on, and a zero, which nothing accepts. Returns the new count, and how many bytes it took.
     """
     at = 0
     while True:
-        first, row = at, 0  # the entry's first byte, and the next row of `columns`
+        columns[2, count] = start + at
+        first, row = at, 0
         for wanted in entry:
-            if at == len(text):
-                return count, first, _MORE
+            begin, number = at, np.int64(0)
             if wanted == _BLANK:
-                while at < len(text) and (text[at] == 0x20 or 0x09 <= text[at] <= 0x0A or text[at] == 0x0D):
+                while text[at] == 0x20 or 0x09 <= text[at] <= 0x0A or text[at] == 0x0D:
+                    at += 1
+            elif wanted == _STRING:
+                while 0x20 <= text[at] <= 0x7E and text[at] != _QUOTE and text[at] != _ESCAPE:
                     at += 1
             elif wanted == _COUNT:
-                number, begin = np.int64(0), at
-                while at < len(text) and 0x30 <= text[at] <= 0x39:
+                while 0x30 <= text[at] <= 0x39:
                     number = 10 * number + np.int64(text[at]) - 0x30
                     at += 1
-                if not 0 < at - begin < 19 or (at - begin > 1 and text[begin] == 0x30):
-                    return count, first, _OTHER
+                if not 0 < at - begin < 19 or (text[begin] == 0x30 and at - begin > 1):
+                    return count, first
                 columns[row, count] = number
                 row += 1
-            elif wanted == _STRING:
-                while at < len(text) and text[at] != _QUOTE:
-                    if text[at] < 0x20 or text[at] > 0x7E or text[at] == _ESCAPE:
-                        return count, first, _OTHER
-                    at += 1
-            elif text[at] != wanted:
-                return count, first, _OTHER
-            else:
+            elif text[at] == wanted or (wanted == _END and (text[at] == _COMMA or text[at] == _CLOSE)):
                 at += 1
-        if at == len(text):
-            return count, first, _MORE
-        if text[at] != _COMMA and text[at] != _CLOSE:
-            return count, first, _OTHER
-        columns[row, count] = start + first
+            else:
+                return count, first
         count += 1
-        if text[at] == _CLOSE:
-            return count, at, _END
-        at += 1
+        if text[at - 1] == _CLOSE:
+            columns[2, count] = start + at
+            return count, at

@@ -226,7 +226,8 @@ def _upload(path: str, scratch: Path, label: str) -> None:
         answer(path, lambda: system.put_file(str(scratch), target + suffix, callback=shown), lambda: shown.moved, slack)
 
     system, target = _system(path)
-    if set(_protocols(system)) & _OBJECT_STORES:
+    protocols = {system.protocol} if isinstance(system.protocol, str) else {*system.protocol}
+    if protocols & _OBJECT_STORES:
         put("")
         return
     _ask(path, lambda system, target: system.makedirs(target.rsplit("/", 1)[0], exist_ok=True))
@@ -251,10 +252,6 @@ def _ask(path: str, call: Callable[[Any, str], T], requests: int = 1) -> T:
 def _system(path: str) -> tuple[Any, str]:
     system, target = fsspec.core.url_to_fs(path)
     return system, target
-
-
-def _protocols(system: Any) -> tuple[str, ...]:
-    return (system.protocol,) if isinstance(system.protocol, str) else tuple(system.protocol)
 
 
 @contextmanager

@@ -8,7 +8,9 @@ import json
 import math
 import os
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +37,7 @@ _STATISTICS = {
 _MANIFEST = {
     "profile": str, "classes": [str], "class_names?": {"*": str}, "splits": {"*": _SPLIT}, "statistics": _STATISTICS,
 }  # fmt: skip
+_known: ContextVar[dict[str, Any]] = ContextVar("manifests")  # path -> content, within `read_once`
 
 
 class Manifest:
@@ -77,9 +80,7 @@ class Manifest:
         self.class_names: dict[str, str] = content.get("class_names", {})
         self.splits: dict[str, dict[str, Any]] = content["splits"]
         self.statistics: dict[str, Any] = content["statistics"]
-        hashes = {
-            name: split["samples_sha256"] for name, split in self.splits.items()
-        }  # samples.npy has checksums of all samples
+        hashes = {name: split["samples_sha256"] for name, split in self.splits.items()}  # of the checksums of all samples
         self.fingerprint = hashlib.sha256(json.dumps(hashes, sort_keys=True).encode()).hexdigest()[:16]
 
     def channel_mean(self) -> Floats:
@@ -105,23 +106,36 @@ class Manifest:
         return lighting_basis(self.statistics["rgb_covariance"])
 
 
+@contextmanager
+def read_once() -> Iterator[None]:
+    """A context in which this thread reads each manifest.json once, as a large one takes time and memory."""
+    before = _known.set({})
+    try:
+        yield
+    finally:
+        _known.reset(before)
+
+
 def _content(path: str) -> Any:
     """The content of manifest.json, see `read_large`. Raises UserError, ValueError and RecursionError."""
-    if not files.is_remote(path):
-        if os.path.exists(path) and os.path.getsize(path) > _LARGE:
-            with files.explained(path):
-                file = open(path, "rb")  # noqa: SIM115 - `StoredEntries` need it
-            if (content := read_large(file)) is not None:
-                return content
-        return json.loads(files.read(path))
+    known = _known.get({})
+    if path not in known:
+        known[path] = _read(path)
+    return known[path]
+
+
+def _read(path: str) -> Any:
+    if not files.is_remote(path) and os.path.exists(path) and os.path.getsize(path) > _LARGE:
+        with files.explained(path):
+            file: Any = open(path, "rb")  # noqa: SIM115 - it stays open for `StoredEntries`
+        return read_large(file) or json.loads(files.read(path))
     text = files.read(path)
-    if len(text) > _LARGE:
-        copy = tempfile.TemporaryFile()  # noqa: SIM115
-        copy.write(text)
-        copy.flush()
-        if (content := read_large(copy)) is not None:
-            return content
-    return json.loads(text)
+    if len(text) <= _LARGE:
+        return json.loads(text)
+    file = tempfile.TemporaryFile()  # noqa: SIM115
+    file.write(text)
+    file.flush()
+    return read_large(file) or json.loads(text)
 
 
 def manifest_problem(content: Any) -> str:
@@ -144,8 +158,8 @@ def _mismatch(value: Any, schema: Any, place: str) -> str:
         parts = [(name, kind) for key, kind in schema.items() for name in (value if key == "*" else [key])]
         inside = "" if schema is _MANIFEST else f"{place}."
         return next(filter(None, (_mismatch_at(value, name, kind, inside) for name, kind in parts)), "")
-    if isinstance(value, StoredEntries):  # which has found nothing else
-        return "" if schema == [_SHARD] else f"{place} holds shards"
+    if isinstance(value, StoredEntries) and schema == [_SHARD]:  # which has nothing else
+        return ""
     if isinstance(schema, list | tuple):
         if not isinstance(value, list) or (isinstance(schema, tuple) and len(value) != len(schema)):
             return f"{place} is not a list" + (f" of {len(schema)}" if isinstance(schema, tuple) else "")

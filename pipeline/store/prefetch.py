@@ -5,15 +5,17 @@ from __future__ import annotations
 import os
 import threading
 from collections import deque
-from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable
 from concurrent.futures import Future
 from contextlib import suppress
 from io import FileIO
 from pathlib import Path
-from typing import Any, Generic, TypeVar
+from typing import Generic, TypeVar
 
 from ..progress import SharedBar
 from .cache import ShardCache
+from .entries import Entries, Lazy
+from .local import read_cached
 from .waiting import DaemonPool, join
 
 _THREADS = 4
@@ -110,19 +112,12 @@ class ReadAhead:
     def _advise(self, find: Callable[[], Ranges]) -> None:
         ranges = list(find())
         with suppress(Exception):
-            if all(_is_cached(self._open(file), start) for file, start, _ in ranges[:: -(-len(ranges) // _PROBES)]):
+            probed = ranges[:: -(-len(ranges) // _PROBES)]
+            if all(read_cached(self._open(file), start, 1) is not None for file, start, _ in probed):
                 return
         for file, start, count in ranges:
             with suppress(Exception):
                 will_need(self._open(file), start, count)
-
-
-def _is_cached(stream: FileIO, start: int) -> bool:
-    """Whether the page cache has a byte of a file. False where the operating system or the file system cannot tell."""
-    try:
-        return bool(os.preadv(stream.fileno(), [bytearray(1)], start, os.RWF_NOWAIT))
-    except (OSError, AttributeError):
-        return False
 
 
 def will_need(stream: FileIO, start: int, count: int) -> None:
@@ -133,7 +128,7 @@ def will_need(stream: FileIO, start: int, count: int) -> None:
         os.posix_fadvise(stream.fileno(), first, min(_ADVISED, start + count - first), os.POSIX_FADV_WILLNEED)
 
 
-def fetcher(cache: ShardCache | None, urls: Sequence[str], entries: Sequence[Mapping[str, Any]], bar: SharedBar) -> Fetch[int]:
+def fetcher(cache: ShardCache | None, urls: Lazy[str], entries: Entries, bar: SharedBar) -> Fetch[int]:
     """A function that downloads a shard into the cache or, without one, reads it into the page cache."""
 
     def download(shard: int, stop: threading.Event) -> None:
@@ -151,12 +146,11 @@ def fetcher(cache: ShardCache | None, urls: Sequence[str], entries: Sequence[Map
     return download if cache else read_ahead
 
 
-def download_bar(split: str, shards: Sequence[Path], entries: Sequence[Mapping[str, Any]]) -> SharedBar:
+def download_bar(split: str, shards: Lazy[Path], entries: Entries) -> SharedBar:
     """The bar of the shards that the cache lacks. Each process of the machine downloads about an equal share of them."""
-    processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
     def missing() -> int:
-        found = zip(shards, entries, strict=True)
-        return int(sum(entry["bytes"] for path, entry in found if not path.exists()) // processes)
+        total = sum(entry["bytes"] for path, entry in zip(shards, entries, strict=True) if not path.exists())
+        return int(total) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
     return SharedBar(f"downloading {split}", missing)

@@ -41,6 +41,8 @@ os.register_at_fork(after_in_child=_idle.clear)
 def set_timeout(seconds: float) -> None:
     """How long the first attempt of a read may take in this process; the others may take twice and four times as long."""
     global _timeout
+    if not 0 < seconds < math.inf:
+        raise UserError(f"`read_timeout` must be a positive number of seconds, not {seconds:g}")
     _timeout = seconds
 
 

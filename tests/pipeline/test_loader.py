@@ -24,7 +24,8 @@ from pipeline.loader import Loader
 from pipeline.plan import sampling
 from pipeline.plan.geometry import CentreCrop, Geometry, PaddedCrop, ScaleJitter, WholeImage
 from pipeline.spec import LoaderSpec
-from pipeline.store.shards import SAMPLE, Manifest
+from pipeline.store import files
+from pipeline.store.shards import Manifest
 
 
 class Blank(Loader):
@@ -237,9 +238,15 @@ def test_auto_chooses_the_fastest_engine_and_says_why(
     assert words in reason
 
 
-def test_the_engine_and_the_reason_are_logged(small_shards: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_the_engine_and_the_reason_are_logged(
+    small_shards: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And the manifest, which may be large, is read once."""
+    paths, read = [], files.read
+    monkeypatch.setattr(files, "read", lambda path, *where: paths.append(path) or read(path, *where))  # type: ignore[func-returns-value]
     caplog.set_level(logging.INFO, "cropfeed")
     loader = open_loader(spec_for(small_shards, engine="auto"))
+    assert paths.count(f"{small_shards}/manifest.json") == 1
     assert caplog.messages == [f"{small_shards}, train: engine cpu, batches stay on the CPU, where it is the fastest"]
     assert (loader.engine, loader.engine_reason) == ("cpu", "batches stay on the CPU, where it is the fastest")
 
@@ -319,9 +326,9 @@ class BillionSamples:
     def __len__(self) -> int:
         return self.count
 
-    def __getitem__(self, ids: Any) -> Any:
+    def image_sizes(self, ids: Any) -> Any:
         assert len(ids) <= 256, "more samples were read than a batch has"
-        return np.array([(0, 0, 0, 375, 500, 0, 0)] * len(ids), SAMPLE)
+        return np.full(len(ids), 375), np.full(len(ids), 500)
 
     def check_cache(self, warns: bool) -> None: ...
 
@@ -334,7 +341,7 @@ def test_start_up_and_planning_do_not_grow_with_the_number_of_samples(
     small_shards: Path, monkeypatch: pytest.MonkeyPatch, order: str
 ) -> None:
     shards = BillionSamples(Manifest(small_shards))
-    monkeypatch.setattr(Loader, "_open_shards", lambda self: shards)
+    monkeypatch.setattr(Loader, "_open_shards", lambda *_: shards)
     loader = Blank(spec_for(small_shards, order=order, batch_size=256, training=False))
     assert len(loader) == 10**9 // 256 + 1
     plan = loader.plan(next(loader.batch_ranges(1, 123_456 * 256)))
@@ -344,6 +351,6 @@ def test_start_up_and_planning_do_not_grow_with_the_number_of_samples(
 def test_blocks_need_shards(small_shards: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     shards = BillionSamples(Manifest(small_shards))
     shards.sizes = []  # as in a data set with only FFCV files
-    monkeypatch.setattr(Loader, "_open_shards", lambda self: shards)
+    monkeypatch.setattr(Loader, "_open_shards", lambda *_: shards)
     with pytest.raises(UserError, match="blocks need shards"):
         Blank(spec_for(small_shards, order="blocks"))

@@ -355,7 +355,7 @@ def test_the_cache_of_remote_shards(small_shards: Path, tmp_path: Path) -> None:
 def test_the_time_out_of_reads(small_shards: Path) -> None:
     for flags, expected in (((), 60), (("--read-timeout", 7.5), 7.5)):
         assert [loader.spec.read_timeout for loader in opened(small_shards, *flags)] == [expected] * 2
-    with pytest.raises(UserError, match="--read-timeout: must be a positive number of seconds, not 0"):
+    with pytest.raises(UserError, match="`read_timeout` must be a positive number of seconds, not 0"):
         parsed(small_shards, "--read-timeout", 0)
 
 

@@ -27,7 +27,8 @@ from pipeline.convert.beton import MODES, BetonSettings, write_beton
 from pipeline.errors import UserError
 from pipeline.jpeg.transcode import transcode
 from pipeline.store import files
-from pipeline.store.shards import EncodedSample, ShardSet, label_digits, write_shard
+from pipeline.store.shards import ShardSet
+from pipeline.store.tar import EncodedSample, label_digits, write_shard
 from tests.helpers import ROOT, SUBSAMPLINGS, clean_environment, jpeg, open_image, random_image
 
 if "ffcv" in os.environ.get("CROPFEED_WITHOUT", ""):

@@ -19,9 +19,9 @@ from pipeline.convert.make import ConvertOptions, make_shards
 from pipeline.convert.sources import SourceOptions
 from pipeline.convert.verify import verify
 from pipeline.errors import UserError
-from pipeline.store import shards
 from pipeline.store.manifest import Manifest
-from pipeline.store.shards import ChecksumError, EncodedSample, ShardSet
+from pipeline.store.shards import ShardSet
+from pipeline.store.tar import ChecksumError, EncodedSample, read_fields, write_shard
 from tests.helpers import jpeg, random_image
 from tests.pipeline.convert.test_kinds import write_parquet
 from tests.pipeline.convert.test_sources import add, listed, packed, write_images
@@ -213,10 +213,10 @@ def test_mutated_headers_are_damage_or_fields(tmp_path: Path) -> None:
     """Whatever the bytes before an image are, reading its fields returns some or raises ChecksumError."""
     rng = np.random.default_rng(0)
     fields = {"json": b"{}" * 300, "txt": b"a"}
-    shards.write_shard(tmp_path / "0.tar", tmp_path / "0.idx", 0, [EncodedSample(LONG, b"image", 0, 1, 1, fields)], 4)
+    write_shard(tmp_path / "0.tar", tmp_path / "0.idx", 0, [EncodedSample(LONG, b"image", 0, 1, 1, fields)], 4)
     content = (tmp_path / "0.tar").read_bytes()
     head = content[: content.index(b"image")]
-    assert shards._fields(head) == {"cls": b"0000", **fields}
+    assert read_fields(head) == {"cls": b"0000", **fields}
     outcomes = set()
     for trial in range(3000):
         mutant = bytearray(head)
@@ -224,7 +224,7 @@ def test_mutated_headers_are_damage_or_fields(tmp_path: Path) -> None:
             header = rng.integers(len(head) // 512) * 512
             mutant[header + rng.integers(100, 160) if trial % 2 else rng.integers(len(head))] = rng.integers(256)
         try:
-            found = shards._fields(bytes(mutant))
+            found = read_fields(bytes(mutant))
             assert all(isinstance(data, bytes) for data in found.values())
             outcomes.add("fields")
         except ChecksumError:

@@ -26,7 +26,7 @@ from pipeline.errors import UserError
 from pipeline.jpeg.region import cut
 from pipeline.jpeg.transcode import transcode
 from pipeline.store import files
-from pipeline.store.shards import EncodedSample, write_shard
+from pipeline.store.tar import EncodedSample, write_shard
 from tests.helpers import SUBSAMPLINGS, jpeg, random_image
 from tests.pipeline.store.test_remote import gigabytes
 

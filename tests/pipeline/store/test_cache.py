@@ -64,6 +64,11 @@ def sources(tmp_path: Path) -> list[Source]:
     return found
 
 
+def fetch(cache: ShardCache, url: str, count: int, sha256: str) -> Path:
+    cache.open(url, count, sha256).close()
+    return cache.path(sha256)
+
+
 def held(folder: Path) -> set[str]:
     """The names of all files in the cache, without its lock."""
     return {path.name for path in folder.iterdir()} - {".lock"}
@@ -88,7 +93,7 @@ def used_bytes(folder: Path) -> int:
 def test_a_file_is_downloaded_once_and_unchanged(tmp_path: Path, sources: list[Source], downloads: list[str]) -> None:
     cache = ShardCache(tmp_path / "deep" / "cache", 10 * BYTES)
     for _ in range(3):
-        path = cache.fetch(*sources[3])
+        path = fetch(cache, *sources[3])
         assert path.read_bytes() == Path(sources[3].url).read_bytes()
     assert downloads == [sources[3].url]
     assert held(cache.folder) == {sources[3].sha256}
@@ -99,19 +104,19 @@ def test_files_are_fetched_from_any_file_system(tmp_path: Path, sources: list[So
     content = os.urandom(BYTES + 17)
     files.write("memory://bucket/a.tar", content)
     cache = ShardCache(tmp_path / "cache", 10 * BYTES)
-    path = cache.fetch("memory://bucket/a.tar", len(content), hashlib.sha256(content).hexdigest())
+    path = fetch(cache, "memory://bucket/a.tar", len(content), hashlib.sha256(content).hexdigest())
     assert path.read_bytes() == content
 
 
 def test_least_recently_used_files_are_evicted_first(tmp_path: Path, sources: list[Source], downloads: list[str]) -> None:
     cache = ShardCache(tmp_path / "cache", 3 * BYTES + 100)
     for age, source in enumerate(sources[:3]):
-        path = cache.fetch(*source)
+        path = fetch(cache, *source)
         os.utime(path, (1000 + age, 1000 + age))
-    cache.fetch(*sources[0])  # used again, so the others are older now
-    cache.fetch(*sources[3])
+    fetch(cache, *sources[0])  # used again, so the others are older now
+    fetch(cache, *sources[3])
     assert held(cache.folder) == {sources[i].sha256 for i in (0, 2, 3)}
-    cache.fetch(*sources[4])
+    fetch(cache, *sources[4])
     assert held(cache.folder) == {sources[i].sha256 for i in (0, 3, 4)}
     assert used_bytes(cache.folder) == 3 * BYTES
     assert downloads == [sources[i].url for i in (0, 1, 2, 3, 4)]
@@ -120,7 +125,7 @@ def test_least_recently_used_files_are_evicted_first(tmp_path: Path, sources: li
 def test_an_open_file_outlives_its_eviction(tmp_path: Path, sources: list[Source]) -> None:
     cache = ShardCache(tmp_path / "cache", BYTES)
     with cache.open(*sources[1]) as stream:
-        cache.fetch(*sources[2])
+        fetch(cache, *sources[2])
         assert held(cache.folder) == {sources[2].sha256}
         assert stream.read() == b"\1" * BYTES
 
@@ -130,22 +135,22 @@ def test_pinned_files_are_not_evicted(tmp_path: Path, sources: list[Source]) -> 
     with cache.open_pinned(*sources[0]):
         os.utime(cache.path(sources[0].sha256), (0, 0))
         for source in sources[1:4]:
-            cache.fetch(*source)
+            fetch(cache, *source)
         assert held(cache.folder) == {sources[0].sha256, sources[3].sha256}
         with (
             cache.open_pinned(*sources[3]),
             pytest.raises(UserError, match=r"4\.tar: .*beside the files in use.*raise `cache_gb`"),
         ):
-            cache.fetch(*sources[4])
-    cache.fetch(*sources[4])
-    cache.fetch(*sources[5])
+            fetch(cache, *sources[4])
+    fetch(cache, *sources[4])
+    fetch(cache, *sources[5])
     assert held(cache.folder) == {sources[4].sha256, sources[5].sha256}
 
 
 def test_a_file_larger_than_the_cache_is_refused(tmp_path: Path, sources: list[Source], downloads: list[str]) -> None:
     cache = ShardCache(tmp_path / "cache", BYTES - 1)
     with pytest.raises(UserError, match=r"0\.tar: its 4e-05 GB do not fit .* raise `cache_gb`"):
-        cache.fetch(*sources[0])
+        fetch(cache, *sources[0])
     assert not downloads
 
 
@@ -153,10 +158,10 @@ def test_a_wrong_checksum_is_retried_once(tmp_path: Path, sources: list[Source],
     answers = [b"\7" * BYTES, b"\0" * BYTES]  # the first is wrong
     monkeypatch.setattr(files, "read_chunks", lambda url, count: iter([answers.pop(0)]))
     cache = ShardCache(tmp_path / "cache", 10 * BYTES)
-    assert cache.fetch(*sources[0]).read_bytes() == b"\0" * BYTES
+    assert fetch(cache, *sources[0]).read_bytes() == b"\0" * BYTES
     answers += [b"\7" * BYTES] * 3
     with pytest.raises(UserError, match=r"1\.tar: its SHA-256 is not the one in manifest.json"):
-        cache.fetch(*sources[1])
+        fetch(cache, *sources[1])
     assert len(answers) == 1
     assert held(cache.folder) == {sources[0].sha256}
 
@@ -167,25 +172,25 @@ def test_a_file_of_another_size_is_refused_before_it_is_downloaded(
     cache = ShardCache(tmp_path / "cache", 10 * BYTES)
     Path(sources[0].url).write_bytes(b"\0" * 100)
     with pytest.raises(UserError, match=r"0\.tar: has 100 bytes, manifest.json says 40000"):
-        cache.fetch(*sources[0])
+        fetch(cache, *sources[0])
     Path(sources[0].url).unlink()
     with pytest.raises(UserError, match=r"0\.tar: not found"):
-        cache.fetch(*sources[0])
+        fetch(cache, *sources[0])
     assert not downloads
     assert not held(cache.folder)
 
 
 def test_a_damaged_copy_is_downloaded_again(tmp_path: Path, sources: list[Source], downloads: list[str]) -> None:
     cache = ShardCache(tmp_path / "cache", 10 * BYTES)
-    cache.fetch(*sources[0]).write_bytes(b"short")
-    assert cache.fetch(*sources[0]).read_bytes() == b"\0" * BYTES
+    fetch(cache, *sources[0]).write_bytes(b"short")
+    assert fetch(cache, *sources[0]).read_bytes() == b"\0" * BYTES
     assert len(downloads) == 2
 
 
 def test_an_unusable_folder_is_named(tmp_path: Path, sources: list[Source]) -> None:
     (tmp_path / "file").write_bytes(b"")
     with pytest.raises(UserError, match=r"file/cache: the cache cannot be used .* give another `cache`"):
-        ShardCache(tmp_path / "file" / "cache", BYTES).fetch(*sources[0])
+        fetch(ShardCache(tmp_path / "file" / "cache", BYTES), *sources[0])
 
 
 def test_a_full_disk_is_named_and_leaves_nothing(tmp_path: Path, sources: list[Source], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -195,7 +200,7 @@ def test_a_full_disk_is_named_and_leaves_nothing(tmp_path: Path, sources: list[S
     monkeypatch.setattr(os, "fsync", full)
     cache = ShardCache(tmp_path / "cache", BYTES)
     with pytest.raises(UserError, match=r"cache: the cache cannot be used \(.*No space left"):
-        cache.fetch(*sources[0])
+        fetch(cache, *sources[0])
     assert not held(cache.folder)
 
 
@@ -237,7 +242,7 @@ def test_the_partial_file_of_a_killed_download_is_not_used(tmp_path: Path, sourc
         worker.communicate()
         assert partial.exists()
         assert not cache.path(wanted.sha256).exists()
-        assert cache.fetch(*other).read_bytes() == Path(other.url).read_bytes()
+        assert fetch(cache, *other).read_bytes() == Path(other.url).read_bytes()
         assert not partial.exists()
     assert downloads == [sources[0].url, sources[2].url]
 

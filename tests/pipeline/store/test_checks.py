@@ -15,7 +15,8 @@ import pytest
 from pipeline.errors import UserError
 from pipeline.store import checks, shards
 from pipeline.store.checks import samples_problem
-from pipeline.store.shards import SAMPLE, ShardSet
+from pipeline.store.shards import ShardSet
+from pipeline.store.tar import SAMPLE
 
 SHARDS = np.array([3, 5]), np.array([5000, 9000])
 NONE = np.array([], np.int64), np.array([], np.int64)

@@ -10,6 +10,9 @@ from typing import Any
 import numpy as np
 import pytest
 
+from pipeline.convert.verify import verify
+from pipeline.doctor import data
+from pipeline.doctor.lines import DoctorOptions
 from pipeline.errors import UserError
 from pipeline.store import entries, manifest
 from pipeline.store.entries import StoredEntries, column
@@ -17,10 +20,11 @@ from pipeline.store.manifest import Manifest
 from pipeline.store.shards import ShardSet
 from tests.helpers import upload
 
-SHARDS = [
+SHARDS: list[Any] = [
     {"file": f"train/{number:06d}.tar", "images": number, "bytes": 10**17 * number, "sha256": f"{number:064x}", "idx_sha256": ""}
     for number in range(9)
 ]
+LIST = {"shards": SHARDS}
 
 
 def scanned(text: str) -> Any:
@@ -40,8 +44,8 @@ def test_entries_are_those_of_the_file(layout: dict[str, Any], chunk: int, monke
     train, val = found["splits"]["train"]["shards"], found["splits"]["val"]["shards"]
     assert isinstance(train, StoredEntries)
     assert isinstance(val, StoredEntries)
-    assert [train[i] for i in range(9)] == list(train) == train[:] == SHARDS
-    assert (train[-1], train[-9], train[7:2:-2], list(val)) == (SHARDS[-1], SHARDS[0], SHARDS[7:2:-2], SHARDS[:1])
+    assert [train[i] for i in range(9)] == list(train) == SHARDS
+    assert (train[-1], train[-9], list(val)) == (SHARDS[-1], SHARDS[0], SHARDS[:1])
     with pytest.raises(IndexError):
         train[9]
     assert column(train, "images").tolist() == list(range(9))
@@ -69,11 +73,14 @@ def test_anything_else_is_left_to_the_reader_of_json(old: str, new: str) -> None
 
 
 @pytest.mark.parametrize(
-    "content", [[SHARDS], {"shards": SHARDS}, {"splits": [{"shards": SHARDS}]}, {"splits": {"shards": SHARDS}}]
+    "changed",
+    [{"splits": [LIST]}, {"splits": LIST}, {"classes": LIST}, {"class_names": LIST}, {"profile": LIST}, {"conversion": LIST}],
 )
-def test_lists_elsewhere_are_left_to_the_reader_of_json(content: Any) -> None:
-    text = json.dumps(content)
-    assert scanned(text) in (None, content)
+def test_lists_elsewhere_are_as_wrong_as_in_a_small_manifest(small_shards: Path, changed: Any) -> None:
+    content = json.loads((small_shards / "manifest.json").read_text()) | changed
+    problem = manifest.manifest_problem(content)
+    assert bool(problem) == ("conversion" not in changed)
+    assert manifest.manifest_problem(scanned(json.dumps(content))) == problem
 
 
 def test_a_data_set_is_the_same_if_its_manifest_is_large(
@@ -81,14 +88,17 @@ def test_a_data_set_is_the_same_if_its_manifest_is_large(
 ) -> None:
     small = ShardSet(small_shards, "train")
     expected = [(small.read(i).tobytes(), small.locate(i)) for i in range(len(small))]
+    expected_line = data.check(DoctorOptions(data=str(small_shards), cache=tmp_path), str(small_shards))[0].found
     monkeypatch.setattr(manifest, "_LARGE", 0)
     for url in (str(small_shards), upload(small_shards, f"{s3}/large")):
         large = ShardSet(url, "train", cache=tmp_path if url.startswith("s3") else None)
         assert isinstance(large.manifest.splits["train"]["shards"], StoredEntries)
-        assert large.manifest.splits["val"]["shards"][:] == small.manifest.splits["val"]["shards"]
+        assert list(large.manifest.splits["val"]["shards"]) == small.manifest.splits["val"]["shards"]
         found = [(large.read(i).tobytes(), large.locate(i).replace(url, str(small_shards))) for i in range(len(large))]
         assert found == expected
         assert large.sizes.tolist() == small.sizes.tolist()
+        assert verify(url, 2) == []
+        assert data.check(DoctorOptions(data=url, cache=tmp_path), url)[0].found == expected_line
 
 
 @pytest.mark.parametrize(

@@ -21,8 +21,9 @@ import webdataset
 from PIL import Image
 
 from pipeline.errors import UserError
-from pipeline.store import shards
-from pipeline.store.shards import ChecksumError, ShardSet, label_digits
+from pipeline.store import checks, local, shards
+from pipeline.store.shards import ShardSet
+from pipeline.store.tar import ChecksumError, label_digits, sample_checksums
 from tests.helpers import ROOT, open_image, run_forked
 
 
@@ -164,7 +165,7 @@ def test_data_on_a_file_system_without_maps_is_read(small_shards: Path, monkeypa
         raise OSError(errno.ENODEV, "No such device")
 
     monkeypatch.setattr(mmap, "mmap", refused)
-    monkeypatch.setattr(shards, "_READ", 0)
+    monkeypatch.setattr(checks, "_READ", 0)
     stored = ShardSet(small_shards, "train")
     assert not isinstance(stored.samples, np.memmap)
     assert np.array_equal(stored.samples, expected.samples)
@@ -183,7 +184,7 @@ def test_a_file_without_permission_is_named(small_shards: Path, name: str, monke
 
     for module in (builtins, io):
         monkeypatch.setattr(module, "open", guarded(open))
-    monkeypatch.setattr(shards, "FileIO", guarded(io.FileIO))
+    monkeypatch.setattr(local, "FileIO", guarded(io.FileIO))
     problem = rf"^{small_shards / name}: permission denied for user ID \d+; ask its owner for access$"
     with pytest.raises(UserError, match=problem):
         read_all(ShardSet(small_shards, "train"))
@@ -195,7 +196,7 @@ def test_only_a_large_samples_npy_is_mapped(
 ) -> None:
     """If a mapped file is shortened, the kernel kills the process."""
     shutil.copytree(small_shards, tmp_path / "data")
-    monkeypatch.setattr(shards, "_READ", limit)
+    monkeypatch.setattr(checks, "_READ", limit)
     expected = np.load(small_shards / "train" / "samples.npy")
     stored = ShardSet(tmp_path / "data", "train")
     assert isinstance(stored.samples, np.memmap) == (limit == 0)
@@ -306,7 +307,7 @@ def test_the_checksums_that_are_written_are_those_of_the_tars(small_shards: Path
     stored = ShardSet(small_shards, "train")
     for number, tar in enumerate(stored.shards):
         samples = stored.samples[stored.samples["shard"] == number]
-        found = shards.sample_checksums(np.frombuffer(tar.read_bytes(), np.uint8), samples)
+        found = sample_checksums(np.frombuffer(tar.read_bytes(), np.uint8), samples)
         assert found.tolist() == samples["crc32"].tolist()
 
 
