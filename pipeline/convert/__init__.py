@@ -1,6 +1,6 @@
 """From labelled images to shards.
 
-- `make`: `make_shards`, a whole conversion, and its options.
+- `make`: `make_shards`, a whole conversion, and its options. `command`: the command line.
 - `sources`, `tars`, `names`: list the images to convert, their labels and the names of their classes.
 - `conversion`: divides them into shard tasks; resumes and completes a conversion.
 - `task`, `run`: make one shard; run many tasks on this machine or on Ray.
