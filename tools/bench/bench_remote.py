@@ -9,7 +9,7 @@ all together. The CPU engine reads whole epochs in four ways, with a new cache f
 - shards: order full; whole shards, downloaded again whenever the cache has lost them. Only `FEW` images are read.
 
 Bytes and requests include what was read ahead beyond the last batch. CPU time is that of the loader's process alone. Rows go
-to tools/bench/results/remote.csv.
+to tools/bench/results/remote.csv. Needs aiohttp, which the extra `s3` installs.
 """
 
 from __future__ import annotations
