@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import accumulate
 from typing import Any, Generic, NamedTuple, Self, TypeVar
 
 import numpy as np
@@ -90,19 +91,19 @@ class BatchPlan(NamedTuple):
         of_one = [group[1:] for group in self.groups for _ in range(group.crops)]
         return np.tile(np.array(of_one, np.int64), (len(self.ids), 1))
 
-    def rows(self, index: int) -> list[slice]:
-        """The rows of `views` that belong to one image, by group."""
-        ends = np.cumsum([group.crops for group in self.groups])
-        first = index * int(ends[-1])
-        return [slice(first + int(end) - group.crops, first + int(end)) for end, group in zip(ends, self.groups, strict=True)]
+    def rows(self, index: int, count: int = 1) -> list[slice]:
+        """The rows of `views` that belong to the image at `index`, by group; of one group, those of `count` images."""
+        crops = [group.crops * count for group in self.groups]
+        ends = [index * sum(crops) // count + end for end in accumulate(crops)]
+        return [slice(end - its, end) for its, end in zip(crops, ends, strict=True)]
 
     def empty_views(self) -> list[Pixels]:
         """Memory for the views of one image: for each group, uint8 (crops, H, W, 3)."""
         return [np.empty((*group, 3), np.uint8) for group in self.groups]
 
-    def images_of(self, index: int, images: Sequence[Any]) -> list[Any]:
-        """The part of the groups' images, (N * crops, ...) each, that belongs to one image of the plan."""
-        return [all_[index * group.crops : (index + 1) * group.crops] for all_, group in zip(images, self.groups, strict=True)]
+    def images_of(self, index: int, images: Sequence[Any], count: int = 1) -> list[Any]:
+        """The part of the groups' images, (N * crops, ...) each, that belongs to `count` images of the plan, from `index` on."""
+        return [all_[index * crops : (index + count) * crops] for all_, (crops, _, _) in zip(images, self.groups, strict=True)]
 
     def by_group(self) -> list[Views]:
         """The views of each group, of all images."""

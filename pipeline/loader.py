@@ -272,7 +272,7 @@ class Loader(ABC):
         shift, size = lighting(views.alphas, self.lighting_basis), (pixels.shape[1], pixels.shape[2])
         if pixels.device.type == "cpu":
             out, images = self.buffers.acquire(tuple(pixels.shape), stored_dtype(self.spec.dtype))
-            self.normalizer(size).batch(pixels.numpy(), shift, out)
+            self.normalizer(size)(pixels.numpy(), shift, out)
             return images.view(self.spec.dtype).permute(0, 3, 1, 2)
         if size not in self._on_device:
             normalization = self.normalization_at(size)

@@ -18,6 +18,7 @@ from ..pixels.normalize import Normalization, Normalizer
 from ..pixels.resample import BILINEAR, Kernel
 from ..plan import sampling
 from ..progress import announce_if_slow
+from ..store.local import read_descriptors
 
 
 def warm_up(kernel: Kernel = BILINEAR) -> None:
@@ -40,7 +41,8 @@ def compile_decoding() -> None:
     layout = TileLayout(0, ints, 0, 0, 0, 0, 1, 1, 8, 8, 8, 8)
     header = Header(np.zeros((4, 64), np.int32), np.zeros((3, 5), np.int64), empty_tables(), np.zeros((4, 1), np.uint32))
     decode_tiles(data, layout, Area(0, 0, 0, 0), header, McuBlocks(np.zeros((1, 7), np.uint64), ints, ints), scratch)
-    decode_views(data, 1, 1, np.zeros((1, 4)), np.zeros(1, np.bool_), np.zeros((1, 8, 8, 3), np.uint8), scratch, ints)
+    one, yes, out = np.ones(1, np.int64), np.ones(1, np.bool_), np.zeros((1, 8, 8, 3), np.uint8)
+    decode_views(data, 4 * one, one, one, np.zeros((1, 4)), yes, out, yes, scratch, ints)
 
 
 def compile_others() -> None:
@@ -56,7 +58,9 @@ def compile_others() -> None:
     compile_resampling(BILINEAR)
     sampling.order(0, 0, [0], 1)
     sampling.draw(0, 0, [0], [8], [8], (8, 8), 8)
-    Normalizer(Normalization.of(np.zeros(3)), 8).batch(out, np.zeros((1, 3), np.float32), np.zeros((1, 8, 8, 3), np.float32))
+    one = np.ones(1, np.int64)
+    read_descriptors(-one, one, one, one, 0, out.reshape(-1), np.zeros(1, np.bool_))
+    Normalizer(Normalization.of(np.zeros(3)), 8)(out, np.zeros((1, 3), np.float32), np.zeros((1, 8, 8, 3), np.float32))
 
 
 def compile_resampling(kernel: Kernel) -> None:

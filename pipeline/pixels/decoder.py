@@ -56,12 +56,23 @@ class Decoder:
             pixels, place = self.decode_region(data, height, width, windows, out.shape[1:3], kernel)
             resample_windows(pixels, place, windows, flip, kernel, out)
             return
+        left = np.ones(1, np.bool_)
         with _memory_errors_are_corrupt():
-            while (lacking := decode_views(data, height, width, windows, flip, out, self._scratch, self._place)) > 0:
-                self._scratch = np.empty(2 * lacking, np.uint8)
-            if lacking < 0:
+            self.make_several(data, np.array([len(data)]), np.array([height]), np.array([width]), windows, flip, out, left)
+            if left[0]:
                 pixels = self._pixels(data, height, width, windows, out.shape[1:3], kernel)
                 resample_windows(pixels, self._place, windows, flip, kernel, out)
+
+    def make_several(
+        self, data: Bytes, ends: Ints, heights: Ints, widths: Ints, windows: Windows, flip: Any, out: Pixels, left: Any
+    ) -> None:
+        """`make_views` for N images in one call without the GIL, bilinear. Images that `jpeg.decode` refuses are left.
+
+        data: uint8 (bytes,), the stored images, one after the other. ends: int64 (N,), where each ends. heights, widths: int64
+        (N,). windows, flip, out: of all views, (N * C, ...). left: bool (N,), the images to make; cleared for those made.
+        """
+        while lacking := decode_views(data, ends, heights, widths, windows, flip, out, left, self._scratch, self._place):
+            self._scratch = np.empty(2 * lacking, np.uint8)
 
     def make_groups(
         self,
@@ -347,12 +358,31 @@ def _decode(
 
 @jit
 def decode_views(
-    data: Bytes, height: Int, width: Int, windows: Windows, flip: npt.NDArray[np.bool_], out: Pixels, scratch: Any, place: Ints
+    data: Bytes,
+    ends: Ints,
+    heights: Ints,
+    widths: Ints,
+    windows: Windows,
+    flip: npt.NDArray[np.bool_],
+    out: Pixels,
+    left: npt.NDArray[np.bool_],
+    scratch: Any,
+    place: Ints,
 ) -> Any:
-    """Decode and resample, bilinear. Returns what `_decode` does."""
+    """Decode and resample several images, see `Decoder.make_several`. Returns 0, or the bytes that `scratch` needs to go on."""
     _, rows, columns, _ = out.shape
-    status = _decode(data, height, width, windows, rows, columns, BILINEAR.support, scratch, place)
-    if status == 0:
-        pixels = scratch[: 3 * place[2] * place[3]].reshape(place[2], place[3], 3)
-        resample_windows(pixels, place, windows, flip, BILINEAR, out)
-    return status
+    crops = len(windows) // len(ends)
+    start = np.int64(0)
+    for i in range(len(ends)):
+        image, start = data[start : ends[i]], ends[i]
+        if not left[i]:
+            continue
+        first, last = i * crops, (i + 1) * crops
+        status = _decode(image, heights[i], widths[i], windows[first:last], rows, columns, BILINEAR.support, scratch, place)
+        if status > 0:
+            return status
+        if status == 0:
+            pixels = scratch[: 3 * place[2] * place[3]].reshape(place[2], place[3], 3)
+            resample_windows(pixels, place, windows[first:last], flip[first:last], BILINEAR, out[first:last])
+            left[i] = False
+    return 0

@@ -202,20 +202,22 @@ def _compile_store(row: Any, out: Any) -> Any:
 
 @jit
 def _normalize(pixels: Any, shift: Any, mean: Any, inverse: Any, out: Any) -> None:
-    """Normalize one image. pixels: uint8 (H, W, 3). shift: float32 (3,). mean: float32 (H or 1, W * 3).
+    """Normalize V images. pixels: uint8 (V, H, W, 3). shift: float32 (V, 3). mean: float32 (H or 1, W * 3).
 
-    inverse: float32 (W * 3,), 1 / std. out: (H, W, 3) of a `stored_dtype`.
+    inverse: float32 (W * 3,), 1 / std. out: (V, H, W, 3) of a `stored_dtype`.
     """
-    height, width, _ = pixels.shape
+    images, height, width, _ = pixels.shape
     row = np.empty(3 * width, np.float32)
     shifts = np.empty(3 * width, np.float32)
-    for x in range(width):
-        shifts[3 * x], shifts[3 * x + 1], shifts[3 * x + 2] = shift[0], shift[1], shift[2]
-    for y in range(height):
-        source, means = pixels[y].reshape(-1), mean[y if len(mean) > 1 else 0]
-        for i in range(3 * width):
-            row[i] = (np.float32(source[i]) + shifts[i] - means[i]) * inverse[i]
-        _store(row, out[y].reshape(-1))
+    for image in range(images):
+        for x in range(width):
+            for channel in range(3):
+                shifts[3 * x + channel] = shift[image, channel]
+        for y in range(height):
+            source, means = pixels[image, y].reshape(-1), mean[y if len(mean) > 1 else 0]
+            for i in range(3 * width):
+                row[i] = (np.float32(source[i]) + shifts[i] - means[i]) * inverse[i]
+            _store(row, out[image, y].reshape(-1))
 
 
 class Normalizer:
@@ -228,10 +230,5 @@ class Normalizer:
         self._inverse = np.tile(1 / normalization.std, width).astype(np.float32)
 
     def __call__(self, pixels: Any, shift: Floats, out: Any) -> None:
-        """Normalize one image. pixels: uint8 (H, W, 3). shift: float32 (3,), lighting. out: (H, W, 3) of a `stored_dtype`."""
+        """pixels: uint8 (V, H, W, 3). shift: float32 (V, 3), lighting. out: (V, H, W, 3) of a `stored_dtype`."""
         _normalize(pixels, shift, self._mean, self._inverse, out)
-
-    def batch(self, pixels: Any, shift: Floats, out: Any) -> None:
-        """The same for V images: uint8 (V, H, W, 3), float32 (V, 3), (V, H, W, 3)."""
-        for one in range(len(pixels)):
-            self(pixels[one], shift[one], out[one])

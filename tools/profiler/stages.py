@@ -143,7 +143,7 @@ class Samples:
         if plan.views.shift is not None:
             images = translate(images, plan.views.shift[views])
         shifts = lighting(plan.views.alphas[views], self.loader.lighting_basis)
-        self.loader.normalizer(self.size).batch(images, shifts, own.normalized)
+        self.loader.normalizer(self.size)(images, shifts, own.normalized)
         return own.normalized
 
     def assembly(self, number: int) -> object:

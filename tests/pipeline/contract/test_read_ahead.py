@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from pipeline import open_loader
+from pipeline.store import local
 from pipeline.store.shards import ShardSet
 from tests.pipeline.contract.helpers import spec_for
 from tests.pipeline.store.test_remote import wait_until
@@ -29,6 +30,7 @@ class Disk:
         self._preadv = os.preadv
         monkeypatch.setattr(os, "posix_fadvise", self.advise)
         monkeypatch.setattr(os, "preadv", self.read)
+        monkeypatch.setattr(local, "_FLAGS", 0)  # no reads by the C library
 
     def advise(self, descriptor: int, start: int, count: int, advice: int) -> None:
         assert advice == os.POSIX_FADV_WILLNEED

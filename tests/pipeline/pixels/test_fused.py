@@ -88,7 +88,7 @@ def test_the_kernel_agrees_with_the_cpus_normalizer(interpreted: list[tuple[tupl
         normalizer = Normalizer(Normalization(mean.contiguous().numpy(), std.numpy()), pixels.shape[2])
         out = torch.empty(pixels.shape, dtype=dtype)
         stored = out if dtype == torch.float32 else out.view(torch.int16 if dtype == torch.float16 else torch.uint16)
-        normalizer.batch(np.ascontiguousarray(pixels), np.ascontiguousarray(shift), stored.numpy())
+        normalizer(np.ascontiguousarray(pixels), np.ascontiguousarray(shift), stored.numpy())
         last_place = torch.finfo(dtype).eps * (2 if dtype == torch.float32 else 1)
         assert torch.allclose(found.permute(0, 2, 3, 1), out, rtol=last_place, atol=1e-6)
 

@@ -115,14 +115,14 @@ def test_nothing_is_written_outside_the_output(kernel: Kernel) -> None:
 @pytest.mark.parametrize("per_pixel", [True, False])
 def test_compiled_normalization_equals_torch(dtype: torch.dtype, std: tuple[int, ...], per_pixel: bool) -> None:
     rng = np.random.default_rng(0)
-    pixels = rng.integers(0, 256, (30, 41, 3), np.uint8)
-    shift = rng.normal(0, 20, 3).astype(np.float32)
+    pixels = rng.integers(0, 256, (2, 30, 41, 3), np.uint8)
+    shift = rng.normal(0, 20, (2, 3)).astype(np.float32)
     normalization = Normalization.of(rng.uniform(0, 255, (30, 41, 3)) if per_pixel else (123, 117, 104), std)
     out = np.empty(pixels.shape, stored_dtype(dtype))
     Normalizer(normalization, 41)(pixels, shift, out)
     mean, deviation = torch.from_numpy(normalization.mean), torch.from_numpy(normalization.std)
-    expected = normalize_tensor(torch.from_numpy(pixels)[None], torch.from_numpy(shift)[None], mean, deviation, dtype)[0]
-    found = torch.from_numpy(out).view(dtype).permute(2, 0, 1)
+    expected = normalize_tensor(torch.from_numpy(pixels), torch.from_numpy(shift), mean, deviation, dtype)
+    found = torch.from_numpy(out).view(dtype).permute(0, 3, 1, 2)
     if std == (1, 1, 1):
         assert torch.equal(found, expected)
     else:  # it multiplies by the inverse instead of dividing
