@@ -16,6 +16,7 @@ PYTEST = if [ -e $(VENV)/without-ffcv ]; then export CROPFEED_WITHOUT=ffcv; fi; 
 # These compile the kernels once. Otherwise, each of pytest's two workers would compile all of them.
 COMPILE_TRANSCODER := from pipeline.convert.run import compile_transcoder; compile_transcoder()
 COMPILE_ENGINE := from pipeline.engines.warm_up import warm_up; warm_up()
+COMPILE_INSTALLED := from cropfeed.engines.warm_up import warm_up; warm_up()
 
 .PHONY: demo test test-slow test-all lint docs clean
 
@@ -49,6 +50,7 @@ test: $(VENV)/installed-dev
 	$(PYTEST)
 
 test-slow: $(VENV)/installed-dev
+	$(BIN)/python -c "$(COMPILE_INSTALLED)"
 	$(PYTEST) -m "slow and not gpu"
 
 test-all: test test-slow

@@ -130,6 +130,15 @@ def test_lighting_follows_alexnets_formula() -> None:
         assert min(np.abs(found - expected).max(), np.abs(found + expected).max()) < 0.01
 
 
+def test_an_images_lighting_does_not_depend_on_its_batch() -> None:
+    """To the bit: a run that continues with another batch size has the same pixels."""
+    basis, alphas = normalize.lighting_basis(COVARIANCE), sampling.alphas(0, 0, np.arange(300))
+    together = normalize.lighting(alphas, basis)
+    for size in (1, 2, 5, 16):
+        parts = [normalize.lighting(alphas[first : first + size], basis) for first in range(0, 300, size)]
+        assert np.array_equal(np.concatenate(parts), together)
+
+
 def test_lighting_has_the_specified_covariance() -> None:
     basis = normalize.lighting_basis(COVARIANCE)
     count = 100_000
