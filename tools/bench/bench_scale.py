@@ -3,8 +3,10 @@
 Makes data sets of 10^4, 1,281,167 and 10^9 samples without images, with the statistics in SHARDS' manifest. Each consists of a
 manifest and a samples.npy, sparse for 10^9 samples. For each data set, a new process measures how long it takes to open a
 loader, to resume at a saved position near the end of an epoch, and to plan batches at random positions of that epoch (order,
-draws, windows, with made-up image sizes), and how much memory that needs beyond a small data set's loader. No image is read. Rows
-go to tools/bench/results/scale.csv.
+draws, windows, with made-up image sizes), and how much memory that needs beyond a small data set's loader. No image is read.
+
+Then it measures how long Python's lock is held for an image of SHARDS: the CPU time of the CPU engine, in a thread for each core,
+without reading and decoding, which need no lock. Rows go to tools/bench/results/scale.csv.
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from unittest.mock import patch
 
 import _path  # noqa: F401
 import numpy as np
@@ -24,9 +27,13 @@ import torch
 
 from pipeline.batch import Batch, BatchRange
 from pipeline.cli import Parser, run_cli
+from pipeline.cores import usable_cores
+from pipeline.engines import cpu
 from pipeline.loader import Loader
+from pipeline.pixels import decoder
 from pipeline.plan.sampling import Ints
 from pipeline.spec import LoaderSpec
+from pipeline.store import local
 from pipeline.store.entries import read_large
 from pipeline.store.shards import SAMPLE, Manifest
 from tools.bench.recording import RESULTS, Figure, record
@@ -101,6 +108,23 @@ def measure(source: Path, folder: Path, order: str) -> dict[str, float]:
     return times | {"memory_grown_mb": grown / 1e6}
 
 
+def measure_lock(shards: Path) -> list[float]:
+    """CPU time of the CPU engine without what runs in compiled code, us per image, for each of some epochs."""
+    decode = patch.object(decoder, "decode_views", lambda *arguments: arguments[7].fill(False))
+    read = patch.object(local, "read_descriptors", lambda *arguments: arguments[-1].fill(True))
+    spec = LoaderSpec(shards, batch_size=BATCH, dtype=torch.uint8, threads=usable_cores(), device="cpu")
+    with cpu.open(spec) as loader:
+        list(loader)  # opens the shards
+        with decode, read:
+            list(loader)  # batches from before
+            times = []
+            for _ in range(4 * REPEATS):
+                began = time.process_time()
+                images = sum(len(batch.ids) for batch in loader)
+                times.append((time.process_time() - began) / images * 1e6)
+    return times
+
+
 def peak_memory() -> int:
     """Of this process, bytes. What getrusage says begins with the memory of the process that started this one."""
     (line,) = (line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
@@ -129,6 +153,8 @@ def main() -> None:
                 figures = [Figure(metric, [run[metric] for run in runs]) for metric in runs[0]]
                 spec = f"{count} samples in {-(-count // size)} shards, order {order}, batch {BATCH}"
                 record(args.results, "scale", *figures, engine="any", spec=spec, cache="warm")
+    spec = f"uint8, {usable_cores()} threads, batch {BATCH}, without reading and decoding"
+    record(args.results, "scale", Figure("lock_us_per_image", measure_lock(args.shards)), engine="cpu", spec=spec)
 
 
 if __name__ == "__main__":
