@@ -109,6 +109,13 @@ GOALS: tuple[tuple[str, float, float, str, str, dict[str, str]], ...] = (  # tex
     ("profiler: throughput of the tuned over the best settings", 0.95, INF, "×", "profile", {"metric": "chosen_over_best"}),
 )  # fmt: skip
 
+REMOTE = {  # ways of bench_remote.py
+    "crop": "what the crop needs, in random order",
+    "image": "whole images, in random order",
+    "blocks": "whole shards, in the order `blocks`",
+    "shards": "whole shards, in random order",
+}
+
 
 def tidy(text: str) -> str:
     """Names of models and settings in a row, spelled out: resnet18_a at 112, S 114..160."""

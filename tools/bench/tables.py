@@ -252,13 +252,46 @@ def training(results: Path) -> list[str]:
 def scale(results: Path) -> list[str]:
     """The newest run of bench_scale.py."""
     run, lines = newest(results, "scale"), []
+    lock = [row for row in run if row["metric"] == "lock_us_per_image"]
+    run = [row for row in run if row not in lock]
     styles = {"open_ms": "{:.1f}", "resume_ms": "{:.2f}", "plan_us_per_image": "{:.2f}", "memory_grown_mb": "{:.1f}"}
     for spec in dict.fromkeys(row["spec"] for row in run):
         cells = (show(pick(run, spec=spec, metric=metric), style) for metric, style in styles.items())
         name = spec.rpartition(", batch")[0].removesuffix(", order full").replace(" samples", "")
         lines.append((re.sub(r"\d+", lambda digits: f"{int(digits[0]):,}", name), *cells))
     head = "samples", "open, ms", "resume, ms", "plan an image, µs", "memory, MB"
-    return table(head, lines, run, f"{run[0]['spec'].split(', ', 1)[1]}; medians of {run[0]['repeats']} repeats")
+    note = "".join(f"Python's lock is held for {show(row, '{:.1f}')} µs an image ({row['spec']}); " for row in lock)
+    return table(head, lines, run, f"{note}{run[0]['spec'].split(', ', 1)[1]}; medians of {run[0]['repeats']} repeats")
+
+
+def cold(results: Path) -> list[str]:
+    """The newest run of bench_cold.py for each order."""
+    lines, rows = [], []
+    for spec, run in {run[0]["spec"]: run for run in runs(read(results, "cold"))}.items():
+        images, order = spec.split(", ")[:2]
+        for name in ("warm", "cold", "cold without reading ahead"):
+            own = [row for row in run if row["benchmark"] == name]
+            cells = (
+                show(pick(own, metric=metric), style) for metric, style in (("images_per_s", "{:,.0f}"), ("over_warm", "{:.2f}"))
+            )
+            lines.append((f"{order}, {name}", *cells))
+        disk = show(pick(run, benchmark="disk"), "{:,.0f}")
+        rows += run
+    return table(("", "images/s", "over warm"), lines, rows, f"{images}; the disk reads {disk} MB/s; medians of repeats")
+
+
+def remote(results: Path) -> list[str]:
+    """The newest run of bench_remote.py for each spec."""
+    lines, rows = [], []
+    styles = {"images_per_s": "{:,.0f}", "kb_per_image": "{:,.0f}", "requests_per_image": "{:.2f}"}
+    for run in {run[0]["spec"]: run for run in runs(read(results, "remote"))}.values():
+        for spec in dict.fromkeys(row["spec"] for row in run):
+            mode, crops, latency, bandwidth, _ = spec.split(", ")
+            cells = (show(pick(run, spec=spec, metric=metric), style) for metric, style in styles.items())
+            lines.append((crops, bandwidth, labels.REMOTE[mode], *cells))
+        rows += run
+    note = f"{latency} of latency, {run[0]['cache']} fit into the cache; medians of repeats"
+    return table(("crops", "bandwidth", "read", "images/s", "kB an image", "requests an image"), lines, rows, note)
 
 
 def robustness(results: Path) -> list[str]:
@@ -270,7 +303,7 @@ def robustness(results: Path) -> list[str]:
 
 FUNCTIONS = (
     summary, comparison, goals, regions, views, converter, profiler, foreign, tuning, accuracy, degradation, testing, training,
-    scale, robustness,
+    scale, cold, remote, robustness,
 )  # fmt: skip
 TABLES: dict[str, Callable[[Path], list[str]]] = {
     **{function.__name__: function for function in FUNCTIONS},
