@@ -5,8 +5,8 @@ manifest and a samples.npy, sparse for 10^9 samples. For each data set, a new pr
 loader, to resume at a saved position near the end of an epoch, and to plan batches at random positions of that epoch (order,
 draws, windows, with made-up image sizes), and how much memory that needs beyond a small data set's loader. No image is read.
 
-Then it measures how long Python's lock is held for an image of SHARDS: the CPU time of the CPU engine, in a thread for each core,
-without reading and decoding, which need no lock. Rows go to tools/bench/results/scale.csv.
+Then it measures what Python takes for an image of SHARDS, which other threads of the process may have to wait for: the CPU time of
+the CPU engine, in a thread for each core, without reading and decoding. Rows go to tools/bench/results/scale.csv.
 """
 
 from __future__ import annotations
@@ -108,8 +108,8 @@ def measure(source: Path, folder: Path, order: str) -> dict[str, float]:
     return times | {"memory_grown_mb": grown / 1e6}
 
 
-def measure_lock(shards: Path) -> list[float]:
-    """CPU time of the CPU engine without what runs in compiled code, us per image, for each of some epochs."""
+def measure_python(shards: Path) -> list[float]:
+    """CPU time of the CPU engine without reading and decoding, us per image, for each of some epochs."""
     decode = patch.object(decoder, "decode_views", lambda *arguments: arguments[7].fill(False))
     read = patch.object(local, "read_descriptors", lambda *arguments: arguments[-1].fill(True))
     spec = LoaderSpec(shards, batch_size=BATCH, dtype=torch.uint8, threads=usable_cores(), device="cpu")
@@ -154,7 +154,7 @@ def main() -> None:
                 spec = f"{count} samples in {-(-count // size)} shards, order {order}, batch {BATCH}"
                 record(args.results, "scale", *figures, engine="any", spec=spec, cache="warm")
     spec = f"uint8, {usable_cores()} threads, batch {BATCH}, without reading and decoding"
-    record(args.results, "scale", Figure("lock_us_per_image", measure_lock(args.shards)), engine="cpu", spec=spec)
+    record(args.results, "scale", Figure("python_us_per_image", measure_python(args.shards)), engine="cpu", spec=spec)
 
 
 if __name__ == "__main__":

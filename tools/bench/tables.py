@@ -252,15 +252,15 @@ def training(results: Path) -> list[str]:
 def scale(results: Path) -> list[str]:
     """The newest run of bench_scale.py."""
     run, lines = newest(results, "scale"), []
-    lock = [row for row in run if row["metric"] == "lock_us_per_image"]
-    run = [row for row in run if row not in lock]
+    python = [row for row in run if row["metric"] == "python_us_per_image"]
+    run = [row for row in run if row not in python]
     styles = {"open_ms": "{:.1f}", "resume_ms": "{:.2f}", "plan_us_per_image": "{:.2f}", "memory_grown_mb": "{:.1f}"}
     for spec in dict.fromkeys(row["spec"] for row in run):
         cells = (show(pick(run, spec=spec, metric=metric), style) for metric, style in styles.items())
         name = spec.rpartition(", batch")[0].removesuffix(", order full").replace(" samples", "")
         lines.append((re.sub(r"\d+", lambda digits: f"{int(digits[0]):,}", name), *cells))
     head = "samples", "open, ms", "resume, ms", "plan an image, µs", "memory, MB"
-    note = "".join(f"Python's lock is held for {show(row, '{:.1f}')} µs an image ({row['spec']}); " for row in lock)
+    note = "".join(f"Python takes {show(row, '{:.1f}')} µs for an image ({row['spec']}); " for row in python)
     return table(head, lines, run, f"{note}{run[0]['spec'].split(', ', 1)[1]}; medians of {run[0]['repeats']} repeats")
 
 
