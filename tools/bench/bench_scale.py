@@ -5,8 +5,8 @@ manifest and a samples.npy, sparse for 10^9 samples. For each data set, a new pr
 loader, to resume at a saved position near the end of an epoch, and to plan batches at random positions of that epoch (order,
 draws, windows, with made-up image sizes), and how much memory that needs beyond a small data set's loader. No image is read.
 
-Then it measures what Python takes for an image of SHARDS, which other threads of the process may have to wait for: the CPU time of
-the CPU engine, in a thread for each core, without reading and decoding. Rows go to tools/bench/results/scale.csv.
+Then it measures what Python takes for an image of SHARDS, for which other threads of the process may have to wait: the CPU time
+of the CPU engine, in a thread for each core, without reading and decoding. Rows go to tools/bench/results/scale.csv.
 """
 
 from __future__ import annotations
