@@ -132,11 +132,15 @@ class CpuLoader(Loader):
         its = slice(indices.start, indices.stop)
         if len(plan.groups) > 1 or self.kernel is not BILINEAR or self.spec.fields:
             return indices
-        if (encoded := self.shards.read_cached(plan.ids[its])) is None:
-            return indices
-        views, left = plan.rows(indices.start, len(indices))[0], encoded.ready.copy()
+        views = plan.rows(indices.start, len(indices))[0]
         windows, flip = plan.views.windows[views], plan.views.flip[views]
-        decoder.make_several(encoded.data, encoded.ends, plan.heights[its], plan.widths[its], windows, flip, out[0], left)
+        try:
+            if (encoded := self.shards.read_cached(plan.ids[its])) is None:
+                return indices
+            left = encoded.ready.copy()
+            decoder.make_several(encoded.data, encoded.ends, plan.heights[its], plan.widths[its], windows, flip, out[0], left)
+        except MemoryError:  # one by one, only an image that is too large is replaced
+            return indices
         return (indices.start + np.flatnonzero(left | ~encoded.ready)).tolist()
 
     def _normalize(self, views: Views, pixels: Pixels, rows: slice, out: Any) -> None:

@@ -91,6 +91,21 @@ def test_other_images_are_made_one_by_one(lossless: Path, one_by_one: list[int],
     assert len(one_by_one) >= len(batches) // (2 if "geometry" in changes else 1) * 8
 
 
+def test_images_are_made_one_by_one_where_memory_is_short(
+    lossless: Path, one_by_one: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: Any) -> None:
+        raise MemoryError
+
+    spec = spec_for(lossless, "cpu", dtype=torch.uint8)
+    expected = epochs(spec, 1)[0]
+    one_by_one.clear()
+    monkeypatch.setattr(LocalFiles, "read_cached", fail)
+    found = epochs(spec, 1)[0]
+    assert len(one_by_one) >= 8 * len(found)
+    assert all(torch.equal(*pair) for pair in zip(found, expected, strict=True))
+
+
 def test_parts_are_read_at_once_only_if_their_files_are_as_expected(tmp_path: Path) -> None:
     """The slower read says what is wrong."""
     content = np.random.default_rng(0).bytes(10_000)
